@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a context extension: one dataclass behind flags, checkpoints and exports."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
+from megatron_cream.rope.scaling import RopeScaling, make_scaling
+
+LABEL_RULES = ("true-next", "masked", "reference")
+SAMPLE_UNITS = ("document", "window", "packed")
+
+# Which strategy takes which settings; the rest keep their defaults and have no effect.
+_STRATEGY_OPTIONS = {
+    "cream": {
+        "cream_sigma": "sigma",
+        "cream_sigma_relative": "sigma_relative",
+        "cream_gaussian": "gaussian",
+        "cream_head_lengths": "head_lengths",
+    },
+    "pose": {"pose_chunks": "chunks", "pose_lengths": "lengths", "pose_content": "content"},
+}
+
+
+@dataclass(frozen=True)
+class ExtensionConfig:
+    """Everything that decides positions, angles and labels of a run.
+
+    A field's name with dashes is its flag, except ``train_length``, which is Megatron's
+    --seq-length, and ``rotary_base``. Lengths are in tokens.
+
+    Attributes:
+        train_length: N, tokens in a sample.
+        target_length: T, the window to reach.
+        original_length: window of the model before, from which RoPE is interpolated.
+        position_strategy: ``full``, ``cream``, ``pose`` or ``randpos``.
+        position_seed: seed of the positions.
+        rope_interpolation: a name of ``megatron_cream.rope.SCALINGS``.
+        rope_factor: how many times longer RoPE becomes; T / original_length unless given.
+        rotary_base: theta of the model before.
+        label_rule: ``true-next`` (the token that follows in the text, also at chunk borders),
+            ``masked`` (no loss where the next chunk is not the next text) or ``reference`` (the
+            next token of the sample, as the published code trains it).
+        sample_unit: ``document`` (one document a sample, as in the papers), ``window`` (documents
+            cut into windows of T) or ``packed`` (windows of T over all documents in a row).
+    """
+
+    train_length: int
+    target_length: int
+    original_length: int
+    position_strategy: str = "full"
+    position_seed: int = 1234
+    cream_sigma: float = 3.0
+    cream_sigma_relative: float | None = None
+    cream_gaussian: str = "clamped"
+    cream_head_lengths: tuple[int, ...] | None = None
+    pose_chunks: int = 2
+    pose_lengths: str | None = None
+    pose_content: str = "uniform"
+    rope_interpolation: str = "none"
+    rope_factor: float = 1.0
+    rotary_base: float = 10000.0
+    label_rule: str = "true-next"
+    sample_unit: str = "document"
+
+    def __post_init__(self) -> None:
+        if self.label_rule not in LABEL_RULES:
+            raise ValueError(
+                f"label_rule (--label-rule) is {self.label_rule!r}: it must be one of {LABEL_RULES}"
+            )
+        if self.sample_unit not in SAMPLE_UNITS:
+            raise ValueError(
+                f"sample_unit (--sample-unit) is {self.sample_unit!r}: it must be one of "
+                f"{SAMPLE_UNITS}"
+            )
+        if self.cream_head_lengths is not None:
+            object.__setattr__(self, "cream_head_lengths", tuple(self.cream_head_lengths))
+        self.strategy()
+
+    def strategy(self) -> Strategy:
+        """Return the position strategy of training samples."""
+        options = _STRATEGY_OPTIONS.get(self.position_strategy, {})
+        return make_strategy(
+            self.position_strategy,
+            self.train_length,
+            self.target_length,
+            **{option: getattr(self, field) for field, option in options.items()},
+        )
+
+    def plain_strategy(self) -> Strategy:
+        """Return the strategy of validation samples: plain positions."""
+        return make_strategy("full", self.train_length, self.target_length)
+
+    def scaling(self, dim: int) -> RopeScaling:
+        """Return the RoPE interpolation for ``dim`` rotated dimensions."""
+        return make_scaling(
+            self.rope_interpolation,
+            dim=dim,
+            base=self.rotary_base,
+            factor=self.rope_factor,
+            original_length=self.original_length,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint or a JSON file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ExtensionConfig:
+        """Inverse of ``to_dict``; settings that a newer version added keep their defaults."""
+        return cls(**values)
+
+    def differences(self, other: ExtensionConfig) -> list[str]:
+        """Name each setting that differs, with both values, this one's first."""
+        return [
+            f"{_flag(field.name)} {getattr(self, field.name)} != {getattr(other, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+def _flag(field: str) -> str:
+    return "--seq-length" if field == "train_length" else "--" + field.replace("_", "-")
+
+
+POSITION_STRATEGIES = tuple(STRATEGIES)

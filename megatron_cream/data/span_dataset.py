@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples that read only the tokens they train on.
+
+A sample of N tokens that pretends to span T reads its spans, N tokens, from the memory map; the
+text between them is never touched, and no position is ever stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.data.sources import make_sources
+from megatron_cream.positions import Layout, Strategy, philox
+
+_SHUFFLE_STREAM = 1  # keeps shuffling apart from the layouts of the same seed
+
+
+@dataclass
+class SpanDatasetConfig(BlendedMegatronDatasetConfig):
+    """Megatron's blend and split settings, plus ours.
+
+    Attributes:
+        extension: lengths, strategy, labels and what a sample is drawn from.
+        eod_id: end-of-document token, needed for ``eod_mask_loss`` only.
+        eod_mask_loss: no loss on the token that follows an end of document.
+    """
+
+    extension: ExtensionConfig | None = None
+    eod_id: int | None = None
+    eod_mask_loss: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extension is None:
+            raise ValueError("SpanDatasetConfig needs extension, an ExtensionConfig")
+        if self.eod_mask_loss and self.eod_id is None:
+            raise ValueError(
+                "eod_mask_loss (--eod-mask-loss) needs an end-of-document token: a dataset written "
+                "with --append-eod, or a tokenizer that has one"
+            )
+
+
+def split_strategy(extension: ExtensionConfig, split: Split) -> Strategy:
+    """Return the strategy of a split: training pretends, validation and test do not."""
+    return extension.strategy() if split is Split.train else extension.plain_strategy()
+
+
+class SpanDataset(MegatronDataset):
+    """Samples of one indexed dataset, for Megatron's ``BlendedMegatronDatasetBuilder``.
+
+    Sample i of epoch e is a source of text, every source once an epoch in an order drawn from
+    (seed, e), read at the layout drawn from (seed, i). Each is a dict of ``tokens``, ``labels``,
+    ``position_ids`` (int64 ``[N]``) and ``loss_mask`` (float32 ``[N]``).
+
+    Raises:
+        ValueError: no document of the split is long enough for a sample.
+    """
+
+    config: SpanDatasetConfig
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        dataset_path: str | None,
+        indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: SpanDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        extension = config.extension
+        self.strategy = split_strategy(extension, index_split)
+        itemsize = np.dtype(dataset.index.dtype).itemsize
+        self.sources = make_sources(
+            extension.sample_unit,
+            dataset.index.sequence_pointers[indices] // itemsize,
+            dataset.sequence_lengths[indices],
+            extension.train_length,
+            self.strategy.content_length,
+        )
+        if not len(self.sources):
+            raise ValueError(no_sources_message(dataset_path, index_split.name, self))
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: SpanDatasetConfig) -> IndexedDataset:
+        return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
+
+    def __len__(self) -> int:
+        return len(self.sources) if self.num_samples is None else self.num_samples
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        layout = self.strategy.layout(self.config.extension.position_seed, int(idx))
+        return self.sample(idx, layout)
+
+    def sample(self, idx: int, layout: Layout) -> dict[str, torch.Tensor]:
+        """Return the text of sample ``idx`` read at ``layout``."""
+        start, length, end = self._source(int(idx))
+        tokens = np.zeros(layout.train_length, dtype=np.int64)
+        labels = np.zeros(layout.train_length, dtype=np.int64)
+        loss_mask = np.ones(layout.train_length, dtype=np.float32)
+        spans = layout.spans(length)
+        filled = 0
+        for offset, count in spans:
+            stop = filled + count
+            text = self._read(start + offset, min(count + 1, end - start - offset))
+            tokens[filled:stop] = text[:count]
+            labels[filled : filled + len(text) - 1] = text[1:]
+            if len(text) == count:
+                loss_mask[stop - 1] = 0.0  # the text ends here: there is no next token
+            filled = stop
+        self._apply_label_rule(spans, tokens, labels, loss_mask)
+        if self.config.eod_mask_loss:
+            loss_mask[tokens == self.config.eod_id] = 0.0
+        arrays = {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": layout.position_ids,
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _source(self, idx: int) -> tuple[int, int, int]:
+        epoch, slot = divmod(idx, len(self.sources))
+        chosen = _epoch_order(self.config.random_seed, epoch, len(self.sources))[slot]
+        sources = self.sources
+        return int(sources.starts[chosen]), int(sources.lengths[chosen]), int(sources.ends[chosen])
+
+    def _read(self, token: int, count: int) -> np.ndarray:
+        dtype = self.dataset.index.dtype
+        offset = token * np.dtype(dtype).itemsize
+        return self.dataset.bin_reader.read(dtype=dtype, count=count, offset=offset)
+
+    def _apply_label_rule(
+        self,
+        spans: list[tuple[int, int]],
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        loss_mask: np.ndarray,
+    ) -> None:
+        rule = self.config.extension.label_rule
+        if rule == "true-next":
+            return
+        if rule == "reference":
+            labels[:-1] = tokens[1:]
+            loss_mask[:-1] = 1.0
+            labels[-1], loss_mask[-1] = 0, 0.0
+            return
+        border = 0
+        for (offset, count), (following, _) in zip(spans, spans[1:], strict=False):
+            border += count
+            if offset + count != following:
+                loss_mask[border - 1] = 0.0
+
+
+def no_sources_message(dataset_path: str | None, split: str, dataset: Any) -> str:
+    """Say why a split has no sample; ``dataset`` has ``sources`` and ``strategy``."""
+    return (
+        f"dataset {dataset_path} has no document for the {split} split: a sample takes "
+        f"{dataset.strategy.train_length} tokens (--seq-length) of one, and the longest of its "
+        f"{dataset.sources.dropped} has {dataset.sources.longest}; give longer documents, a "
+        "shorter --seq-length, another --split, or --sample-unit packed"
+    )
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """int32 ``[count]``: the order of the sources in an epoch."""
+    return philox.generator(seed, epoch, _SHUFFLE_STREAM).permutation(count).astype(np.int32)
+
+
+class BlendedSpans(torch.utils.data.Dataset):
+    """A blend whose layouts are drawn by the blend's own sample index.
+
+    Megatron's blend asks each dataset for its own sample i; two datasets would then train on the
+    same layouts one after the other, and middle pipeline stages could not tell which.
+    """
+
+    def __init__(self, blend: BlendedDataset) -> None:
+        self.blend = blend
+        self.split = blend.split  # Megatron's loader reads the batch sizes of the split off it
+        self.extension = blend.config.extension
+        self.strategy = split_strategy(self.extension, blend.split)
+
+    def __len__(self) -> int:
+        return len(self.blend)
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        layout = self.strategy.layout(self.extension.position_seed, int(idx))
+        dataset = self.blend.datasets[self.blend.dataset_index[idx]]
+        return dataset.sample(self.blend.dataset_sample_index[idx], layout)
+
+
+class PositionsOnly(torch.utils.data.Dataset):
+    """Position ids of the training samples, for pipeline stages that see no tokens.
+
+    Opens no file: the layout of a sample is a function of its index.
+    """
+
+    def __init__(self, extension: ExtensionConfig, num_samples: int) -> None:
+        self.split = Split.train
+        self.extension = extension
+        self.strategy = extension.strategy()
+        self.num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        layout = self.strategy.layout(self.extension.position_seed, int(idx))
+        return {"position_ids": torch.from_numpy(layout.position_ids)}

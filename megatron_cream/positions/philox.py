@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random numbers that are a pure function of (seed, sample index).
+
+A counter-based generator has no state worth saving: every worker, rank and restart that asks for
+sample 7 of seed 1234 gets the same numbers, and a middle pipeline stage draws the positions of a
+sample without a message from the stage that read its tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+_BUFFER = 4  # Philox4x64 makes four 64-bit words a block
+
+
+def words(seed: int, index: int, count: int) -> list[int]:
+    """Return ``count`` uniform 64-bit words for one sample.
+
+    The stream equals ``numpy.random.Philox(key=[seed, index]).random_raw(count)``. Building that
+    object costs 28 us, more than the rest of a sample; re-keying one that exists costs 3.
+    """
+    return _keyed(seed, index).random_raw(count).tolist()
+
+
+def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+    """Return a numpy Generator of its own for draws that need a whole distribution.
+
+    ``stream`` separates uses of the same (seed, index) that must not share numbers.
+    """
+    key = np.array([seed & _MASK, index & _MASK], dtype=np.uint64)
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def below(word: int, bound: int) -> int:
+    """Map a uniform 64-bit word to a uniform integer in ``[0, bound)``.
+
+    Multiply-and-shift; its bias is at most bound / 2**64.
+    """
+    return (word * bound) >> 64
+
+
+def unit(word: int) -> float:
+    """Map a uniform 64-bit word to a float in ``[0, 1)`` with 53 random bits."""
+    return (word >> 11) * 2.0**-53
+
+
+class _Rekeyed(threading.local):
+    """One Philox a thread, with the state dictionary that its setter copies from."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
+        self.state = self.philox.state  # counter 0
+        self.state["buffer_pos"] = _BUFFER  # nothing left over: the next word starts a block
+        self.key = self.state["state"]["key"]
+
+
+_rekeyed = _Rekeyed()
+
+
+def _keyed(seed: int, index: int) -> np.random.Philox:
+    local = _rekeyed
+    local.key[0] = seed & _MASK
+    local.key[1] = index & _MASK
+    local.philox.state = local.state
+    return local.philox

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rotary embedding that turns by the positions of the step's own tokens.
+
+Megatron's ``RotaryEmbedding`` is given a length, caches by it and never sees ``position_ids``.
+This one takes its place as ``model.rotary_pos_emb`` after the model is built, and a forward
+pre-hook hands it the position ids that the model is called with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor, nn
+
+from megatron_cream.rope.scaling import RopeScaling
+
+
+class PositionRotaryEmbedding(RotaryEmbedding):
+    """Rotary angles from position ids.
+
+    Angles are made once per step in float32 and by elementwise products, from the position ids of
+    this rank: nothing is cached by length, and under context parallelism nothing is sliced again,
+    because the batch's position ids already are.
+
+    Args:
+        scaling: the interpolation; its ``dim`` is the number of rotated dimensions d.
+        rotary_interleaved: pairs are (0, 1), (2, 3) ... instead of (0, d/2), (1, d/2 + 1) ...
+        device: where the frequencies live; Megatron's own are made on the device of the model.
+        cp_group: context-parallel group, for plain positions only.
+    """
+
+    def __init__(
+        self,
+        scaling: RopeScaling,
+        *,
+        rotary_interleaved: bool = False,
+        device: torch.device | str | None = None,
+        cp_group: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.scaling = scaling
+        self.rotary_interleaved = rotary_interleaved
+        self.cp_group = cp_group
+        # A plain attribute, not a buffer: Float16Module would cast a buffer to 8 or 11 bits.
+        self.inv_freq = _inv_freq(scaling, device)
+        self._position_ids: Tensor | None = None
+
+    def set_position_ids(self, position_ids: Tensor | None) -> None:
+        """Hand over the position ids ``[b, s]`` of the next ``forward``."""
+        self._position_ids = position_ids
+
+    def angles(self, position_ids: Tensor) -> Tensor:
+        """Return float32 angles ``[s, b, 1, d]`` for integer position ids ``[b, s]``.
+
+        Every angle stands twice along d, as Megatron's kernels take it.
+        """
+        if self.inv_freq.device != position_ids.device:
+            self.inv_freq = self.inv_freq.to(position_ids.device)
+        positions = position_ids.transpose(0, 1).to(torch.float32)
+        # A product and not a matrix product: that would round positions to 11 bits under TF32.
+        angles = positions[:, :, None, None] * self.inv_freq
+        if self.rotary_interleaved:
+            return angles.repeat_interleave(2, dim=-1)
+        return torch.cat((angles, angles), dim=-1)
+
+    def forward(
+        self,
+        max_seq_len: int,
+        offset: int = 0,
+        packed_seq: bool = False,
+        cp_group: Any = None,
+    ) -> Tensor:
+        """Return the angles of the positions that were set; called by the model once a step.
+
+        ``max_seq_len`` is what Megatron computed from the hidden states. It is the number of
+        tokens over all context-parallel ranks, and is checked against the position ids.
+
+        Raises:
+            RuntimeError: no position ids were set since the last call.
+            ValueError: their number is not the number of tokens of the step.
+        """
+        position_ids, self._position_ids = self._position_ids, None
+        if position_ids is None:
+            raise RuntimeError(
+                "PositionRotaryEmbedding has no position ids for this step: call the model with "
+                "position_ids on every pipeline stage, and call plain_angles() for inference"
+            )
+        group = cp_group if cp_group is not None else self.cp_group
+        ranks = group.size() if group is not None else 1
+        if not packed_seq and position_ids.shape[-1] * ranks != max_seq_len:
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)} on each of {ranks} "
+                f"context-parallel ranks: the step has {max_seq_len} tokens a sample"
+            )
+        return self.angles(position_ids)
+
+    def plain_angles(self, length: int, offset: int = 0, cp_group: Any = None) -> Tensor:
+        """Return angles ``[length, 1, 1, d]`` of positions ``offset .. offset + length - 1``.
+
+        What Megatron's own rotary returns for that length, with this interpolation.
+        """
+        positions = torch.arange(offset, offset + length, device=self.inv_freq.device)
+        emb = self.angles(positions[None])
+        group = cp_group if cp_group is not None else self.cp_group
+        if group is not None and group.size() > 1:
+            from megatron.core.models.common.embeddings.rope_utils import (
+                get_pos_emb_on_this_cp_rank,
+            )
+
+            emb = get_pos_emb_on_this_cp_rank(emb, 0, group)
+        return emb
+
+
+def _inv_freq(scaling: RopeScaling, device: torch.device | str | None) -> Tensor:
+    """Return float32 ``[dim // 2]`` frequencies, bit-equal to Megatron's and transformers'.
+
+    Both compute the power in float32. Rounding the exact value instead would differ in the last
+    bit of some frequencies, which at position 262143 is an angle of 0.016.
+    """
+    exponents = torch.arange(0, scaling.dim, 2, dtype=torch.float32, device=device) / scaling.dim
+    plain = 1.0 / (scaling.theta**exponents)
+    divisors = torch.from_numpy(scaling.divisors.copy()).to(plain.device)
+    return (plain.double() / divisors).float()
+
+
+def install_rotary(model: nn.Module, scaling: RopeScaling) -> PositionRotaryEmbedding:
+    """Replace ``model.rotary_pos_emb`` and have it follow the ``position_ids`` of every call.
+
+    ``model`` is a built, unwrapped GPTModel or HybridModel chunk on any pipeline stage.
+
+    Raises:
+        ValueError: the model has no rotary embedding of Megatron's ``rope`` kind, or rotates
+            another number of dimensions than ``scaling``.
+    """
+    stock = getattr(model, "rotary_pos_emb", None)
+    if not isinstance(stock, RotaryEmbedding):
+        raise ValueError(
+            f"the model's rotary embedding is {type(stock).__name__}: positions reach angles only "
+            "through RoPE, --position-embedding-type rope"
+        )
+    dim = 2 * stock.inv_freq.numel()
+    if dim != scaling.dim:
+        raise ValueError(f"the interpolation has dim {scaling.dim}, the model rotates {dim}")
+    rotary = PositionRotaryEmbedding(
+        scaling,
+        rotary_interleaved=stock.rotary_interleaved,
+        device=stock.inv_freq.device,
+        cp_group=stock.cp_group,
+    )
+    model.rotary_pos_emb = rotary
+    model.register_forward_pre_hook(_hand_over_position_ids, with_kwargs=True)
+    return rotary
+
+
+def _hand_over_position_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    model.rotary_pos_emb.set_position_ids(position_ids)

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's own trainer with our positions, angles and data.
+
+arguments   our flags, and what they are checked for before a GPU is asked for
+checks      files, datasets and checkpoints, likewise
+hooks       what is put into Megatron's model config
+data        datasets for every pipeline stage
+step        forward step and loss
+report      the block printed at start
+cpu         Megatron's trainer on a machine with no GPU
+megatron    the one patch of Megatron that a pip-installed one needs
+"""

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Look at datasets and checkpoints before a GPU is asked for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.utils import Split
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.data.index import read_index, read_metadata
+from megatron_cream.data.sources import make_sources
+from megatron_cream.data.span_dataset import no_sources_message, split_strategy
+from megatron_cream.training.arguments import CHECKPOINT_KEY
+
+DEFAULT_SPLIT = "969,30,1"  # Megatron's
+
+
+def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
+    """Check every dataset of the blend: files whole, long enough, its tokens in the vocabulary.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the dataset and what it needs.
+    """
+    wanted = _prefixes_by_split(args)
+    if not wanted:
+        raise ValueError("--data-path is missing: it must name at least one indexed dataset")
+    for prefix, splits in wanted.items():
+        index = read_index(prefix)
+        _check_vocabulary(args, prefix)
+        for split, (begin, end) in splits.items():
+            if split is not Split.train and not args.eval_iters:
+                continue
+            first, last = round(begin * len(index.lengths)), round(end * len(index.lengths))
+            strategy = split_strategy(extension, split)
+            sources = make_sources(
+                extension.sample_unit,
+                index.pointers[first:last] // index.dtype.itemsize,
+                index.lengths[first:last],
+                extension.train_length,
+                strategy.content_length,
+            )
+            if not len(sources):
+                found = SimpleNamespace(sources=sources, strategy=strategy)
+                raise ValueError(no_sources_message(prefix, split.name, found))
+
+
+def _prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, float]]]:
+    """Dataset prefixes, each with the part of its documents that each split takes."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    wanted: dict[str, dict[Split, tuple[float, float]]] = {}
+    if blend is not None:
+        vector = parse_and_normalize_split(args.split or DEFAULT_SPLIT)
+        matrix = convert_split_vector_to_split_matrix(vector)
+        parts = {s: matrix[s.value] for s in Split if matrix[s.value] is not None}
+        for prefix in blend[0]:
+            wanted[prefix] = parts
+    for split in Split if per_split is not None else ():
+        for prefix in (per_split[split.value] or ([], None))[0]:
+            wanted.setdefault(prefix, {})[split] = (0.0, 1.0)
+    return wanted
+
+
+def _check_vocabulary(args: Namespace, prefix: str) -> None:
+    metadata = read_metadata(prefix)
+    vocabulary = args.padded_vocab_size or args.vocab_size
+    if metadata and vocabulary and metadata["vocab_size"] > vocabulary:
+        raise ValueError(
+            f"--vocab-size is {vocabulary}: dataset {prefix} was written with "
+            f"{metadata['vocab_size']} tokens ({metadata['tokenizer_type']}); it must be at least "
+            "that"
+        )
+
+
+def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
+    """Compare our settings with those of the checkpoint that a run resumes from.
+
+    Starting a new run from the weights of another (--finetune, --pretrained-checkpoint) may
+    change them; that is what extending a model is.
+
+    Raises:
+        ValueError: naming each setting that differs, with both values.
+        FileNotFoundError: --load holds no checkpoint and --exit-on-missing-checkpoint asks for it.
+    """
+    for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        saved = saved_arguments(path) if path else None
+        if flag == "--load" and path and saved is None and args.finetune:
+            raise FileNotFoundError(
+                f"--load is {path}: it must hold a torch_dist checkpoint to start from (--finetune)"
+            )
+        if flag == "--pretrained-checkpoint" and path and saved is None:
+            raise FileNotFoundError(f"{flag} is {path}: it must hold a torch_dist checkpoint")
+        if saved is not None and flag == "--load" and not args.finetune:
+            _refuse_differences(path, saved, extension)
+
+
+def _refuse_differences(path: str, saved: Any, extension: ExtensionConfig) -> None:
+    settings = getattr(saved, CHECKPOINT_KEY, None)
+    if settings is None:
+        raise ValueError(
+            f"--load is {path}: that checkpoint was not trained by megatron_cream, so the run "
+            "cannot be resumed; start a new one from its weights with --finetune"
+        )
+    differences = ExtensionConfig.from_dict(settings).differences(extension)
+    if differences:
+        raise ValueError(
+            f"--load is {path}: that checkpoint was trained with other settings (checkpoint != "
+            f"now): {'; '.join(differences)}. Resume with the same, or start a new run from its "
+            "weights with --finetune"
+        )
+
+
+def latest_checkpoint(path: str) -> Path | None:
+    """Return the folder of the latest torch_dist checkpoint under ``path``, or None."""
+    root = Path(path)
+    tracker = root / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return root if (root / "common.pt").is_file() else None
+    name = tracker.read_text().strip()
+    folder = root / ("release" if name == "release" else f"iter_{int(name):07d}")
+    if not (folder / "metadata.json").is_file():
+        raise ValueError(
+            f"checkpoint {path}: {tracker.name} names {folder.name}, which is missing or not whole"
+        )
+    return folder
+
+
+def saved_arguments(path: str) -> Namespace | None:
+    """Return the arguments saved with the latest checkpoint under ``path``, or None."""
+    folder = latest_checkpoint(path)
+    if folder is None:
+        return None
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    return load_common_state_dict(str(folder)).get("args")

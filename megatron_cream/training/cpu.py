@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's own trainer on a machine with no GPU: the CPU stands in for ``torch.cuda``.
+
+For trying things out, for tests and for demos; opted into by ``--cpu``, never by import, and
+refused where a real GPU is present. ``install`` must run before megatron is imported. The
+trainer, its parallel groups (over gloo), optimizer, data loaders and checkpoints are the real
+ones. What needs real GPU kernels stays out of reach: sequence parallelism (torch's norms refuse
+it), context parallelism and fp8 (Transformer Engine).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+FLAGS = (
+    "--transformer-impl local --distributed-backend gloo --use-cpu-initialization "
+    "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion "
+    "--no-bias-swiglu-fusion --no-rope-fusion --no-gradient-accumulation-fusion "
+    "--no-persist-layer-norm"
+).split()
+"""Megatron flags that turn off what only GPUs have."""
+
+_UNSERVED = {
+    "sequence_parallel": "--sequence-parallel",
+    "fp8": "--fp8-format",
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+    "use_megatron_fsdp": "--use-megatron-fsdp",
+}
+
+
+def install() -> None:
+    """Have ``torch.cuda`` answered by the CPU in this process. Idempotent.
+
+    Raises:
+        RuntimeError: a GPU is present.
+    """
+    # The jit warm-up of Megatron's fusions has nothing to compile for; must precede torch.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Twenty lines a rank on GPU packages that are missing: here they are meant to be.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    # Its random-state tracker wonders, at every dropout, why the CPU's state changed with the
+    # GPU's: they are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda record: False)
+    # Megatron asks for it under tensor parallelism; it orders work on a GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    import torch
+
+    if getattr(torch.cuda, "_stood_in_by_cpu", False):
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            f"--cpu is given and this machine has {torch.cuda.device_count()} GPU(s): leave out "
+            "--cpu to use them, or hide them with CUDA_VISIBLE_DEVICES="
+        )
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is None:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    _answer_queries(torch)
+    _answer_streams(torch)
+    _answer_rng(torch)
+    _answer_tensors(torch)
+    torch.cuda._stood_in_by_cpu = True
+
+
+def refuse_unserved(args: Any) -> None:
+    """Refuse flags that need a GPU's kernels.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for attribute, flag in _UNSERVED.items():
+        if getattr(args, attribute, None):
+            raise ValueError(f"{flag} is given with --cpu: it needs GPUs; leave it out")
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"--context-parallel-size is {args.context_parallel_size} with --cpu: it must be 1, "
+            "ring attention needs Transformer Engine and GPUs"
+        )
+
+
+def _answer_queries(torch: Any) -> None:
+    cpu = torch.device("cpu")
+    cuda = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.is_initialized = lambda: True
+    # Megatron skips model-parallel set-up where it counts no device.
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda.current_device = lambda: cpu
+    cuda.get_device_capability = lambda *_: (0, 0)
+    cuda.get_device_properties = lambda *_: SimpleNamespace(
+        name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count()
+    )
+    cuda.get_device_name = lambda *_: "CPU"
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "init"):
+        setattr(cuda, name, lambda *_, **__: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, lambda *_, **__: 0)
+    cuda.max_memory_reserved = lambda *_, **__: 0
+    cuda.mem_get_info = lambda *_: (0, 0)
+    cuda.memory_stats = lambda *_, **__: {}
+    torch.accelerator.is_available = lambda: False  # the data loader would pin memory
+    for name in ("range_push", "range_pop"):
+        setattr(cuda.nvtx, name, lambda *_: None)
+
+
+class _Inert:
+    """A stream or event: work on a CPU is done when the call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = "cpu"
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+    def query(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("record", "wait", "synchronize", "wait_stream", "wait_event", "record_event"):
+            return lambda *_, **__: None
+        raise AttributeError(name)
+
+
+def _answer_streams(torch: Any) -> None:
+    torch.cuda.Stream = torch.cuda.Event = _Inert
+    torch.cuda.stream = lambda *_: nullcontext()
+    for name in ("current_stream", "default_stream"):
+        setattr(torch.cuda, name, lambda *_: _Inert())
+
+
+def _answer_rng(torch: Any) -> None:
+    def get_state(*_: Any, **__: Any) -> Any:
+        return torch.get_rng_state()
+
+    def set_state(state: Any, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+    # Megatron's random-state tracker sets the state of the current device's generator.
+    torch.cuda.default_generators = {torch.device("cpu"): torch.default_generator}
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = get_state
+        module.set_rng_state = set_state
+        module.manual_seed = module.manual_seed_all = torch.default_generator.manual_seed
+
+
+def _answer_tensors(torch: Any) -> None:
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+    own_type = torch.Tensor.type
+
+    def cuda_type(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return own_type(self, dtype, *args, **kwargs)
+        # Gradient clipping asserts a CUDA type. Function modes look the method up again by its
+        # name and so come here twice.
+        name = own_type(self)
+        return name if ".cuda." in name else name.replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = cuda_type
+    _device_mode(torch).__enter__()
+
+
+def _device_mode(torch: Any) -> Any:
+    from torch.overrides import TorchFunctionMode
+
+    class CudaIsCpu(TorchFunctionMode):
+        """Answers ``device='cuda'`` with the CPU, and pins no memory."""
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)
+            if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+                args = (args[0], "cpu", *args[2:])
+            return func(*args, **kwargs)
+
+    return CudaIsCpu()
+
+
+def _is_cuda(device: Any) -> bool:
+    return str(device).startswith("cuda")

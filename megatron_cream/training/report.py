@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block printed at start: what this run will really do."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.positions import coverage
+from megatron_cream.training.arguments import rotary_dim
+
+# Beyond this many layouts coverage has converged, and a start must not wait for it.
+_SAMPLES = 32_000
+_DENSE_SAMPLES = 64  # strategies without chunks take O(T log T) a sample
+
+
+def start_block(args: Namespace, extension: ExtensionConfig) -> str:
+    """Return the settings of a run as they will be used, one a line."""
+    strategy = extension.strategy()
+    layout = strategy.layout(extension.position_seed, 0)
+    ids = layout.position_ids
+    scaling = extension.scaling(rotary_dim(args))
+    shortest, longest = scaling.wavelengths
+    fields = {
+        "trained window N": f"{extension.train_length} tokens",
+        "target window T": f"{extension.target_length} tokens, {strategy.factor:g} x N",
+        "positions": f"{extension.position_strategy}, seed {extension.position_seed}",
+        "sample 0": f"{_ends(ids)}, in {_pieces(layout)}",
+        "distances trained": _coverage_line(args, extension),
+        "rope": f"{extension.rope_interpolation}, factor {extension.rope_factor:g} over "
+        f"{extension.original_length} tokens, theta {scaling.theta:g}",
+        "wavelengths": f"{shortest:.2f} to {longest:.0f} tokens",
+        "rope kernel": "fused" if args.apply_rope_fusion else "unfused",
+        "labels": f"{extension.label_rule}, samples from: {extension.sample_unit}",
+    }
+    width = max(map(len, fields))
+    lines = [f"  {name:<{width}}  {value}" for name, value in fields.items()]
+    return "\n".join(["megatron_cream", *lines])
+
+
+def _ends(ids: object) -> str:
+    return f"{' '.join(map(str, ids[:3]))} ... {' '.join(map(str, ids[-3:]))}"
+
+
+def _pieces(layout: object) -> str:
+    runs = layout.runs()
+    return "as many pieces as tokens" if runs is None else f"{len(runs)} piece(s)"
+
+
+def _coverage_line(args: Namespace, extension: ExtensionConfig) -> str:
+    strategy = extension.strategy()
+    total = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+    chunked = strategy.layout(0, 0).runs() is not None
+    samples = max(1, min(total, _SAMPLES if chunked else _DENSE_SAMPLES))
+    found = coverage(strategy, samples, extension.position_seed)
+    holes = "".join(f", never {a}..{b}" for a, b in found.holes[:3])
+    more = f" and {len(found.holes) - 3} more ranges" if len(found.holes) > 3 else ""
+    seen = f"the first {samples} of {total}" if samples < total else f"all {samples}"
+    return f"{100 * found.covered:.1f} % of 1..T-1 in {seen} samples{holes}{more}"
