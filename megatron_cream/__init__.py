@@ -3,7 +3,7 @@
 
 megatron_cream.positions   where training tokens pretend to stand (numpy only)
 megatron_cream.rope        how a position becomes an angle
-megatron_cream.data        text to indexed dataset; the dataset that reads only the spans it trains on
+megatron_cream.data        text to dataset, and samples that read only their spans
 megatron_cream.training    flags, hooks and the entry: torchrun -m megatron_cream.pretrain
 megatron_cream.evaluation  perplexity at any length, plots
 megatron_cream.config      the settings of an extension, as flags, checkpoint metadata and text

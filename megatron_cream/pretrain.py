@@ -42,7 +42,8 @@ def prepare() -> Namespace:
     """
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
-    from megatron_cream.training.arguments import CHECKPOINT_KEY, add_arguments
+    from megatron_cream.checkpoint.saved import SETTINGS_KEY
+    from megatron_cream.training.arguments import add_arguments
 
     # Ours first: Megatron's own validation prints hundreds of lines that would bury an error.
     args = parse_args(add_arguments)
@@ -52,7 +53,7 @@ def prepare() -> Namespace:
     # Micro-batches may hold different numbers of trained tokens (texts end, borders are masked);
     # averaging their averages would make the result depend on the layout.
     args.calculate_per_token_loss = True
-    setattr(args, CHECKPOINT_KEY, extension.to_dict())
+    setattr(args, SETTINGS_KEY, extension.to_dict())
     return args
 
 
@@ -75,13 +76,14 @@ def train(args: Namespace) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_cream.training import arguments, hooks, report
+    from megatron_cream.checkpoint.saved import SETTINGS_KEY
+    from megatron_cream.training import hooks, report
     from megatron_cream.training.data import datasets_provider
     from megatron_cream.training.megatron import answer_for_dataset_helpers
     from megatron_cream.training.step import forward_step
 
     answer_for_dataset_helpers()
-    extension = ExtensionConfig.from_dict(getattr(args, arguments.CHECKPOINT_KEY))
+    extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
     config = hooks.model_config(args, extension)
     if args.rank == 0:
         print(report.start_block(args, extension), flush=True)

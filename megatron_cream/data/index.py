@@ -98,6 +98,4 @@ def _check_bin(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.nd
     expected = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
     size = path.stat().st_size
     if size < expected:
-        raise ValueError(
-            f"{path} is truncated: it has {size} bytes and its index needs {expected}"
-        )
+        raise ValueError(f"{path} is truncated: it has {size} bytes and its index needs {expected}")

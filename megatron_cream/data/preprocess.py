@@ -1,37 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to a Megatron indexed dataset: `PREFIX.bin`, `PREFIX.idx` and a note, `PREFIX.json`.
 
-Nothing here imports megatron before the job is checked, and the workers never do.
+Nothing here imports megatron before the job is checked.
 """
 
 import json
 import os
-import signal
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from megatron_cream.data.publish import SUFFIXES, check_absent, publish
 from megatron_cream.data.text import TextInputs, find_inputs, read_documents
 from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.data.workers import tokenized
 
 FORMAT_VERSION = 1
-# In the order they are put in place: megatron finds a dataset by its .idx.
-SUFFIXES = (".bin", ".json", ".idx")
-
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -112,7 +103,7 @@ def preprocess(config: PreprocessConfig, *, progress: bool = True) -> Preprocess
         lengths = np.array(builder.sequence_lengths, dtype=np.int64)
         note = _note(config, tokenizer, lengths, dropped, np.dtype(dtype).name)
         Path(staged + ".json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        files = _publish(staged, config)
+        files = publish(staged, config.output_prefix, config.overwrite)
     return PreprocessStats(
         documents=len(lengths),
         tokens=int(lengths.sum()),
@@ -161,17 +152,7 @@ def _check_output(config: PreprocessConfig) -> None:
         raise FileNotFoundError(f"{where}: no folder {folder}, needs one that exists")
     if not os.access(folder or ".", os.W_OK | os.X_OK):
         raise ValueError(f"{where}: folder {folder or '.'} needs to be writable")
-    _check_absent(config)
-
-
-def _check_absent(config: PreprocessConfig) -> None:
-    for suffix in SUFFIXES:
-        path = config.output_prefix + suffix
-        if os.path.lexists(path) and not config.overwrite:
-            raise ValueError(
-                f"--output-prefix {config.output_prefix}: {path} exists, "
-                "needs a new prefix or --overwrite"
-            )
+    check_absent(config.output_prefix, config.overwrite)
 
 
 def _write_documents(
@@ -180,10 +161,13 @@ def _write_documents(
     """Add every document that is long enough to `builder`; returns how many were not."""
     head = np.array([tokenizer.bos] if config.prepend_bos else [], dtype=np.int32)
     tail = np.array([tokenizer.eod] if config.append_eod else [], dtype=np.int32)
+    source = (config.tokenizer_type, config.tokenizer_model)
     dropped = longest = 0
     with (
         tqdm(total=inputs.total_bytes, unit="B", unit_scale=True, disable=not progress) as bar,
-        closing(_tokenized(config, tokenizer, _documents(config, inputs, bar))) as rows,
+        closing(
+            tokenized(_documents(config, inputs, bar), tokenizer, source, config.workers)
+        ) as rows,
     ):
         for ids in rows:
             longest = max(longest, len(ids))
@@ -208,100 +192,6 @@ def _documents(config: PreprocessConfig, inputs: TextInputs, bar: tqdm) -> Itera
         yield from read_documents(path, config.json_key, bar.update)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group short documents, so that handing them to a worker costs little for each."""
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _tokenized(
-    config: PreprocessConfig, tokenizer: Tokenizer, documents: Iterable[str]
-) -> Iterator[np.ndarray]:
-    """Ids of each document, in the order of the documents."""
-    if config.workers == 1:
-        for batch in _batches(documents):
-            with _one_thread():
-                encoded = tokenizer.encode(batch)
-            yield from encoded
-        return
-    pool = ProcessPoolExecutor(
-        config.workers,
-        # A forked worker would carry the parent's megatron and torch along.
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(config.tokenizer_type, config.tokenizer_model),
-    )
-    try:
-        yield from _pooled(pool, 2 * config.workers, _batches(documents))
-    except BrokenProcessPool as exc:
-        raise ChildProcessError(
-            f"--workers {config.workers}: a worker died, needs more memory or fewer workers "
-            '(and, in a script of your own, the call under `if __name__ == "__main__":`)'
-        ) from exc
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _pooled(
-    pool: ProcessPoolExecutor, ahead: int, batches: Iterable[list[str]]
-) -> Iterator[np.ndarray]:
-    """Like pool.map, which would read the whole input before its first result."""
-    pending: deque[Any] = deque()
-    for batch in batches:
-        pending.append(pool.submit(_encode_in_worker, batch))
-        if len(pending) >= ahead:
-            yield from pending.popleft().result()
-    while pending:
-        yield from pending.popleft().result()
-
-
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(tokenizer_type: str, tokenizer_model: str | None) -> None:
-    global _worker_tokenizer
-    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
-    assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode(texts)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep one worker to one core: the tokenizers library takes them all if it is not told."""
-    key = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(key)
-    os.environ[key] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[key]
-        if before is not None:
-            os.environ[key] = before
-
-
 def _note(
     config: PreprocessConfig, tokenizer: Tokenizer, lengths: np.ndarray, dropped: int, dtype: str
 ) -> dict[str, Any]:
@@ -322,41 +212,3 @@ def _note(
         "longest_document": int(lengths.max()),
         "dtype": dtype,
     }
-
-
-def _publish(staged: str, config: PreprocessConfig) -> tuple[str, ...]:
-    """Move the staged files into place, or leave everything as it was."""
-    for suffix in SUFFIXES:
-        _sync(staged + suffix)
-    _check_absent(config)
-    prefix, old = config.output_prefix, staged + ".old"
-    try:
-        # The old .idx goes first, so that it is never seen beside the new .bin.
-        for suffix in reversed(SUFFIXES):
-            if os.path.lexists(prefix + suffix):
-                os.rename(prefix + suffix, old + suffix)
-        for suffix in SUFFIXES:
-            os.rename(staged + suffix, prefix + suffix)
-    except BaseException:
-        _restore(staged, old, prefix)
-        raise
-    _sync(os.path.dirname(prefix) or ".")
-    return tuple(prefix + suffix for suffix in SUFFIXES)
-
-
-def _restore(staged: str, old: str, prefix: str) -> None:
-    for suffix in reversed(SUFFIXES):
-        if not os.path.exists(staged + suffix):
-            os.unlink(prefix + suffix)
-    for suffix in SUFFIXES:
-        if os.path.lexists(old + suffix):
-            os.rename(old + suffix, prefix + suffix)
-
-
-def _sync(path: str) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

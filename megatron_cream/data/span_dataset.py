@@ -89,7 +89,7 @@ class SpanDataset(MegatronDataset):
             extension.train_length,
             self.strategy.content_length,
         )
-        if not len(self.sources):
+        if not len(self.sources) and num_samples != 0:
             raise ValueError(no_sources_message(dataset_path, index_split.name, self))
 
     @staticmethod

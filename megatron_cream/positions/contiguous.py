@@ -34,7 +34,7 @@ class Full(Strategy):
         return FullLayout(self.train_length, self.target_length, ((0, self.train_length),))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value
 class RandPosLayout(Layout):
     """N sorted positions out of T over the first N tokens."""
 

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from megatron_cream.positions.layout import Layout, Span, Strategy
+from megatron_cream.positions.layout import ChunkLayout, Layout, Span, Strategy
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class _Tally:
         self.dense_pairs = np.zeros(target_length, dtype=np.float64)
         self.centres: list[float] = []
         self.thirds = np.zeros(3)
+        self.third_edges = [-(-i * target_length // 3) for i in range(4)]
 
     def add(self, layout: Layout) -> None:
         runs = layout.runs()
@@ -100,7 +101,9 @@ class _Tally:
             self._add_dense(layout.position_ids)
         else:
             self._add_runs(runs)
-            self.centres += [start + (length - 1) / 2 for start, length in runs[1:-1]]
+        # Chunks and not runs: a middle that touches the head is a middle all the same.
+        if isinstance(layout, ChunkLayout):
+            self.centres += [start + (length - 1) / 2 for start, length in layout.chunks[1:-1]]
 
     def _add_runs(self, runs: list[Span]) -> None:
         distances = [(0, length - 1) for _, length in runs]
@@ -132,10 +135,9 @@ class _Tally:
         second[low + a + b] += 1
 
     def _add_to_thirds(self, start: int, length: int) -> None:
-        third = self.target_length / 3
+        edges = self.third_edges
         for i in range(3):
-            low, high = np.ceil(i * third), np.ceil((i + 1) * third)
-            self.thirds[i] += max(0.0, min(start + length, high) - max(start, low))
+            self.thirds[i] += max(0, min(start + length, edges[i + 1]) - max(start, edges[i]))
 
     def _add_dense(self, position_ids: np.ndarray) -> None:
         present = np.zeros(2 * self.target_length)

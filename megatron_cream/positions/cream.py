@@ -29,6 +29,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from numbers import Integral
 
 from megatron_cream.positions import philox
 from megatron_cream.positions.layout import ChunkLayout, Span, Strategy
@@ -75,6 +76,9 @@ class Cream(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head_lengths is not None:
+            heads = (int(h) if isinstance(h, Integral) else h for h in self.head_lengths)
+            object.__setattr__(self, "head_lengths", tuple(heads))
         if self.gaussian not in GAUSSIANS:
             raise ValueError(
                 f"gaussian (--cream-gaussian) is {self.gaussian!r}: it must be one of {GAUSSIANS}"
@@ -84,8 +88,8 @@ class Cream(Strategy):
             self._check_head(head)
 
     def _check_sigma(self) -> None:
-        for field, flag in (("sigma", "--cream-sigma"), ("sigma_relative", "--cream-sigma-relative")):
-            value = getattr(self, field)
+        for field in ("sigma", "sigma_relative"):
+            value, flag = getattr(self, field), "--cream-" + field.replace("_", "-")
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field} ({flag}) is {value}: it must be a positive number")
 
@@ -109,7 +113,7 @@ class Cream(Strategy):
                 raise ValueError(
                     "head_lengths (--cream-head-lengths) is empty: it must hold at least one length"
                 )
-            return tuple(self.head_lengths)
+            return self.head_lengths
         return (self.train_length // 3, 4 * self.target_length // self.train_length)
 
     @property

@@ -46,7 +46,7 @@ class Layout(ABC):
                 f"(--seq-length) = {self.train_length} tokens of one document; drop shorter ones "
                 "(--min-tokens of tools/preprocess_data.py) or train on --sample-unit packed"
             )
-        return self._spans(document_length)
+        return self._spans(int(document_length))  # numpy's integers would overflow in a draw
 
     @abstractmethod
     def _spans(self, document_length: int) -> list[Span]: ...
@@ -103,6 +103,7 @@ class Strategy(ABC):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise TypeError(f"{field} is {value!r}: it must be a whole number of tokens")
+            object.__setattr__(self, field, int(value))
         if self.train_length < 1:
             raise ValueError(
                 f"train_length (--seq-length) is {self.train_length}: it must be at least 1 token"

@@ -30,7 +30,7 @@ def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
 
     ``stream`` separates uses of the same (seed, index) that must not share numbers.
     """
-    key = np.array([seed & _MASK, index & _MASK], dtype=np.uint64)
+    key = np.array([int(seed) & _MASK, int(index) & _MASK], dtype=np.uint64)
     counter = np.array([0, 0, 0, stream], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
@@ -63,7 +63,7 @@ _rekeyed = _Rekeyed()
 
 def _keyed(seed: int, index: int) -> np.random.Philox:
     local = _rekeyed
-    local.key[0] = seed & _MASK
-    local.key[1] = index & _MASK
+    local.key[0] = int(seed) & _MASK
+    local.key[1] = int(index) & _MASK
     local.philox.state = local.state
     return local.philox

@@ -5,7 +5,7 @@ A sample is cut into chunks; each chunk after the first is moved right by a rand
 decreases, u_i ~ U{u_(i-1) .. T - N} with u_0 = 0. The published trainer cuts in two, the first
 chunk holding at most half of the tokens; the paper's appendix cuts in k and lets every chunk be
 any length. The trainer looks only at the first 5 N tokens of a document; here every token can be
-drawn.
+drawn. Skips drawn one after the other crowd the end of the window as k grows: k = N is not RandPos.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Pose(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.chunks <= self.train_length:
+        if not isinstance(self.chunks, int) or not 1 <= self.chunks <= self.train_length:
             raise ValueError(
                 f"chunks (--pose-chunks) is {self.chunks}: it must be from 1 to train_length "
                 f"(--seq-length) = {self.train_length}"
@@ -88,7 +88,10 @@ class Pose(Strategy):
         skips: tuple[int, ...],
         content_words: tuple[int, ...] = (),
     ) -> PoseLayout:
-        """Return the layout for given chunk lengths l_i and skips u_i, both of k entries."""
+        """Return the layout for given chunk lengths l_i and skips u_i, both of k entries.
+
+        ``content_words`` are the k - 1 random words that content ``uniform`` is drawn from.
+        """
         chunks, before = [], 0
         for length, skip in zip(lengths, skips, strict=True):
             chunks.append((before + skip, length))
@@ -111,8 +114,8 @@ class Pose(Strategy):
         left, lengths = self.train_length, []
         for i, word in enumerate(words):
             if self.chunks == 2 and self.lengths != "paper":
+                # N >= chunks = 2, so that this leaves a token for the second chunk.
                 most = (self.train_length + 1) // 2
-                # A window of one token cannot be cut; N >= chunks = 2 leaves one for the second.
             else:
                 most = left - (len(words) - i)
             lengths.append(1 + philox.below(word, most))

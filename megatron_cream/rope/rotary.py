@@ -45,11 +45,17 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         self.cp_group = cp_group
         # A plain attribute, not a buffer: Float16Module would cast a buffer to 8 or 11 bits.
         self.inv_freq = _inv_freq(scaling, device)
+        self.seq_len_interpolation_factor = None  # read by Megatron's inference helpers
         self._position_ids: Tensor | None = None
+        self._plain = False
 
-    def set_position_ids(self, position_ids: Tensor | None) -> None:
-        """Hand over the position ids ``[b, s]`` of the next ``forward``."""
+    def set_position_ids(self, position_ids: Tensor | None, plain: bool = False) -> None:
+        """Hand over the position ids ``[b, s]`` of the next ``forward``.
+
+        With ``plain`` it returns angles by length instead, as Megatron's inference slices them.
+        """
         self._position_ids = position_ids
+        self._plain = plain
 
     def angles(self, position_ids: Tensor) -> Tensor:
         """Return float32 angles ``[s, b, 1, d]`` for integer position ids ``[b, s]``.
@@ -81,11 +87,13 @@ class PositionRotaryEmbedding(RotaryEmbedding):
             RuntimeError: no position ids were set since the last call.
             ValueError: their number is not the number of tokens of the step.
         """
+        if self._plain:
+            return self.plain_angles(max_seq_len, offset, None if packed_seq else cp_group)
         position_ids, self._position_ids = self._position_ids, None
         if position_ids is None:
             raise RuntimeError(
                 "PositionRotaryEmbedding has no position ids for this step: call the model with "
-                "position_ids on every pipeline stage, and call plain_angles() for inference"
+                "position_ids on every pipeline stage"
             )
         group = cp_group if cp_group is not None else self.cp_group
         ranks = group.size() if group is not None else 1
@@ -156,4 +164,5 @@ def install_rotary(model: nn.Module, scaling: RopeScaling) -> PositionRotaryEmbe
 
 def _hand_over_position_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    model.rotary_pos_emb.set_position_ids(position_ids)
+    inference = kwargs.get("inference_context") or kwargs.get("inference_params")
+    model.rotary_pos_emb.set_position_ids(position_ids, plain=inference is not None)

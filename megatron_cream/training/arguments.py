@@ -10,9 +10,6 @@ from megatron_cream.positions.cream import GAUSSIANS
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 from megatron_cream.rope.scaling import SCALINGS
 
-CHECKPOINT_KEY = "megatron_cream"
-"""Attribute of the arguments that Megatron saves with a checkpoint; holds our settings."""
-
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our flags; lengths are in tokens. Defaults that depend on others are None here."""

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -15,11 +13,11 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import read_index, read_metadata
 from megatron_cream.data.sources import make_sources
 from megatron_cream.data.span_dataset import no_sources_message, split_strategy
-from megatron_cream.training.arguments import CHECKPOINT_KEY
 
 DEFAULT_SPLIT = "969,30,1"  # Megatron's
 
@@ -90,7 +88,10 @@ def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
         ValueError: naming each setting that differs, with both values.
         FileNotFoundError: --load holds no checkpoint and --exit-on-missing-checkpoint asks for it.
     """
-    for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+    for flag, path in (
+        ("--load", args.load),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
         saved = saved_arguments(path) if path else None
         if flag == "--load" and path and saved is None and args.finetune:
             raise FileNotFoundError(
@@ -102,42 +103,17 @@ def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
             _refuse_differences(path, saved, extension)
 
 
-def _refuse_differences(path: str, saved: Any, extension: ExtensionConfig) -> None:
-    settings = getattr(saved, CHECKPOINT_KEY, None)
-    if settings is None:
+def _refuse_differences(path: str, saved: Namespace, extension: ExtensionConfig) -> None:
+    before = saved_extension(saved)
+    if before is None:
         raise ValueError(
             f"--load is {path}: that checkpoint was not trained by megatron_cream, so the run "
             "cannot be resumed; start a new one from its weights with --finetune"
         )
-    differences = ExtensionConfig.from_dict(settings).differences(extension)
+    differences = before.differences(extension)
     if differences:
         raise ValueError(
             f"--load is {path}: that checkpoint was trained with other settings (checkpoint != "
             f"now): {'; '.join(differences)}. Resume with the same, or start a new run from its "
             "weights with --finetune"
         )
-
-
-def latest_checkpoint(path: str) -> Path | None:
-    """Return the folder of the latest torch_dist checkpoint under ``path``, or None."""
-    root = Path(path)
-    tracker = root / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        return root if (root / "common.pt").is_file() else None
-    name = tracker.read_text().strip()
-    folder = root / ("release" if name == "release" else f"iter_{int(name):07d}")
-    if not (folder / "metadata.json").is_file():
-        raise ValueError(
-            f"checkpoint {path}: {tracker.name} names {folder.name}, which is missing or not whole"
-        )
-    return folder
-
-
-def saved_arguments(path: str) -> Namespace | None:
-    """Return the arguments saved with the latest checkpoint under ``path``, or None."""
-    folder = latest_checkpoint(path)
-    if folder is None:
-        return None
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
-    return load_common_state_dict(str(folder)).get("args")

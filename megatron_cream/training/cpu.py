@@ -17,12 +17,18 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-FLAGS = (
-    "--transformer-impl local --distributed-backend gloo --use-cpu-initialization "
-    "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion "
-    "--no-bias-swiglu-fusion --no-rope-fusion --no-gradient-accumulation-fusion "
-    "--no-persist-layer-norm"
-).split()
+FLAGS = [
+    *("--transformer-impl", "local"),
+    *("--distributed-backend", "gloo"),
+    "--use-cpu-initialization",
+    "--no-masked-softmax-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-rope-fusion",
+    "--no-gradient-accumulation-fusion",
+    "--no-persist-layer-norm",
+]
 """Megatron flags that turn off what only GPUs have."""
 
 _UNSERVED = {

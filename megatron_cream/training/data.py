@@ -15,6 +15,7 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
+from megatron_cream.checkpoint.saved import SETTINGS_KEY
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import read_metadata
 from megatron_cream.data.span_dataset import (
@@ -23,7 +24,6 @@ from megatron_cream.data.span_dataset import (
     SpanDataset,
     SpanDatasetConfig,
 )
-from megatron_cream.training.arguments import CHECKPOINT_KEY
 from megatron_cream.training.checks import DEFAULT_SPLIT
 
 
@@ -37,7 +37,7 @@ def datasets_provider(
     has plain positions, for which they need no dataset.
     """
     args = get_args()
-    extension = ExtensionConfig.from_dict(getattr(args, CHECKPOINT_KEY))
+    extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
     outer = is_first_or_last_pipeline_stage(vp_stage)
     builder = BlendedMegatronDatasetBuilder(
         SpanDataset,
@@ -49,6 +49,8 @@ def datasets_provider(
         BlendedSpans(dataset) if isinstance(dataset, BlendedDataset) else dataset
         for dataset in builder.build()
     ]
+    # Megatron's samplers refuse a split of which --eval-iters 0 asks for nothing.
+    datasets = [None if size == 0 else ds for size, ds in zip(num_samples, datasets, strict=True)]
     if not outer:
         datasets[0] = PositionsOnly(extension, num_samples[0])
     return datasets

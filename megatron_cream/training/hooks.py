@@ -9,9 +9,10 @@ from typing import Any
 from megatron.core.transformer import MegatronModule
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
+from megatron_cream.checkpoint.saved import SETTINGS_KEY
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.rope.rotary import install_rotary
-from megatron_cream.training.arguments import CHECKPOINT_KEY, rotary_dim
+from megatron_cream.training.arguments import rotary_dim
 
 
 def model_config(args: Namespace, extension: ExtensionConfig) -> Any:
@@ -28,6 +29,6 @@ def model_config(args: Namespace, extension: ExtensionConfig) -> Any:
     config.pre_wrap_hooks.append(install)
     config.extra_checkpoint_metadata = {
         **(config.extra_checkpoint_metadata or {}),
-        CHECKPOINT_KEY: extension.to_dict(),
+        SETTINGS_KEY: extension.to_dict(),
     }
     return config

@@ -6,9 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +13,12 @@ import pytest
 import zstandard
 
 from megatron_cream.data import preprocess as module
-from megatron_cream.data.preprocess import PreprocessConfig, preprocess
+from megatron_cream.data import workers as workers_module
+from megatron_cream.data.preprocess import PreprocessConfig
 from megatron_cream.data.tokenizers import ByteLevelTokenizer, load_tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"
-DOCUMENTS = ["alpha beta", "κόσμε", "a", "", "x" * 300] * 3
-KEPT = [document for document in DOCUMENTS if document]
-SUFFIXES = (".bin", ".json", ".idx")
-
-
-def end_process(texts):
-    os._exit(1)
-
-
-@pytest.fixture
-def job(tmp_path):
-    """A byte level job with its input, in a folder of its own."""
-    (tmp_path / "out").mkdir()
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS))
-    return PreprocessConfig(
-        input=(str(source),),
-        tokenizer_type="ByteLevelTokenizer",
-        output_prefix=str(tmp_path / "out" / "a.b"),
-    )
-
-
-def run(config, **changes):
-    return preprocess(replace(config, **changes), progress=False)
 
 
 def read(prefix):
@@ -53,20 +27,12 @@ def read(prefix):
     return IndexedDataset(str(prefix))
 
 
-def outputs(prefix):
-    return {suffix: Path(str(prefix) + suffix).read_bytes() for suffix in SUFFIXES}
-
-
-def left_in(config):
-    return sorted(os.listdir(os.path.dirname(config.output_prefix)))
-
-
-def test_one_sequence_a_document_reads_back(job):
+def test_one_sequence_a_document_reads_back(job, run, left_in, documents, kept):
     stats = run(job, append_eod=True)
     dataset = read(job.output_prefix)
-    expected = [[*document.encode(), 256] for document in KEPT]
+    expected = [[*document.encode(), 256] for document in kept]
     assert [dataset[i].tolist() for i in range(len(dataset))] == expected
-    assert dataset.document_indices.tolist() == list(range(len(KEPT) + 1))
+    assert dataset.document_indices.tolist() == list(range(len(kept) + 1))
     assert dataset[0].dtype == np.uint16
     assert left_in(job) == ["a.b.bin", "a.b.idx", "a.b.json"]
     lengths = [len(row) for row in expected]
@@ -77,7 +43,7 @@ def test_one_sequence_a_document_reads_back(job):
     assert f"documents: 12\ntokens: {sum(lengths)}\ndropped: 3 " in stats.summary()
 
 
-def test_note_beside_the_dataset(job):
+def test_note_beside_the_dataset(job, run):
     run(job, append_eod=True, min_tokens=5)
     assert json.loads(Path(job.output_prefix + ".json").read_text()) == {
         "format_version": 1,
@@ -97,7 +63,7 @@ def test_note_beside_the_dataset(job):
     }
 
 
-def test_min_tokens_does_not_count_eod(job):
+def test_min_tokens_does_not_count_eod(job, run):
     run(job, append_eod=True, min_tokens=300)
     assert [len(row) for row in read(job.output_prefix)[:]] == [301] * 3
     with pytest.raises(ValueError, match=r"--min-tokens 301: none of the 15 .* at most 300"):
@@ -105,9 +71,9 @@ def test_min_tokens_does_not_count_eod(job):
     assert len(read(job.output_prefix)) == 3
 
 
-def test_bos_eod_and_wide_ids(job, tmp_path):
+def test_bos_eod_and_wide_ids(job, tmp_path, run, kept):
     folder = tmp_path / "tokenizer"
-    train_bpe(KEPT, 270, folder)
+    train_bpe(kept, 270, folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["zzz"] = 65_600
     content["added_tokens"].append({**content["added_tokens"][0], "id": 65_600, "content": "zzz"})
@@ -124,62 +90,18 @@ def test_bos_eod_and_wide_ids(job, tmp_path):
     dataset = read(job.output_prefix)
     assert tokenizer.eod == 65_600
     assert dataset[0].dtype == np.int32
-    for row, ids in zip(dataset[:], tokenizer.encode(KEPT), strict=True):
+    for row, ids in zip(dataset[:], tokenizer.encode(kept), strict=True):
         assert row.tolist() == [tokenizer.bos, *ids, 65_600]
 
 
-def test_same_bytes_for_every_number_of_workers(job, tmp_path, monkeypatch):
-    train_bpe(KEPT, 300, tmp_path / "tokenizer")
-    job = replace(
-        job,
-        tokenizer_type="HuggingFaceTokenizer",
-        tokenizer_model=str(tmp_path / "tokenizer"),
-        append_eod=True,
-    )
-    run(job)
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 2)
-    run(job, workers=2, output_prefix=job.output_prefix + "2")
-    assert outputs(job.output_prefix) == outputs(job.output_prefix + "2")
-
-
-def test_workers_do_not_import_megatron():
-    look = "[m for m in ('megatron.core', 'torch') if m in __import__('sys').modules]"
-    with ProcessPoolExecutor(
-        1,
-        mp_context=get_context("spawn"),
-        initializer=module._start_worker,
-        initargs=("ByteLevelTokenizer", None),
-    ) as pool:
-        assert pool.submit(module._encode_in_worker, ["a"]).result()[0].tolist() == [97]
-        assert pool.submit(eval, look).result() == []
-        setting = pool.submit(os.getenv, "TOKENIZERS_PARALLELISM").result()
-    assert setting == "false"
-
-
-def test_pool_reads_only_a_little_ahead(job, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 1)
-    taken = 0
-
-    def documents():
-        nonlocal taken
-        for _ in range(1000):
-            taken += 1
-            yield "text"
-
-    rows = module._tokenized(replace(job, workers=2), ByteLevelTokenizer(), documents())
-    assert next(rows).tolist() == list(b"text")
-    rows.close()
-    assert taken <= 4
-
-
-def test_equal_results_from_every_kind_of_input(job, tmp_path):
+def test_equal_results_from_every_kind_of_input(job, tmp_path, run, outputs, documents):
     run(job)
     data = Path(job.input[0]).read_bytes()
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(data))
     (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(data))
     folder = tmp_path / "folder"
     folder.mkdir()
-    for i, document in enumerate(DOCUMENTS):
+    for i, document in enumerate(documents):
         (folder / f"{i:02}.txt").write_bytes(document.encode())
     (folder / "other.bin").write_bytes(b"x")
     for name in ("in.jsonl.gz", "in.jsonl.zst", "folder"):
@@ -191,8 +113,10 @@ def test_equal_results_from_every_kind_of_input(job, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("older", [False, True])
-def test_broken_line_leaves_everything_as_it_was(job, monkeypatch, workers, older):
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 1)
+def test_broken_line_leaves_everything_as_it_was(
+    job, monkeypatch, workers, older, run, outputs, left_in
+):
+    monkeypatch.setattr(workers_module, "_BATCH_DOCUMENTS", 1)
     if older:
         run(job)
     before = left_in(job), older and outputs(job.output_prefix)
@@ -203,34 +127,8 @@ def test_broken_line_leaves_everything_as_it_was(job, monkeypatch, workers, olde
     assert (left_in(job), older and outputs(job.output_prefix)) == before
 
 
-OLD_NAMES = ("data.old.idx", "data.old.json", "data.old.bin")
-
-
-@pytest.mark.parametrize(
-    ("older", "failing"),
-    [(older, "a.b" + suffix) for older in (False, True) for suffix in SUFFIXES]
-    + [(True, name) for name in OLD_NAMES],
-)
-def test_failure_while_moving_into_place(job, monkeypatch, older, failing):
-    if older:
-        run(job)
-    before = left_in(job), older and outputs(job.output_prefix)
-    true_rename = os.rename
-
-    def rename(source, target):
-        # Putting an older file back must work, as it would after a passing failure.
-        if os.path.basename(target) == failing and os.path.basename(source) not in OLD_NAMES:
-            raise KeyboardInterrupt
-        true_rename(source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "rename", rename)
-        run(job, append_eod=True, overwrite=older)
-    assert (left_in(job), older and outputs(job.output_prefix)) == before
-
-
-def test_interrupt_half_way(job, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 1)
+def test_interrupt_half_way(job, monkeypatch, run, left_in):
+    monkeypatch.setattr(workers_module, "_BATCH_DOCUMENTS", 1)
     calls = 0
 
     def encode(self, texts):
@@ -248,22 +146,6 @@ def test_interrupt_half_way(job, monkeypatch):
     assert left_in(job) == []
 
 
-def test_dead_worker_is_an_error_and_not_a_hang(job, monkeypatch):
-    monkeypatch.setattr(module, "_encode_in_worker", end_process)
-    with pytest.raises(ChildProcessError, match="--workers 2: a worker died, needs"):
-        run(job, workers=2)
-    assert left_in(job) == []
-
-
-def test_overwrite_replaces_all_files(job):
-    run(job)
-    before = outputs(job.output_prefix)
-    run(job, append_eod=True, overwrite=True)
-    after = outputs(job.output_prefix)
-    assert all(after[suffix] != before[suffix] for suffix in SUFFIXES)
-    assert left_in(job) == ["a.b.bin", "a.b.idx", "a.b.json"]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -277,43 +159,37 @@ def test_overwrite_replaces_all_files(job):
         ({"output_prefix": "out/"}, "--output-prefix out/: names a folder, needs"),
     ],
 )
-def test_settings_are_checked_before_anything_is_read(job, monkeypatch, changes, message):
+def test_settings_are_checked_before_anything_is_read(
+    job, monkeypatch, changes, message, run, left_in
+):
     monkeypatch.setattr(module, "read_documents", pytest.fail)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(job, **changes)
     assert left_in(job) == []
 
 
-def test_append_eod_needs_a_tokenizer_that_has_it(job, tmp_path):
-    train_bpe(KEPT, 260, tmp_path / "t")
+def test_append_eod_needs_a_tokenizer_that_has_it(job, tmp_path, run, kept):
+    train_bpe(kept, 260, tmp_path / "t")
     (tmp_path / "t" / "tokenizer_config.json").unlink()
     changes = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "t")}
     with pytest.raises(ValueError, match="--append-eod: .* has none, needs a tokenizer with an"):
         run(job, append_eod=True, **changes)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_existing_output_needs_overwrite(job, suffix):
-    Path(job.output_prefix + suffix).write_text("older")
-    with pytest.raises(ValueError, match=rf"--output-prefix .*a\.b\{suffix} exists, needs a new"):
-        run(job)
-    assert Path(job.output_prefix + suffix).read_text() == "older"
-
-
-def test_output_folder_must_be_writable(job, monkeypatch):
+def test_output_folder_must_be_writable(job, monkeypatch, run):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="--output-prefix .*: folder .* needs to be writable"):
         run(job)
 
 
-def test_output_never_replaces_an_input(job, tmp_path):
+def test_output_never_replaces_an_input(job, tmp_path, run, documents):
     source = Path(job.input[0]).rename(tmp_path / "out" / "a.b.json")
     with pytest.raises(ValueError, match=r"a\.b\.json is an input, needs another prefix"):
         run(job, input=(str(source),), overwrite=True)
-    assert source.read_text().count("\n") == len(DOCUMENTS)
+    assert source.read_text().count("\n") == len(documents)
 
 
-def test_input_without_text(job):
+def test_input_without_text(job, run, left_in):
     Path(job.input[0]).write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match=r"--input .*in\.jsonl: holds no text"):
         run(job)
@@ -326,10 +202,10 @@ def arguments(job):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def running_tool(tmp_path_factory):
+def running_tool(tmp_path_factory, documents):
     """The tool at work, started first since it imports megatron while the other tests do."""
     folder = tmp_path_factory.mktemp("tool")
-    (folder / "in.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS))
+    (folder / "in.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     job = PreprocessConfig(
         (str(folder / "in.jsonl"),), "ByteLevelTokenizer", str(folder / "out"), append_eod=True
     )
@@ -340,7 +216,7 @@ def running_tool(tmp_path_factory):
         process.kill()
 
 
-def test_tool_writes_and_reports(running_tool):
+def test_tool_writes_and_reports(running_tool, run, outputs):
     job, process = running_tool
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
@@ -380,7 +256,7 @@ def test_tool_exit_status(tool, job, capsys):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_tool_leaves_nothing(tool, job, monkeypatch, number, status):
+def test_stopped_tool_leaves_nothing(tool, job, monkeypatch, number, status, left_in):
     def encode(self, texts):
         assert left_in(job) != []
         signal.raise_signal(number)

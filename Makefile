@@ -1,0 +1,38 @@
+# make demo   extend a small model's context window on real text, two CPU cores, ten minutes
+# make test   lint, format check and the CPU tests
+# make setup  only the virtual environment that both use
+VENV ?= .venv
+INPUT ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format setup lock
+
+demo: setup
+	$(BIN)/python examples/demo/demo.py $(if $(INPUT),--input $(INPUT))
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck .ci/run $(wildcard tools/*.sh examples/*/*.sh)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(READY)
+
+# 6 GB, mostly torch's CUDA libraries. The mark comes last: an interrupted set-up is finished the
+# next time.
+$(READY): requirements.lock setup.cfg pyproject.toml
+	@test -x $(BIN)/python || { python=$$(./tools/find_python.sh) && \
+	  echo "setting up $(VENV) with $$python, some minutes" && "$$python" -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+lock:
+	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock

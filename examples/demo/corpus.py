@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text for the demo: split, tokenizer, indexed datasets."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cream.data.index import read_index
+from megatron_cream.data.preprocess import PreprocessConfig, preprocess
+from megatron_cream.data.text import find_inputs, read_documents
+from megatron_cream.data.tokenizers import train_bpe
+
+HELD_OUT = 8  # every eighth document
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The held-out dataset and how many of its documents are long enough."""
+
+    long_documents: int
+
+    def documents_for(self, wanted: int) -> int:
+        """Return how many documents to evaluate on."""
+        return min(wanted, self.long_documents)
+
+
+def prepare(
+    inputs: list[str] | None, folder: Path, vocabulary: int, shortest: int, longest: int
+) -> Corpus:
+    """Write ``train`` and ``held-out`` datasets and a tokenizer into ``folder``.
+
+    Args:
+        inputs: files or folders of text; the Python standard library where there are none.
+        vocabulary: tokens of the byte-level BPE.
+        shortest: tokens below which a document is dropped from training.
+        longest: tokens a held-out document must have to be evaluated on.
+
+    Raises:
+        ValueError, FileNotFoundError: text that cannot be read or is too short.
+    """
+    texts = list(_documents(inputs))
+    parts = {
+        "train": [text for i, text in enumerate(texts) if i % HELD_OUT],
+        "held-out": [text for i, text in enumerate(texts) if not i % HELD_OUT],
+    }
+    size = sum(map(len, texts)) / 1e6
+    print(f"text: {len(texts)} documents, {size:.1f} M characters from {_source(inputs)}")
+    if not all(parts.values()):
+        raise ValueError(f"INPUT holds {len(texts)} documents: it must hold at least 2")
+    train_bpe(parts["train"], vocabulary, folder / "tokenizer")
+    for part, documents in parts.items():
+        lines = (json.dumps({"text": text}) for text in documents)
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+        config = PreprocessConfig(
+            input=(str(folder / f"{part}.jsonl"),),
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(folder / "tokenizer"),
+            output_prefix=str(folder / part),
+            append_eod=True,
+            min_tokens=shortest,
+            overwrite=True,
+        )
+        stats = preprocess(config)
+        print(f"{part}: {stats.documents} documents, {stats.tokens} tokens")
+    lengths = read_index(folder / "held-out").lengths
+    if lengths.max() < longest:
+        raise ValueError(
+            f"INPUT's longest held-out document has {lengths.max()} tokens: evaluating at the "
+            f"target length needs {longest}"
+        )
+    return Corpus(int((lengths >= longest).sum()))
+
+
+def _documents(inputs: list[str] | None) -> Iterable[str]:
+    if inputs:
+        for path in find_inputs(inputs).files:
+            yield from read_documents(path)
+        return
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if not _NOT_LIBRARY & set(path.relative_to(root).parts):
+            yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _source(inputs: list[str] | None) -> str:
+    return " ".join(inputs) if inputs else "the Python standard library"

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training and evaluation of the demo, each with a progress bar."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_cream.training import cpu
+
+MODEL = [
+    *("--num-layers", "4", "--hidden-size", "128", "--ffn-hidden-size", "384"),
+    *("--num-attention-heads", "4", "--swiglu", "--normalization", "RMSNorm"),
+    *("--disable-bias-linear", "--position-embedding-type", "rope"),
+    *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", "0.05"),
+]
+TRAINING = [
+    *("--seq-length", "256", "--max-position-embeddings", "256"),
+    *("--micro-batch-size", "8", "--global-batch-size", "16"),
+    *("--min-lr", "0", "--lr-decay-style", "cosine", "--clip-grad", "1.0"),
+    *("--weight-decay", "0.01", "--adam-beta2", "0.95"),
+    *("--eval-iters", "0", "--eval-interval", "1000000", "--num-workers", "0"),
+    *("--split", "100,0,0", "--no-create-attention-mask-in-dataloader"),
+    *("--tokenizer-type", "NullTokenizer", "--vocab-size", "1024"),
+    *("--make-vocab-size-divisible-by", "1", "--log-interval", "5"),
+]
+_ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*lm loss: (\S+)")
+
+
+def pretrain(folder: Path, name: str, steps: int, flags: list[str]) -> None:
+    """Run Megatron's trainer on two ranks; its output goes to ``folder/name.log``.
+
+    Raises:
+        SystemExit: training failed; the end of the log is printed.
+    """
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-port", str(_free_port()), "-m", "megatron_cream.pretrain", "--cpu"),
+        *(*MODEL, *TRAINING, "--data-path", str(folder / "train"), "--train-iters", str(steps)),
+        *("--lr-warmup-iters", str(max(1, steps // 20)), "--save", str(folder / name)),
+        *("--save-interval", str(steps), "--no-save-optim", *flags),
+    ]
+    log = folder / f"{name}.log"
+    lines = [" ".join(command)]
+    with (
+        log.open("w") as file,
+        tqdm(total=steps, desc=f"train {name}", unit="step") as bar,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
+        file.write(lines[0] + "\n")
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            lines.append(line.rstrip())
+            if found := _ITERATION.search(line):
+                bar.update(int(found[1]) - bar.n)
+                bar.set_postfix(loss=f"{float(found[2]):.3f}")
+    if process.returncode:
+        errors = [line for line in lines if line.startswith("error:")] or lines[-20:]
+        raise SystemExit("\n".join([*errors, f"training {name} failed; see {log}"]))
+
+
+def perplexities(
+    folder: Path,
+    run: str,
+    title: str,
+    lengths: tuple[int, ...],
+    documents: int,
+    document_tokens: int,
+    changes: dict[str, Any],
+) -> dict[int, float]:
+    """Return perplexity by length of one run's checkpoint, with other settings if given."""
+    cpu.install()
+    from megatron_cream.evaluation.run import score
+
+    options = Namespace(
+        checkpoint=str(folder / run),
+        data=str(folder / "held-out"),
+        lengths=lengths,
+        stride=None,
+        documents=documents,
+        document_tokens=document_tokens,
+        batch_tokens=4096,
+        title=f"evaluate {title}",
+        **{"rope_interpolation": None, "rope_factor": None, **changes},
+    )
+    return {result.length: result.value for result in score(options)[1]}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

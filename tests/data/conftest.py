@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_cream.data.preprocess import PreprocessConfig, preprocess
+from megatron_cream.data.publish import SUFFIXES
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return ["alpha beta", "κόσμε", "a", "", "x" * 300] * 3
+
+
+@pytest.fixture(scope="session")
+def kept(documents):
+    """The documents that a job with --min-tokens 1 writes."""
+    return [document for document in documents if document]
+
+
+@pytest.fixture
+def job(tmp_path, documents):
+    """A byte level job with its input, in a folder of its own."""
+    (tmp_path / "out").mkdir()
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    return PreprocessConfig(
+        input=(str(source),),
+        tokenizer_type="ByteLevelTokenizer",
+        output_prefix=str(tmp_path / "out" / "a.b"),
+    )
+
+
+@pytest.fixture
+def run():
+    """Runs a job with some of its settings changed."""
+
+    def call(config, **changes):
+        return preprocess(replace(config, **changes), progress=False)
+
+    return call
+
+
+@pytest.fixture
+def outputs():
+    """Reads the bytes of the three files at a prefix."""
+
+    def call(prefix):
+        return {suffix: Path(str(prefix) + suffix).read_bytes() for suffix in SUFFIXES}
+
+    return call
+
+
+@pytest.fixture
+def left_in():
+    """Lists the folder that a job writes to."""
+
+    def call(config):
+        return sorted(os.listdir(os.path.dirname(config.output_prefix)))
+
+    return call

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_cream.data.publish import SUFFIXES
+
+OLD_NAMES = ("data.old.idx", "data.old.json", "data.old.bin")
+
+
+@pytest.mark.parametrize(
+    ("older", "failing"),
+    [(older, "a.b" + suffix) for older in (False, True) for suffix in SUFFIXES]
+    + [(True, name) for name in OLD_NAMES],
+)
+def test_failure_while_moving_into_place(job, monkeypatch, older, failing, run, outputs, left_in):
+    if older:
+        run(job)
+    before = left_in(job), older and outputs(job.output_prefix)
+    true_rename = os.rename
+
+    def rename(source, target):
+        # Putting an older file back must work, as it would after a passing failure.
+        if os.path.basename(target) == failing and os.path.basename(source) not in OLD_NAMES:
+            raise KeyboardInterrupt
+        true_rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", rename)
+        run(job, append_eod=True, overwrite=older)
+    assert (left_in(job), older and outputs(job.output_prefix)) == before
+
+
+def test_overwrite_replaces_all_files(job, run, outputs, left_in):
+    run(job)
+    before = outputs(job.output_prefix)
+    run(job, append_eod=True, overwrite=True)
+    after = outputs(job.output_prefix)
+    assert all(after[suffix] != before[suffix] for suffix in SUFFIXES)
+    assert left_in(job) == ["a.b.bin", "a.b.idx", "a.b.json"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_existing_output_needs_overwrite(job, suffix, run):
+    Path(job.output_prefix + suffix).write_text("older")
+    with pytest.raises(ValueError, match=rf"--output-prefix .*a\.b\{suffix} exists, needs a new"):
+        run(job)
+    assert Path(job.output_prefix + suffix).read_text() == "older"

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_cream.data.sources import make_sources
+
+
+def cut(unit, lengths, train, content):
+    lengths = np.array(lengths, dtype=np.int64)
+    starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64)
+    sources = make_sources(unit, starts, lengths, train, content)
+    return sources, list(zip(sources.starts, sources.lengths, sources.ends, strict=True))
+
+
+def test_documents():
+    sources, rows = cut("document", [3, 10, 7], 5, 8)
+    assert rows == [(3, 10, 13), (13, 7, 20)]
+    assert (sources.dropped, sources.longest) == (1, 10)
+
+
+def test_windows_stay_inside_documents_and_know_what_follows():
+    _, rows = cut("window", [3, 21, 7], 5, 8)
+    assert rows == [(3, 8, 24), (11, 8, 24), (19, 5, 24), (24, 7, 31)]
+
+
+def test_packed_windows_ignore_documents():
+    sources, rows = cut("packed", [3, 21, 7], 5, 8)
+    assert rows == [(0, 8, 31), (8, 8, 31), (16, 8, 31), (24, 7, 31)]
+    assert sources.longest == 31
+
+
+def test_packed_refuses_gaps():
+    with pytest.raises(ValueError, match="--sample-unit"):
+        make_sources("packed", np.array([0, 10]), np.array([5, 5]), 2, 4)
+
+
+@given(
+    st.sampled_from(["document", "window", "packed"]),
+    st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    st.integers(1, 20),
+    st.integers(0, 40),
+)
+def test_sources_are_long_enough_and_apart(unit, lengths, train, more):
+    content = train + more
+    sources, rows = cut(unit, lengths, train, content)
+    document_ends = set(np.cumsum(lengths).tolist())
+    before = 0
+    for start, length, end in rows:
+        assert start >= before
+        assert train <= length <= (max(lengths) if unit == "document" else content)
+        assert start + length <= end
+        assert end in (document_ends if unit != "packed" else {sum(lengths)})
+        before = start + length
+    if unit == "document":
+        assert len(rows) == sum(length >= train for length in lengths)
+        assert sources.dropped == len(lengths) - len(rows)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs Megatron's real trainer on several gloo ranks of this machine, in a second or two each.
+
+Importing megatron takes nine seconds a process. A fork server imports it once, with the CPU
+standing in for the GPU, and every rank is a fork of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_SERVER = multiprocessing.get_context("forkserver")
+_TIMEOUT = 240
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Attributes:
+        losses: full-precision training loss by iteration.
+        log: output of all ranks.
+        status: exit status of each rank.
+    """
+
+    losses: dict[int, float]
+    log: str
+    status: list[int]
+
+    def lines(self, text: str) -> list[str]:
+        """Return the lines of the log that contain ``text``."""
+        return [line for line in self.log.splitlines() if text in line]
+
+
+def train(folder: Path, flags: list[str], ranks: int = 1, wait: bool = True) -> Run:
+    """Run ``megatron_cream.pretrain`` on ``ranks`` processes; everything lands in ``folder``.
+
+    With ``wait`` a run that fails is an error here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _prepare_server()
+    port = _free_port()
+    processes = [
+        _SERVER.Process(target=_rank, args=(rank, ranks, port, flags, str(folder)))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(_TIMEOUT)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    log = "".join((folder / f"rank{rank}.log").read_text() for rank in range(ranks))
+    status = [process.exitcode for process in processes]
+    if wait and any(status):
+        raise RuntimeError(f"ranks ended with {status}:\n{log[-6000:]}")
+    return Run(_losses(folder, ranks), log, status)
+
+
+def _prepare_server() -> None:
+    # Python 3.12's fork server preloads before it takes over sys.path, and keeps quiet about
+    # what it cannot import.
+    tests = str(Path(__file__).parents[1])
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if tests not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, known)])
+    _SERVER.set_forkserver_preload(["support.preload"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _losses(folder: Path, ranks: int) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for rank in range(ranks):
+        path = folder / f"rank{rank}.losses"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            iteration, loss = json.loads(line)
+            found[iteration] = loss
+    return found
+
+
+def _rank(rank: int, ranks: int, port: int, flags: list[str], folder: str) -> None:
+    """Body of one rank, in a fork of the server."""
+    log = open(os.path.join(folder, f"rank{rank}.log"), "w", buffering=1)  # noqa: SIM115
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    if "support.preload" not in sys.modules:
+        raise RuntimeError("the fork server did not import support.preload")
+    import torch
+
+    torch.set_num_threads(1)
+    _keep_losses(os.path.join(folder, f"rank{rank}.losses"))
+    sys.argv = ["pretrain", "--cpu", *flags]
+    from megatron_cream import pretrain
+
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(folder, f"rank{rank}.losses"))
+    pretrain.main()
+
+
+def _keep_losses(path: str) -> None:
+    """Write the loss of each iteration in full; the log has seven digits."""
+    from megatron.training import training
+
+    own = training.training_log
+
+    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+        if "lm loss" in loss_dict:
+            with open(path, "a") as file:
+                file.write(json.dumps([iteration, float(loss_dict["lm loss"])]) + "\n")
+        return own(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+
+    training.training_log = training_log

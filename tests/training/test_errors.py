@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input ends in one line that names the flag, before a process group or a GPU is asked for."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from support.runs import FLAGS, write_dataset
+
+pytestmark = pytest.mark.usefixtures("cpu_megatron")
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, dataset):
+    """Runs the command and returns its error line; fails if anything was started."""
+    import torch
+
+    from megatron_cream import pretrain
+    from megatron_cream.training import cpu
+
+    def call(*extra, data=dataset):
+        argv = ["pretrain", *cpu.FLAGS, "--cpu", *FLAGS, "--data-path", str(data), *extra]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(ValueError | FileNotFoundError) as error:
+            pretrain.prepare()
+        assert not torch.distributed.is_initialized()
+        assert "arguments" not in capsys.readouterr().out, "Megatron printed its arguments first"
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        (["--target-length", "90"], ["--target-length", "90", "96"]),
+        (["--cream-head-lengths", "48"], ["--cream-head-lengths", "48", "from 1 to 47"]),
+        (["--target-length", "6000"], ["4 * factor", "--cream-head-lengths", "250"]),
+        (["--cream-sigma", "-1"], ["--cream-sigma", "-1", "positive"]),
+        (["--position-strategy", "pose", "--pose-chunks", "97"], ["--pose-chunks", "97", "96"]),
+        (["--rope-factor", "0.5"], ["--rope-factor", "0.5", "at least 1"]),
+        (["--original-length", "0"], ["--original-length", "0"]),
+        (["--position-embedding-type", "none"], ["--position-embedding-type", "none", "rope"]),
+        (["--position-embedding-type", "mrope"], ["--position-embedding-type", "mrope"]),
+        (["--position-embedding-type", "yarn"], ["--position-embedding-type", "yarn"]),
+        (["--reset-position-ids"], ["--reset-position-ids"]),
+        (["--reset-attention-mask"], ["--reset-attention-mask"]),
+        (["--multi-latent-attention"], ["--multi-latent-attention"]),
+        (["--flash-decode"], ["--flash-decode"]),
+        (["--use-rope-scaling"], ["--use-rope-scaling", "--rope-interpolation"]),
+        (
+            ["--rotary-seq-len-interpolation-factor", "8"],
+            ["--rotary-seq-len-interpolation-factor", "8", "--rope-factor"],
+        ),
+        (["--dataloader-type", "cyclic"], ["--dataloader-type", "cyclic", "single"]),
+        (["--sequence-parallel"], ["--sequence-parallel", "--cpu"]),
+        (["--context-parallel-size", "2"], ["--context-parallel-size", "2", "--cpu"]),
+        (["--load", "nowhere", "--finetune"], ["--load", "nowhere", "checkpoint"]),
+        (["--pretrained-checkpoint", "nowhere"], ["--pretrained-checkpoint", "nowhere"]),
+        (["--eod-mask-loss"], ["--eod-mask-loss", "--append-eod"]),
+    ],
+)
+def test_flags(refused, extra, parts):
+    message = refused(*extra)
+    for part in parts:
+        assert part in message
+
+
+def test_unknown_strategy_is_refused_by_the_parser(monkeypatch, capsys, dataset):
+    from megatron_cream import pretrain
+
+    argv = ["pretrain", *FLAGS, "--data-path", dataset, "--position-strategy", "crema"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as exit_:
+        pretrain.prepare()
+    assert exit_.value.code == 2
+    assert "--position-strategy: invalid choice: 'crema'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_dataset_file(refused, tmp_path, suffix):
+    prefix = write_dataset(tmp_path / "d", [500] * 5)
+    Path(prefix + suffix).unlink()
+    assert f"d{suffix}" in refused(data=prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_truncated_dataset_file(refused, tmp_path, suffix):
+    prefix = write_dataset(tmp_path / "d", [500] * 5)
+    path = Path(prefix + suffix)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert f"d{suffix} is truncated" in refused(data=prefix)
+
+
+def test_no_document_is_long_enough(refused, tmp_path):
+    message = refused(data=write_dataset(tmp_path / "d", [50, 95]))
+    for part in ("train split", "96 tokens", "--seq-length", "longest of its 2 has 95"):
+        assert part in message
+
+
+def test_vocabulary_smaller_than_the_datasets(refused, tmp_path):
+    prefix = write_dataset(tmp_path / "d", [500] * 5)
+    Path(prefix + ".json").write_text('{"vocab_size": 32000, "tokenizer_type": "HF"}')
+    message = refused(data=prefix)
+    assert "--vocab-size is 120" in message
+    assert "32000" in message
+
+
+def test_resuming_with_other_settings(refused, initial):
+    message = refused("--load", initial, "--target-length", "960", "--cream-sigma", "2")
+    for part in ("--target-length 768 != 960", "--cream-sigma 3.0 != 2.0", "--finetune"):
+        assert part in message
+
+
+def test_a_checkpoint_that_is_not_whole(refused, initial, tmp_path):
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("7")
+    assert "iter_0000007" in refused("--load", str(tmp_path))
+
+
+def test_gpu_present_refuses_the_stand_in(monkeypatch):
+    import torch
+
+    from megatron_cream.training import cpu
+
+    monkeypatch.setattr(torch.cuda, "_stood_in_by_cpu", False)
+    with pytest.raises(RuntimeError, match="leave out --cpu"):
+        cpu.install()

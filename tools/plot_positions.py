@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Report and draw where a strategy puts its tokens and which relative distances it trains."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_cream.evaluation.position_plots import draw, require_matplotlib
+from megatron_cream.evaluation.position_report import describe
+from megatron_cream.positions import STRATEGIES, Strategy, coverage, make_strategy
+from megatron_cream.positions.cream import GAUSSIANS
+from megatron_cream.positions.pose import CONTENTS, LENGTHS
+
+# Option of a strategy: (whose, how it is read). Each has the name it has in training as well,
+# so that flags can be copied from a launch script.
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sigma": ("cream", {"type": float, "help": "width of the Gaussian in half windows"}),
+    "sigma_relative": ("cream", {"type": float, "help": "its width as a multiple of T / N"}),
+    "gaussian": ("cream", {"choices": GAUSSIANS}),
+    "head_lengths": ("cream", {"type": int, "nargs": "+", "metavar": "TOKENS"}),
+    "chunks": ("pose", {"type": int, "metavar": "K"}),
+    "lengths": ("pose", {"choices": LENGTHS}),
+    "content": ("pose", {"choices": CONTENTS}),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exits with status 2 on a flag it cannot read."""
+    parser = _Parser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--train-length", "--seq-length", type=int, required=True, metavar="N")
+    add("--target-length", type=int, required=True, metavar="T")
+    add("--strategy", "--position-strategy", choices=tuple(STRATEGIES), required=True)
+    for name, (strategy, reading) in OPTIONS.items():
+        flag = name.replace("_", "-")
+        add(f"--{flag}", f"--{strategy}-{flag}", dest=name, **reading)
+    add("--samples", type=int, help="samples to count (default: 32000, fewer where that is slow)")
+    add("--seed", "--position-seed", type=int, default=1234)
+    add("--layouts", type=int, default=24, help="samples to draw (default: 24)")
+    add("--output", type=Path, metavar="FILE", help="default: positions-STRATEGY.png")
+    args = parser.parse_args(argv)
+    if not 1 <= args.layouts <= 200:
+        parser.error(f"--layouts is {args.layouts}: it must be from 1 to 200 rows of the picture")
+    return args
+
+
+def default_samples(strategy: Strategy) -> int:
+    """Return a number of samples that ``coverage`` counts in seconds: 32000, a run of 1000 x 32.
+
+    Fewer where a sample has many pieces, because each pair of pieces is counted, and far fewer
+    where it has as many pieces as tokens (RandPos), because then a sample costs O(T log T).
+    """
+    runs = strategy.layout(seed=0, index=0).runs()
+    if runs is None:
+        return min(4096, max(64, 2**25 // strategy.target_length))
+    pairs = len(runs) * (len(runs) + 1) // 2
+    return min(32_000, max(256, 1_000_000 // pairs))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the report, write the picture and print its path."""
+    require_matplotlib()
+    output = args.output or Path(f"positions-{args.strategy}.png")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output is {output}: its folder does not exist")
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    strategy = make_strategy(args.strategy, args.train_length, args.target_length, **given)
+    samples = default_samples(strategy) if args.samples is None else args.samples
+    result = coverage(strategy, samples, args.seed)
+    print(describe(strategy, result))
+    layouts = [strategy.layout(args.seed, index) for index in range(args.layouts)]
+    draw(strategy, result, layouts, output)
+    print(f"picture: {output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, ImportError) as exc:
+        print("error:", " ".join(str(exc).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
