@@ -21,14 +21,14 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import corpus  # noqa: E402
+import jobs  # noqa: E402
 import picture  # noqa: E402
-import runs  # noqa: E402
 
 N, T = 256, 2048
 LENGTHS = (256, 512, 1024, 2048)
 VOCABULARY = 1024
-BASE_STEPS, EXTENSION_STEPS = 700, 70
-DOCUMENT_TOKENS = 2 * T + 1
+BASE_STEPS, EXTENSION_STEPS = 450, 45
+DOCUMENT_TOKENS = T + 1
 DOCUMENTS = 12
 
 
@@ -75,14 +75,14 @@ def parse_args() -> argparse.Namespace:
 
 def train(folder: Path) -> None:
     """Train the base model, then extend it in two ways."""
-    runs.pretrain(folder, "base", BASE_STEPS, ["--sample-unit", "packed", "--lr", "4e-3"])
+    jobs.pretrain(folder, "base", BASE_STEPS, ["--sample-unit", "packed", "--lr", "4e-3"])
     for strategy in ("pose", "cream"):
         flags = [
             *("--pretrained-checkpoint", str(folder / "base")),
             *("--target-length", str(T), "--sample-unit", "window", "--lr", "1e-3"),
             *("--position-strategy", strategy, "--rope-interpolation", "linear"),
         ]
-        runs.pretrain(folder, strategy, EXTENSION_STEPS, flags)
+        jobs.pretrain(folder, strategy, EXTENSION_STEPS, flags)
 
 
 def evaluate(folder: Path, documents: int) -> dict[str, dict[int, float]]:
@@ -95,7 +95,7 @@ def evaluate(folder: Path, documents: int) -> dict[str, dict[int, float]]:
         "CREAM": ("cream", {}),
     }
     return {
-        name: runs.perplexities(folder, run, name, LENGTHS, documents, DOCUMENT_TOKENS, changes)
+        name: jobs.perplexities(folder, run, name, LENGTHS, documents, DOCUMENT_TOKENS, changes)
         for name, (run, changes) in models.items()
     }
 
