@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_cream.training import cpu
 
 MODEL = [
-    *("--num-layers", "4", "--hidden-size", "128", "--ffn-hidden-size", "384"),
+    *("--num-layers", "3", "--hidden-size", "128", "--ffn-hidden-size", "384"),
     *("--num-attention-heads", "4", "--swiglu", "--normalization", "RMSNorm"),
     *("--disable-bias-linear", "--position-embedding-type", "rope"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", "0.05"),

@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
+from megatron_cream.rope.fused import serve_per_token_angles
 from megatron_cream.rope.scaling import RopeScaling
 
 
@@ -80,8 +81,9 @@ class PositionRotaryEmbedding(RotaryEmbedding):
     ) -> Tensor:
         """Return the angles of the positions that were set; called by the model once a step.
 
-        ``max_seq_len`` is what Megatron computed from the hidden states. It is the number of
-        tokens over all context-parallel ranks, and is checked against the position ids.
+        ``[s, b, 1, d]``, or ``[1, tokens, 1, d]`` for packed sequences. ``max_seq_len`` is what
+        Megatron computed from the hidden states: the number of tokens over all context-parallel
+        ranks. It is checked against the position ids.
 
         Raises:
             RuntimeError: no position ids were set since the last call.
@@ -102,7 +104,10 @@ class PositionRotaryEmbedding(RotaryEmbedding):
                 f"position_ids has shape {tuple(position_ids.shape)} on each of {ranks} "
                 f"context-parallel ranks: the step has {max_seq_len} tokens a sample"
             )
-        return self.angles(position_ids)
+        angles = self.angles(position_ids)
+        # [1, tokens, 1, d] says that packed angles are of these very tokens, already cut for
+        # this rank; [tokens, 1, 1, d] would be taken for one sequence's and cut again.
+        return angles.transpose(0, 1) if packed_seq else angles
 
     def plain_angles(self, length: int, offset: int = 0, cp_group: Any = None) -> Tensor:
         """Return angles ``[length, 1, 1, d]`` of positions ``offset .. offset + length - 1``.
@@ -158,6 +163,7 @@ def install_rotary(model: nn.Module, scaling: RopeScaling) -> PositionRotaryEmbe
         cp_group=stock.cp_group,
     )
     model.rotary_pos_emb = rotary
+    serve_per_token_angles()
     model.register_forward_pre_hook(_hand_over_position_ids, with_kwargs=True)
     return rotary
 

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-token angles through Transformer Engine's fused rotation.
+
+The fused kernel takes angles ``[s, 1, 1, d]``: one for every row, the same for every sample. A
+rotation does not care which rows belong to one sample, so queries ``[s, b, h, d]`` seen as
+``[s * b, 1, h, d]`` and angles ``[s, b, 1, d]`` seen as ``[s * b, 1, 1, d]`` go through the same
+kernel at the same speed. Both are views, also of the strided slices that queries and keys are.
+
+Packed sequences (``thd``) take the same way. Megatron's own path restarts every sequence at
+position 0 when fused, and cuts angles for this context-parallel rank a second time when not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from torch import Tensor
+
+
+def serve_per_token_angles() -> None:
+    """Have Megatron's attention rotate by angles of every token of every sample. Idempotent.
+
+    Symbol: ``megatron.core.transformer.attention.apply_rotary_pos_emb``, the name through which
+    self-attention of GPTModel and HybridModel rotates queries and keys. Angles that are the same
+    for all samples go to Megatron's own function, unchanged.
+
+    Raises:
+        ImportError: the symbol moved in this version of Megatron.
+    """
+    from megatron.core.transformer import attention
+
+    own = getattr(attention, "apply_rotary_pos_emb", None)
+    if own is None:
+        raise ImportError(
+            "megatron.core.transformer.attention.apply_rotary_pos_emb is gone: it may have "
+            "changed in your version of megatron-core; megatron_cream is made for 0.19.2"
+        )
+    if getattr(own, "serves_per_token_angles", False):
+        return
+
+    def apply(t: Tensor, freqs: Tensor, config: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if freqs.dim() == 4 and freqs.shape[1] > 1:
+            return rotate(t, freqs, config, kwargs.get("mscale", 1.0))
+        return own(t, freqs, config, *args, **kwargs)
+
+    apply.serves_per_token_angles = True
+    attention.apply_rotary_pos_emb = apply
+
+
+def rotate(t: Tensor, angles: Tensor, config: Any, mscale: float = 1.0) -> Tensor:
+    """Rotate ``t`` by angles of its own tokens, fused where ``config.apply_rope_fusion`` is on.
+
+    Args:
+        t: queries or keys, ``[s, b, h, d]`` with angles ``[s, b, 1, d_rot]``, or packed
+            ``[tokens, h, d]`` with angles ``[1, tokens, 1, d_rot]``.
+        angles: float32.
+        config: Megatron's transformer config.
+        mscale: multiplies cos and sin; the fused kernel has none, so another value than 1 is
+            rotated unfused.
+    """
+    shape = t.shape
+    rows = t.unsqueeze(1) if t.dim() == 3 else t.flatten(0, 1).unsqueeze(1)
+    flat = angles.reshape(rows.shape[0], 1, 1, angles.shape[-1])
+    if config.apply_rope_fusion and mscale == 1.0:
+        rotated = rope_utils.fused_apply_rotary_pos_emb(
+            rows, flat, interleaved=config.rotary_interleaved
+        )
+    else:
+        rotated = rope_utils._apply_rotary_pos_emb_bshd(
+            rows, flat, rotary_interleaved=config.rotary_interleaved, mscale=mscale
+        )
+    return rotated.view(shape)
+
+
+def fused_kernel_present() -> bool:
+    """Return whether Transformer Engine's rotation can be called."""
+    return rope_utils.fused_apply_rotary_pos_emb is not None and torch.cuda.is_available()

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of a run does not change its result, on GPUs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if getattr(torch.cuda, "_stood_in_by_cpu", False) or not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def test_layouts_agree(tmp_path):
+    import layouts
+
+    rows = layouts.table(tmp_path, torch.cuda.device_count())
+    for name, difference, tolerance, _ in rows[1:-1]:
+        assert difference < tolerance, f"{name}: {difference}"
+    # Else the rows above would agree because nobody looks at positions.
+    assert rows[-1][1] > max(row[1] for row in rows[1:-1] if "fp8" not in row[0])
