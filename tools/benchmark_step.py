@@ -40,9 +40,7 @@ def main() -> int:
     }
     first = next(iter(variants))
     print(f"{torch.cuda.get_device_name()}, {args.layers} layers, {SEQUENCE} tokens, ms a step")
-    print(
-        f"{'micro-batch':>11}  {'variant':<16} {'median':>8} {'ratio':>7} {'quartiles of ratio':>19}"
-    )
+    print(f"{'micro-batch':>11}  {'variant':<16} {'median':>8} {'ratio':>7} {'its quartiles':>19}")
     for size in args.micro_batch_sizes:
         times = _measure(variants, size, args.steps)
         for name in variants:
