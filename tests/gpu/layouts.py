@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs Megatron's trainer at several layouts on one and two GPUs and prints one table.
 
-    python tests/gpu/layouts.py
+    python tests/gpu/layouts.py [part of a layout's name, for instance CP2]
 
 Every run starts from the same weights and sees the same samples; the table has the largest
 difference of its ten losses to one GPU's. A row with other positions says how much positions
@@ -79,8 +79,11 @@ def train(folder: Path, name: str, gpus: int, flags: list[str]) -> tuple[dict[in
     return losses, log
 
 
-def table(folder: Path, gpus: int) -> list[tuple[str, float, float, str]]:
-    """Return (layout, largest difference, tolerance, RoPE kernel) for layouts that fit."""
+def table(folder: Path, gpus: int, part: str = "") -> list[tuple[str, float, float, str]]:
+    """Return (layout, largest difference, tolerance, RoPE kernel) for layouts that fit.
+
+    ``part`` keeps the layouts whose name contains it.
+    """
     from support.runs import write_dataset
 
     data = ["--data-path", write_dataset(folder / "data", [6000] * 40, vocabulary=1000)]
@@ -90,7 +93,7 @@ def table(folder: Path, gpus: int) -> list[tuple[str, float, float, str]]:
     reference, log = train(folder, "1 GPU", 1, start)
     rows = [("1 GPU", 0.0, 0.0, _kernel(log))]
     for name, layout in LAYOUTS.items():
-        if layout.gpus <= gpus:
+        if layout.gpus <= gpus and part in name:
             losses, log = train(folder, name, layout.gpus, [*start, *layout.flags])
             rows.append((name, _difference(losses, reference), layout.tolerance, _kernel(log)))
             print(rows[-1], flush=True)
@@ -118,7 +121,7 @@ def main() -> int:
         print("error: there is no GPU: these layouts run Megatron's GPU kernels", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        rows = table(Path(folder), gpus)
+        rows = table(Path(folder), gpus, *sys.argv[1:2])
     print(f"\n{torch.cuda.get_device_name()} x {gpus}, bf16, 10 iterations\n")
     print("| layout | largest difference of a loss | allowed | RoPE |\n|---|---|---|---|")
     for name, difference, tolerance, kernel in rows:

@@ -47,11 +47,14 @@ def build(fused):
 def documents():
     from megatron_cream.positions import make_strategy
 
+    """Tokens and position ids, each [1, n]."""
     torch.manual_seed(0)
+    found = []
     for i, length in enumerate(LENGTHS):
         strategy = make_strategy("cream", length, 4096, head_lengths=(length // 3,))
         ids = torch.from_numpy(strategy.layout(1, i).position_ids)[None].cuda()
-        yield torch.randint(VOCABULARY, (1, length), device="cuda"), ids
+        found.append((torch.randint(VOCABULARY, (1, length), device="cuda"), ids))
+    return found
 
 
 @pytest.mark.parametrize("fused", [True, False])
