@@ -20,16 +20,17 @@ MODEL = [
     *("--num-attention-heads", "4", "--swiglu", "--normalization", "RMSNorm"),
     *("--disable-bias-linear", "--position-embedding-type", "rope"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", "0.05"),
+    "--untie-embeddings-and-output-weights",
 ]
 TRAINING = [
     *("--seq-length", "256", "--max-position-embeddings", "256"),
-    *("--micro-batch-size", "8", "--global-batch-size", "16"),
+    *("--micro-batch-size", "4", "--global-batch-size", "8"),
     *("--min-lr", "0", "--lr-decay-style", "cosine", "--clip-grad", "1.0"),
     *("--weight-decay", "0.01", "--adam-beta2", "0.95"),
     *("--eval-iters", "0", "--eval-interval", "1000000", "--num-workers", "0"),
     *("--split", "100,0,0", "--no-create-attention-mask-in-dataloader"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", "1024"),
-    *("--make-vocab-size-divisible-by", "1", "--log-interval", "5"),
+    *("--make-vocab-size-divisible-by", "1", "--log-interval", "10"),
 ]
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*lm loss: (\S+)")
 

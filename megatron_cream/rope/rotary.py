@@ -90,7 +90,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
             ValueError: their number is not the number of tokens of the step.
         """
         if self._plain:
-            return self.plain_angles(max_seq_len, offset, None if packed_seq else cp_group)
+            return self.plain_angles(max_seq_len, offset, cp_group)
         position_ids, self._position_ids = self._position_ids, None
         if position_ids is None:
             raise RuntimeError(

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a user types it, torchrun and all."""
+
+import subprocess
+import sys
+
+import pytest
+from support import ranks
+
+
+@pytest.fixture(scope="module")
+def command():
+    def call(flags, processes=1):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        line = [sys.executable, *torchrun, str(processes), "-m", "megatron_cream.pretrain", "--cpu"]
+        return subprocess.run([*line, *flags], capture_output=True, text=True, timeout=240)
+
+    return call
+
+
+def test_torchrun_trains_and_says_what_it_does(command, flags):
+    done = command([*flags, "--train-iters", "2"], processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in (
+        "trained window N   96 tokens",
+        "target window T    768 tokens, 8 x N",
+        "positions          cream, seed 1234",
+        "rope               linear, factor 8 over 96 tokens, theta 10000",
+        "rope kernel        unfused",
+    ):
+        assert line in done.stdout
+    assert done.stdout.count("lm loss:") >= 2
+
+
+def test_start_block_names_the_holes(tmp_path, flags):
+    narrow = ["--cream-sigma", "0.1", "--cream-head-lengths", "8", "--train-iters", "1"]
+    run = ranks.train(tmp_path, [*flags, *narrow])
+    (line,) = run.lines("distances trained")
+    assert ", never " in line
+
+
+def test_bad_input_is_one_line(command, flags):
+    done = command([*flags, "--target-length", "90"])
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "--target-length" in errors[0]
+    assert "iteration" not in done.stdout
