@@ -79,6 +79,7 @@ class ExtensionConfig:
         if self.cream_head_lengths is not None:
             object.__setattr__(self, "cream_head_lengths", tuple(self.cream_head_lengths))
         self.strategy()
+        self.scaling(dim=64)  # any dimension: it is the other values that are checked
 
     def strategy(self) -> Strategy:
         """Return the position strategy of training samples."""

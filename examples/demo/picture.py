@@ -10,11 +10,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+# Colour, marker, line width, marker size. PoSE is drawn broad, for CREAM may lie on it.
 STYLES = {
-    "base": ("#8c8c8c", "o"),
-    "base, interpolated": ("#c9a227", "s"),
-    "PoSE": ("#3b7dd8", "^"),
-    "CREAM": ("#c8385a", "D"),
+    "base": ("#8c8c8c", "o", 2, 6),
+    "base, interpolated": ("#c9a227", "s", 2, 6),
+    "PoSE": ("#9cc3f0", "o", 6, 12),
+    "CREAM": ("#c8385a", "D", 2, 5),
 }
 
 
@@ -22,8 +23,16 @@ def draw(table: dict[str, dict[int, float]], train_length: int, path: Path) -> N
     """Draw one line a model; both axes logarithmic."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), dpi=160)
     for name, row in table.items():
-        color, marker = STYLES[name]
-        axes.plot(row.keys(), row.values(), color=color, marker=marker, label=name, linewidth=2)
+        color, marker, width, size = STYLES[name]
+        axes.plot(
+            row.keys(),
+            row.values(),
+            color=color,
+            marker=marker,
+            label=name,
+            linewidth=width,
+            markersize=size,
+        )
     lengths = list(next(iter(table.values())))
     axes.axvline(train_length, color="#444444", linewidth=1, linestyle=":")
     axes.annotate(

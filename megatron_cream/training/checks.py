@@ -34,6 +34,7 @@ def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
     for prefix, splits in wanted.items():
         index = read_index(prefix)
         _check_vocabulary(args, prefix)
+        _check_end_of_document(args, prefix)
         for split, (begin, end) in splits.items():
             if split is not Split.train and not args.eval_iters:
                 continue
@@ -75,6 +76,15 @@ def _check_vocabulary(args: Namespace, prefix: str) -> None:
             f"--vocab-size is {vocabulary}: dataset {prefix} was written with "
             f"{metadata['vocab_size']} tokens ({metadata['tokenizer_type']}); it must be at least "
             "that"
+        )
+
+
+def _check_end_of_document(args: Namespace, prefix: str) -> None:
+    metadata = read_metadata(prefix)
+    if args.eod_mask_loss and not (metadata and metadata["appended_eod"]):
+        raise ValueError(
+            f"--eod-mask-loss is given: dataset {prefix} must say which token ends a document; "
+            "write it with tools/preprocess_data.py --append-eod"
         )
 
 

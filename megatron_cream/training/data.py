@@ -79,9 +79,8 @@ def span_dataset_config(args: Namespace, extension: ExtensionConfig) -> SpanData
 
 
 def _eod_id(args: Namespace, blend: Any, blend_per_split: Any) -> int | None:
-    """The end-of-document token that the dataset's own metadata names."""
+    """The end-of-document token that the dataset's own metadata names; checked to be there."""
     if not args.eod_mask_loss:
         return None
     first = blend or next(part for part in blend_per_split if part is not None)
-    metadata = read_metadata(first[0][0])
-    return metadata["eod_id"] if metadata and metadata["appended_eod"] else None
+    return read_metadata(first[0][0])["eod_id"]
