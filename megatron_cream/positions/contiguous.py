@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
@@ -40,9 +39,9 @@ class RandPosLayout(Layout):
 
     positions: np.ndarray = field(repr=False)
 
-    @cached_property
+    @property
     def position_ids(self) -> np.ndarray:
-        return self.positions
+        return self.positions.copy()
 
     def runs(self) -> None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,10 +20,13 @@ class Layout(ABC):
     train_length: int
     target_length: int
 
-    @cached_property
+    @property
     @abstractmethod
     def position_ids(self) -> np.ndarray:
-        """int64 ``[train_length]``, strictly increasing, within ``[0, target_length)``."""
+        """int64 ``[train_length]``, strictly increasing, within ``[0, target_length)``.
+
+        A new array at every call, the caller's own.
+        """
 
     @abstractmethod
     def runs(self) -> list[Span] | None:
@@ -61,7 +64,7 @@ class ChunkLayout(Layout):
 
     chunks: tuple[Span, ...]
 
-    @cached_property
+    @property
     def position_ids(self) -> np.ndarray:
         table = _all_positions(self.target_length)
         return np.concatenate([table[start : start + length] for start, length in self.chunks])

@@ -49,21 +49,21 @@ def unit(word: int) -> float:
 
 
 class _Rekeyed(threading.local):
-    """One Philox a thread, with the state dictionary that its setter copies from."""
+    """One Philox a thread, with the state that its setter copies from and the key in there."""
 
     def __init__(self) -> None:
-        self.philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
-        self.state = self.philox.state  # counter 0
-        self.state["buffer_pos"] = _BUFFER  # nothing left over: the next word starts a block
-        self.key = self.state["state"]["key"]
+        philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
+        state = philox.state  # counter 0
+        state["buffer_pos"] = _BUFFER  # nothing left over: the next word starts a block
+        self.parts = philox, state, state["state"]["key"]
 
 
 _rekeyed = _Rekeyed()
 
 
 def _keyed(seed: int, index: int) -> np.random.Philox:
-    local = _rekeyed
-    local.key[0] = int(seed) & _MASK
-    local.key[1] = int(index) & _MASK
-    local.philox.state = local.state
-    return local.philox
+    philox, state, key = _rekeyed.parts
+    key[0] = int(seed) & _MASK
+    key[1] = int(index) & _MASK
+    philox.state = state
+    return philox
