@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +41,13 @@ class Run:
         return [line for line in self.log.splitlines() if text in line]
 
 
-def train(folder: Path, flags: list[str], ranks: int = 1, wait: bool = True) -> Run:
+def train(
+    folder: Path, flags: list[str], ranks: int = 1, wait: bool = True, kill_after: int | None = None
+) -> Run:
     """Run ``megatron_cream.pretrain`` on ``ranks`` processes; everything lands in ``folder``.
 
-    With ``wait`` a run that fails is an error here.
+    With ``wait`` a run that fails is an error here. With ``kill_after`` all ranks get SIGKILL as
+    soon as the loss of that iteration is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _prepare_server()
@@ -53,6 +58,8 @@ def train(folder: Path, flags: list[str], ranks: int = 1, wait: bool = True) -> 
     ]
     for process in processes:
         process.start()
+    if kill_after is not None:
+        _kill_when(processes, lambda: kill_after in _losses(folder, ranks))
     for process in processes:
         process.join(_TIMEOUT)
     for process in processes:
@@ -60,9 +67,17 @@ def train(folder: Path, flags: list[str], ranks: int = 1, wait: bool = True) -> 
             process.kill()
     log = "".join((folder / f"rank{rank}.log").read_text() for rank in range(ranks))
     status = [process.exitcode for process in processes]
-    if wait and any(status):
+    if wait and kill_after is None and any(status):
         raise RuntimeError(f"ranks ended with {status}:\n{log[-6000:]}")
     return Run(_losses(folder, ranks), log, status)
+
+
+def _kill_when(processes: list, reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + _TIMEOUT
+    while not reached() and time.monotonic() < end and any(p.is_alive() for p in processes):
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
 
 
 def _prepare_server() -> None:
@@ -108,6 +123,8 @@ def _rank(rank: int, ranks: int, port: int, flags: list[str], folder: str) -> No
     )
     if "support.preload" not in sys.modules:
         raise RuntimeError("the fork server did not import support.preload")
+    # As in a process of its own: data workers are forks.
+    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     torch.set_num_threads(1)
