@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
@@ -72,8 +71,3 @@ def rotate(t: Tensor, angles: Tensor, config: Any, mscale: float = 1.0) -> Tenso
             rows, flat, rotary_interleaved=config.rotary_interleaved, mscale=mscale
         )
     return rotated.view(shape)
-
-
-def fused_kernel_present() -> bool:
-    """Return whether Transformer Engine's rotation can be called."""
-    return rope_utils.fused_apply_rotary_pos_emb is not None and torch.cuda.is_available()
