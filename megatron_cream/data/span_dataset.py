@@ -8,7 +8,6 @@ text between them is never touched, and no position is ever stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -91,6 +90,7 @@ class SpanDataset(MegatronDataset):
         )
         if not len(self.sources) and num_samples != 0:
             raise ValueError(no_sources_message(dataset_path, index_split.name, self))
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int32))
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -136,9 +136,16 @@ class SpanDataset(MegatronDataset):
 
     def _source(self, idx: int) -> tuple[int, int, int]:
         epoch, slot = divmod(idx, len(self.sources))
-        chosen = _epoch_order(self.config.random_seed, epoch, len(self.sources))[slot]
+        chosen = self._epoch_order(epoch)[slot]
         sources = self.sources
         return int(sources.starts[chosen]), int(sources.lengths[chosen]), int(sources.ends[chosen])
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """int32 ``[sources]``: the order of an epoch, kept until another epoch is asked for."""
+        if self._order[0] != epoch:
+            rng = philox.generator(self.config.random_seed, epoch, _SHUFFLE_STREAM)
+            self._order = (epoch, rng.permutation(len(self.sources)).astype(np.int32))
+        return self._order[1]
 
     def _read(self, token: int, count: int) -> np.ndarray:
         dtype = self.dataset.index.dtype
@@ -175,12 +182,6 @@ def no_sources_message(dataset_path: str | None, split: str, dataset: Any) -> st
         f"{dataset.sources.dropped} has {dataset.sources.longest}; give longer documents, a "
         "shorter --seq-length, another --split, or --sample-unit packed"
     )
-
-
-@lru_cache(maxsize=8)
-def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """int32 ``[count]``: the order of the sources in an epoch."""
-    return philox.generator(seed, epoch, _SHUFFLE_STREAM).permutation(count).astype(np.int32)
 
 
 class BlendedSpans(torch.utils.data.Dataset):

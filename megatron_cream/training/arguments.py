@@ -95,6 +95,20 @@ _REFUSED = (
     ("reset_attention_mask", True, "--reset-attention-mask", "samples are not masked by document"),
     ("use_rope_scaling", True, "--use-rope-scaling", "use --rope-interpolation"),
     ("hybrid_context_parallel", True, "--hybrid-context-parallel", "samples have one length"),
+    ("sft", True, "--sft", "samples come from indexed datasets"),
+    ("fim_data", True, "--fim-data", "samples are read as they stand"),
+    (
+        "dataloader_inter_document_masking",
+        True,
+        "--dataloader-inter-document-masking",
+        "samples are not masked by document",
+    ),
+    (
+        "multiple_validation_sets",
+        True,
+        "--multiple-validation-sets",
+        "validation is one blend; evaluate the sets with tools/evaluate.py",
+    ),
     ("mtp_num_layers", None, "--mtp-num-layers", "multi-token prediction is not supported"),
     (
         "rotary_seq_len_interpolation_factor",

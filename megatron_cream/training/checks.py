@@ -96,21 +96,22 @@ def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
 
     Raises:
         ValueError: naming each setting that differs, with both values.
-        FileNotFoundError: --load holds no checkpoint and --exit-on-missing-checkpoint asks for it.
+        FileNotFoundError: a new run is to start from weights that are not there.
     """
-    for flag, path in (
-        ("--load", args.load),
-        ("--pretrained-checkpoint", args.pretrained_checkpoint),
-    ):
-        saved = saved_arguments(path) if path else None
-        if flag == "--load" and path and saved is None and args.finetune:
-            raise FileNotFoundError(
-                f"--load is {path}: it must hold a torch_dist checkpoint to start from (--finetune)"
-            )
-        if flag == "--pretrained-checkpoint" and path and saved is None:
-            raise FileNotFoundError(f"{flag} is {path}: it must hold a torch_dist checkpoint")
-        if saved is not None and flag == "--load" and not args.finetune:
-            _refuse_differences(path, saved, extension)
+    saved = saved_arguments(args.load) if args.load else None
+    if saved is not None and not args.finetune:
+        _refuse_differences(args.load, saved, extension)
+    # --load may be empty where a run saves to and resumes from one folder, and starts from
+    # --pretrained-checkpoint the first time.
+    weights = args.pretrained_checkpoint
+    if args.load and args.finetune and not weights and saved is None:
+        raise FileNotFoundError(
+            f"--load is {args.load}: with --finetune it must hold a torch_dist checkpoint"
+        )
+    if weights and saved_arguments(weights) is None:
+        raise FileNotFoundError(
+            f"--pretrained-checkpoint is {weights}: it must hold a torch_dist checkpoint"
+        )
 
 
 def _refuse_differences(path: str, saved: Namespace, extension: ExtensionConfig) -> None:

@@ -154,6 +154,20 @@ def test_every_long_enough_document_once_an_epoch_and_new_positions_in_the_next(
     assert any(not torch.equal(a, b) for a, b in of_document.values())
 
 
+def test_draws_the_order_of_an_epoch_once(prefixes, monkeypatch):
+    """Also in a blend of many datasets, which take turns."""
+    from megatron_cream.positions import philox
+
+    members = [build(prefixes[:1])[0] for _ in range(12)]
+    drawn = []
+    own = philox.generator
+    monkeypatch.setattr(philox, "generator", lambda *args: drawn.append(args) or own(*args))
+    for index in range(2 * len(members[0].sources)):
+        for member in members:
+            member[index]
+    assert len(drawn) == 2 * len(members)
+
+
 def test_same_sample_from_any_worker(prefixes):
     train = build(prefixes[:1])[0]
     loader = torch.utils.data.DataLoader(train, batch_size=5, num_workers=2)

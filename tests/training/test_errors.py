@@ -49,6 +49,10 @@ def refused(monkeypatch, capsys, dataset):
         (["--reset-attention-mask"], ["--reset-attention-mask"]),
         (["--multi-latent-attention"], ["--multi-latent-attention"]),
         (["--flash-decode"], ["--flash-decode"]),
+        (["--sft"], ["--sft"]),
+        (["--fim-data"], ["--fim-data"]),
+        (["--dataloader-inter-document-masking"], ["--dataloader-inter-document-masking"]),
+        (["--multiple-validation-sets"], ["--multiple-validation-sets", "tools/evaluate.py"]),
         (["--use-rope-scaling"], ["--use-rope-scaling", "--rope-interpolation"]),
         (
             ["--rotary-seq-len-interpolation-factor", "8"],
