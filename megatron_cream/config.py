@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
-from megatron_cream.rope.scaling import RopeScaling, make_scaling
+from megatron_cream.rope import RopeScaling, compose, make_scaling
 
 LABEL_RULES = ("true-next", "masked", "reference")
-SAMPLE_UNITS = ("document", "window", "packed")
+SAMPLE_UNITS = ("document", "window", "packed", "packed-documents")
 
 # Which strategy takes which settings; the rest keep their defaults and have no effect.
 _STRATEGY_OPTIONS = {
@@ -30,7 +30,7 @@ class ExtensionConfig:
     """Everything that decides positions, angles and labels of a run.
 
     A field's name with dashes is its flag, except ``train_length``, which is Megatron's
-    --seq-length, and ``rotary_base``. Lengths are in tokens.
+    --seq-length, ``rotary_base`` and ``rope_base``. Lengths are in tokens.
 
     Attributes:
         train_length: N, tokens in a sample.
@@ -41,11 +41,16 @@ class ExtensionConfig:
         rope_interpolation: a name of ``megatron_cream.rope.SCALINGS``.
         rope_factor: how many times longer RoPE becomes; T / original_length unless given.
         rotary_base: theta of the model before.
+        rope_theta: theta that takes its place, if any.
+        rope_options: settings of ``rope_interpolation`` alone, by their names in config.json.
+        rope_base: settings of the scaling that the base model has already (--rope-base-config), on
+            top of which it is interpolated; arguments of ``make_scaling``.
         label_rule: ``true-next`` (the token that follows in the text, also at chunk borders),
             ``masked`` (no loss where the next chunk is not the next text) or ``reference`` (the
             next token of the sample, as the published code trains it).
         sample_unit: ``document`` (one document a sample, as in the papers), ``window`` (documents
-            cut into windows of T) or ``packed`` (windows of T over all documents in a row).
+            cut into windows of T), ``packed`` (windows of T over all documents in a row) or
+            ``packed-documents`` (several documents a sample, each at a layout of its own).
     """
 
     train_length: int
@@ -63,6 +68,9 @@ class ExtensionConfig:
     rope_interpolation: str = "none"
     rope_factor: float = 1.0
     rotary_base: float = 10000.0
+    rope_theta: float | None = None
+    rope_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    rope_base: dict[str, Any] | None = field(default=None, hash=False)
     label_rule: str = "true-next"
     sample_unit: str = "document"
 
@@ -79,7 +87,8 @@ class ExtensionConfig:
         if self.cream_head_lengths is not None:
             object.__setattr__(self, "cream_head_lengths", tuple(self.cream_head_lengths))
         self.strategy()
-        self.scaling(dim=64)  # any dimension: it is the other values that are checked
+        self._check_theta()
+        self.scaling(self._checked_dim())
 
     def strategy(self) -> Strategy:
         """Return the position strategy of training samples."""
@@ -96,14 +105,39 @@ class ExtensionConfig:
         return make_strategy("full", self.train_length, self.target_length)
 
     def scaling(self, dim: int) -> RopeScaling:
-        """Return the RoPE interpolation for ``dim`` rotated dimensions."""
-        return make_scaling(
+        """Return the RoPE interpolation for ``dim`` rotated dimensions and the window T."""
+        scaling = make_scaling(
             self.rope_interpolation,
             dim=dim,
-            base=self.rotary_base,
+            base=self.rotary_base if self.rope_theta is None else self.rope_theta,
             factor=self.rope_factor,
             original_length=self.original_length,
+            **self.rope_options,
         )
+        if self.rope_base is not None:
+            scaling = compose(make_scaling(dim=dim, **self.rope_base), scaling)
+        return scaling.at_length(self.target_length)
+
+    def _check_theta(self) -> None:
+        wanted = self.rope_interpolation == "rope-theta"
+        if wanted and self.rope_theta is None:
+            raise ValueError(
+                "rope_theta (--rope-theta) is missing: --rope-interpolation rope-theta needs the "
+                "new theta"
+            )
+        if self.rope_theta is not None and self.rope_interpolation == "none":
+            raise ValueError(
+                f"rope_theta (--rope-theta) is {self.rope_theta:g}: with --rope-interpolation none "
+                "the model keeps its own; leave it out, or use --rope-interpolation rope-theta"
+            )
+
+    def _checked_dim(self) -> int:
+        """Any dimension checks all values but LongRoPE's lists, which are of one dimension."""
+        for settings in (self.rope_options, self.rope_base or {}):
+            factors = settings.get("long_factor")
+            if isinstance(factors, list | tuple) and len(factors) > 1:
+                return 2 * len(factors)
+        return 64
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint or a JSON file."""
@@ -123,8 +157,23 @@ class ExtensionConfig:
         ]
 
 
-def _flag(field: str) -> str:
-    return "--seq-length" if field == "train_length" else "--" + field.replace("_", "-")
+def rope_settings(scaling: RopeScaling) -> dict[str, Any]:
+    """Return the fields of ``ExtensionConfig`` that make ``scaling``, an imported model's say."""
+    settings = scaling.settings()
+    return {
+        "rope_interpolation": settings.pop("name"),
+        "rotary_base": settings.pop("base"),
+        "rope_factor": settings.pop("factor"),
+        "original_length": settings.pop("original_length"),
+        "rope_options": settings,
+    } | ({"rope_theta": scaling.base} if scaling.name == "rope-theta" else {})
+
+
+_FLAGS = {"train_length": "--seq-length", "rope_base": "--rope-base-config"}
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 POSITION_STRATEGIES = tuple(STRATEGIES)

@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a position becomes an angle.
 
-make_scaling             an interpolation by name: none, linear, ntk
+make_scaling             an interpolation by name, one of SCALINGS
+compose                  one on top of a base model that has one already
 scaling_from_hf          the one a Hugging Face config describes
+hf_rope_fields           what to write into a Hugging Face config
 PositionRotaryEmbedding  position ids [b, s] to float32 angles [s, b, 1, d] (needs torch, megatron)
 install_rotary           puts it into a built GPTModel                     (needs torch, megatron)
 """
 
 from typing import Any
 
-from megatron_cream.rope.scaling import SCALINGS, RopeScaling, make_scaling, scaling_from_hf
+from megatron_cream.rope.base import RopeScaling
+from megatron_cream.rope.composed import compose
+from megatron_cream.rope.huggingface import hf_rope_fields, scaling_from_hf
+from megatron_cream.rope.scaling import EVALUATION_ONLY, SCALINGS, make_scaling
 
 __all__ = [
+    "EVALUATION_ONLY",
     "SCALINGS",
     "PositionRotaryEmbedding",
     "RopeScaling",
+    "compose",
+    "hf_rope_fields",
     "install_rotary",
     "make_scaling",
     "scaling_from_hf",

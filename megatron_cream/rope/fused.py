@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
@@ -40,8 +41,11 @@ def serve_per_token_angles() -> None:
         return
 
     def apply(t: Tensor, freqs: Tensor, config: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if freqs.dim() == 4 and freqs.shape[1] > 1:
-            return rotate(t, freqs, config, kwargs.get("mscale", 1.0))
+        mscale = kwargs.get("mscale", 1.0)
+        # Megatron leaves the fused kernel for a factor; a single sample's angles are its rows'.
+        scaled_rows = mscale != 1.0 and t.dim() == 4 and t.shape[1] == 1
+        if freqs.dim() == 4 and (freqs.shape[1] > 1 or scaled_rows):
+            return rotate(t, freqs, config, mscale)
         return own(t, freqs, config, *args, **kwargs)
 
     apply.serves_per_token_angles = True
@@ -56,16 +60,20 @@ def rotate(t: Tensor, angles: Tensor, config: Any, mscale: float = 1.0) -> Tenso
             ``[tokens, h, d]`` with angles ``[1, tokens, 1, d_rot]``.
         angles: float32.
         config: Megatron's transformer config.
-        mscale: multiplies cos and sin; the fused kernel has none, so another value than 1 is
-            rotated unfused.
+        mscale: multiplies cos and sin. The fused kernel has none: the rotated dimensions are
+            multiplied after it, one elementwise pass.
     """
     shape = t.shape
     rows = t.unsqueeze(1) if t.dim() == 3 else t.flatten(0, 1).unsqueeze(1)
     flat = angles.reshape(rows.shape[0], 1, 1, angles.shape[-1])
-    if config.apply_rope_fusion and mscale == 1.0:
+    if config.apply_rope_fusion:
         rotated = rope_utils.fused_apply_rotary_pos_emb(
             rows, flat, interleaved=config.rotary_interleaved
         )
+        if mscale != 1.0:
+            turned, rest = rotated.tensor_split([angles.shape[-1]], dim=-1)
+            # A number and not a tensor of bfloat16, in which 1.2079 would be 1.2109.
+            rotated = torch.cat((turned * mscale, rest), dim=-1)
     else:
         rotated = rope_utils._apply_rotary_pos_emb_bshd(
             rows, flat, rotary_interleaved=config.rotary_interleaved, mscale=mscale

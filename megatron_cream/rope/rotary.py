@@ -8,14 +8,15 @@ pre-hook hands it the position ids that the model is called with.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
+from megatron_cream.rope.base import RopeScaling
 from megatron_cream.rope.fused import serve_per_token_angles
-from megatron_cream.rope.scaling import RopeScaling
 
 
 class PositionRotaryEmbedding(RotaryEmbedding):
@@ -49,6 +50,17 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         self.seq_len_interpolation_factor = None  # read by Megatron's inference helpers
         self._position_ids: Tensor | None = None
         self._plain = False
+        self.attention_factor_in_softmax = False
+
+    def set_length(self, length: int) -> None:
+        """Turn as for sequences of ``length`` tokens from now on.
+
+        For evaluation with ``dynamic`` and ``longrope``, whose angles depend on it, as served
+        models' do; nothing changes for the others.
+        """
+        if self.scaling.varies_with_length:
+            self.scaling = self.scaling.at_length(length)
+            self.inv_freq = _inv_freq(self.scaling, self.inv_freq.device)
 
     def set_position_ids(self, position_ids: Tensor | None, plain: bool = False) -> None:
         """Hand over the position ids ``[b, s]`` of the next ``forward``.
@@ -127,21 +139,47 @@ class PositionRotaryEmbedding(RotaryEmbedding):
 
 
 def _inv_freq(scaling: RopeScaling, device: torch.device | str | None) -> Tensor:
-    """Return float32 ``[dim // 2]`` frequencies, bit-equal to Megatron's and transformers'.
+    """Return float32 ``[dim // 2]`` frequencies, rounded as Megatron's and transformers'.
 
     Both compute the power in float32. Rounding the exact value instead would differ in the last
     bit of some frequencies, which at position 262143 is an angle of 0.016.
     """
     exponents = torch.arange(0, scaling.dim, 2, dtype=torch.float32, device=device) / scaling.dim
-    plain = 1.0 / (scaling.theta**exponents)
-    divisors = torch.from_numpy(scaling.divisors.copy()).to(plain.device)
-    return (plain.double() / divisors).float()
+    powers = scaling.theta**exponents
+    if powers.is_meta:  # a layout that is only counted
+        return powers
+    return torch.from_numpy(scaling.rounded(powers.cpu().numpy())).to(powers.device)
 
 
-def install_rotary(model: nn.Module, scaling: RopeScaling) -> PositionRotaryEmbedding:
+def carry_in_softmax(config: Any, scaling: RopeScaling) -> bool:
+    """Put the attention factor m into ``config.softmax_scale`` if that is the same; say if it was.
+
+    Cos and sin of queries and keys times m make logits m ** 2 times as large. Where every
+    dimension of a head is rotated a softmax scale of m ** 2 / sqrt(d) does just that, and the
+    fused kernel, which has no factor, stays. To be called before the model is built.
+
+    Args:
+        config: Megatron's transformer config.
+    """
+    factor = scaling.attention_factor
+    if factor == 1.0 or scaling.dim != config.kv_channels:
+        return False
+    scale = config.softmax_scale  # muP has one of its own
+    plain = 1.0 / math.sqrt(config.kv_channels) if scale is None else scale
+    config.softmax_scale = plain * factor * factor
+    return True
+
+
+def install_rotary(
+    model: nn.Module, scaling: RopeScaling, *, attention_factor_in_softmax: bool = False
+) -> PositionRotaryEmbedding:
     """Replace ``model.rotary_pos_emb`` and have it follow the ``position_ids`` of every call.
 
-    ``model`` is a built, unwrapped GPTModel or HybridModel chunk on any pipeline stage.
+    Args:
+        model: a built, unwrapped GPTModel or HybridModel chunk on any pipeline stage.
+        scaling: how positions become angles.
+        attention_factor_in_softmax: what ``carry_in_softmax`` answered for the model's config; if
+            False the attention factor is applied to the rotated dimensions.
 
     Raises:
         ValueError: the model has no rotary embedding of Megatron's ``rope`` kind, or rotates
@@ -163,12 +201,43 @@ def install_rotary(model: nn.Module, scaling: RopeScaling) -> PositionRotaryEmbe
         cp_group=stock.cp_group,
     )
     model.rotary_pos_emb = rotary
+    if not attention_factor_in_softmax:
+        _scale_rotated(model, scaling.attention_factor)
+    rotary.attention_factor_in_softmax = attention_factor_in_softmax
     serve_per_token_angles()
     model.register_forward_pre_hook(_hand_over_position_ids, with_kwargs=True)
     return rotary
 
 
+def _scale_rotated(model: nn.Module, factor: float) -> None:
+    """Have every attention layer apply the attention factor with its rotation.
+
+    Attribute: ``Attention._yarn_concentration_factor``, what Megatron multiplies cos and sin by.
+    It derives it from ``yarn_*`` settings, which cannot say every value.
+
+    Raises:
+        ImportError: the attribute moved in this version of Megatron.
+    """
+    from megatron.core.transformer.attention import Attention
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            if not hasattr(module, "_yarn_concentration_factor"):
+                raise ImportError(
+                    "megatron.core.transformer.attention.Attention._yarn_concentration_factor is "
+                    "gone: it may have changed in your version of megatron-core; megatron_cream "
+                    "is made for 0.19.2"
+                )
+            module._yarn_concentration_factor = factor
+
+
 def _hand_over_position_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
     inference = kwargs.get("inference_context") or kwargs.get("inference_params")
-    model.rotary_pos_emb.set_position_ids(position_ids, plain=inference is not None)
+    rotary = model.rotary_pos_emb
+    if rotary.attention_factor_in_softmax and inference and not inference.is_static_batching():
+        raise RuntimeError(
+            f"the attention factor {rotary.scaling.attention_factor:g} is in the softmax scale, "
+            "which Megatron's dynamic batching ignores: use a static inference context"
+        )
+    rotary.set_position_ids(position_ids, plain=inference is not None)

@@ -6,9 +6,11 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from megatron_cream.config import LABEL_RULES, POSITION_STRATEGIES, SAMPLE_UNITS, ExtensionConfig
+from megatron_cream.data.sources import PACK_MULTIPLE
 from megatron_cream.positions.cream import GAUSSIANS
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
-from megatron_cream.rope.scaling import SCALINGS
+from megatron_cream.rope import EVALUATION_ONLY, SCALINGS
+from megatron_cream.rope.options import add_options, options_from_args, read_base
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -35,9 +37,15 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add(
         "--rope-interpolation",
         choices=tuple(SCALINGS),
-        help="default: linear if T is longer than --original-length",
+        help="default: rope-theta if that is given, else linear if T is longer than "
+        "--original-length",
     )
     add("--rope-factor", type=float, help="default: T / --original-length")
+    add_options(add)
+    add(
+        "--rope-base-config",
+        help="config.json of a base model whose RoPE is scaled already; linear and ntk go on top",
+    )
     add("--label-rule", choices=LABEL_RULES, default="true-next", help="targets at chunk borders")
     add("--sample-unit", choices=SAMPLE_UNITS, default="document", help="what a sample reads from")
     add("--cpu", action="store_true", help="run Megatron's trainer on a machine with no GPU")
@@ -58,8 +66,7 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
     if original < 1:
         raise ValueError(f"--original-length is {original}: it must be at least 1 token")
     factor = target / original if args.rope_factor is None else args.rope_factor
-    longer = target > original
-    return ExtensionConfig(
+    extension = ExtensionConfig(
         train_length=train,
         target_length=target,
         original_length=original,
@@ -72,12 +79,33 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
         pose_chunks=args.pose_chunks,
         pose_lengths=args.pose_lengths,
         pose_content=args.pose_content,
-        rope_interpolation=args.rope_interpolation or ("linear" if longer else "none"),
+        rope_interpolation=_interpolation(args, longer=target > original),
         rope_factor=max(factor, 1.0) if args.rope_factor is None else factor,
         rotary_base=float(args.rotary_base),
+        rope_theta=args.rope_theta,
+        rope_options=options_from_args(args),
+        rope_base=read_base(args.rope_base_config) if args.rope_base_config else None,
         label_rule=args.label_rule,
         sample_unit=args.sample_unit,
     )
+    if args.hidden_size is not None:
+        extension.scaling(rotary_dim(args))  # lists of factors must fit the model's dimensions
+    return extension
+
+
+def _interpolation(args: Namespace, longer: bool) -> str:
+    if args.rope_interpolation in EVALUATION_ONLY:
+        able = ", ".join(name for name in SCALINGS if name not in EVALUATION_ONLY)
+        raise ValueError(
+            f"--rope-interpolation is {args.rope_interpolation!r}: its angles change with the "
+            "length of every sequence, so it is for evaluation only (tools/evaluate.py); for "
+            f"training it must be one of {able}"
+        )
+    if args.rope_interpolation:
+        return args.rope_interpolation
+    if args.rope_theta is not None:
+        return "rope-theta"
+    return "linear" if longer else "none"
 
 
 def rotary_dim(args: Namespace) -> int:
@@ -117,6 +145,35 @@ _REFUSED = (
         "use --rope-interpolation linear --rope-factor",
     ),
     ("yaml_cfg", None, "--yaml-cfg", "settings come from flags"),
+    # Megatron's scripts read these in functions that ours take the place of.
+    ("mock_data", True, "--mock-data", "samples come from indexed datasets"),
+    ("logits_load_dir", None, "--logits-load-dir", "distillation is not supported"),
+    ("check_for_spiky_loss", True, "--check-for-spiky-loss", "the loss is checked for NaN and Inf"),
+    (
+        "overlap_moe_expert_parallel_comm",
+        True,
+        "--overlap-moe-expert-parallel-comm",
+        "schedule plans are not supported",
+    ),
+    (
+        "per_dataset_sequences_path",
+        None,
+        "--per-dataset-sequences-path",
+        "the index says how many samples there are",
+    ),
+    ("object_storage_cache_path", None, "--object-storage-cache-path", "datasets are local files"),
+    (
+        "dataloader_fast_cache_load",
+        True,
+        "--dataloader-fast-cache-load",
+        "datasets have no cache",
+    ),
+    (
+        "dataloader_defer_npy_index_mmap",
+        True,
+        "--dataloader-defer-npy-index-mmap",
+        "datasets have no such index",
+    ),
 )
 
 
@@ -144,4 +201,37 @@ def refuse_unsupported(args: Namespace) -> None:
         raise ValueError(
             f"--dataloader-type is {args.dataloader_type!r}: it must be 'single', so that every "
             "pipeline stage counts samples alike"
+        )
+    if args.sample_unit == "packed-documents":
+        _refuse_unpackable(args)
+
+
+def _refuse_unpackable(args: Namespace) -> None:
+    """Refuse what attention over packed documents (thd) cannot serve."""
+    unit = "--sample-unit is packed-documents"
+    if args.micro_batch_size != 1:
+        raise ValueError(
+            f"--micro-batch-size is {args.micro_batch_size}: {unit}, so it must be 1; a longer "
+            "--seq-length holds more documents"
+        )
+    if args.seq_length is not None and args.seq_length % PACK_MULTIPLE:
+        raise ValueError(
+            f"--seq-length is {args.seq_length}: {unit}, so it must be a multiple of "
+            f"{PACK_MULTIPLE}"
+        )
+    if 2 * args.context_parallel_size > PACK_MULTIPLE:
+        raise ValueError(
+            f"--context-parallel-size is {args.context_parallel_size}: {unit}, each a multiple of "
+            f"{PACK_MULTIPLE} tokens dealt out in 2 x CP parts, so it must be at most "
+            f"{PACK_MULTIPLE // 2}"
+        )
+    if args.hybrid_layer_pattern is not None:
+        raise ValueError(
+            f"--hybrid-layer-pattern is {args.hybrid_layer_pattern!r}: {unit}, so it must be left "
+            "out, state-space layers carry their state from one document into the next"
+        )
+    if args.cpu or args.transformer_impl != "transformer_engine":
+        raise ValueError(
+            f"{unit}, and --transformer-impl is {args.transformer_impl!r}: it must be "
+            "'transformer_engine' on a GPU, whose attention keeps documents apart"
         )

@@ -13,7 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
+from megatron_cream.checkpoint.saved import refuse_other_model, saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import read_index, read_metadata
 from megatron_cream.data.sources import make_sources
@@ -44,11 +44,11 @@ def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
                 extension.sample_unit,
                 index.pointers[first:last] // index.dtype.itemsize,
                 index.lengths[first:last],
-                extension.train_length,
-                strategy.content_length,
+                strategy,
             )
             if not len(sources):
-                found = SimpleNamespace(sources=sources, strategy=strategy)
+                unit = extension.sample_unit
+                found = SimpleNamespace(sources=sources, strategy=strategy, unit=unit)
                 raise ValueError(no_sources_message(prefix, split.name, found))
 
 
@@ -101,6 +101,7 @@ def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
     saved = saved_arguments(args.load) if args.load else None
     if saved is not None and not args.finetune:
         _refuse_differences(args.load, saved, extension)
+        _refuse_optimizer_layout(args, saved)
     # --load may be empty where a run saves to and resumes from one folder, and starts from
     # --pretrained-checkpoint the first time.
     weights = args.pretrained_checkpoint
@@ -111,6 +112,24 @@ def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
     if weights and saved_arguments(weights) is None:
         raise FileNotFoundError(
             f"--pretrained-checkpoint is {weights}: it must hold a torch_dist checkpoint"
+        )
+    start = weights or (args.load if args.finetune else None)
+    if start:
+        refuse_other_model(start, saved_arguments(start), args)
+        _refuse_dropped_scaling(start, saved_arguments(start), extension)
+
+
+def _refuse_dropped_scaling(path: str, saved: Namespace, extension: ExtensionConfig) -> None:
+    """Refuse to interpolate from a window that the weights know with a scaling of their own."""
+    before = saved_extension(saved)
+    if before is None or before.rope_interpolation == "none" or extension.rope_base is not None:
+        return
+    if before.original_length < extension.original_length <= before.target_length:
+        raise ValueError(
+            f"--original-length is {extension.original_length}: the model in {path} reaches that "
+            f"with {before.rope_interpolation} over {before.original_length} tokens, which would "
+            f"be dropped; give its config.json as --rope-base-config, or interpolate anew with "
+            f"--original-length {before.original_length}"
         )
 
 
@@ -128,3 +147,32 @@ def _refuse_differences(path: str, saved: Namespace, extension: ExtensionConfig)
             f"now): {'; '.join(differences)}. Resume with the same, or start a new run from its "
             "weights with --finetune"
         )
+
+
+def _refuse_optimizer_layout(args: Namespace, saved: Namespace) -> None:
+    """Refuse a resume whose optimizer state Megatron would find unreadable after its start."""
+    if args.no_load_optim or saved.no_save_optim:
+        return
+    if args.use_distributed_optimizer != saved.use_distributed_optimizer:
+        needs = "given" if saved.use_distributed_optimizer else "left out"
+        raise ValueError(
+            f"--use-distributed-optimizer is {args.use_distributed_optimizer}: checkpoint "
+            f"{args.load} was saved with {saved.use_distributed_optimizer}, so it must be {needs}; "
+            "or start the optimizer anew with --no-load-optim"
+        )
+    if args.use_distributed_optimizer and args.cpu:
+        raise ValueError(
+            f"--use-distributed-optimizer is given with --cpu, and --load is {args.load}: Megatron "
+            "resumes it with a GPU's optimizers only; leave it out from the start, or start the "
+            "optimizer anew with --no-load-optim"
+        )
+    if not saved.use_distributed_optimizer or saved.dist_ckpt_optim_fully_reshardable:
+        return
+    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(args, size) != getattr(saved, size):
+            raise ValueError(
+                f"--{size.replace('_', '-')} is {getattr(args, size)}: checkpoint {args.load} was "
+                f"saved with {getattr(saved, size)}, and its distributed optimizer reads at that "
+                "only, because it was saved without --dist-ckpt-optim-fully-reshardable; resume "
+                "with the same, or start the optimizer anew with --no-load-optim"
+            )

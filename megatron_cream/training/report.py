@@ -7,6 +7,7 @@ from argparse import Namespace
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.positions import coverage
+from megatron_cream.rope import RopeScaling
 from megatron_cream.training.arguments import rotary_dim
 
 # Beyond this many layouts coverage has converged, and a start must not wait for it.
@@ -27,8 +28,8 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
         "positions": f"{extension.position_strategy}, seed {extension.position_seed}",
         "sample 0": f"{_ends(ids)}, in {_pieces(layout)}",
         "distances trained": _coverage_line(args, extension),
-        "rope": f"{extension.rope_interpolation}, factor {extension.rope_factor:g} over "
-        f"{extension.original_length} tokens, theta {scaling.theta:g}",
+        "rope": scaling.summary,
+        "attention factor": _attention_factor_line(args, scaling),
         "wavelengths": f"{shortest:.2f} to {longest:.0f} tokens",
         "rope kernel": "fused" if args.apply_rope_fusion else "unfused",
         "labels": f"{extension.label_rule}, samples from: {extension.sample_unit}",
@@ -36,6 +37,14 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
     width = max(map(len, fields))
     lines = [f"  {name:<{width}}  {value}" for name, value in fields.items()]
     return "\n".join(["megatron_cream", *lines])
+
+
+def _attention_factor_line(args: Namespace, scaling: RopeScaling) -> str:
+    if scaling.attention_factor == 1.0:
+        return "1"
+    head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
+    where = "in the softmax scale" if scaling.dim == head_dim else "on the rotated dimensions"
+    return f"{scaling.attention_factor:.6g}, {where}"
 
 
 def _ends(ids: object) -> str:

@@ -58,6 +58,29 @@ def test_samples_with_positions_of_their_own(batch, interleaved):
     assert (out - out2).norm() / out2.norm() < 4e-3
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_factor_of_partly_rotated_heads(batch, interleaved):
+    from megatron_cream.rope import PositionRotaryEmbedding, make_scaling
+    from megatron_cream.rope.fused import rotate
+
+    scaling = make_scaling("yarn", dim=D // 2, factor=64.0, original_length=S)
+    rotary = PositionRotaryEmbedding(scaling, rotary_interleaved=interleaved, device="cuda")
+    ids = torch.arange(S, device="cuda").expand(batch, S) * 64
+    wide, t = strided(S, batch, H, D)
+    upstream = torch.randn_like(t)
+    results = []
+    for fused in (True, False):
+        wide.grad = None
+        out = rotate(t, rotary.angles(ids), config(fused, interleaved), scaling.attention_factor)
+        out.backward(upstream)
+        results.append((out.float(), wide.grad.float()))
+    (out, grad), (out2, grad2) = results
+    assert (out - out2).norm() / out2.norm() < 4e-3
+    assert (grad - grad2).norm() / grad2.norm() < 4e-3
+    assert torch.equal(out[..., D // 2 :], t[..., D // 2 :].float())
+
+
 def test_packed_documents():
     wide, t = strided(S, H, D)
     (out, grad), (out2, grad2) = both_ways(wide, t, angles(1).transpose(0, 1))

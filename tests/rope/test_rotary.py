@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Angles against Megatron's own rotary (bit for bit) and transformers'."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from megatron_cream.rope import make_scaling
+from megatron_cream.rope import SCALINGS, hf_rope_fields, make_scaling
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
 
-def rotary(name="none", dim=64, base=1e4, factor=1.0, **options):
+def rotary(name="none", dim=64, base=1e4, factor=1.0, *, original=4096, **options):
     from megatron_cream.rope import PositionRotaryEmbedding
 
-    scaling = make_scaling(name, dim=dim, base=base, factor=factor, original_length=4096)
-    return PositionRotaryEmbedding(scaling, **options)
+    of_module = {k: options.pop(k) for k in ("rotary_interleaved",) if k in options}
+    scaling = make_scaling(
+        name, dim=dim, base=base, factor=factor, original_length=original, **options
+    )
+    return PositionRotaryEmbedding(scaling, **of_module)
 
 
 def megatron_rotary(dim=64, base=1e4, **options):
@@ -44,6 +49,88 @@ def test_linear_is_bit_equal_to_megatron(factor):
     assert torch.equal(rotary("linear", factor=factor).plain_angles(5000), theirs)
 
 
+def test_llama3_equals_megatrons_own():
+    theirs = megatron_rotary(128, 5e5, rope_scaling=True, rope_scaling_factor=8.0).inv_freq
+    ours = rotary("llama3", 128, 5e5, 8.0, original=8192).inv_freq
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("factor", [2.5, 8, 64])
+def test_yarn_equals_megatrons_own(factor):
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        YarnRotaryEmbedding,
+    )
+
+    theirs, concentration = YarnRotaryEmbedding(
+        128,
+        rotary_base=1e4,
+        scaling_factor=factor,
+        original_max_position_embeddings=4096,
+        mscale=1.0,
+        mscale_all_dim=0.0,
+        use_cpu_initialization=True,
+    )(5000)
+    ours = rotary("yarn", 128, factor=factor)
+    torch.testing.assert_close(ours.plain_angles(5000), theirs, rtol=1e-6, atol=1e-6)
+    assert ours.scaling.attention_factor == pytest.approx(concentration)
+
+
+def test_lengths_choose_angles_only_where_they_are_served_so():
+    ours = rotary("dynamic", factor=4.0)
+    plain = ours.inv_freq
+    ours.set_length(16384)
+    assert ours.inv_freq[-1] < plain[-1] / 12
+    ours.set_length(100)
+    assert torch.equal(ours.inv_freq, plain)
+    fixed = rotary("yarn", factor=4.0)
+    before = fixed.inv_freq
+    fixed.set_length(100)
+    assert fixed.inv_freq is before
+
+
+class TestAttentionFactorOnRotatedDimensions:
+    """What ``fused.rotate`` does with a factor; the fused kernel is stood in for by the unfused."""
+
+    @pytest.fixture
+    def attention(self, monkeypatch):
+        """Megatron's attention module, with a kernel that knows no factor and counts its calls."""
+        from megatron.core.models.common.embeddings import rope_utils
+        from megatron.core.transformer import attention
+
+        from megatron_cream.rope.fused import serve_per_token_angles
+
+        def kernel(t, freqs, interleaved=False):
+            attention.kernel_calls += 1
+            return rope_utils._apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=interleaved)
+
+        monkeypatch.setattr(attention, "kernel_calls", 0, raising=False)
+        monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", kernel)
+        serve_per_token_angles()
+        return attention
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize("dim", [16, 64])
+    @pytest.mark.parametrize("interleaved", [False, True])
+    def test_fused_and_unfused_agree(self, attention, batch, dim, interleaved):
+        angles = rotary(dim=dim, rotary_interleaved=interleaved).angles(random_ids(batch, 8, 4096))
+        t = torch.randn(8, batch, 2, 64, generator=torch.manual_seed(0))
+        results = []
+        for fused in (True, False):
+            config = SimpleNamespace(
+                apply_rope_fusion=fused,
+                rotary_interleaved=interleaved,
+                mrope_section=None,
+                multi_latent_attention=False,
+            )
+            options = {"config": config, "cu_seqlens": None, "mscale": 1.25, "cp_group": "none"}
+            results.append(attention.apply_rotary_pos_emb(t, angles, **options))
+        assert attention.kernel_calls == 1, "a factor must not leave the fused kernel"
+        torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(results[0][..., dim:], t[..., dim:], atol=0, rtol=0)
+        norms = [x[..., :dim].norm() for x in (results[0], t)]
+        assert norms[0] / norms[1] == pytest.approx(1.25, rel=1e-5)
+
+
 def test_interleaved_is_each_angle_twice_in_a_row():
     ids = random_ids(2, 16, 4096)
     halves = rotary().angles(ids)
@@ -52,21 +139,32 @@ def test_interleaved_is_each_angle_twice_in_a_row():
     assert torch.equal(pairs[..., 1::2], halves[..., :32])
 
 
-@pytest.mark.parametrize("target", [4096, 262144])
-@pytest.mark.parametrize("name", ["none", "linear", "ntk"])
+def settings(name):
+    """Options of a method that must have some."""
+    pairs = range(64)
+    return {
+        "longrope": {"short_factor": [1.0] * 64, "long_factor": [1.0 + i / 3 for i in pairs]},
+        "proportional": {"partial_rotary_factor": 0.5},
+    }.get(name, {})
+
+
+@pytest.mark.parametrize("target", [4096, 30000, 262144])
+@pytest.mark.parametrize("name", sorted(SCALINGS))
 def test_arbitrary_ids_equal_transformers(name, target):
+    """To 1e-6 at position 262143 too: the frequencies are the same to the last bit."""
     transformers = pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    ours = rotary(name, dim=128, factor=target / 4096)
-    config = transformers.LlamaConfig(
-        hidden_size=512,
-        num_attention_heads=4,
-        max_position_embeddings=target,
-        rope_parameters=ours.scaling.to_hf(),
-    )
+    ours = rotary(name, dim=128, factor=target / 4096, **settings(name))
+    fields = hf_rope_fields(ours.scaling, target)
+    config = transformers.LlamaConfig(hidden_size=512, num_attention_heads=4, **fields)
     ids = random_ids(3, 256, target)
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), ids)
+    ids[:, -1] = target - 1
+    ours.set_length(target)
+    theirs = LlamaRotaryEmbedding(config)
+    cos, sin = theirs(torch.zeros(1), ids)
+    cos, sin = cos / theirs.attention_scaling, sin / theirs.attention_scaling
+    assert torch.equal(ours.inv_freq, theirs.inv_freq)
     angles = ours.angles(ids)
     assert angles.shape == (256, 3, 1, 128)
     assert angles.dtype == torch.float32

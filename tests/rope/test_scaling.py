@@ -1,81 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frequencies against closed forms and transformers."""
+"""Frequencies and attention factors against closed forms; what is refused."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from megatron_cream.rope import make_scaling, scaling_from_hf
+from megatron_cream.rope import SCALINGS, compose, make_scaling
 
 GRID = [(64, 1e4, 2.0), (128, 1e4, 8.0), (128, 5e5, 2.5), (96, 1e6, 64.0)]
+LLAMA2 = {"dim": 128, "base": 1e4, "factor": 8.0, "original_length": 4096}
+
+
+def plain(dim, base):
+    return base ** -(np.arange(0, dim, 2) / dim)
+
+
+def longrope_lists(dim):
+    steps = np.arange(dim // 2)
+    return {"short_factor": list(1 + steps / 64), "long_factor": list(1.5 + steps)}
+
+
+def options_of(name, dim):
+    return longrope_lists(dim) if name == "longrope" else {}
 
 
 @pytest.mark.parametrize(("dim", "base", "factor"), GRID)
-def test_closed_forms(dim, base, factor):
-    plain = base ** -(np.arange(0, dim, 2) / dim)
+def test_uniform_closed_forms(dim, base, factor):
     options = {"dim": dim, "base": base, "factor": factor, "original_length": 4096}
-    np.testing.assert_allclose(make_scaling("none", **options).inv_freq, plain, rtol=1e-14)
-    np.testing.assert_allclose(
-        make_scaling("linear", **options).inv_freq, plain / factor, rtol=1e-14
-    )
+    expected = plain(dim, base)
+    for name in ("none", "rope-theta"):
+        np.testing.assert_allclose(make_scaling(name, **options).inv_freq, expected, rtol=1e-14)
+    linear = make_scaling("linear", **options).inv_freq
+    np.testing.assert_allclose(linear, expected / factor, rtol=1e-14)
     ntk = make_scaling("ntk", **options).inv_freq
     stretch = factor ** -(np.arange(0, dim, 2) / (dim - 2))
-    np.testing.assert_allclose(ntk, plain * stretch, rtol=1e-12)
+    np.testing.assert_allclose(ntk, expected * stretch, rtol=1e-12)
     assert ntk[0] == 1.0
-    assert ntk[-1] == pytest.approx(plain[-1] / factor, rel=1e-12)
+    assert ntk[-1] == pytest.approx(expected[-1] / factor, rel=1e-12)
 
 
 def test_ntk_base_of_llama_at_8x():
-    scaling = make_scaling("ntk", dim=128, base=1e4, factor=8.0, original_length=4096)
-    assert scaling.theta == pytest.approx(82684.62, abs=0.01)
+    assert make_scaling("ntk", **LLAMA2).theta == pytest.approx(82684.62, abs=0.01)
 
 
-@pytest.mark.parametrize(("dim", "base", "factor"), GRID)
-@pytest.mark.parametrize("name", ["none", "linear", "ntk"])
-def test_transformers_computes_the_same_from_our_config(name, dim, base, factor):
-    modeling = pytest.importorskip("transformers.modeling_rope_utils")
-    transformers = pytest.importorskip("transformers")
-    scaling = make_scaling(name, dim=dim, base=base, factor=factor, original_length=4096)
-    config = transformers.LlamaConfig(
-        hidden_size=4 * dim,
-        num_attention_heads=4,
-        max_position_embeddings=round(4096 * factor),
-        rope_parameters=scaling.to_hf(),
-    )
-    kind = scaling.to_hf()["rope_type"]
-    if kind == "default":
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        inv_freq = LlamaRotaryEmbedding(config).inv_freq
-    else:
-        inv_freq, _ = modeling.ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-    np.testing.assert_allclose(inv_freq.numpy(), scaling.inv_freq, rtol=1e-6)
+@pytest.mark.parametrize(("length", "stretch"), [(1, 1), (4096, 1), (8192, 9), (32768, 57)])
+def test_dynamic_divides_the_slowest_pair_by_the_length_it_sees(length, stretch):
+    scaling = make_scaling("dynamic", **LLAMA2).at_length(length)
+    np.testing.assert_allclose(plain(128, 1e4)[-1] / scaling.inv_freq[-1], stretch, rtol=1e-12)
+    assert scaling.inv_freq[0] == 1.0
 
 
-@pytest.mark.parametrize("name", ["none", "linear", "ntk"])
-def test_reads_back_the_angles_it_wrote(name):
-    scaling = make_scaling(name, dim=64, base=1e4, factor=8.0, original_length=4096)
-    config = {
-        "hidden_size": 256,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 32768,
-        "rope_parameters": scaling.to_hf(),
-    }
-    np.testing.assert_allclose(scaling_from_hf(config).inv_freq, scaling.inv_freq, rtol=1e-14)
+# Ends of the ramp for Llama-2, GPT-style 2048 and Llama-3, and the pairs strictly inside.
+@pytest.mark.parametrize(
+    ("base", "original", "factor", "low", "high", "differ"),
+    [(1e4, 4096, 8.0, 20, 46, 25), (1e4, 2048, 8.0, 16, 41, 24), (5e5, 8192, 16.0, 18, 35, 16)],
+)
+def test_the_two_yarns_differ_on_the_ramp_alone(base, original, factor, low, high, differ):
+    options = {"dim": 128, "base": base, "factor": factor, "original_length": original}
+    paper, pose = (make_scaling(name, **options) for name in ("yarn", "yarn-pose"))
+    ramp = np.clip((np.arange(64) - low) / (high - low), 0, 1)
+    f = plain(128, base)
+    np.testing.assert_allclose(paper.inv_freq, f * (ramp / factor + 1 - ramp), rtol=1e-6)
+    np.testing.assert_allclose(pose.inv_freq, f / (ramp * factor + 1 - ramp), rtol=1e-6)
+    unequal = np.flatnonzero(~np.isclose(paper.inv_freq, pose.inv_freq, rtol=1e-9))
+    assert list(unequal) == list(range(low + 1, high))
+    assert len(unequal) == differ
+    for scaling in (paper, pose):
+        assert scaling.attention_factor == pytest.approx(0.1 * math.log(factor) + 1, rel=1e-14)
 
 
-def test_reads_version_4_configs():
-    config = {
-        "hidden_size": 256,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 32768,
-        "rope_theta": 5e5,
-        "rope_scaling": {"type": "linear", "factor": 8.0},
-    }
-    scaling = scaling_from_hf(config)
-    assert (scaling.name, scaling.base, scaling.factor) == ("linear", 5e5, 8.0)
-    assert scaling.original_length == 4096
+def test_the_two_yarns_differ_by_up_to_two_and_a_half_for_llama_2():
+    paper, pose = (make_scaling(name, **LLAMA2) for name in ("yarn", "yarn-pose"))
+    ratio = paper.inv_freq / pose.inv_freq
+    assert ratio.argmax() == 33
+    assert paper.divisors[33] == pytest.approx(1.78, abs=0.01)
+    assert pose.divisors[33] == pytest.approx(4.50, abs=0.01)
+
+
+def test_llama3_keeps_short_waves_and_divides_long_ones():
+    scaling = make_scaling("llama3", dim=128, base=5e5, factor=8.0, original_length=8192)
+    waves = 2 * math.pi / plain(128, 5e5)
+    divisors = scaling.divisors
+    np.testing.assert_array_equal(divisors[waves < 8192 / 4], 1.0)
+    np.testing.assert_allclose(divisors[waves > 8192], 8.0, rtol=1e-14)
+    between = divisors[(waves >= 8192 / 4) & (waves <= 8192)]
+    assert len(between) > 2
+    assert ((between > 1) & (between < 8) & (np.diff(between, prepend=1) > 0)).all()
+
+
+def test_longrope_takes_its_lists_by_length():
+    lists = longrope_lists(128)
+    scaling = make_scaling("longrope", **LLAMA2, **lists)
+    np.testing.assert_array_equal(scaling.divisors, lists["long_factor"])
+    np.testing.assert_array_equal(scaling.at_length(4096).divisors, lists["short_factor"])
+    np.testing.assert_array_equal(scaling.at_length(4097).divisors, lists["long_factor"])
+    unextended = make_scaling("longrope", **LLAMA2 | {"factor": 1.0}, **lists)
+    np.testing.assert_array_equal(unextended.divisors, lists["short_factor"])
+    assert scaling.attention_factor == pytest.approx(math.sqrt(1 + math.log(8) / math.log(4096)))
+    assert unextended.attention_factor == 1.0
+
+
+def test_proportional_leaves_the_slowest_pairs_still():
+    scaling = make_scaling("proportional", **LLAMA2, partial_rotary_factor=0.25)
+    np.testing.assert_allclose(scaling.inv_freq[:16], plain(128, 1e4)[:16] / 8, rtol=1e-14)
+    np.testing.assert_array_equal(scaling.inv_freq[16:], 0.0)
+    assert scaling.wavelengths[1] == pytest.approx(2 * math.pi / scaling.inv_freq[15])
+
+
+@pytest.mark.parametrize("name", sorted(SCALINGS))
+def test_stretch_is_what_divides_the_frequencies_of_the_base(name):
+    scaling = make_scaling(name, **LLAMA2, **options_of(name, 128)).at_length(20000)
+    np.testing.assert_allclose(plain(128, 1e4) / scaling.stretch, scaling.inv_freq, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(set(SCALINGS) - {"dynamic", "longrope"}))
+def test_other_angles_do_not_depend_on_the_length(name):
+    scaling = make_scaling(name, **LLAMA2)
+    assert not scaling.varies_with_length
+    for length in (1, 100_000):
+        np.testing.assert_array_equal(scaling.at_length(length).inv_freq, scaling.inv_freq)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.7182818, 63.9])
+@pytest.mark.parametrize("name", sorted(set(SCALINGS) - {"none", "rope-theta", "longrope"}))
+def test_real_factors_slow_no_pair_by_more_than_they_say(name, factor):
+    scaling = make_scaling(name, **LLAMA2 | {"factor": factor})
+    assert (scaling.stretch >= 1 - 1e-12).all()
+    assert (scaling.stretch <= factor * (1 + 1e-12)).all()
+    if factor == 1.0:
+        np.testing.assert_allclose(scaling.inv_freq, plain(128, 1e4), rtol=1e-14)
+        assert scaling.attention_factor == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(SCALINGS))
+def test_settings_make_it_again(name):
+    scaling = make_scaling(name, **LLAMA2, **options_of(name, 128))
+    assert make_scaling(dim=128, **scaling.settings()) == scaling
+
+
+def test_yarn_options():
+    wide = make_scaling("yarn", **LLAMA2, beta_fast=64, beta_slow=0.5)
+    assert np.count_nonzero((wide.kept > 0) & (wide.kept < 1)) > 25
+    sharp = make_scaling("yarn", **LLAMA2, truncate=False)
+    assert not np.isclose(sharp.inv_freq, make_scaling("yarn", **LLAMA2).inv_freq).all()
+    assert make_scaling("yarn", **LLAMA2, attention_factor=1.5).attention_factor == 1.5
+    assert make_scaling("yarn", **LLAMA2, mscale=1, mscale_all_dim=1).attention_factor == 1.0
+    quotient = make_scaling("yarn", **LLAMA2, mscale=1, mscale_all_dim=0.5).attention_factor
+    assert quotient == pytest.approx((1 + 0.1 * math.log(8)) / (1 + 0.05 * math.log(8)))
+
+
+class TestComposed:
+    llama31 = make_scaling("llama3", dim=128, base=5e5, factor=8.0, original_length=8192)
+
+    def on_top(self, name, **changes):
+        options = {"dim": 128, "base": 5e5, "factor": 8.0, "original_length": 131072}
+        return make_scaling(name, **(options | changes))
+
+    def test_linear_divides_every_angle(self):
+        both = compose(self.llama31, self.on_top("linear"))
+        np.testing.assert_allclose(both.inv_freq, self.llama31.inv_freq / 8, rtol=1e-14)
+
+    def test_ntk_stretches_as_on_a_plain_model(self):
+        both = compose(self.llama31, self.on_top("ntk"))
+        ratio = self.llama31.inv_freq / both.inv_freq
+        np.testing.assert_allclose(ratio, self.on_top("ntk").stretch, rtol=1e-12)
+
+    def test_attention_factor_of_the_base_stays(self):
+        base = make_scaling("yarn", dim=128, base=5e5, factor=4.0, original_length=32768)
+        assert compose(base, self.on_top("linear")).attention_factor == base.attention_factor > 1
+
+    @pytest.mark.parametrize("name", ["yarn", "yarn-pose", "llama3", "none", "rope-theta"])
+    def test_methods_that_describe_all_angles_are_refused(self, name):
+        with pytest.raises(ValueError, match="it must be 'linear' or 'ntk'"):
+            compose(self.llama31, self.on_top(name))
+
+    def test_another_theta_is_refused(self):
+        with pytest.raises(ValueError, match="1e\\+06.*500000"):
+            compose(self.llama31, self.on_top("linear", base=1e6))
+
+    def test_a_base_that_varies_with_the_length_is_refused(self):
+        with pytest.raises(ValueError, match="'dynamic'"):
+            compose(self.on_top("dynamic"), self.on_top("linear"))
 
 
 def test_wavelengths():
@@ -92,7 +199,21 @@ def test_wavelengths():
         ("none", {"base": 0.0}, "--rotary-base"),
         ("none", {"dim": 7}, "dim is 7"),
         ("ntk", {"dim": 2}, "dim is 2"),
+        ("dynamic", {"dim": 2}, "dim is 2"),
         ("none", {"original_length": 0}, "--original-length"),
+        ("linear", {"beta_fast": 32}, "beta_fast: linear takes no options"),
+        ("yarn", {"betafast": 32}, "betafast: yarn takes beta_fast, beta_slow"),
+        ("yarn", {"beta_fast": 1, "beta_slow": 2}, "beta_fast .* is 1: .* more than beta_slow, 2"),
+        ("yarn", {"beta_fast": -1}, "beta_fast .* is -1: it must be a positive number"),
+        ("yarn", {"truncate": 1}, "truncate .* is 1: it must be true or false"),
+        ("yarn", {"attention_factor": "1"}, "attention_factor .* positive number"),
+        ("yarn", {"base": 1.0}, "--rope-theta.* is 1.0: yarn needs more than 1"),
+        ("yarn-pose", {"mscale": 1.0}, "mscale: yarn-pose takes"),
+        ("llama3", {"low_freq_factor": 4}, "high_freq_factor .* is 4.0: .* low_freq_factor, 4"),
+        ("longrope", {}, "short_factor is missing.* 32 positive.*--rope-factors-file"),
+        ("longrope", longrope_lists(128), "short_factor .* is a list of 64: it must be 32"),
+        ("longrope", {"short_factor": [0.0] * 32}, "positive numbers"),
+        ("proportional", {"partial_rotary_factor": 0.01}, "partial_rotary_factor .* 0.01"),
     ],
 )
 def test_refuses(name, changes, message):
@@ -101,12 +222,6 @@ def test_refuses(name, changes, message):
         make_scaling(name, **(options | changes))
 
 
-def test_unknown_rope_type_in_a_config_is_named():
-    config = {
-        "hidden_size": 64,
-        "num_attention_heads": 1,
-        "max_position_embeddings": 8,
-        "rope_parameters": {"rope_type": "clex"},
-    }
-    with pytest.raises(ValueError, match="'clex'"):
-        scaling_from_hf(config)
+def test_is_not_changed_after_it_was_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_scaling("linear", **LLAMA2).factor = 0.5
