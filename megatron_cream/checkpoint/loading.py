@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.training.hooks import model_config
+from megatron_cream.training.hybrid import without_stages
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,27 @@ class LoadedModel:
     args: Namespace
 
 
-# Layout and memory choices of the run that saved the model; one process needs none of them.
-_ONE_PROCESS = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks the model is spread over to be evaluated; each size is Megatron's flag."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+ONE_PROCESS = Layout()
+
+# Layout and memory choices of the run that saved the model; evaluation needs none of them.
+_UNUSED = {
     "virtual_pipeline_model_parallel_size": None,
     "pipeline_model_parallel_layout": None,
-    "context_parallel_size": 1,
     "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": 1,
     "sequence_parallel": False,
     "recompute_granularity": None,
     "recompute_method": None,
@@ -53,26 +66,67 @@ _ONE_PROCESS = {
 }
 
 
-def initialize_one_process() -> None:
-    """Set Megatron's parallel state up for this process alone. Idempotent."""
+# What only GPUs have, turned off as by megatron_cream.training.cpu.FLAGS.
+_ON_CPU = {
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_swiglu_fusion": False,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "moe_grouped_gemm": False,
+}
+
+
+def initialize(layout: Layout) -> None:
+    """Set Megatron's parallel state up: for this process alone, or for torchrun's. Idempotent.
+
+    Raises:
+        ValueError: torchrun started another number of processes than the layout has.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks != layout.ranks:
+        raise ValueError(
+            f"--tensor-model-parallel-size {layout.tensor} x --pipeline-model-parallel-size "
+            f"{layout.pipeline} x --context-parallel-size {layout.context} is {layout.ranks}: "
+            f"torchrun started {ranks} processes, --nproc-per-node must be {layout.ranks}"
+        )
+    cpu = getattr(torch.cuda, "_stood_in_by_cpu", False)
     if not torch.distributed.is_initialized():
-        cpu = getattr(torch.cuda, "_stood_in_by_cpu", False)
+        if not cpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         torch.distributed.init_process_group(
-            "gloo" if cpu else "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
+            "gloo" if cpu else "nccl", **(alone if ranks == 1 else {})
         )
     if not mpu.model_parallel_is_initialized():
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        mpu.initialize_model_parallel()
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+        )
         model_parallel_cuda_manual_seed(1234)
 
 
-def load_model(path: str, extension: ExtensionConfig | None = None) -> LoadedModel:
-    """Load the latest checkpoint under ``path`` into one process.
+def initialize_one_process() -> None:
+    """Set Megatron's parallel state up for this process alone. Idempotent."""
+    initialize(ONE_PROCESS)
+
+
+def load_model(
+    path: str, extension: ExtensionConfig | None = None, layout: Layout = ONE_PROCESS
+) -> LoadedModel:
+    """Load this rank's part of the latest checkpoint under ``path``.
 
     Args:
         path: folder given to --save, or one iteration in it; saved at any TP/PP/DP layout.
         extension: settings to evaluate with instead of the saved ones, for instance a base model
             with interpolation that it was not trained with.
+        layout: what to spread it over; one process unless given.
 
     Raises:
         FileNotFoundError: there is no torch_dist checkpoint.
@@ -87,8 +141,19 @@ def load_model(path: str, extension: ExtensionConfig | None = None) -> LoadedMod
             f"--checkpoint is {path}: it was not trained by megatron_cream, so it does not say "
             "how its positions are interpolated"
         )
-    initialize_one_process()
-    vars(args).update(_ONE_PROCESS)
+    initialize(layout)
+    vars(args).update(_UNUSED)
+    args.tensor_model_parallel_size = layout.tensor
+    args.expert_tensor_parallel_size = layout.tensor
+    args.pipeline_model_parallel_size = layout.pipeline
+    args.context_parallel_size = layout.context
+    if getattr(torch.cuda, "_stood_in_by_cpu", False):
+        vars(args).update(_ON_CPU)
+    if args.vocab_size and args.padded_vocab_size:
+        # Padded rows would take part in the softmax; no token has their ids. Tensor parallelism
+        # needs some: evaluation leaves them out.
+        args.padded_vocab_size = -(-args.vocab_size // layout.tensor) * layout.tensor
+    args.hybrid_layer_pattern = without_stages(getattr(args, "hybrid_layer_pattern", None))
     config = model_config(args, extension)
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(

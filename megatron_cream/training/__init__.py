@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron's own trainer with our positions, angles and data.
 
+entry       what every way to start a run shares
 arguments   our flags, and what they are checked for before a GPU is asked for
 checks      files, datasets and checkpoints, likewise
 hooks       what is put into Megatron's model config
+hybrid      which HybridModel patterns can be trained, and their layers on a CPU
 data        datasets for every pipeline stage
 step        forward step and loss
 report      the block printed at start

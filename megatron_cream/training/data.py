@@ -18,6 +18,7 @@ from megatron.training.utils import (
 from megatron_cream.checkpoint.saved import SETTINGS_KEY
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import read_metadata
+from megatron_cream.data.packed_dataset import PackedPositions, PackedSpanDataset
 from megatron_cream.data.span_dataset import (
     BlendedSpans,
     PositionsOnly,
@@ -34,15 +35,18 @@ def datasets_provider(
 
     The first and last stage read tokens on tensor-parallel rank 0, which hands them on. Middle
     stages draw the positions of the training samples on every rank and open no file; validation
-    has plain positions, for which they need no dataset.
+    has plain positions, for which they need no dataset. Where documents are packed they read the
+    index, which says how long each document is, on every rank.
     """
     args = get_args()
     extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
     outer = is_first_or_last_pipeline_stage(vp_stage)
+    packed = extension.sample_unit == "packed-documents"
+    reads = mpu.get_tensor_model_parallel_rank() == 0 if outer else packed
     builder = BlendedMegatronDatasetBuilder(
-        SpanDataset,
+        PackedSpanDataset if packed else SpanDataset,
         list(num_samples),
-        lambda: outer and mpu.get_tensor_model_parallel_rank() == 0,
+        lambda: reads,
         span_dataset_config(args, extension),
     )
     datasets = [
@@ -51,9 +55,11 @@ def datasets_provider(
     ]
     # Megatron's samplers refuse a split of which --eval-iters 0 asks for nothing.
     datasets = [None if size == 0 else ds for size, ds in zip(num_samples, datasets, strict=True)]
-    if not outer:
-        datasets[0] = PositionsOnly(extension, num_samples[0])
-    return datasets
+    if outer:
+        return datasets
+    if packed:
+        return [None if dataset is None else PackedPositions(dataset) for dataset in datasets]
+    return [PositionsOnly(extension, num_samples[0]), *datasets[1:]]
 
 
 datasets_provider.is_distributed = True  # Megatron: call on every rank, not only on TP rank 0

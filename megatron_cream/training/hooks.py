@@ -11,24 +11,54 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 
 from megatron_cream.checkpoint.saved import SETTINGS_KEY
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.rope.rotary import install_rotary
+from megatron_cream.rope.rotary import carry_in_softmax, install_rotary
+from megatron_cream.rope.scaling import RopeScaling
+from megatron_cream.training import hybrid
 from megatron_cream.training.arguments import rotary_dim
 
 
 def model_config(args: Namespace, extension: ExtensionConfig) -> Any:
     """Return Megatron's GPT or Hybrid model config with our rotary and metadata in it."""
-    hybrid = getattr(args, "hybrid_layer_pattern", None) is not None
-    config = hybrid_config_from_args(args) if hybrid else gpt_config_from_args(args)
-    scaling = extension.scaling(rotary_dim(args))
+    return hook_into(stock_config(args), args, extension)
 
-    def install(chunks: list[MegatronModule]) -> list[MegatronModule]:
-        for chunk in chunks:
-            install_rotary(chunk, scaling)
-        return chunks
 
-    config.pre_wrap_hooks.append(install)
+def stock_config(args: Namespace) -> Any:
+    """Return the GPT or Hybrid model config that Megatron makes of its flags."""
+    is_hybrid = getattr(args, "hybrid_layer_pattern", None) is not None
+    return hybrid_config_from_args(args) if is_hybrid else gpt_config_from_args(args)
+
+
+def hook_into(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
+    """Put our rotary and metadata into a GPT or Hybrid model config, and return it. Idempotent.
+
+    Raises:
+        ValueError: another model's config, which has no place for hooks.
+    """
+    if not hasattr(config, "pre_wrap_hooks"):
+        raise ValueError(
+            f"the model config is {type(config).__name__}: it must be Megatron's GPTModelConfig or "
+            "HybridModelConfig, through whose hooks positions reach the model"
+        )
+    if not any(isinstance(hook, _InstallRotary) for hook in config.pre_wrap_hooks):
+        scaling = extension.scaling(rotary_dim(args))
+        in_softmax = carry_in_softmax(config.transformer, scaling)
+        config.pre_wrap_hooks.append(_InstallRotary(scaling, in_softmax))
     config.extra_checkpoint_metadata = {
         **(config.extra_checkpoint_metadata or {}),
         SETTINGS_KEY: extension.to_dict(),
     }
+    hybrid.serve_local_layers(config, args)
     return config
+
+
+class _InstallRotary:
+    """The hook that Megatron calls with the built model chunks of a rank."""
+
+    def __init__(self, scaling: RopeScaling, in_softmax: bool) -> None:
+        self.scaling = scaling
+        self.in_softmax = in_softmax
+
+    def __call__(self, chunks: list[MegatronModule]) -> list[MegatronModule]:
+        for chunk in chunks:
+            install_rotary(chunk, self.scaling, attention_factor_in_softmax=self.in_softmax)
+        return chunks

@@ -11,8 +11,9 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-from megatron_cream.data.batch import get_batch
+from megatron_cream.data.batch import get_batch, packed_seq_params
 
 LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -25,6 +26,9 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(args, data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    packed = packed_seq_params(args, batch["cu_seqlens"])
+    if packed is not None:  # Megatron's throughput counts the attention that there is
+        update_seqlen_stats_from_cu_seqlens(batch["cu_seqlens"])
     timers("batch-generator").stop()
     output = model(
         input_ids=batch["tokens"],
@@ -32,6 +36,7 @@ def forward_step(
         attention_mask=None,
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=packed,
     )
     return output, partial(token_loss, batch["loss_mask"])
 

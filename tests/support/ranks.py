@@ -42,24 +42,30 @@ class Run:
 
 
 def train(
-    folder: Path, flags: list[str], ranks: int = 1, wait: bool = True, kill_after: int | None = None
+    folder: Path,
+    flags: list[str],
+    ranks: int = 1,
+    wait: bool = True,
+    kill_when: Callable[[dict[int, float]], bool] | None = None,
+    script: Path | None = None,
 ) -> Run:
     """Run ``megatron_cream.pretrain`` on ``ranks`` processes; everything lands in ``folder``.
 
-    With ``wait`` a run that fails is an error here. With ``kill_after`` all ranks get SIGKILL as
-    soon as the loss of that iteration is written.
+    With ``script`` it is ``megatron_cream.launch`` and that script instead. With ``wait`` a run
+    that fails is an error here. All ranks get SIGKILL as soon as ``kill_when(losses so far)``,
+    asked every two milliseconds, is true.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _prepare_server()
     port = _free_port()
     processes = [
-        _SERVER.Process(target=_rank, args=(rank, ranks, port, flags, str(folder)))
+        _SERVER.Process(target=_rank, args=(rank, ranks, port, flags, str(folder), script))
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    if kill_after is not None:
-        _kill_when(processes, lambda: kill_after in _losses(folder, ranks))
+    if kill_when is not None:
+        _kill_when(processes, lambda: kill_when(_losses(folder, ranks)))
     for process in processes:
         process.join(_TIMEOUT)
     for process in processes:
@@ -67,7 +73,7 @@ def train(
             process.kill()
     log = "".join((folder / f"rank{rank}.log").read_text() for rank in range(ranks))
     status = [process.exitcode for process in processes]
-    if wait and kill_after is None and any(status):
+    if wait and kill_when is None and any(status):
         raise RuntimeError(f"ranks ended with {status}:\n{log[-6000:]}")
     return Run(_losses(folder, ranks), log, status)
 
@@ -75,7 +81,7 @@ def train(
 def _kill_when(processes: list, reached: Callable[[], bool]) -> None:
     end = time.monotonic() + _TIMEOUT
     while not reached() and time.monotonic() < end and any(p.is_alive() for p in processes):
-        time.sleep(0.01)
+        time.sleep(0.002)
     for process in processes:
         process.kill()
 
@@ -106,7 +112,9 @@ def _losses(folder: Path, ranks: int) -> dict[int, float]:
     return found
 
 
-def _rank(rank: int, ranks: int, port: int, flags: list[str], folder: str) -> None:
+def _rank(
+    rank: int, ranks: int, port: int, flags: list[str], folder: str, script: Path | None
+) -> None:
     """Body of one rank, in a fork of the server."""
     log = open(os.path.join(folder, f"rank{rank}.log"), "w", buffering=1)  # noqa: SIM115
     os.dup2(log.fileno(), 1)
@@ -129,12 +137,16 @@ def _rank(rank: int, ranks: int, port: int, flags: list[str], folder: str) -> No
 
     torch.set_num_threads(1)
     _keep_losses(os.path.join(folder, f"rank{rank}.losses"))
-    sys.argv = ["pretrain", "--cpu", *flags]
-    from megatron_cream import pretrain
+    from megatron_cream import launch, pretrain
 
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(folder, f"rank{rank}.losses"))
-    pretrain.main()
+    if script is None:
+        sys.argv = ["pretrain", "--cpu", *flags]
+        pretrain.main()
+    else:
+        sys.argv = ["launch", str(script), "--cpu", *flags]
+        launch.main()
 
 
 def _keep_losses(path: str) -> None:
