@@ -14,40 +14,76 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training.utils import is_first_or_last_pipeline_stage
+
+from megatron_cream.checkpoint.saved import SETTINGS_KEY
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 Batch = dict[str, torch.Tensor | None]
 
 
+def packed_seq_params(args: Namespace, cu_seqlens: torch.Tensor | None) -> PackedSeqParams | None:
+    """Return Megatron's description of a packed batch, None for an ordinary one.
+
+    The longest document is said to have --seq-length tokens, which it may: the true figure is on
+    the GPU, and fetching it would stop the host at every micro-batch.
+    """
+    if cu_seqlens is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=args.seq_length,
+        max_seqlen_kv=args.seq_length,
+        tokens_per_sample=args.seq_length,
+    )
+
+
 def get_batch(args: Namespace, data_iterator: Iterator | None, vp_stage: int | None) -> Batch:
     """Return tensors ``[b, s / CP]`` of this stage; middle stages have position ids only.
 
     Every tensor is cut for this context-parallel rank here, position ids included, and nowhere
-    else: the rotary embedding must not cut again.
+    else: the rotary embedding must not cut again. Packed documents are cut one by one, and have
+    ``cu_seqlens``, int32 ``[documents + 1]``, of the whole sample.
     """
-    if is_first_or_last_pipeline_stage(vp_stage):
-        batch = _tokens_and_positions(args, data_iterator)
+    packed = is_packed(args)
+    outer = is_first_or_last_pipeline_stage(vp_stage)
+    if outer:
+        batch = _tokens_and_positions(args, data_iterator, packed)
     else:
-        batch = {"position_ids": _positions(args, data_iterator)}
+        batch = _positions(args, data_iterator, packed)
     batch = get_batch_on_this_cp_rank(
-        {**batch, "cu_seqlens": None},
+        {"cu_seqlens": None, "cu_seqlens_padded": None, **batch},
         is_hybrid_cp=False,
         cp_group=mpu.get_context_parallel_group(),
     )
-    return {key: batch.get(key) for key in BATCH_KEYS}
+    kept = {key: batch.get(key) if outer or key == "position_ids" else None for key in BATCH_KEYS}
+    return {**kept, "cu_seqlens": batch["cu_seqlens"][0] if packed else None}
 
 
-def _tokens_and_positions(args: Namespace, data_iterator: Iterator | None) -> dict[str, Any]:
+def is_packed(args: Namespace) -> bool:
+    """Say whether samples are packed documents, which attend only to themselves."""
+    return getattr(args, SETTINGS_KEY)["sample_unit"] == "packed-documents"
+
+
+def _tokens_and_positions(
+    args: Namespace, data_iterator: Iterator | None, packed: bool
+) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
-        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+        keys = (*BATCH_KEYS, "cu_seqlens") if packed else BATCH_KEYS
+        batch = {key: sample[key].cuda(non_blocking=True) for key in keys}
+        if packed:  # Megatron hands these on, too
+            batch["cu_seqlens_padded"] = None
+            batch["max_seqlen"] = batch["cu_seqlens"].diff(dim=1).amax(dim=1)
     return get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=False,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -60,8 +96,14 @@ def _tokens_and_positions(args: Namespace, data_iterator: Iterator | None) -> di
     )
 
 
-def _positions(args: Namespace, data_iterator: Iterator | None) -> torch.Tensor:
+def _positions(args: Namespace, data_iterator: Iterator | None, packed: bool) -> dict[str, Any]:
     if data_iterator is None:  # validation and test use plain positions
         plain = torch.arange(args.seq_length, device=torch.cuda.current_device())
-        return plain.expand(args.micro_batch_size, -1)
-    return next(data_iterator)["position_ids"].cuda(non_blocking=True)
+        return {"position_ids": plain.expand(args.micro_batch_size, -1)}
+    sample = next(data_iterator)
+    ids = sample["position_ids"].cuda(non_blocking=True)
+    if not packed:
+        return {"position_ids": ids}
+    # Megatron counts the tokens of a packed batch by its tokens.
+    boundaries = sample["cu_seqlens"].cuda(non_blocking=True)
+    return {"position_ids": ids, "tokens": ids, "cu_seqlens": boundaries}

@@ -5,7 +5,7 @@ A source is a stretch of consecutive tokens in the ``.bin`` file that one sample
 document. ``document``: each document. ``window``: documents cut every T tokens, so that a book
 gives many samples instead of its first T tokens. ``packed``: all documents in a row, cut every T
 tokens, so that short ones are used too; documents are then apart only by their end-of-document
-token.
+token. ``packed-documents``: documents as with ``window``, short ones too, several a sample, apart.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_cream.positions import Strategy
+
+PACK_MULTIPLE = 16
+"""Packed documents are cut to multiples of this many tokens, whatever the layout of the run:
+context parallelism deals each of them out in 2 x CP equal parts, and samples must not depend on it.
+"""
+
 
 @dataclass(frozen=True)
 class Sources:
-    """Stretches of at least N tokens.
+    """Stretches of enough tokens for a sample.
 
     Attributes:
         starts: int64 ``[n]``, first token, counted from the start of the ``.bin`` file.
@@ -38,21 +45,26 @@ class Sources:
         return len(self.starts)
 
 
+def fewest_tokens(unit: str, strategy: Strategy) -> int:
+    """Return how many tokens a text must have to be sampled from."""
+    if unit != "packed-documents":
+        return strategy.train_length
+    return -(-strategy.shortest_length // PACK_MULTIPLE) * PACK_MULTIPLE
+
+
 def make_sources(
     unit: str,
     document_starts: np.ndarray,
     document_lengths: np.ndarray,
-    train_length: int,
-    content_length: int,
+    strategy: Strategy,
 ) -> Sources:
     """Cut documents into sources.
 
     Args:
-        unit: ``document``, ``window`` or ``packed``.
+        unit: ``document``, ``window``, ``packed`` or ``packed-documents``.
         document_starts: int64 ``[documents]``, first token of each in the ``.bin`` file.
         document_lengths: ``[documents]`` tokens.
-        train_length: N, the fewest tokens a source may have.
-        content_length: tokens a sample chooses from: T, or N for strategies that read one span.
+        strategy: says how many tokens a sample takes, and from how many it chooses.
 
     Raises:
         ValueError: ``packed`` documents do not follow each other in the file.
@@ -64,8 +76,8 @@ def make_sources(
     ends = starts + lengths
     longest = int(lengths.max(initial=0))
     if unit != "document":
-        starts, lengths, ends = _cut(starts, lengths, ends, content_length)
-    keep = lengths >= train_length
+        starts, lengths, ends = _cut(starts, lengths, ends, strategy.content_length)
+    keep = lengths >= fewest_tokens(unit, strategy)
     return Sources(starts[keep], lengths[keep], ends[keep], int((~keep).sum()), longest)
 
 

@@ -19,7 +19,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.sources import make_sources
+from megatron_cream.data.sources import fewest_tokens, make_sources
 from megatron_cream.positions import Layout, Strategy, philox
 
 _SHUFFLE_STREAM = 1  # keeps shuffling apart from the layouts of the same seed
@@ -79,14 +79,14 @@ class SpanDataset(MegatronDataset):
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         extension = config.extension
+        self.unit = extension.sample_unit
         self.strategy = split_strategy(extension, index_split)
         itemsize = np.dtype(dataset.index.dtype).itemsize
         self.sources = make_sources(
             extension.sample_unit,
             dataset.index.sequence_pointers[indices] // itemsize,
             dataset.sequence_lengths[indices],
-            extension.train_length,
-            self.strategy.content_length,
+            self.strategy,
         )
         if not len(self.sources) and num_samples != 0:
             raise ValueError(no_sources_message(dataset_path, index_split.name, self))
@@ -100,16 +100,31 @@ class SpanDataset(MegatronDataset):
     def build_low_level_dataset(dataset_path: str, config: SpanDatasetConfig) -> IndexedDataset:
         return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
+    @property
+    def epoch_size(self) -> int:
+        """Samples an epoch."""
+        return len(self.sources)
+
     def __len__(self) -> int:
-        return len(self.sources) if self.num_samples is None else self.num_samples
+        return self.epoch_size if self.num_samples is None else self.num_samples
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        layout = self.strategy.layout(self.config.extension.position_seed, int(idx))
-        return self.sample(idx, layout)
+        return self.sample(idx, draw=idx)
 
-    def sample(self, idx: int, layout: Layout) -> dict[str, torch.Tensor]:
-        """Return the text of sample ``idx`` read at ``layout``."""
-        start, length, end = self._source(int(idx))
+    def sample(self, idx: int, draw: int) -> dict[str, torch.Tensor]:
+        """Return the text of sample ``idx`` read at the layout with index ``draw``."""
+        layout = self.strategy.layout(self.config.extension.position_seed, int(draw))
+        arrays = self.read(self.chosen(idx), layout)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def chosen(self, idx: int) -> int:
+        """Return which text of the epoch sample ``idx`` reads."""
+        epoch, slot = divmod(int(idx), self.epoch_size)
+        return int(self._epoch_order(epoch)[slot])
+
+    def read(self, source: int, layout: Layout) -> dict[str, np.ndarray]:
+        """Return tokens, labels, loss mask and position ids of a source read at ``layout``."""
+        start, length, end = self._source(source)
         tokens = np.zeros(layout.train_length, dtype=np.int64)
         labels = np.zeros(layout.train_length, dtype=np.int64)
         loss_mask = np.ones(layout.train_length, dtype=np.float32)
@@ -126,25 +141,22 @@ class SpanDataset(MegatronDataset):
         self._apply_label_rule(spans, tokens, labels, loss_mask)
         if self.config.eod_mask_loss:
             loss_mask[tokens == self.config.eod_id] = 0.0
-        arrays = {
+        return {
             "tokens": tokens,
             "labels": labels,
             "loss_mask": loss_mask,
             "position_ids": layout.position_ids,
         }
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def _source(self, idx: int) -> tuple[int, int, int]:
-        epoch, slot = divmod(idx, len(self.sources))
-        chosen = self._epoch_order(epoch)[slot]
+    def _source(self, i: int) -> tuple[int, int, int]:
         sources = self.sources
-        return int(sources.starts[chosen]), int(sources.lengths[chosen]), int(sources.ends[chosen])
+        return int(sources.starts[i]), int(sources.lengths[i]), int(sources.ends[i])
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """int32 ``[sources]``: the order of an epoch, kept until another epoch is asked for."""
+        """int32 ``[epoch_size]``: the order of an epoch, kept until another epoch is asked for."""
         if self._order[0] != epoch:
             rng = philox.generator(self.config.random_seed, epoch, _SHUFFLE_STREAM)
-            self._order = (epoch, rng.permutation(len(self.sources)).astype(np.int32))
+            self._order = (epoch, rng.permutation(self.epoch_size).astype(np.int32))
         return self._order[1]
 
     def _read(self, token: int, count: int) -> np.ndarray:
@@ -175,10 +187,13 @@ class SpanDataset(MegatronDataset):
 
 
 def no_sources_message(dataset_path: str | None, split: str, dataset: Any) -> str:
-    """Say why a split has no sample; ``dataset`` has ``sources`` and ``strategy``."""
+    """Say why a split has no sample; ``dataset`` has ``sources``, ``strategy`` and ``unit``."""
+    fewest = fewest_tokens(dataset.unit, dataset.strategy)
+    short = fewest < dataset.strategy.train_length
+    why = "what the strategy can place in --target-length" if short else "--seq-length"
     return (
-        f"dataset {dataset_path} has no document for the {split} split: a sample takes "
-        f"{dataset.strategy.train_length} tokens (--seq-length) of one, and the longest of its "
+        f"dataset {dataset_path} has no document for the {split} split: a sample takes at least "
+        f"{fewest} tokens of one ({why}), and the longest of its "
         f"{dataset.sources.dropped} has {dataset.sources.longest}; give longer documents, a "
         "shorter --seq-length, another --split, or --sample-unit packed"
     )
@@ -194,16 +209,18 @@ class BlendedSpans(torch.utils.data.Dataset):
     def __init__(self, blend: BlendedDataset) -> None:
         self.blend = blend
         self.split = blend.split  # Megatron's loader reads the batch sizes of the split off it
-        self.extension = blend.config.extension
-        self.strategy = split_strategy(self.extension, blend.split)
 
     def __len__(self) -> int:
         return len(self.blend)
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        layout = self.strategy.layout(self.extension.position_seed, int(idx))
         dataset = self.blend.datasets[self.blend.dataset_index[idx]]
-        return dataset.sample(self.blend.dataset_sample_index[idx], layout)
+        return dataset.sample(self.blend.dataset_sample_index[idx], draw=idx)
+
+    def positions(self, idx: int) -> dict[str, torch.Tensor]:
+        """Return what a middle pipeline stage needs of sample ``idx``; packed documents only."""
+        dataset = self.blend.datasets[self.blend.dataset_index[idx]]
+        return dataset.positions(self.blend.dataset_sample_index[idx], draw=idx)
 
 
 class PositionsOnly(torch.utils.data.Dataset):

@@ -117,6 +117,16 @@ class Cream(Strategy):
         return (self.train_length // 3, 4 * self.target_length // self.train_length)
 
     @property
+    def shortest_length(self) -> int:
+        if self.head_lengths is not None:
+            return 2 * max(self.head_lengths) + 1
+        # Two heads of floor(4 T / n) and a token between them: n * n is about 8 T.
+        length = max(3, math.isqrt(8 * self.target_length) - 4)
+        while 2 * (4 * self.target_length // length) >= length:
+            length += 1
+        return length
+
+    @property
     def max_half_windows(self) -> int:
         """Largest number r of half windows the middle chunk may lie in: floor(2 f)."""
         return 2 * self.target_length // self.train_length

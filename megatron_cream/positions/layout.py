@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 
@@ -126,6 +127,19 @@ class Strategy(ABC):
     def content_length(self) -> int:
         """Tokens of text a sample is chosen from: T where content follows positions."""
         return self.target_length
+
+    @property
+    def shortest_length(self) -> int:
+        """Fewest tokens a sample can have with these options and T; see ``for_length``."""
+        return 1
+
+    def for_length(self, train_length: int) -> Self:
+        """Return this strategy for samples of another length that reach the same T.
+
+        Raises:
+            ValueError: ``train_length`` is below ``shortest_length`` or above T.
+        """
+        return replace(self, train_length=train_length)
 
     @abstractmethod
     def layout(self, seed: int, index: int) -> Layout:

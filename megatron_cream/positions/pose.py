@@ -82,6 +82,10 @@ class Pose(Strategy):
                 "the published trainer cuts in 2; use 'paper'"
             )
 
+    @property
+    def shortest_length(self) -> int:
+        return self.chunks  # a token each
+
     def place(
         self,
         lengths: tuple[int, ...],

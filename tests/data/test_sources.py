@@ -5,12 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cream.data.sources import make_sources
+from megatron_cream.positions import make_strategy
 
 
 def cut(unit, lengths, train, content):
     lengths = np.array(lengths, dtype=np.int64)
     starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64)
-    sources = make_sources(unit, starts, lengths, train, content)
+    sources = make_sources(unit, starts, lengths, make_strategy("pose", train, content, chunks=1))
     return sources, list(zip(sources.starts, sources.lengths, sources.ends, strict=True))
 
 
@@ -31,9 +32,14 @@ def test_packed_windows_ignore_documents():
     assert sources.longest == 31
 
 
+def test_packed_documents_may_be_shorter_than_a_sample():
+    _, rows = cut("packed-documents", [15, 16, 100, 40], 64, 80)
+    assert rows == [(15, 16, 31), (31, 80, 131), (111, 20, 131), (131, 40, 171)]
+
+
 def test_packed_refuses_gaps():
     with pytest.raises(ValueError, match="--sample-unit"):
-        make_sources("packed", np.array([0, 10]), np.array([5, 5]), 2, 4)
+        make_sources("packed", np.array([0, 10]), np.array([5, 5]), make_strategy("full", 2, 4))
 
 
 @given(
