@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ranks
 from support.runs import FLAGS, write_dataset
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
+
+PACKED = ["--sample-unit", "packed-documents"]
 
 
 @pytest.fixture
@@ -38,10 +41,17 @@ def refused(monkeypatch, capsys, dataset):
         (["--target-length", "90"], ["--target-length", "90", "96"]),
         (["--cream-head-lengths", "48"], ["--cream-head-lengths", "48", "from 1 to 47"]),
         (["--target-length", "6000"], ["4 * factor", "--cream-head-lengths", "250"]),
+        ([*PACKED, "--micro-batch-size", "2"], ["--micro-batch-size", "2", "must be 1"]),
+        ([*PACKED, "--seq-length", "100"], ["--seq-length", "100", "multiple of 16"]),
+        ([*PACKED, "--context-parallel-size", "16"], ["--context-parallel-size", "at most 8"]),
+        ([*PACKED, "--hybrid-layer-pattern", "M*"], ["--hybrid-layer-pattern", "M*", "left out"]),
+        (PACKED, ["--transformer-impl", "local", "'transformer_engine' on a GPU"]),
         (["--cream-sigma", "-1"], ["--cream-sigma", "-1", "positive"]),
         (["--position-strategy", "pose", "--pose-chunks", "97"], ["--pose-chunks", "97", "96"]),
         (["--rope-factor", "0.5"], ["--rope-factor", "0.5", "at least 1"]),
         (["--original-length", "0"], ["--original-length", "0"]),
+        (["--rope-interpolation", "dynamic"], ["--rope-interpolation", "dynamic", "evaluation"]),
+        (["--rope-base-config", "nowhere"], ["--rope-base-config", "nowhere"]),
         (["--position-embedding-type", "none"], ["--position-embedding-type", "none", "rope"]),
         (["--position-embedding-type", "mrope"], ["--position-embedding-type", "mrope"]),
         (["--position-embedding-type", "yarn"], ["--position-embedding-type", "yarn"]),
@@ -116,6 +126,51 @@ def test_resuming_with_other_settings(refused, initial):
     message = refused("--load", initial, "--target-length", "960", "--cream-sigma", "2")
     for part in ("--target-length 768 != 960", "--cream-sigma 3.0 != 2.0", "--finetune"):
         assert part in message
+
+
+def test_a_scaling_of_the_base_that_would_be_dropped(refused, initial):
+    further = ("--original-length", "768", "--target-length", "1536", "--position-strategy", "pose")
+    message = refused("--pretrained-checkpoint", initial, *further)
+    for part in ("--original-length is 768", "linear over 96", "--rope-base-config"):
+        assert part in message
+
+
+def test_resuming_with_an_optimizer_of_another_kind(refused, initial):
+    message = refused("--load", initial, "--target-length", "768", "--use-distributed-optimizer")
+    for part in ("--use-distributed-optimizer is True", "left out", "--no-load-optim"):
+        assert part in message
+
+
+@pytest.fixture(scope="module")
+def sharded(flags, tmp_path_factory):
+    """A checkpoint of the distributed optimizer in its default format."""
+    folder = tmp_path_factory.mktemp("sharded")
+    one = ["--train-iters", "1", "--eval-iters", "0", "--save-interval", "1"]
+    save = [*one, "--save", str(folder / "c"), "--use-distributed-optimizer"]
+    ranks.train(folder, [*flags, *save], 2)
+    return str(folder / "c")
+
+
+def test_resuming_a_distributed_optimizer_without_a_gpu(refused, sharded):
+    message = refused("--load", sharded, "--use-distributed-optimizer")
+    for part in ("--use-distributed-optimizer", "with --cpu", "--no-load-optim"):
+        assert part in message
+
+
+def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
+    from argparse import Namespace
+
+    from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
+    from megatron_cream.training.checks import check_checkpoint
+
+    saved = saved_arguments(sharded)
+    now = Namespace(**{**vars(saved), "cpu": False, "load": sharded, "no_load_optim": False})
+    check_checkpoint(now, saved_extension(saved))
+    now.pipeline_model_parallel_size = 2
+    with pytest.raises(ValueError) as error:
+        check_checkpoint(now, saved_extension(saved))
+    for part in ("--pipeline-model-parallel-size is 2", "--dist-ckpt-optim-fully-reshardable"):
+        assert part in str(error.value)
 
 
 def test_a_checkpoint_that_is_not_whole(refused, initial, tmp_path):
