@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shape, layout and batch that Megatron's parsed arguments describe."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_cream.planning.layout import Layout, Workload
+from megatron_cream.planning.models import ModelShape
+
+# What the closed forms of ``memory`` hold for: (attribute, the value it must have, its flag).
+_HOLDS_FOR = (
+    ("hybrid_layer_pattern", None, "--hybrid-layer-pattern"),
+    ("num_experts", None, "--num-experts"),
+    ("swiglu", True, "--swiglu"),
+    ("normalization", "RMSNorm", "--normalization"),
+    ("add_bias_linear", False, "--disable-bias-linear"),
+    ("bf16", True, "--bf16"),
+    ("use_distributed_optimizer", True, "--use-distributed-optimizer"),
+    ("num_distributed_optimizer_instances", 1, "--num-distributed-optimizer-instances"),
+    ("fp8", None, "--fp8-format"),
+    ("hidden_dropout", 0.0, "--hidden-dropout"),
+    ("attention_dropout", 0.0, "--attention-dropout"),
+    ("virtual_pipeline_model_parallel_size", None, "virtual pipeline stages"),
+    ("pipeline_model_parallel_layout", None, "--pipeline-model-parallel-layout"),
+    ("account_for_embedding_in_pipeline_split", False, "--account-for-embedding-in-pipeline-split"),
+    ("account_for_loss_in_pipeline_split", False, "--account-for-loss-in-pipeline-split"),
+)
+
+
+def why_not_estimated(args: Namespace) -> str | None:
+    """Name the first flag under which memory is not estimated, or return None."""
+    for attribute, needed, flag in _HOLDS_FOR:
+        value = getattr(args, attribute, None)
+        if value != needed:
+            return f"{flag} is {value}, estimates are for {needed}"
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        return "--sequence-parallel is missing, estimates are for tensor parallelism with it"
+    if args.recompute_granularity == "full" and args.recompute_num_layers != 1:
+        return f"--recompute-num-layers is {args.recompute_num_layers}, estimates are for 1"
+    if args.recompute_granularity == "full" and args.recompute_method != "uniform":
+        return f"--recompute-method is {args.recompute_method}, estimates are for uniform"
+    return None
+
+
+def shape_from_args(args: Namespace) -> ModelShape:
+    """Return the shape of the model; its vocabulary is the padded one."""
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    return ModelShape(
+        name="model",
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size,
+        heads=args.num_attention_heads,
+        kv_heads=groups,
+        head_dim=args.kv_channels,
+        vocab=args.padded_vocab_size,
+        window=args.max_position_embeddings,
+        theta=float(args.rotary_base),
+        norm_eps=args.layernorm_epsilon,
+        tied=not args.untie_embeddings_and_output_weights,
+        qkv_bias=args.add_qkv_bias,
+        qk_norm=args.qk_layernorm,
+    )
+
+
+def layout_from_args(args: Namespace) -> Layout:
+    """Return the layout; Megatron has computed the data parallel size."""
+    return Layout(
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        context=args.context_parallel_size,
+        data=args.data_parallel_size,
+        first_layers=args.decoder_first_pipeline_num_layers,
+        last_layers=args.decoder_last_pipeline_num_layers,
+        recompute=args.recompute_granularity == "full",
+    )
+
+
+def workload_from_args(args: Namespace) -> Workload:
+    """Return what a step takes in."""
+    return Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any rank of any world in this one process, by Megatron's fake process group.
+
+Models are built on the meta device, which has shapes and no memory, with our rotary put in as in
+training. A machine without GPUs has no Transformer Engine: layers are built from Megatron's local
+modules, which hold the same parameters, and settings that decide only how a step runs
+(``NOT_BUILT``) are validated and then left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_cream.config import ExtensionConfig
+
+NOT_BUILT = {
+    "sequence_parallel": False,
+    "context_parallel_size": 1,
+    "tp_comm_overlap": False,
+    "fp8": None,
+    "fp8_param_gather": False,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "perform_initialization": False,
+}
+"""What the local modules refuse, or need not do, and no parameter's shape depends on."""
+
+_ONE_RANK = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "world_size": 1,
+    "data_parallel_size": 1,
+}
+
+
+def prepare() -> None:
+    """Let the CPU stand in for GPUs, which this process shall not see.
+
+    Raises:
+        RuntimeError: it has process groups already, or has started a GPU.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from megatron_cream.training import cpu
+
+    cpu.install()
+    import torch
+
+    if torch.distributed.is_initialized():
+        raise RuntimeError("this process has a process group: check stages in one of its own")
+
+
+def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionConfig]:
+    """Parse and validate flags of ``megatron_cream.pretrain`` as rank 0 of a world would.
+
+    Data and checkpoints are not looked at.
+
+    Raises:
+        ValueError: naming the flag that Megatron or we refuse.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+    from megatron_cream.training import arguments, cpu, hybrid
+
+    with _command_line([*argv, *cpu.FLAGS, "--fake-process-group"], world_size) as output:
+        try:
+            args = parse_args(arguments.add_arguments)
+        except SystemExit:
+            raise ValueError(_last_line(output)) from None
+        _refuse(args)
+        arguments.refuse_unsupported(args)
+        hybrid.refuse_pattern(args)
+        extension = arguments.extension_from_args(args)
+        try:
+            validate_args(args)
+        except AssertionError as error:
+            raise ValueError(f"Megatron refuses these flags: {error}") from None
+        if args.padded_vocab_size is None:  # what loading the tokenizer would set
+            args.padded_vocab_size = calculate_padded_vocab_size(
+                args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+            )
+    return args, extension
+
+
+def _refuse(args: Namespace) -> None:
+    if args.use_checkpoint_args:
+        raise ValueError(
+            "--use-checkpoint-args is given: no checkpoint is read here, give the model's flags"
+        )
+    if args.vocab_size is None and args.padded_vocab_size is None:
+        raise ValueError("--vocab-size is missing: it must be given, no tokenizer is loaded here")
+
+
+@contextlib.contextmanager
+def _command_line(argv: Sequence[str], world_size: int) -> Iterator[io.StringIO]:
+    """Let Megatron read ``argv`` as its command line, and keep what it prints."""
+    saved_argv, saved_environment = sys.argv, os.environ.copy()
+    sys.argv = ["pretrain", *argv]
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size), CUDA_DEVICE_MAX_CONNECTIONS="1")
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            yield output
+    finally:
+        sys.argv = saved_argv
+        os.environ.clear()
+        os.environ.update(saved_environment)
+
+
+def _last_line(output: io.StringIO) -> str:
+    # argparse prints pages of usage first.
+    return output.getvalue().strip().rsplit("error: ", 1)[-1].splitlines()[0]
+
+
+def one_rank(args: Namespace) -> Namespace:
+    """Return the arguments of the same model, its vocabulary padded alike, on one rank."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    changes = {"hybrid_layer_pattern": pattern.replace("|", "")} if pattern else {}
+    return Namespace(**{**vars(args), **_ONE_RANK, **changes})
+
+
+def model_ranks(args: Namespace) -> list[int]:
+    """Return the ranks of the first copy of the model: of its dense layers and of its experts."""
+    from megatron.core.parallel_state import RankGenerator
+
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    context, data = args.context_parallel_size, args.data_parallel_size
+    sizes = {"pp": pipeline, "order": _order(args)}
+    dense = RankGenerator(tp=tensor, ep=1, dp=data, cp=context, **sizes)
+    ranks = set(dense.get_ranks("tp-pp")[0])
+    if args.num_experts is not None:
+        tensor, expert = args.expert_tensor_parallel_size, args.expert_model_parallel_size
+        data = args.world_size // (tensor * expert * pipeline)
+        experts = RankGenerator(tp=tensor, ep=expert, dp=data, cp=1, **sizes)
+        ranks |= set(experts.get_ranks("tp-ep-pp")[0])
+    return sorted(ranks)
+
+
+def _order(args: Namespace) -> str:
+    return "tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp"
+
+
+@contextlib.contextmanager
+def as_rank(args: Namespace, rank: int) -> Iterator[Any]:
+    """Be ``rank`` of ``args.world_size`` ranks that never talk; yields Megatron's groups of it."""
+    import torch
+    from megatron.core import mpu
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    excepthook = sys.excepthook  # torch wraps it once more at every start
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=rank, world_size=args.world_size
+    )
+    try:
+        mpu.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+            order=_order(args),
+            create_gloo_process_groups=False,
+        )
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        mpu.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+        sys.excepthook = excepthook
+
+
+def build(args: Namespace, extension: ExtensionConfig, groups: Any) -> list[Any]:
+    """Build the model chunks of the rank this process is, unwrapped, as training builds them."""
+    import torch
+
+    from megatron_cream.training.hooks import model_config
+
+    config = model_config(Namespace(**{**vars(args), **NOT_BUILT}), extension)
+    builder = config.get_builder_cls()(config)
+    logging.disable(logging.WARNING)  # every rank would say that GPTModel is deprecated
+    try:
+        with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
+            return builder.build_distributed_models(
+                groups,
+                wrap_with_ddp=False,
+                data_parallel_random_init=False,
+                mixed_precision_wrapper=None,
+            )
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a GPU: weights, gradients, optimizer and activations, in bytes, by closed forms.
+
+For bf16 training with fp32 gradients and the distributed optimizer, Transformer Engine's fused
+layers, flash attention and no dropout. Megatron 0.19.2 has an estimator of its own
+(``megatron.training.theoretical_memory_usage``). Its 6 + 12 / DP bytes a parameter are the same as
+here; its parameters leave out biases and uneven stages, and its optimizer is not divided by the
+context parallel size, over which Megatron does shard it. Its activations are those of
+arXiv:2205.05198, table 2, whose MLP is not gated: a SwiGLU layer keeps 6 f bytes a token and not
+4 f. So activations are counted here tensor by tensor; docs/planning.md has them next to a GPU's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cream.planning.layout import Layout, Workload, padded_vocab
+from megatron_cream.planning.models import ModelShape
+
+GIB = 2**30
+
+WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
+"""Bytes a parameter: bf16; fp32; fp32 copy and the two moments of Adam."""
+
+RESERVE_GIB = 5.0
+"""Left free: CUDA context, NCCL's buffers, workspaces and the allocator's fragmentation.
+
+Measured on one H200 as what PyTorch reserves above what it has allocated at the peak: 1.6 to 4.1.
+"""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each GPU of one pipeline stage.
+
+    Attributes:
+        weights, gradients, optimizer: what stays.
+        activations: what layers keep between forward and backward, all micro-batches in flight.
+        working: the peak above these: the logits and their softmax, or one layer's backward.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """Return the parameters on each GPU of a pipeline stage; padding of the vocabulary counts."""
+    layers = len(layout.stages(shape.layers)[stage])
+    matrices = layers * shape.layer_matrices
+    norms = layers * shape.layer_norms
+    table = padded_vocab(shape, layout.tensor) * shape.hidden
+    last = stage == layout.pipeline - 1
+    matrices += table if stage == 0 else 0
+    # A tied output layer on another stage than the embedding is a copy of it.
+    matrices += table if last and (not shape.tied or layout.pipeline > 1) else 0
+    return matrices // layout.tensor + norms + (shape.hidden if last else 0)
+
+
+def layer_activations(shape: ModelShape, tensor: int = 1) -> float:
+    """Return the bytes a token that one layer keeps for its backward pass.
+
+    Inputs and outputs of both norms 8 h; queries and the output of attention 4 a d; keys and
+    values 4 g d; log-sum-exp of attention 4 a; gate and up projection and their product 6 f.
+    Tensor parallelism divides all of it, because sequence parallelism goes with it.
+    """
+    attention = shape.head_dim * (4 * shape.heads + 4 * shape.kv_heads) + 4 * shape.heads
+    return (8 * shape.hidden + attention + 6 * shape.ffn) / tensor
+
+
+def output_activations(shape: ModelShape, tensor: int = 1) -> float:
+    """Return the bytes a token of the last norm and of logits in bf16 and softmax in fp32."""
+    logits = 6 * padded_vocab(shape, tensor) / tensor
+    return 4 * shape.hidden / tensor + logits
+
+
+def stage_memory(
+    shape: ModelShape, layout: Layout, work: Workload, stage: int, parameters: int | None = None
+) -> StageMemory:
+    """Return what a GPU of pipeline stage ``stage`` (from 0) needs under the 1F1B schedule.
+
+    Args:
+        parameters: on that GPU, where they are known better than ``stage_parameters``.
+    """
+    if parameters is None:
+        parameters = stage_parameters(shape, layout, stage)
+    layers = len(layout.stages(shape.layers)[stage])
+    tokens = work.seq_length * work.micro_batch // layout.context
+    in_flight = min(layout.micro_batches(work), layout.pipeline - stage)
+    whole = layer_activations(shape, layout.tensor)
+    kept = 2 * shape.hidden / layout.tensor if layout.recompute else whole
+    # Backward of a layer: gradients of what it kept, which recomputation makes first.
+    working = 2 * whole if layout.recompute else whole
+    if stage == layout.pipeline - 1:
+        working = max(working, output_activations(shape, layout.tensor))
+    return StageMemory(
+        weights=parameters * WEIGHT,
+        gradients=parameters * GRADIENT,
+        optimizer=parameters * OPTIMIZER / (layout.data * layout.context),
+        activations=tokens * in_flight * layers * kept,
+        working=tokens * working,
+    )
+
+
+def peak_memory(shape: ModelShape, layout: Layout, work: Workload) -> StageMemory:
+    """Return the memory of the stage that needs most."""
+    stages = (stage_memory(shape, layout, work, stage) for stage in range(layout.pipeline))
+    return max(stages, key=lambda memory: memory.total)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fastest layout that fits, and what would fit where none does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cream.planning.cost import Gpu, Step, model_flops, step_time
+from megatron_cream.planning.layout import Layout, Workload, layouts
+from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
+from megatron_cream.planning.models import ModelShape
+
+LARGEST_SEARCH = 65536
+"""GPUs up to which a smallest cluster is looked for."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What there is to run on.
+
+    Attributes:
+        gpus: GPUs in all.
+        gpu: what each can do.
+        memory: GiB of each that a plan may fill: its own, less what is reserved.
+        mfu: share of ``gpu.tflops`` that kernels reach.
+        gpus_per_node: GPUs that are joined by fast links.
+    """
+
+    gpus: int
+    gpu: Gpu
+    memory: float
+    mfu: float
+    gpus_per_node: int = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout and what a step on it takes.
+
+    Attributes:
+        memory: of the stage that needs most.
+        step: seconds by part.
+    """
+
+    layout: Layout
+    work: Workload
+    memory: StageMemory
+    step: Step
+
+    def mfu(self, shape: ModelShape, cluster: Cluster) -> float:
+        """Return the share of the cluster's peak that the whole step reaches."""
+        flops = model_flops(shape, self.work.seq_length) * self.work.tokens
+        return flops / (self.step.total * cluster.gpus * cluster.gpu.tflops * 1e12)
+
+
+def propose(
+    shape: ModelShape, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
+) -> Plan:
+    """Return the layout with the shortest step among those that fit the memory.
+
+    Raises:
+        ValueError: none divides evenly, or none fits; names what would.
+    """
+    plans = _plans(shape, cluster, work, fixed)
+    if not plans:
+        raise ValueError(_nothing_divides(shape, cluster, work, fixed))
+    fitting = [plan for plan in plans if plan.memory.total <= cluster.memory * GIB]
+    if not fitting:
+        raise ValueError(_nothing_fits(shape, cluster, work, fixed, plans))
+    # Ties go to the layout that splits the model less.
+    return min(fitting, key=lambda p: (p.step.total, p.layout.tensor * p.layout.pipeline))
+
+
+def _plans(
+    shape: ModelShape, cluster: Cluster, work: Workload, fixed: dict[str, int] | None
+) -> list[Plan]:
+    return [
+        Plan(
+            layout,
+            work,
+            peak_memory(shape, layout, work),
+            step_time(shape, layout, work, cluster.gpu, cluster.mfu, cluster.gpus_per_node),
+        )
+        for layout in layouts(shape, cluster.gpus, work, cluster.gpus_per_node, fixed)
+    ]
+
+
+def _nothing_divides(
+    shape: ModelShape, cluster: Cluster, work: Workload, fixed: dict[str, int] | None
+) -> str:
+    given = "".join(f", {name} parallel size {size}" for name, size in (fixed or {}).items())
+    return (
+        f"--gpus is {cluster.gpus}{given}: it must be tensor x pipeline x context x data parallel "
+        f"sizes with tensor at most {cluster.gpus_per_node} and dividing {shape.heads} heads and "
+        f"{shape.kv_heads} query groups, {shape.layers} layers split over the pipeline, and data "
+        f"dividing --global-batch-size {work.global_batch} / --micro-batch-size {work.micro_batch}"
+    )
+
+
+def _nothing_fits(
+    shape: ModelShape,
+    cluster: Cluster,
+    work: Workload,
+    fixed: dict[str, int] | None,
+    plans: list[Plan],
+) -> str:
+    least = min(plans, key=lambda plan: plan.memory.total)
+    more = fewest_gpus(shape, cluster, work, fixed)
+    enough = f"; {more} such GPUs would do" if more else "; no number of such GPUs would do"
+    return (
+        f"{shape.name} at {work.seq_length} tokens does not fit on --gpus {cluster.gpus}: the "
+        f"least is {least.memory.total / GIB:.1f} GiB a GPU ({least.layout}), and "
+        f"{cluster.memory:g} of --gpu-memory are left to fill{enough}"
+    )
+
+
+def fewest_gpus(
+    shape: ModelShape, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
+) -> int | None:
+    """Return the smallest doubling of the cluster that fits, or None."""
+    gpus = cluster.gpus * 2
+    while gpus <= LARGEST_SEARCH:
+        if any(
+            peak_memory(shape, layout, work).total <= cluster.memory * GIB
+            for layout in layouts(shape, gpus, work, cluster.gpus_per_node, fixed)
+        ):
+            return gpus
+        gpus *= 2
+    return None

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as a table for a person and as plain values for a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cream.planning.arguments import (
+    layout_from_args,
+    shape_from_args,
+    why_not_estimated,
+    workload_from_args,
+)
+from megatron_cream.planning.memory import GIB, stage_memory
+from megatron_cream.planning.models import ModelShape
+from megatron_cream.planning.propose import Cluster, Plan
+from megatron_cream.planning.stages import StagesCheck
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A CREAM run next to full-length training of the same model on the same GPUs.
+
+    Attributes:
+        short: plan at N tokens.
+        full: plan at T tokens, or None where it does not fit.
+        why_not: says why, where ``full`` is None.
+        target: T.
+        iterations: steps of the CREAM run.
+    """
+
+    shape: ModelShape
+    cluster: Cluster
+    short: Plan
+    full: Plan | None
+    why_not: str
+    target: int
+    iterations: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the CREAM run."""
+        return self.iterations * self.short.work.tokens
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the CREAM run's steps."""
+        return self.iterations * self.short.step.total
+
+    def full_seconds(self, tokens: int) -> float:
+        """Return the seconds of full-length training on ``tokens`` tokens."""
+        return tokens / self.full.work.tokens * self.full.step.total
+
+    @property
+    def full_tokens(self) -> int:
+        """Tokens of full-length training on as many samples as the CREAM run has."""
+        return self.iterations * self.short.work.global_batch * self.target
+
+
+def table(found: Comparison) -> str:
+    """Return the plan for a person: memory in GiB, times in seconds, hours or days."""
+    columns = [_column(found, found.short)]
+    if found.full is not None:
+        columns.append(_column(found, found.full))
+    labels = list(columns[0])
+    width = max(map(len, labels))
+    cells = [max(len(column[label]) for label in labels) for column in columns]
+    lines = [_heading(found), ""]
+    for label in labels:
+        row = [c[label].ljust(n) for c, n in zip(columns, cells, strict=True)]
+        lines.append(f"{label:<{width}}  {'  '.join(row)}".rstrip())
+    return "\n".join([*lines, "", *_runs(found)])
+
+
+def _heading(found: Comparison) -> str:
+    shape, cluster = found.shape, found.cluster
+    return (
+        f"{shape.name}: {shape.parameters:,} parameters, {shape.layers} layers, trained at "
+        f"{shape.window} tokens\n"
+        f"{cluster.gpus} GPUs, {cluster.memory:g} GiB of each to fill, kernels at "
+        f"{100 * cluster.mfu:.1f} % of {cluster.gpu.tflops:g} TFLOP/s"
+    )
+
+
+def _column(found: Comparison, plan: Plan) -> dict[str, str]:
+    short = plan is found.short
+    memory, step = plan.memory, plan.step
+    return {
+        "": f"CREAM at {plan.work.seq_length}" if short else f"full length {plan.work.seq_length}",
+        "layout": str(plan.layout),
+        "micro-batches of a step": str(plan.layout.micro_batches(plan.work)),
+        "memory a GPU, GiB": f"{memory.total / GIB:.1f}",
+        **{f"  {name}": f"{size / GIB:.1f}" for name, size in dataclasses.asdict(memory).items()},
+        "step": _duration(step.total),
+        **{f"  {name}": _duration(s) for name, s in dataclasses.asdict(step).items()},
+        "MFU of the step": f"{100 * plan.mfu(found.shape, found.cluster):.1f} %",
+    }
+
+
+def _runs(found: Comparison) -> list[str]:
+    samples = found.iterations * found.short.work.global_batch
+    lines = [
+        f"CREAM to {found.target}, {found.iterations} steps, {samples} samples: "
+        f"{_tokens(found.tokens)}, {_duration(found.seconds)}"
+    ]
+    if found.full is None:
+        return [*lines, f"full length: {found.why_not}"]
+    for what, tokens in (("samples", found.full_tokens), ("tokens", found.tokens)):
+        seconds = found.full_seconds(tokens)
+        lines.append(
+            f"full length, as many {what}: {_tokens(tokens)}, {_duration(seconds)}, "
+            f"{seconds / found.seconds:.1f} x"
+        )
+    return lines
+
+
+def _tokens(tokens: int) -> str:
+    return f"{tokens / 1e9:.2f} B tokens" if tokens >= 1e9 else f"{tokens / 1e6:.1f} M tokens"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2f} s"
+
+
+def record(found: Comparison, command: str) -> dict[str, Any]:
+    """Return the plan as plain values: bytes, seconds, tokens."""
+    full = found.full
+    return {
+        "model": dataclasses.asdict(found.shape) | {"parameters": found.shape.parameters},
+        "cluster": dataclasses.asdict(found.cluster),
+        "target_length": found.target,
+        "cream": _plan_record(found, found.short)
+        | {"iterations": found.iterations, "tokens": found.tokens, "seconds": found.seconds},
+        "full_length": {"why_not": found.why_not}
+        if full is None
+        else _plan_record(found, full)
+        | {
+            "same_samples": {
+                "tokens": found.full_tokens,
+                "seconds": found.full_seconds(found.full_tokens),
+            },
+            "same_tokens": {"tokens": found.tokens, "seconds": found.full_seconds(found.tokens)},
+        },
+        "command": command,
+    }
+
+
+def _plan_record(found: Comparison, plan: Plan) -> dict[str, Any]:
+    return {
+        "layout": dataclasses.asdict(plan.layout),
+        "work": dataclasses.asdict(plan.work),
+        "memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total},
+        "step": dataclasses.asdict(plan.step) | {"total": plan.step.total},
+        "mfu": plan.mfu(found.shape, found.cluster),
+    }
+
+
+def stage_lines(check: StagesCheck) -> list[str]:
+    """Return a line for each pipeline stage that was built, and what they add up to.
+
+    Memory is planned for the parameters that were built; where flags are outside what the
+    estimates hold for, a line says which.
+    """
+    args, reason = check.args, why_not_estimated(check.args)
+    lines = []
+    for index in range(args.pipeline_model_parallel_size):
+        view = check.stage(index)
+        text = f"stage {index}: layers {_numbers(view.layers)}"
+        text += ", embedding" if view.embedding else ""
+        text += ", output layer" if view.output else ""
+        text += f"; a GPU has {view.parameters:,} parameters"
+        if reason is None:
+            text += f", {_stage_gib(args, index, view.parameters):.1f} GiB"
+        lines.append(text)
+    if reason is not None:
+        lines.append(f"memory is not estimated: {reason}")
+    lines.append(
+        f"{len(check.views)} of {args.world_size} ranks built: the {check.parameters:,} parameters "
+        f"of the model add up (vocabulary padded to {args.padded_vocab_size}); RoPE by positions, "
+        f"{check.extension.rope_interpolation}, factor {check.extension.rope_factor:g}"
+    )
+    return lines
+
+
+def _stage_gib(args: Namespace, stage: int, parameters: int) -> float:
+    shape, layout = shape_from_args(args), layout_from_args(args)
+    memory = stage_memory(shape, layout, workload_from_args(args), stage, parameters)
+    return memory.total / GIB
+
+
+def _numbers(layers: tuple[int, ...]) -> str:
+    """Layers as ranges: virtual stages have several."""
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    return ", ".join(f"{a}..{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts divide what they split; memory and time against Megatron, torch and a GPU's own."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from megatron_cream.planning import cost, memory, propose
+from megatron_cream.planning.layout import (
+    SHORTEST_SLICE,
+    Layout,
+    Workload,
+    layouts,
+    padded_vocab,
+    uneven_ends,
+)
+from megatron_cream.planning.models import MODELS
+
+LLAMA, LLAMA_70B, SMOL = (MODELS[n] for n in ("llama-2-7b", "llama-2-70b", "smollm2-135m"))
+CREAM = Workload(4096, 32)
+
+
+@pytest.mark.parametrize("shape", MODELS.values(), ids=lambda shape: shape.name)
+@pytest.mark.parametrize("work", [CREAM, Workload(131072, 32, 2)])
+def test_layouts_divide_what_they_split(shape, work):
+    found = list(layouts(shape, 48, work))
+    assert len(set(found)) == len(found) > 0
+    for layout in found:
+        assert layout.gpus == 48 and layout.tensor <= 8
+        assert shape.heads % layout.tensor == shape.kv_heads % layout.tensor == 0
+        assert work.global_batch % (work.micro_batch * layout.data) == 0
+        if layout.context > 1:
+            assert work.seq_length % (2 * layout.context) == 0
+            assert work.seq_length // layout.context >= SHORTEST_SLICE
+        stages = layout.stages(shape.layers)
+        assert list(itertools.chain(*stages)) == list(range(shape.layers))
+        assert len(stages) == layout.pipeline and all(stages)
+
+
+def test_given_sizes_are_kept():
+    fixed = {"tensor": 8, "pipeline": 8}
+    found = list(layouts(LLAMA_70B, 1024, CREAM, fixed=fixed))
+    assert {(p.tensor, p.pipeline, p.data) for p in found} == {(8, 8, 16)}
+    context = list(layouts(LLAMA_70B, 64, CREAM, fixed={"context": 4}))
+    assert {p.context for p in context} == {4}
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "ends"),
+    [
+        (80, 8, (None, None)),
+        (28, 8, (2, 2)),
+        (30, 4, (7, 7)),
+        (31, 4, (8, 7)),
+        (5, 8, None),
+        (9, 8, None),
+    ],
+)
+def test_uneven_ends(layers, stages, ends):
+    assert uneven_ends(layers, stages) == ends
+
+
+def test_a_split_that_does_not_work_out():
+    with pytest.raises(ValueError, match="30 layers cannot be split over 4 pipeline stages"):
+        Layout(1, 4, 1, 1).stages(30)
+    with pytest.raises(ValueError, match="25 layers for 2 stages"):
+        Layout(1, 4, 1, 1, 3, 2).stages(30)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, MODELS["qwen2.5-7b"], SMOL], ids=lambda s: s.name)
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (1, 2), (1, 4)])
+def test_parameters_of_stages_add_up(shape, tensor, pipeline):
+    layout = Layout(tensor, pipeline, 1, 1, *uneven_ends(shape.layers, pipeline))
+    held = sum(memory.stage_parameters(shape, layout, s) for s in range(pipeline))
+    copies = 1 if shape.tied and pipeline > 1 else 0
+    padding = (padded_vocab(shape, tensor) - shape.vocab) * shape.hidden
+    tables = 1 if shape.tied else 2
+    assert held == shape.parameters + tables * padding + copies * shape.vocab * shape.hidden
+
+
+# H200s, Megatron's trainer at micro-batch 1 of 4096 tokens, 8 samples a step: GiB that PyTorch had
+# allocated at the peak on the fullest, and seconds of a step. docs/planning.md.
+MEASURED = [
+    ("llama-2-7b", 4, Layout(1, 1, 1, 1), 20.87, 0.408),
+    ("llama-2-7b", 8, Layout(1, 1, 1, 1, recompute=True), 32.68, 0.925),
+    ("llama-3-8b", 4, Layout(1, 1, 1, 1), 37.46, 0.621),
+    ("llama-2-7b", 8, Layout(1, 1, 1, 2), 25.94, 0.400),
+    ("llama-2-7b", 8, Layout(2, 1, 1, 1), 18.30, 0.481),
+    ("llama-2-7b", 8, Layout(1, 2, 1, 1), 20.02, 0.445),
+]
+
+
+@pytest.mark.parametrize(("name", "layers", "layout", "gib", "seconds"), MEASURED)
+def test_estimates_are_near_what_gpus_did(name, layers, layout, gib, seconds):
+    shape, work = dataclasses.replace(MODELS[name], layers=layers), Workload(4096, 8)
+    peak = memory.peak_memory(shape, layout, work).total / memory.GIB
+    assert peak == pytest.approx(gib, rel=0.015)
+    step = cost.step_time(shape, layout, work, cost.GPUS["h200"], cost.measured_mfu()).total
+    assert 0.75 < step / seconds < 1.0  # what is not counted takes time
+
+
+def test_memory_of_micro_batches_in_flight():
+    layout = Layout(8, 8, 1, 1)
+    stages = [memory.stage_memory(LLAMA_70B, layout, CREAM, stage) for stage in range(8)]
+    one = 10 * 4096 * memory.layer_activations(LLAMA_70B, 8)
+    assert [round(s.activations / one, 6) for s in stages] == [8, 7, 6, 5, 4, 3, 2, 1]
+    few = Workload(4096, 3)
+    assert memory.stage_memory(LLAMA_70B, layout, few, 0).activations == 3 * one
+    again = dataclasses.replace(layout, recompute=True)
+    kept = memory.stage_memory(LLAMA_70B, again, CREAM, 0).activations
+    assert kept == 8 * 10 * 4096 * 2 * 8192 / 8
+
+
+def test_optimizer_is_shared_by_data_and_context_parallel_ranks():
+    alone, shared = Layout(8, 1, 1, 1), Layout(8, 1, 4, 2)
+    long = Workload(131072, 2)
+    whole = memory.stage_memory(LLAMA_70B, alone, long, 0)
+    part = memory.stage_memory(LLAMA_70B, shared, long, 0)
+    assert part.optimizer == whole.optimizer / 8
+    assert part.weights == whole.weights and part.gradients == whole.gradients
+    assert part.activations == whole.activations / 4
+
+
+def test_flops_are_those_that_torch_counts():
+    config = LlamaConfig(
+        num_hidden_layers=3,
+        hidden_size=64,
+        intermediate_size=160,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        attn_implementation="eager",
+    )
+    shape = dataclasses.replace(
+        LLAMA, layers=3, hidden=64, ffn=160, heads=4, kv_heads=2, head_dim=16, vocab=512
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.randint(512, (1, 128))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).loss.backward()
+    # Eager attention computes the other half of the square as well, and throws it away. The
+    # angles are a product of matrices there, of a few operations a token.
+    both_halves = 6 * 128 * 64 * 3 * 128
+    expected = 128 * cost.model_flops(shape, 128) + both_halves
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3)
+
+
+def test_measured_mfu():
+    # 6 x 940.6 M weights and attention of 4 layers: 99.06 TFLOP in 176.62 ms.
+    assert cost.measured_mfu() == pytest.approx(99.06 / 0.17662 / 989.4, rel=1e-3)
+
+
+def test_pipeline_ends_are_idle():
+    step = cost.step_time(LLAMA_70B, Layout(8, 8, 1, 1), CREAM, cost.GPUS["h100"], 0.5)
+    assert step.bubble / step.kernels == pytest.approx(7 / 32)
+    again = Layout(8, 8, 1, 1, recompute=True)
+    slower = cost.step_time(LLAMA_70B, again, CREAM, cost.GPUS["h100"], 0.5)
+    assert 1.3 < slower.kernels / step.kernels < 4 / 3  # the output layer is not run again
+
+
+def test_communication():
+    gpu = cost.GPUS["h100"]
+    one = Layout(1, 1, 1, 1)
+    assert cost.activation_seconds(LLAMA, one, CREAM, gpu) == 0
+    assert cost.replica_seconds(LLAMA, one, gpu) == 0
+    # 32 layers, 10 times 32 MiB of which half is sent, 32 micro-batches.
+    sent = 32 * 10 * (2 * 4096 * 4096) / 2 * 32
+    seconds = cost.activation_seconds(LLAMA, Layout(2, 1, 1, 1), CREAM, gpu)
+    assert seconds == pytest.approx(sent / 450e9)
+    inside = cost.replica_seconds(LLAMA, Layout(1, 1, 1, 8), gpu)
+    across = cost.replica_seconds(LLAMA, Layout(1, 1, 1, 16), gpu)
+    assert across / inside == pytest.approx(450 / 50 * (15 / 16) / (7 / 8))
+
+
+def cluster(gpus, gib=74.0):
+    return propose.Cluster(gpus, cost.GPUS["h100"], gib, 0.5)
+
+
+def test_the_proposal_fits_and_none_that_fits_is_faster():
+    plan = propose.propose(LLAMA_70B, cluster(64), CREAM)
+    assert plan.memory.total <= 74 * 2**30
+    for layout in layouts(LLAMA_70B, 64, CREAM):
+        step = cost.step_time(LLAMA_70B, layout, CREAM, cost.GPUS["h100"], 0.5)
+        fits = memory.peak_memory(LLAMA_70B, layout, CREAM).total <= 74 * 2**30
+        assert not fits or step.total >= plan.step.total
+
+
+def test_one_gpu_does_not_split_a_small_model():
+    plan = propose.propose(SMOL, cluster(1), CREAM)
+    assert plan.layout == Layout(1, 1, 1, 1)
+    assert 0.3 < plan.mfu(SMOL, cluster(1)) < 0.5
+
+
+def test_what_does_not_fit_says_what_would():
+    with pytest.raises(ValueError) as error:
+        propose.propose(LLAMA_70B, cluster(8), CREAM)
+    for part in ("llama-2-70b", "4096 tokens", "--gpus 8", "--gpu-memory", "16 such GPUs"):
+        assert part in str(error.value)
+    propose.propose(LLAMA_70B, cluster(16), CREAM)
+    with pytest.raises(ValueError, match="no number of such GPUs would do"):
+        propose.propose(LLAMA_70B, cluster(8, gib=0.5), CREAM)
+
+
+def test_what_does_not_divide_says_why():
+    with pytest.raises(ValueError) as error:
+        propose.propose(LLAMA, cluster(7), Workload(4096, 32), {"tensor": 7})
+    for part in ("--gpus is 7", "tensor parallel size 7", "32 heads", "--global-batch-size 32"):
+        assert part in str(error.value)

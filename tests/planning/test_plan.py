@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tool: its table, file and errors, and the script that it prints."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_cream.planning.command import argv, rope_flags, run_flags, script
+from megatron_cream.planning.layout import Layout, Workload
+from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.report import _duration
+
+TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
+LAYOUT = Layout(8, 8, 1, 16)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("plan", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def planned(tool, capsys):
+    def call(*arguments):
+        status = tool.main(list(arguments))
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return captured.out
+
+    return call
+
+
+def test_table_and_file_say_the_same(planned, tmp_path):
+    file = tmp_path / "plan.json"
+    out = planned("llama-2-70b", "--gpus", "64", "--target-length", "262144", "--json", str(file))
+    record = json.loads(file.read_text())
+    assert "68,976,648,192 parameters" in out
+    assert record["model"]["parameters"] == 68_976_648_192
+    assert record["cream"]["tokens"] == 1000 * 32 * 4096
+    assert "131.1 M tokens" in out
+    full = record["full_length"]
+    assert full["same_samples"]["tokens"] == 1000 * 32 * 262144
+    assert full["same_samples"]["seconds"] == pytest.approx(1000 * full["step"]["total"])
+    assert full["same_tokens"]["seconds"] == pytest.approx(
+        full["same_samples"]["seconds"] * 4096 / 262144
+    )
+    for plan in (record["cream"], full):
+        assert f"{plan['memory']['total'] / 2**30:.1f}" in out
+        assert _duration(plan["step"]["total"]) in out
+        parts = dict(plan["memory"])
+        assert parts.pop("total") == pytest.approx(sum(parts.values()))
+    assert record["command"] in out
+
+
+def test_options_change_the_plan(planned):
+    base = ["llama-2-7b", "--gpus", "8", "--target-length", "32768"]
+    step = re.compile(r"^step +([\d.]+) s", re.M)
+    fast, slow = (
+        float(step.search(planned(*base, *more))[1])
+        for more in (["--peak-tflops", "1000"], ["--peak-tflops", "500"])
+    )
+    assert 1.5 < slow / fast < 2.1
+    assert "TP4 PP2 DP1" in planned(
+        *base, "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "2"
+    )
+    whole = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+    layout = re.compile(r"^layout +(.*?)  ", re.M)
+    assert layout.search(planned(*base, *whole))[1] == "TP1 PP1 DP8"
+    less = planned(*base, *whole, "--gpu-memory", "60")
+    assert layout.search(less)[1] == "TP1 PP1 DP8, recompute"
+
+
+def test_full_length_that_does_not_fit_leaves_the_rest(planned):
+    out = planned("llama-2-7b", "--gpus", "2", "--target-length", "262144")
+    assert "full length: llama-2-7b at 262144 tokens does not fit on --gpus 2" in out
+    assert "4 such GPUs would do" in out
+    assert "torchrun" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["llama-9", "--gpus", "8"], ["MODEL", "llama-9", "llama-2-7b"]),
+        (["llama-2-7b", "--gpus", "0"], ["--gpus", "0", "at least 1"]),
+        (["llama-2-7b", "--gpus", "many"], ["--gpus", "many", "whole number"]),
+        (["llama-2-7b", "--gpus", "12"], ["--gpus", "12", "--gpus-per-node 8"]),
+        (["llama-2-7b", "--gpus", "8", "--mfu", "1.5"], ["--mfu", "1.5", "at most 1"]),
+        (["llama-2-7b", "--gpus", "8", "--mfu", "-1"], ["--mfu", "-1", "positive"]),
+        (["llama-2-7b", "--gpus", "8", "--seq-length", "65536"], ["--target-length", "65536"]),
+        (["llama-2-7b", "--gpus", "8", "--reserve", "90"], ["--reserve", "90", "--gpu-memory"]),
+        (["llama-2-70b", "--gpus", "8"], ["does not fit", "--gpus 8", "16 such GPUs"]),
+        (["llama-2-7b", "--gpus", "8", "--json", "no/such/f"], ["--json", "no/such"]),
+        (
+            ["llama-2-7b", "--gpus", "8", "--tensor-model-parallel-size", "3"],
+            ["tensor parallel size 3", "32 heads"],
+        ),
+        (["llama-2-7b", "--gpus", "8", "--gpu", "v100"], ["--gpu", "v100", "h100"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tool, capsys, arguments, parts):
+    try:
+        status = tool.main([*arguments, "--target-length", "32768"])
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert re.fullmatch(r"error: .*\n", captured.err)
+    for part in parts:
+        assert part in captured.err
+
+
+@pytest.mark.parametrize("gpus", [8, 1024])
+def test_the_printed_script_gives_torchrun_the_planned_flags(tmp_path, gpus):
+    flags = run_flags(MODELS["llama-2-70b"], LAYOUT, Workload(4096, 32), 262144, 1000)
+    text = script(flags, gpus, 8)
+    stub = 'torchrun() { printf "%s\\n" "$@"; }\n'
+    paths = {"DATA": "/with space/data", "BASE": "/base", "OUT": "/out"}
+    done = subprocess.run(
+        ["bash", "-euc", stub + text],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **paths, "NODE": "3", "HEAD": "node0"},
+    )
+    assert done.returncode == 0, done.stderr
+    got = done.stdout.splitlines()
+    start = got.index("megatron_cream.pretrain") + 1
+    assert got[start:] == [paths.get(flag.removeprefix("$"), flag) for flag in argv(flags)]
+    one = "--standalone --nproc-per-node 8"
+    many = "--nnodes 128 --node-rank 3 --nproc-per-node 8 --master-addr node0 --master-port 29500"
+    assert " ".join(got[: start - 2]) == (one if gpus == 8 else many)
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck:
+        (tmp_path / "run.sh").write_text("#!/bin/bash\n" + text + "\n")
+        subprocess.run([shellcheck, tmp_path / "run.sh"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "expected"),
+    [
+        ("llama-2-7b", 32768, "linear --original-length 4096"),
+        ("llama-3-8b", 8192, "none --original-length 8192"),
+        ("llama-3.1-8b", 131072, "llama3 --rope-factor 8 --original-length 8192"),
+        ("llama-3.1-8b", 262144, "llama3 --rope-factor 16 --original-length 8192"),
+    ],
+)
+def test_rope_goes_on_from_the_base_models(name, target, expected):
+    assert " ".join(rope_flags(MODELS[name], target)) == "--rope-interpolation " + expected

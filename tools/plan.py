@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan a CREAM run: layout, memory a GPU, time, command, next to full-length training.
+
+    python tools/plan.py llama-2-70b --gpus 64 --target-length 262144
+    python tools/plan.py path/to/hf-model --gpus 8 --gpu h200 --target-length 131072 --check
+
+MODEL is a name (llama-2-7b, llama-3.1-70b, mistral-7b, qwen2.5-32b ...) or a Hugging Face folder.
+--check builds every pipeline stage rank by rank in this process, without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_cream.planning.command import argv as run_argv
+from megatron_cream.planning.command import run_flags, script
+from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
+from megatron_cream.planning.layout import Workload
+from megatron_cream.planning.memory import RESERVE_GIB
+from megatron_cream.planning.models import ModelShape, find_model
+from megatron_cream.planning.propose import Cluster, Plan, propose
+from megatron_cream.planning.report import Comparison, record, stage_lines, table
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exits with status 2 on a flag it cannot read."""
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL")
+    add("--gpus", type=_positive, required=True, help="in all")
+    add("--target-length", type=_positive, required=True, metavar="T", help="in tokens")
+    add("--seq-length", type=_positive, default=4096, metavar="N", help="trained window in tokens")
+    add("--train-iters", type=_positive, default=1000, help="steps (default: CREAM's 1000)")
+    add("--global-batch-size", type=_positive, default=32, help="samples (default: CREAM's 32)")
+    add("--micro-batch-size", type=_positive, default=1)
+    add("--gpu", choices=tuple(GPUS), default="h100", help="default: h100")
+    add("--gpus-per-node", type=_positive, default=8)
+    add("--gpu-memory", type=_amount, metavar="GIB", help="of each (default: that of --gpu)")
+    add("--reserve", type=_amount, default=RESERVE_GIB, metavar="GIB", help="left free of it")
+    add("--peak-tflops", type=_amount, help="bf16, dense (default: that of --gpu)")
+    add("--network-bandwidth", type=_amount, metavar="GB/s", help="of a GPU, one way")
+    add(
+        "--mfu",
+        type=_amount,
+        default=measured_mfu(),
+        help=f"share of the peak that kernels reach (default: {measured_mfu():.3f}, measured on "
+        "layers of Llama-2-7B on one H200)",
+    )
+    for name in ("tensor-model", "pipeline-model", "context"):
+        add(f"--{name}-parallel-size", type=_positive, help="of the CREAM run (default: chosen)")
+    add("--json", type=Path, metavar="FILE", help="write the plan there as well")
+    add("--check", action="store_true", help="build the stages of the plan")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"is {text}: it must be a whole number of at least 1")
+    return value
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"is {text}: it must be a positive number")
+    return value
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, print and, if asked to, write and check."""
+    _refuse(args)
+    shape, cluster = find_model(args.model), _cluster(args)
+    work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
+    short = propose(shape, cluster, work, _fixed(args))
+    flags = run_flags(shape, short.layout, work, args.target_length, args.train_iters)
+    command = script(flags, args.gpus, args.gpus_per_node)
+    full, why_not = _full_length(shape, cluster, args)
+    found = Comparison(shape, cluster, short, full, why_not, args.target_length, args.train_iters)
+    print(table(found))
+    print(f"\n{command}")
+    if args.json:
+        args.json.write_text(json.dumps(record(found, command), indent=2) + "\n")
+    if args.check:
+        from megatron_cream.planning.stages import check_stages
+
+        print()
+        print("\n".join(stage_lines(check_stages(run_argv(flags), args.gpus))))
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    if args.target_length < args.seq_length:
+        raise ValueError(
+            f"--target-length is {args.target_length}: it must be at least --seq-length "
+            f"{args.seq_length}"
+        )
+    if args.mfu > 1:
+        raise ValueError(f"--mfu is {args.mfu:g}: it must be at most 1, a share of the peak")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json is {args.json}: its folder does not exist")
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise ValueError(
+            f"--gpus is {args.gpus}: it must be a multiple of --gpus-per-node {args.gpus_per_node}"
+        )
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    known = GPUS[args.gpu]
+    memory = (args.gpu_memory or known.memory) - args.reserve
+    if memory <= 0:
+        raise ValueError(f"--reserve is {args.reserve:g}: it must be less than --gpu-memory")
+    gpu = Gpu(
+        memory=args.gpu_memory or known.memory,
+        tflops=args.peak_tflops or known.tflops,
+        memory_gbs=known.memory_gbs,
+        node_gbs=known.node_gbs,
+        network_gbs=args.network_bandwidth or known.network_gbs,
+    )
+    return Cluster(args.gpus, gpu, memory, args.mfu, args.gpus_per_node)
+
+
+def _fixed(args: argparse.Namespace) -> dict[str, int]:
+    sizes = {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+    }
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _full_length(
+    shape: ModelShape, cluster: Cluster, args: argparse.Namespace
+) -> tuple[Plan | None, str]:
+    """Return the plan at T tokens, or why there is none: the CREAM run does not depend on it."""
+    work = Workload(args.target_length, args.global_batch_size, args.micro_batch_size)
+    try:
+        return propose(shape, cluster, work), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status."""
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, RuntimeError) as exc:
+        print("error:", " ".join(str(exc).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
