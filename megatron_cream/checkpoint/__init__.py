@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: which one is there, what was saved with it, and a model out of it.
+"""Checkpoints: what was saved, a model out of it, and Hugging Face's in and out.
 
-saved    what a torch_dist checkpoint says about itself (no GPU, no process group)
-loading  a model ready to evaluate
+saved         what a torch_dist checkpoint says about itself (no GPU, no process group)
+loading       a model ready to evaluate
+importing     Hugging Face to Megatron: families, weights, agreement, arguments, torch_dist
+exporting     Megatron to Hugging Face: stored, extraction, shards, card
+shape         what a model is, in config.json's terms and in Megatron's
+source        the files of a Hugging Face folder beside its weights
+staging       folders that are whole or not there
 """

@@ -53,6 +53,8 @@ ONE_PROCESS = Layout()
 
 # Layout and memory choices of the run that saved the model; evaluation needs none of them.
 _UNUSED = {
+    "tensor_parallel_num_weight_shards": None,
+    "expert_tensor_parallel_num_weight_shards": None,
     "virtual_pipeline_model_parallel_size": None,
     "pipeline_model_parallel_layout": None,
     "expert_model_parallel_size": 1,
@@ -63,6 +65,9 @@ _UNUSED = {
     "tp_comm_overlap": False,
     "decoder_first_pipeline_num_layers": None,
     "decoder_last_pipeline_num_layers": None,
+    # Where the run started from is not what is loaded.
+    "load": None,
+    "pretrained_checkpoint": None,
 }
 
 
@@ -141,6 +146,7 @@ def load_model(
             f"--checkpoint is {path}: it was not trained by megatron_cream, so it does not say "
             "how its positions are interpolated"
         )
+    _refuse_untrained(path, args, extension)
     initialize(layout)
     vars(args).update(_UNUSED)
     args.tensor_model_parallel_size = layout.tensor
@@ -163,6 +169,18 @@ def load_model(
     )
     _load_weights(chunks[0], path)
     return LoadedModel(chunks[0].eval(), extension, args)
+
+
+def _refuse_untrained(path: str, args: Namespace, extension: ExtensionConfig) -> None:
+    """Refuse CLEX where the checkpoint has no weights of it, or others."""
+    before = saved_extension(args)
+    if not extension.draws_scales:
+        return
+    if before is None or not before.draws_scales:
+        raise ValueError(
+            f"--rope-interpolation is 'clex': its weights are trained, and --checkpoint {path} has "
+            "none; train it with --rope-interpolation clex"
+        )
 
 
 def _load_weights(model: Any, path: str) -> None:

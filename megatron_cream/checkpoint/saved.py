@@ -53,3 +53,84 @@ def saved_extension(args: Namespace) -> ExtensionConfig | None:
     """Return our settings out of saved arguments, or None where another tool trained."""
     settings = getattr(args, SETTINGS_KEY, None)
     return None if settings is None else ExtensionConfig.from_dict(settings)
+
+
+# What --use-checkpoint-args of Megatron leaves behind.
+_LEFT_BEHIND = ("layernorm_epsilon", "qk_layernorm", "window_size")
+
+# What a model is beside the shapes of its weights, which Megatron compares itself: (argument,
+# flag).
+_MUST_AGREE = (
+    ("layernorm_epsilon", "--norm-epsilon"),
+    ("rotary_base", "--rotary-base"),
+    ("rotary_percent", "--rotary-percent"),
+    ("rotary_interleaved", "--rotary-interleaved"),
+    ("normalization", "--normalization"),
+    ("moe_router_topk", "--moe-router-topk"),
+    ("moe_router_pre_softmax", "--moe-router-pre-softmax"),
+)
+
+
+def _started_from(args: Namespace) -> Namespace | None:
+    """Return the arguments saved with the weights that a run starts from or resumes."""
+    for path in (args.load, args.pretrained_checkpoint):
+        saved = saved_arguments(path) if path else None
+        if saved is not None:
+            return saved
+    return None
+
+
+def starts_without_clex(args: Namespace) -> bool:
+    """Say whether a run starts from weights that have none of CLEX's."""
+    saved = _started_from(args)
+    extension = saved and saved_extension(saved)
+    return saved is not None and not (extension and extension.draws_scales)
+
+
+def complete_arguments(args: Namespace) -> None:
+    """Finish what --use-checkpoint-args began: settings of the model that Megatron leaves behind.
+
+    Without them a model would be built with another norm epsilon, say, and nobody told.
+    """
+    saved = _started_from(args)
+    for name in _LEFT_BEHIND if saved else ():
+        if getattr(saved, name, None) is not None:
+            setattr(args, name, getattr(saved, name))
+
+
+def keep_vocabulary(args: Namespace) -> None:
+    """Have a run know how many tokens its model has beside padding, as the checkpoint says.
+
+    A tokenizer may have fewer than the model; the rows of the rest would be lost on the way.
+
+    Raises:
+        ValueError: the run's vocabulary is smaller, padding included.
+    """
+    saved = _started_from(args)
+    size = getattr(saved, "vocab_size", None)
+    if size is None:
+        return
+    args.vocab_size = args.vocab_size or size
+    if (args.padded_vocab_size or args.vocab_size) < size:
+        raise ValueError(
+            f"--padded-vocab-size is {args.padded_vocab_size}: the checkpoint that the run starts "
+            f"from has {size} tokens, it must be at least that; --use-checkpoint-args takes it over"
+        )
+
+
+def refuse_other_model(path: str, saved: Namespace, args: Namespace) -> None:
+    """Refuse flags that build another model of the same shapes than a checkpoint is of.
+
+    Raises:
+        ValueError: naming each flag, with both values.
+    """
+    differences = [
+        f"{flag} {getattr(saved, name)} != {getattr(args, name)}"
+        for name, flag in _MUST_AGREE
+        if getattr(saved, name, None) is not None and getattr(saved, name) != getattr(args, name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} is of another model than the flags say (checkpoint != now): "
+            f"{'; '.join(differences)}. Give the same, or --use-checkpoint-args"
+        )

@@ -23,7 +23,7 @@ def one_line_errors() -> Iterator[None]:
     """End bad input in one line on rank 0 and exit status 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError, RuntimeError, AssertionError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, AssertionError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -91,29 +91,32 @@ def _with_defaults(args: Namespace, defaults: dict[str, Any]) -> Namespace:
 
 def check(args: Namespace) -> ExtensionConfig:
     """Check flags, datasets and checkpoints, and return the settings of the extension."""
-    from megatron_cream.training import arguments, checks, cpu, hybrid
+    from megatron_cream.training import arguments, checks, clex, cpu, hybrid
 
     arguments.refuse_unsupported(args)
     hybrid.refuse_pattern(args)
     if args.cpu:
         cpu.refuse_unserved(args)
     extension = arguments.extension_from_args(args)
+    if extension.draws_scales:
+        clex.refuse_unserved(args)
     checks.check_datasets(args, extension)
     checks.check_checkpoint(args, extension)
     return extension
 
 
 def ready(args: Namespace, config: Any) -> None:
-    """Put our hooks into Megatron's model config, and say on rank 0 what this run will do.
+    """Put our hooks and scalars into Megatron, and say on rank 0 what this run will do.
 
     The last thing before ``megatron.training.pretrain``.
     """
     from megatron_cream.checkpoint.saved import SETTINGS_KEY
-    from megatron_cream.training import hooks, report
+    from megatron_cream.training import hooks, report, scalars
     from megatron_cream.training.megatron import answer_for_dataset_helpers
 
     answer_for_dataset_helpers()
     extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
     hooks.hook_into(config, args, extension)
+    scalars.write_scalars(args, extension)
     if args.rank == 0:
         print(report.start_block(args, extension), flush=True)

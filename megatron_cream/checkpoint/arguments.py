@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments saved with a checkpoint: which model they are of, and those of an import."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from argparse import ArgumentParser, Namespace
+
+import torch
+
+from megatron_cream.checkpoint.families import FAMILIES
+from megatron_cream.checkpoint.saved import SETTINGS_KEY
+from megatron_cream.checkpoint.shape import WINDOWED, ModelShape, model_flags
+from megatron_cream.config import ExtensionConfig
+
+PADDING = 128
+"""Megatron's --make-vocab-size-divisible-by: any tensor-parallel size up to it divides."""
+
+_TYPE_FLAGS = {torch.float32: (), torch.bfloat16: ("--bf16",), torch.float16: ("--fp16",)}
+
+# Flags of a run, which Megatron's validation asks for and no reader of a checkpoint looks at.
+_UNUSED = (
+    *("--micro-batch-size", "1", "--lr", "0", "--train-iters", "1", "--eval-interval", "1"),
+    *("--eval-iters", "0", "--no-create-attention-mask-in-dataloader"),
+    *("--tokenizer-type", "NullTokenizer"),
+)
+
+
+def import_arguments(
+    shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype
+) -> Namespace:
+    """Return the arguments that are saved with an import.
+
+    All of Megatron's are there, made by its own parser, so that --use-checkpoint-args and every
+    other reader finds what it looks for.
+    """
+    from megatron.training.arguments import add_megatron_arguments, validate_args
+
+    from megatron_cream.training.arguments import add_arguments
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    window = str(extension.target_length)
+    flags = [*model_flags(shape), "--seq-length", window, "--max-position-embeddings", window]
+    args = parser.parse_args([*flags, *_TYPE_FLAGS[dtype], *_UNUSED])
+    args.rank, args.world_size = 0, 1
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints them all
+        validate_args(args)
+    args.padded_vocab_size = -(-shape.vocabulary // PADDING) * PADDING
+    base = extension.rotary_base
+    args.rotary_base = int(base) if base == int(base) else base  # the flag takes whole numbers
+    # Choices of the run, which --use-checkpoint-args would overrule.
+    args.moe_grouped_gemm = args.tokenizer_type = args.tokenizer_model = None
+    setattr(args, SETTINGS_KEY, extension.to_dict())
+    return args
+
+
+def shape_from_arguments(args: Namespace, architecture: str | None = None) -> ModelShape:
+    """Read Megatron's arguments, as saved with a checkpoint.
+
+    Args:
+        architecture: what the model is to be called; by default the one whose features it has.
+
+    Raises:
+        ValueError: a model that no family describes, naming the flag.
+    """
+    _refuse_unlike_llama(args)
+    window = args.window_size[0] + 1 if args.window_size else None
+    experts = args.num_experts or None
+    heads = args.num_attention_heads
+    shape = ModelShape(
+        architecture=architecture or _architecture(args, window),
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        ffn=(args.moe_ffn_hidden_size if experts else None) or args.ffn_hidden_size,
+        heads=heads,
+        groups=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels or args.hidden_size // heads,
+        vocabulary=args.vocab_size or args.padded_vocab_size,
+        norm_epsilon=args.layernorm_epsilon,
+        tied=not args.untie_embeddings_and_output_weights,
+        qkv_bias=bool(args.add_qkv_bias or args.add_bias_linear),
+        linear_bias=bool(args.add_bias_linear),
+        qk_norm=bool(args.qk_layernorm),
+        experts=experts,
+        experts_per_token=args.moe_router_topk if experts else None,
+        window=window,
+    )
+    _check_features(shape)
+    return shape
+
+
+# Arguments that every family here shares: (attribute, value, flag).
+_LIKE_LLAMA = (
+    ("normalization", "RMSNorm", "--normalization"),
+    ("swiglu", True, "--swiglu"),
+    ("position_embedding_type", "rope", "--position-embedding-type"),
+    ("rotary_percent", 1.0, "--rotary-percent"),
+    ("rotary_interleaved", False, "--rotary-interleaved"),
+    ("multi_latent_attention", False, "--multi-latent-attention"),
+    ("apply_layernorm_1p", False, "--apply-layernorm-1p"),
+    ("hybrid_layer_pattern", None, "--hybrid-layer-pattern"),
+    ("moe_router_pre_softmax", False, "--moe-router-pre-softmax"),
+    ("moe_router_score_function", "softmax", "--moe-router-score-function"),
+    ("moe_shared_expert_intermediate_size", None, "--moe-shared-expert-intermediate-size"),
+    ("window_attn_skip_freq", None, "--window-attn-skip-freq"),
+)
+
+
+def _refuse_unlike_llama(args: Namespace) -> None:
+    for attribute, needed, flag in _LIKE_LLAMA:
+        value = getattr(args, attribute, needed)
+        if value != needed and not (needed is False and value is None):
+            raise ValueError(
+                f"{flag} of the checkpoint is {value!r}: it must be {needed!r} for a Hugging Face "
+                f"model of the families {tuple(FAMILIES)}"
+            )
+
+
+def _architecture(args: Namespace, window: int | None) -> str:
+    if args.num_experts:
+        return "MixtralForCausalLM"
+    if args.qk_layernorm:
+        return "Qwen3ForCausalLM"
+    if args.add_qkv_bias and not args.add_bias_linear:
+        return "Qwen2ForCausalLM"
+    return "LlamaForCausalLM" if window is None else "MistralForCausalLM"
+
+
+def _check_features(shape: ModelShape) -> None:
+    family = shape.family
+    features = {
+        "--qk-layernorm": (shape.qk_norm, family.qk_norm),
+        "--num-experts": (bool(shape.experts), family.experts),
+        "--add-qkv-bias": (shape.qkv_bias, family.qkv_bias or shape.linear_bias),
+        "--add-bias-linear": (shape.linear_bias, family.biases and shape.linear_bias),
+        "--window-size": (
+            shape.window is not None,
+            family.model_type in WINDOWED and shape.window is not None,
+        ),
+    }
+    for flag, (has, needs) in features.items():
+        if has != needs:
+            raise ValueError(
+                f"{flag} of the checkpoint is {'on' if has else 'off'}: a {shape.architecture} "
+                f"needs it {'on' if needs else 'off'}"
+            )

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Megatron checkpoint of any layout becomes a Hugging Face folder for any reader of those."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_cream.checkpoint.arguments import shape_from_arguments
+from megatron_cream.checkpoint.card import Base, model_card
+from megatron_cream.checkpoint.extraction import parts_of, write_parts
+from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
+from megatron_cream.checkpoint.shape import ModelShape, config_fields, shape_from_config
+from megatron_cream.checkpoint.shards import ShardWriter
+from megatron_cream.checkpoint.source import (
+    KEPT,
+    find_source,
+    kept_files,
+    other_files,
+    read_config,
+    source_name,
+)
+from megatron_cream.checkpoint.staging import staged
+from megatron_cream.checkpoint.stored import StoredTensors
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.rope import RopeScaling, hf_rope_fields
+
+SHARD_BYTES = 5_000_000_000
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+_TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an export made: the model, its settings, and the bytes of its weights."""
+
+    shape: ModelShape
+    extension: ExtensionConfig
+    dtype: torch.dtype
+    nbytes: int
+
+
+def export_checkpoint(
+    checkpoint: str,
+    output: str,
+    hf: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    quiet: bool = False,
+) -> Exported:
+    """Write the Hugging Face folder ``output`` with the weights of ``checkpoint``.
+
+    Args:
+        checkpoint: folder given to --save, or one iteration in it; saved at any layout.
+        output: new folder.
+        hf: folder whose config.json, tokenizer and licence the model takes over; by default the
+            one that the checkpoint was imported from, as kept beside the import.
+        dtype: type of the weights; by default the one they were saved in.
+        shard_bytes: most bytes of one safetensors file.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError, FileNotFoundError: a checkpoint that cannot be exported, before anything is
+            written.
+        OSError: the disk is full, or fails; nothing is kept.
+    """
+    args = saved_arguments(checkpoint) if Path(checkpoint).is_dir() else None
+    if args is None:
+        raise FileNotFoundError(
+            f"--checkpoint is {checkpoint}: it must hold a torch_dist checkpoint"
+        )
+    extension = saved_extension(args) or _plain_extension(args)
+    source = _source(checkpoint, args, hf)
+    config = read_config(source) if source else {}
+    stored = StoredTensors(latest_checkpoint(checkpoint))
+    try:
+        shape = _shape(args, config, source, stored)
+        scaling = _served_scaling(stored, extension, shape.head_dim)
+        tensors = list(parts_of(stored, shape, dtype))
+        plans = [tensor.plan for tensor in tensors]
+        total = sum(plan.nbytes for plan in plans)
+        with (
+            staged(Path(output), total) as folder,
+            tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar,
+        ):
+            writer = ShardWriter(folder, plans, shard_bytes)
+            write_parts(writer, stored, tensors, bar.update)
+            _write_files(folder, source, config, shape, extension, scaling, plans[0].dtype)
+    finally:
+        stored.close()
+    return Exported(shape, extension, plans[0].dtype, total)
+
+
+def _source(checkpoint: str, args: Namespace, hf: str | None) -> Path | None:
+    """Return the folder to take config and tokenizer from; None for a model trained from scratch.
+
+    Raises:
+        FileNotFoundError: the import that the run started from is gone.
+    """
+    if hf is not None:
+        return find_source(hf)
+    kept = kept_files(checkpoint, args)
+    started_from = getattr(args, "pretrained_checkpoint", None)
+    if kept is None and started_from:
+        raise FileNotFoundError(
+            f"--checkpoint is {checkpoint}: it was started from {started_from}, which has no "
+            f"{KEPT}/config.json now; say with --hf which folder to take config and tokenizer from"
+        )
+    return kept
+
+
+def _shape(
+    args: Namespace, config: dict[str, Any], source: Path | None, stored: StoredTensors
+) -> ModelShape:
+    """Return what the model is, by the saved arguments, config.json and the weights alike.
+
+    Raises:
+        ValueError: they disagree.
+    """
+    wanted = shape_from_config(config) if config else None
+    shape = shape_from_arguments(args, wanted and wanted.architecture)
+    if wanted is not None:
+        # A run may have another window, and pad the vocabulary or name the tokenizer's.
+        shape = dataclasses.replace(shape, vocabulary=wanted.vocabulary)
+        differences = dataclasses.replace(shape, window=wanted.window).differences(wanted)
+        if differences:
+            raise ValueError(
+                f"the checkpoint and {source}/config.json are of different models (checkpoint != "
+                f"config.json): {'; '.join(differences)}"
+            )
+    rows = stored.shape(EMBEDDING)[0] if EMBEDDING in stored else 0
+    if rows < shape.vocabulary:
+        raise ValueError(
+            f"{EMBEDDING} of the checkpoint has {rows} rows: the vocabulary has "
+            f"{shape.vocabulary} tokens"
+        )
+    return shape
+
+
+def _plain_extension(args: Namespace) -> ExtensionConfig:
+    """Return the settings of a model that Megatron trained without ours: its own plain RoPE."""
+    for attribute, flag in _MEGATRON_ROPE:
+        if getattr(args, attribute, None):
+            raise ValueError(
+                f"{flag} of the checkpoint is {getattr(args, attribute)}: without megatron_cream's "
+                "settings in a checkpoint its RoPE must be plain"
+            )
+    window = args.max_position_embeddings
+    return ExtensionConfig(window, window, window, rotary_base=float(args.rotary_base))
+
+
+_MEGATRON_ROPE = (
+    ("use_rope_scaling", "--use-rope-scaling"),
+    ("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor"),
+)
+
+
+def _served_scaling(stored: StoredTensors, extension: ExtensionConfig, dim: int) -> RopeScaling:
+    """Return the interpolation to write down; that of CLEX is frozen at T, from its weights."""
+    scaling = extension.scaling(dim)
+    if not extension.draws_scales:
+        return scaling
+    from megatron_cream.rope.clex.frozen import freeze, read_weights
+
+    return freeze(scaling, read_weights(stored), scaling.factor)
+
+
+def _write_files(
+    folder: Path,
+    source: Path | None,
+    config: dict[str, Any],
+    shape: ModelShape,
+    extension: ExtensionConfig,
+    scaling: RopeScaling,
+    dtype: torch.dtype,
+) -> None:
+    """Write config.json and the model card, and take over the rest from ``source``."""
+    for path in other_files(source) if source else ():
+        shutil.copyfile(path, folder / path.name)
+    fields = config_fields(shape)
+    if config:  # of the base model: what says the same in its own words stays
+        fields = {key: fields[key] for key in ("sliding_window",) if key in fields}
+    written = config | fields | hf_rope_fields(scaling, extension.target_length)
+    written |= {"dtype": _TYPE_NAMES[dtype], "torch_dtype": _TYPE_NAMES[dtype]}
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    _raise_tokenizer_length(folder, extension.target_length)
+    base = Base(source_name(source), config["max_position_embeddings"]) if source else None
+    card = model_card(base, shape, extension, _TYPE_NAMES[dtype], scaling)
+    (folder / "README.md").write_text(card)
+
+
+def _raise_tokenizer_length(folder: Path, target_length: int) -> None:
+    """Let the tokenizer know the new window: it warns beyond, and some servers cut there."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text())
+    if settings.get("model_max_length", target_length) < target_length:
+        settings["model_max_length"] = target_length
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def describe(exported: Exported, output: str) -> str:
+    """Return what was made."""
+    return (
+        f"{output}: {exported.shape.architecture}, {exported.shape.layers} layers, window "
+        f"{exported.extension.target_length} tokens, RoPE {exported.extension.rope_interpolation}, "
+        f"{_TYPE_NAMES[exported.dtype]}, {exported.nbytes / 1e9:.2f} GB"
+    )

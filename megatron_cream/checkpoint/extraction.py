@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face tensors out of the tensors of a Megatron checkpoint, block by block."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+
+from megatron_cream.checkpoint.families import Row, ranges
+from megatron_cream.checkpoint.shape import ModelShape
+from megatron_cream.checkpoint.shards import ShardWriter, TensorPlan
+from megatron_cream.checkpoint.stored import StoredTensors
+
+BLOCK_BYTES = 64 << 20
+"""Most bytes that are read before they are written; two blocks are in memory."""
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ExtractedTensor:
+    """A Hugging Face tensor and where it comes from.
+
+    Attributes:
+        key: Megatron tensor, and ``leading``, its index along the first axes.
+        row_bytes: bytes of a row as stored.
+        rows: the rows it is made of, in order.
+    """
+
+    plan: TensorPlan
+    key: str
+    leading: tuple[int, ...]
+    row_bytes: int
+    rows: list[Range]
+
+    def blocks(self) -> Iterator[list[Range]]:
+        """Yield its rows in blocks of at most BLOCK_BYTES, or of one row."""
+        most = max(1, BLOCK_BYTES // self.row_bytes)
+        block: list[Range] = []
+        room = most
+        for start, stop in self.rows:
+            while start < stop:
+                end = min(stop, start + room)
+                block.append((start, end))
+                room -= end - start
+                start = end
+                if not room:
+                    yield block
+                    block, room = [], most
+        if block:
+            yield block
+
+
+def parts_of(
+    stored: StoredTensors, shape: ModelShape, dtype: torch.dtype | None
+) -> Iterator[ExtractedTensor]:
+    """Yield all tensors of a model, in the order in which they are written.
+
+    Args:
+        dtype: type to write; None for the one each is stored in.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor, or has it in another shape than the model's.
+    """
+    for row, place in shape.places():
+        shapes = [shape.part_shape(part) for part in row.parts]
+        part_rows = [size[0] for size in shapes]
+        key, leading = _locate(stored, shape, row, place)
+        _check_shape(stored, shape, row, key, (sum(part_rows), *shapes[0][1:]))
+        saved = stored.dtype(key)
+        for number, part in enumerate(row.parts):
+            yield ExtractedTensor(
+                plan=TensorPlan(part.at(place), dtype or saved, shapes[number]),
+                key=key,
+                leading=leading,
+                row_bytes=prod(shapes[number][1:]) * saved.itemsize,
+                rows=ranges(row, part_rows, shape.groups, number),
+            )
+
+
+def _locate(
+    stored: StoredTensors, shape: ModelShape, row: Row, place: tuple[int, ...]
+) -> tuple[str, tuple[int, ...]]:
+    """Return the key of a tensor and its index: Megatron may also store a tensor for each layer."""
+    for name in filter(None, (row.key, row.alias)):
+        if name in stored:
+            return name, place
+        of_layer = name.replace("decoder.layers.", f"decoder.layers.{place[0]}.") if place else name
+        if of_layer in stored:
+            return of_layer, place[1:]
+    raise ValueError(f"checkpoint {stored.folder} lacks {row.key}: a {shape.architecture} has it")
+
+
+def _check_shape(
+    stored: StoredTensors, shape: ModelShape, row: Row, key: str, size: tuple[int, ...]
+) -> None:
+    layers = shape.leading(row) if key in (row.key, row.alias) else shape.leading(row)[1:]
+    wanted, found = (*layers, *size), stored.shape(key)
+    if row.parts[0].shape[0] == "v":  # padded, for tensor parallelism
+        wanted = (max(wanted[0], found[0]), *wanted[1:])
+    if found != wanted:
+        raise ValueError(
+            f"checkpoint {stored.folder}: {key} has shape {list(found)}, by its arguments it must "
+            f"have {list(wanted)}"
+        )
+
+
+def write_parts(
+    writer: ShardWriter,
+    stored: StoredTensors,
+    tensors: list[ExtractedTensor],
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write all tensors into shards, reading one block ahead.
+
+    Args:
+        tensors: in the order of ``writer``'s plan.
+        on_bytes: called with the bytes of each block that was written.
+    """
+    blocks = _read_ahead(stored, tensors)
+    remaining = iter(tensors)
+    for number, shard in enumerate(writer.shards):
+        with writer.shard(number) as file:
+            for _ in shard:
+                for _ in next(remaining).blocks():
+                    data = next(blocks)
+                    file.write(data)
+                    on_bytes(data.nbytes)
+    writer.write_index()
+
+
+def _read_ahead(stored: StoredTensors, tensors: list[ExtractedTensor]) -> Iterator[np.ndarray]:
+    """Yield the bytes of all blocks; each is valid until the next one is asked for."""
+    largest = max(max(t.row_bytes, min(BLOCK_BYTES, t.row_bytes * _count(t.rows))) for t in tensors)
+    buffers = [np.empty(largest, np.uint8) for _ in range(2)]
+    wanted = ((tensor, block) for tensor in tensors for block in tensor.blocks())
+    ahead: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(1) as reader:
+        for number, (tensor, block) in enumerate(wanted):
+            ahead.append(reader.submit(_read, stored, tensor, block, buffers[number % 2]))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _count(rows: list[Range]) -> int:
+    return sum(stop - start for start, stop in rows)
+
+
+def _read(
+    stored: StoredTensors, tensor: ExtractedTensor, block: list[Range], memory: np.ndarray
+) -> np.ndarray:
+    out = memory[: _count(block) * tensor.row_bytes].reshape(-1, tensor.row_bytes)
+    filled = 0
+    for start, stop in block:
+        target = out[filled : filled + stop - start]
+        stored.read_rows(tensor.key, tensor.leading, start, stop, target)
+        filled += stop - start
+    saved = stored.dtype(tensor.key)
+    if saved == tensor.plan.dtype:
+        return out.reshape(-1)
+    values = torch.frombuffer(out.reshape(-1), dtype=saved).to(tensor.plan.dtype)
+    return values.view(torch.uint8).numpy()

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which Hugging Face tensors a Megatron tensor is made of: one table a family.
+
+A row names a tensor of a Megatron checkpoint, its Hugging Face parts with their shapes, and in
+which order the rows of the parts follow each other. Megatron keeps one global tensor for all
+layers of a model, ``[layers, rows, columns]``, and one for all experts of all layers,
+``[layers, experts, rows, columns]``; Hugging Face a tensor each.
+
+Sizes in shapes: ``h`` hidden, ``q`` query heads x head, ``kv`` key-value heads x head, ``d`` head,
+``f`` feed-forward, ``v`` vocabulary, ``e`` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+STACKED = "stacked"
+"""Parts follow each other: gate before up, as SwiGLU splits ``linear_fc1``."""
+
+BY_GROUP = "by group"
+"""For each key-value head: its query heads, its key, its value."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Hugging Face tensor: its name with ``{l}`` and ``{e}`` open, and its symbolic shape."""
+
+    name: str
+    shape: tuple[str, ...]
+
+    def at(self, place: tuple[int, ...]) -> str:
+        """Return the name at ``(layer, expert)``, ``(layer,)`` or ``()``."""
+        return self.name.format(**dict(zip("le", place, strict=False)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A Megatron tensor and what it is made of.
+
+    Attributes:
+        key: name in a Megatron checkpoint.
+        parts: Hugging Face tensors.
+        order: of the rows of several parts.
+        when: feature of the model without which there is no such tensor, or None.
+        alias: another name of the same tensor, in another of Megatron's implementations.
+    """
+
+    key: str
+    parts: tuple[Part, ...]
+    order: str = STACKED
+    when: str | None = None
+    alias: str | None = None
+
+    @property
+    def axes(self) -> str:
+        """Leading axes of the global tensor: ``""``, ``"l"`` or ``"le"``."""
+        return "".join(axis for axis in "le" if f"{{{axis}}}" in self.parts[0].name)
+
+
+def _row(
+    key: str,
+    *parts: str,
+    order: str = STACKED,
+    when: str | None = None,
+    alias: str | None = None,
+) -> Row:
+    """``parts`` read "name: shape"; per-layer rows leave out the prefixes of both sides."""
+    split = [part.split(": ") for part in parts]
+    return Row(key, tuple(Part(n, tuple(s.split())) for n, s in split), order, when, alias)
+
+
+def _layer(*rows: Row) -> tuple[Row, ...]:
+    """Put the prefixes of a layer before the names of rows."""
+    return tuple(
+        Row(
+            f"decoder.layers.{row.key}",
+            tuple(Part(f"model.layers.{{l}}.{part.name}", part.shape) for part in row.parts),
+            row.order,
+            row.when,
+            row.alias and f"decoder.layers.{row.alias}",
+        )
+        for row in rows
+    )
+
+
+# fmt: off
+_ENDS = (
+    _row("embedding.word_embeddings.weight", "model.embed_tokens.weight: v h"),
+    _row("decoder.final_layernorm.weight", "model.norm.weight: h"),
+    _row("output_layer.weight", "lm_head.weight: v h", when="untied"),
+)
+_ATTENTION = _layer(
+    _row("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight: h"),
+    _row("self_attention.linear_qkv.weight", "self_attn.q_proj.weight: q h",
+         "self_attn.k_proj.weight: kv h", "self_attn.v_proj.weight: kv h", order=BY_GROUP),
+    _row("self_attention.linear_proj.weight", "self_attn.o_proj.weight: h q"),
+)
+_QKV_BIAS = _layer(
+    _row("self_attention.linear_qkv.bias", "self_attn.q_proj.bias: q",
+         "self_attn.k_proj.bias: kv", "self_attn.v_proj.bias: kv", order=BY_GROUP,
+         when="qkv_bias"),
+)
+_QK_NORM = _layer(
+    _row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight: d"),
+    _row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight: d"),
+)
+_MLP = _layer(
+    _row("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight: h"),
+    _row("mlp.linear_fc1.weight", "mlp.gate_proj.weight: f h", "mlp.up_proj.weight: f h"),
+    _row("mlp.linear_fc2.weight", "mlp.down_proj.weight: h f"),
+)
+_LINEAR_BIAS = _layer(
+    _row("self_attention.linear_proj.bias", "self_attn.o_proj.bias: h", when="linear_bias"),
+    _row("mlp.linear_fc1.bias", "mlp.gate_proj.bias: f", "mlp.up_proj.bias: f",
+         when="linear_bias"),
+    _row("mlp.linear_fc2.bias", "mlp.down_proj.bias: h", when="linear_bias"),
+)
+# The norm before experts is a module of its own with Transformer Engine, and takes the name of a
+# norm fused with linear_fc1 without it.
+_EXPERTS = _layer(
+    _row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight: h",
+         alias="mlp.linear_fc1.layer_norm_weight"),
+    _row("mlp.router.weight", "block_sparse_moe.gate.weight: e h"),
+    _row("mlp.experts.experts.linear_fc1.weight", "block_sparse_moe.experts.{e}.w1.weight: f h",
+         "block_sparse_moe.experts.{e}.w3.weight: f h"),
+    _row("mlp.experts.experts.linear_fc2.weight", "block_sparse_moe.experts.{e}.w2.weight: h f"),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Family:
+    """A Hugging Face architecture.
+
+    Attributes:
+        model_type: value in config.json.
+        rows: its tensors.
+        qkv_bias: it always has biases on queries, keys and values.
+        qk_norm: it normalises queries and keys.
+        experts: its feed-forward layers are mixtures of experts.
+        biases: config.json may ask for biases on all linear layers.
+    """
+
+    model_type: str
+    rows: tuple[Row, ...]
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: bool = False
+    biases: bool = False
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(
+        "llama", (*_ENDS, *_ATTENTION, *_QKV_BIAS, *_MLP, *_LINEAR_BIAS), biases=True
+    ),
+    "MistralForCausalLM": Family("mistral", (*_ENDS, *_ATTENTION, *_MLP)),
+    "Qwen2ForCausalLM": Family("qwen2", (*_ENDS, *_ATTENTION, *_QKV_BIAS, *_MLP), qkv_bias=True),
+    "Qwen3ForCausalLM": Family("qwen3", (*_ENDS, *_ATTENTION, *_QK_NORM, *_MLP), qk_norm=True),
+    "MixtralForCausalLM": Family("mixtral", (*_ENDS, *_ATTENTION, *_EXPERTS), experts=True),
+}
+
+IGNORED = (".rotary_emb.inv_freq",)
+"""Endings of tensors that old checkpoints carry and every loader computes for itself."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``[start, stop)`` of a part."""
+
+    part: int
+    start: int
+    stop: int
+
+
+def pieces(row: Row, part_rows: list[int], groups: int) -> Iterator[Piece]:
+    """Yield the rows of the parts in the order in which the Megatron tensor has them.
+
+    Args:
+        part_rows: number of rows of each part.
+        groups: key-value heads of the model.
+    """
+    if row.order == STACKED:
+        yield from (Piece(part, 0, rows) for part, rows in enumerate(part_rows))
+        return
+    for group in range(groups):
+        for part, rows in enumerate(part_rows):
+            size = rows // groups
+            yield Piece(part, group * size, (group + 1) * size)
+
+
+def ranges(row: Row, part_rows: list[int], groups: int, part: int) -> list[tuple[int, int]]:
+    """Return which rows of the Megatron tensor are those of a part, in the part's order."""
+    found, first = [], 0
+    for piece in pieces(row, part_rows, groups):
+        count = piece.stop - piece.start
+        if piece.part == part:
+            found.append((first, first + count))
+        first += count
+    return found

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a Hugging Face folder: names, types, shapes and bytes of its safetensors files.
+
+Only headers are read to open a folder, and every file is checked against its header then. Bytes are
+read with ``pread`` into the caller's memory: a page of a mapped file counts as memory used, and a
+file that shrinks while mapped ends the process instead of raising an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""safetensors' names of the types that weights may have."""
+
+_MOST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where the bytes of a tensor are.
+
+    Attributes:
+        offset: first byte, from the start of the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: of everything behind the first axis."""
+        elements = int(np.prod(self.shape[1:], dtype=np.int64))
+        return elements * DTYPES[self.dtype].itemsize
+
+
+class HfWeights:
+    """Tensors of all safetensors files of a folder.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        ValueError: a file that is cut off or does not hold what the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors = _open_folder(folder)
+        self._files: dict[Path, int] = {}
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Read rows ``[start, stop)`` of a tensor into uint8 ``out`` of exactly their size.
+
+        Raises:
+            ValueError: the file ends before them.
+        """
+        tensor = self.tensors[name]
+        offset = tensor.offset + start * tensor.row_bytes
+        if tensor.path not in self._files:
+            self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+        read_exactly(self._files[tensor.path], offset, out, tensor.path)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+def read_exactly(descriptor: int, offset: int, out: np.ndarray, path: Path) -> None:
+    """Fill uint8 ``out`` from a file at ``offset``.
+
+    Raises:
+        ValueError: the file ends before that.
+    """
+    view = memoryview(out)
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise ValueError(f"{path} ends at byte {offset + done}: it is cut off")
+        done += count
+
+
+def _open_folder(folder: Path) -> dict[str, StoredTensor]:
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise FileNotFoundError(
+                f"{folder} has neither {SINGLE} nor {INDEX}: weights must be in safetensors files"
+            )
+        return _open_file(folder / SINGLE)
+    weight_map = _read_index(index)
+    missing = sorted({f for f in weight_map.values() if not (folder / f).is_file()})
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(set(weight_map.values()))} files that {INDEX} "
+            f"names: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        )
+    files = {name: _open_file(folder / name) for name in sorted(set(weight_map.values()))}
+    for tensor, file in weight_map.items():
+        if tensor not in files[file]:
+            raise ValueError(f"{folder / file} lacks {tensor}, which {INDEX} says it has")
+    return {tensor: files[file][tensor] for tensor, file in weight_map.items()}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if isinstance(weight_map, dict) and weight_map:
+            return weight_map
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
+
+
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    header, start = _read_header(path, size)
+    header.pop("__metadata__", None)
+    tensors, end = {}, start
+    for name, entry in header.items():
+        try:
+            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            first, last = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: the header's entry for {name} cannot be read") from None
+        if dtype in DTYPES:
+            needed = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+            if last - first != needed:
+                raise ValueError(
+                    f"{path}: {name} has {last - first} bytes, {dtype} {list(shape)} needs {needed}"
+                )
+        tensors[name] = StoredTensor(path, dtype, shape, start + first)
+        end = max(end, start + last)
+    if size < end:
+        raise ValueError(f"{path} has {size} bytes, its header says {end}: it is cut off")
+    return tensors
+
+
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """Return the header of a file, and where its data starts."""
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
+        if 8 + length > size or length > _MOST_HEADER_BYTES:
+            raise ValueError(f"{path} is cut off within its header, or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has a header that is not JSON: it is no safetensors file")
+    return header, 8 + length
