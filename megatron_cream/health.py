@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an install works: text to dataset to two training steps, on a CPU, in half a minute.
+
+What the images of the Dockerfile run while they are built. A GPU of the machine is left alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+MODULES = (
+    "megatron_cream.positions",
+    "megatron_cream.rope",
+    "megatron_cream.data.preprocess",
+    "megatron_cream.planning.propose",
+    "megatron_cream.checkpoint.saved",
+    "megatron_cream.evaluation.position_report",
+    "megatron_cream.training.arguments",
+)
+PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "numpy")
+TRAINING = [
+    *("--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2"),
+    *("--seq-length", "64", "--max-position-embeddings", "64", "--target-length", "256"),
+    *("--position-embedding-type", "rope", "--no-create-attention-mask-in-dataloader"),
+    *("--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "2"),
+    *("--lr", "1e-3", "--eval-iters", "0", "--eval-interval", "100", "--log-interval", "1"),
+    *("--split", "100,0,0", "--num-workers", "0", "--tokenizer-type", "NullTokenizer"),
+    *("--vocab-size", "257", "--make-vocab-size-divisible-by", "1"),
+]
+_LOSS = re.compile(r"lm loss: (\S+)")
+
+
+def check_install(folder: Path) -> list[str]:
+    """Import, write a dataset and train on it; return a line for each thing found to work.
+
+    Args:
+        folder: for the dataset and the run, a few hundred kB.
+
+    Raises:
+        ImportError: a module cannot be imported.
+        RuntimeError: the training run failed, with its error or the end of what it printed.
+    """
+    for name in MODULES:
+        importlib.import_module(name)
+    lines = [", ".join(_versions()), f"{len(MODULES)} parts of megatron_cream imported"]
+    prefix = _write_dataset(folder)
+    lines.append("text made into an indexed dataset")
+    losses = _train(prefix, folder)
+    return [*lines, f"{len(losses)} training steps on a CPU, losses {losses}"]
+
+
+def _versions() -> list[str]:
+    found = {dist.metadata["Name"].lower().replace("_", "-") for dist in _distributions()}
+    return [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if name in found]
+
+
+def _distributions() -> list[importlib.metadata.Distribution]:
+    # A damaged one, without metadata, has no name.
+    return [dist for dist in importlib.metadata.distributions() if dist.metadata["Name"]]
+
+
+def _write_dataset(folder: Path) -> Path:
+    from megatron_cream.data.preprocess import PreprocessConfig, preprocess
+
+    text = folder / "text.txt"
+    text.write_text("A sample has N trained tokens and pretends to span T.\n" * 40)
+    prefix = folder / "dataset"
+    preprocess(
+        PreprocessConfig(
+            input=(str(text),),
+            tokenizer_type="ByteLevelTokenizer",
+            output_prefix=str(prefix),
+            append_eod=True,
+        )
+    )
+    return prefix
+
+
+def _train(prefix: Path, folder: Path) -> list[float]:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+        *("-m", "megatron_cream.pretrain", "--cpu", *TRAINING, "--data-path", str(prefix)),
+    ]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    losses = [float(word) for word in _LOSS.findall(done.stdout)]
+    if done.returncode or len(losses) != 2 or not all(map(math.isfinite, losses)):
+        said = (done.stdout + done.stderr).splitlines()
+        why = [line for line in said if line.startswith("error:")] or said[-30:]
+        text = "\n".join(why)
+        raise RuntimeError(f"two training steps on a CPU: losses {losses}\n{text}")
+    return losses

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versions, changelog, templates and hooks say the same as the code they are about."""
+
+import configparser
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+import megatron_cream
+
+ROOT = Path(__file__).parents[2]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def requirement():
+    """Which releases of megatron-core setup.cfg asks for."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return re.search(r"megatron-core\[training\](\S+)", parser["options"]["install_requires"])[1]
+
+
+def test_newest_section_of_the_changelog_is_unreleased_or_this_version():
+    sections = re.findall(r"^## \[(.+?)\]", CHANGELOG, re.MULTILINE)
+    assert sections[0] == "Unreleased"
+    released = [section for section in sections if section != "Unreleased"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", section) for section in released)
+    assert not released or released[0] == megatron_cream.__version__
+
+
+def test_changelog_says_which_megatron_core():
+    minor = megatron_cream.__version__.rpartition(".")[0]
+    (row,) = re.findall(rf"^\| {re.escape(minor)} \| (\S+) \| (\S+) \|", CHANGELOG, re.MULTILINE)
+    assert row == (requirement(), version("megatron-core"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_issue_templates_have_the_form_of_github(path):
+    form = yaml.safe_load(path.read_text())
+    if path.stem == "config":
+        assert form == {"blank_issues_enabled": True}
+        return
+    assert {"name", "description", "body"} <= set(form)
+    names = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+    assert len(names) == len(set(names)) >= 3
+    for part in form["body"]:
+        assert part["type"] in ("markdown", "textarea", "input")
+        assert part["attributes"].get("label") or part["attributes"].get("value")
+
+
+def test_workflow_runs_what_ci_runs():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    runs = [step["run"] for step in steps if "run" in step]
+    assert ".ci/run" in runs
+    targets = [word for run in runs if run.startswith("make ") for word in run.split()[1:]]
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert all(re.search(r"@v\d+$", step["uses"]) for step in steps if "uses" in step)
+
+
+def hooks():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    return repo["hooks"]
+
+
+def test_hooks_are_the_linters_of_the_makefile():
+    lines = (ROOT / "Makefile").read_text()
+    for hook in hooks():
+        tool, *flags = hook["entry"].removeprefix(".venv/bin/").split()
+        assert hook["language"] == "system"
+        assert f"$(BIN)/{' '.join([tool, *flags])}" in lines, hook["entry"]
+
+
+@pytest.mark.parametrize("hook", hooks(), ids=lambda hook: hook["id"])
+def test_hooks_run_and_find_what_is_wrong(hook, tmp_path):
+    tool, *flags = hook["entry"].removeprefix(".venv/bin/").split()
+    bad = {
+        "ruff": ("a.py", "import os\nx  = 1\n"),
+        "shellcheck": ("a.sh", "#!/bin/sh\nrm -r $1\n"),
+        "hadolint": ("Dockerfile", "FROM python\nRUN cd /tmp\n"),
+    }
+    name, text = bad[tool]
+    (tmp_path / name).write_text(text)
+    command = [Path(sys.executable).with_name(tool), *flags, tmp_path / name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_pages_outside_the_site_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / name).read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert missing == []

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check that the install works: imports, a dataset, two training steps on a CPU.
+
+    python tools/check_install.py
+
+No GPU and no network; the Dockerfile runs it at build time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_cream.health import check_install
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check; a broken install ends in its error and exit status 2."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = check_install(Path(folder))
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
