@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
+from megatron_cream.positions.scaled import Scaled
 from megatron_cream.rope import RopeScaling, compose, make_scaling
+from megatron_cream.rope.clex.scaling import scale_of, scales_up_to
 
 LABEL_RULES = ("true-next", "masked", "reference")
 SAMPLE_UNITS = ("document", "window", "packed", "packed-documents")
@@ -38,7 +40,7 @@ class ExtensionConfig:
         original_length: window of the model before, from which RoPE is interpolated.
         position_strategy: ``full``, ``cream``, ``pose`` or ``randpos``.
         position_seed: seed of the positions.
-        rope_interpolation: a name of ``megatron_cream.rope.SCALINGS``.
+        rope_interpolation: a name of ``SCALINGS`` or ``TRAINED`` of ``megatron_cream.rope``.
         rope_factor: how many times longer RoPE becomes; T / original_length unless given.
         rotary_base: theta of the model before.
         rope_theta: theta that takes its place, if any.
@@ -86,23 +88,44 @@ class ExtensionConfig:
             )
         if self.cream_head_lengths is not None:
             object.__setattr__(self, "cream_head_lengths", tuple(self.cream_head_lengths))
+        self._check_scales()
         self.strategy()
         self._check_theta()
         self.scaling(self._checked_dim())
 
     def strategy(self) -> Strategy:
-        """Return the position strategy of training samples."""
+        """Return the position strategy of training samples; under CLEX one with scales."""
         options = _STRATEGY_OPTIONS.get(self.position_strategy, {})
-        return make_strategy(
-            self.position_strategy,
-            self.train_length,
-            self.target_length,
-            **{option: getattr(self, field) for field, option in options.items()},
-        )
+        given = {option: getattr(self, field) for field, option in options.items()}
+        if not self.draws_scales:
+            return make_strategy(
+                self.position_strategy, self.train_length, self.target_length, **given
+            )
+        window, every = self.original_length, scales_up_to(self.rope_factor)
+        fitting = tuple(t for t in every if t * window >= self.train_length)
+        return self._scaled(self.position_strategy, fitting, given)
 
     def plain_strategy(self) -> Strategy:
         """Return the strategy of validation samples: plain positions."""
-        return make_strategy("full", self.train_length, self.target_length)
+        if not self.draws_scales:
+            return make_strategy("full", self.train_length, self.target_length)
+        scale = scale_of(self.train_length, self.original_length, self.rope_factor)
+        return self._scaled("full", (scale,), {})
+
+    @property
+    def draws_scales(self) -> bool:
+        """Whether each sample has a scale of its own, which angles depend on: CLEX."""
+        return self.rope_interpolation == "clex"
+
+    def _scaled(self, inner: str, scales: tuple[float, ...], options: dict[str, Any]) -> Scaled:
+        return Scaled(
+            self.train_length,
+            self.target_length,
+            original_length=self.original_length,
+            scales=scales,
+            inner=inner,
+            options=tuple(options.items()),
+        )
 
     def scaling(self, dim: int) -> RopeScaling:
         """Return the RoPE interpolation for ``dim`` rotated dimensions and the window T."""
@@ -117,6 +140,22 @@ class ExtensionConfig:
         if self.rope_base is not None:
             scaling = compose(make_scaling(dim=dim, **self.rope_base), scaling)
         return scaling.at_length(self.target_length)
+
+    def _check_scales(self) -> None:
+        if not self.draws_scales:
+            return
+        reached = self.target_length / self.original_length
+        if reached <= 1 or self.rope_factor != reached:
+            raise ValueError(
+                f"rope_factor (--rope-factor) is {self.rope_factor:g}: --rope-interpolation clex "
+                f"draws scales up to --target-length / --original-length = {reached:g}, it must be "
+                "that, and more than 1"
+            )
+        if self.sample_unit == "packed-documents":
+            raise ValueError(
+                "sample_unit (--sample-unit) is 'packed-documents': --rope-interpolation clex has "
+                "a scale a sample; it must be one of 'document', 'window', 'packed'"
+            )
 
     def _check_theta(self) -> None:
         wanted = self.rope_interpolation == "rope-theta"

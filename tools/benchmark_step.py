@@ -2,19 +2,26 @@
 """Measure what per-sample positions cost in a training step on one GPU.
 
     python tools/benchmark_step.py
+    python tools/benchmark_step.py --clex --accumulate 1 8
 
 Forward and backward of a model of Llama-2-7B's layers (4 of them, and its head) in bf16 on 4096
 random tokens: plain Megatron with its fused RoPE and positions 0 .. 4095, beside this package's
 rotary with CREAM positions to 32768, another layout for every sample and step. The variants take
 turns; figures are medians.
+
+With --clex it is linear interpolation beside CLEX at the same positions, another scale a sample,
+its ODE and the gradient of its weights included. CLEX solves the ODE once a step of --accumulate
+micro-batches, whatever the layers, so 4 of them and one micro-batch are the worst case.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -29,30 +36,52 @@ def main() -> int:
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--steps", type=int, default=40, help="steps of each variant")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--clex", action="store_true", help="CLEX beside linear interpolation")
+    parser.add_argument(
+        "--accumulate", type=int, nargs="+", default=[1], help="micro-batches a step"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: there is no GPU: this measures GPU kernels", file=sys.stderr)
         return 2
-    variants = {
-        "Megatron, fused": _model(args.layers, fused=True, ours=False),
-        "ours, fused": _model(args.layers, fused=True, ours=True),
-        "ours, unfused": _model(args.layers, fused=False, ours=True),
-    }
-    first = next(iter(variants))
+    variants = _variants(args)
     print(f"{torch.cuda.get_device_name()}, {args.layers} layers, {SEQUENCE} tokens, ms a step")
-    print(f"{'micro-batch':>11}  {'variant':<16} {'median':>8} {'ratio':>7} {'its quartiles':>19}")
-    for size in args.micro_batch_sizes:
-        times = _measure(variants, size, args.steps)
+    print(
+        f"{'micro-batch':>11}  {'a step':>6}  {'variant':<16} {'median':>8} {'ratio':>7} "
+        f"{'its quartiles':>19}"
+    )
+    for size, count in itertools.product(args.micro_batch_sizes, args.accumulate):
+        times = _measure(variants, size, count, args.steps)
         for name in variants:
-            pairs = [a / b for a, b in zip(times[name], times[first], strict=True)]
-            low, _, high = statistics.quantiles(pairs, n=4)
-            median = statistics.median(times[name])
-            ratio = statistics.median(pairs)
-            print(f"{size:>11}  {name:<16} {median:>8.2f} {ratio:>7.4f} {low:>9.4f} {high:>9.4f}")
+            print(f"{size:>11}  {count:>6}  {_row(name, times)}", flush=True)
     return 0
 
 
-def _measure(variants: dict[str, torch.nn.Module], size: int, steps: int) -> dict[str, list[float]]:
+def _variants(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
+    """Return models by name; the first one is what the others are compared with."""
+    if args.clex:
+        return {
+            "linear, fused": _model(args.layers, fused=True, interpolation="linear"),
+            "CLEX, fused": _model(args.layers, fused=True, interpolation="clex"),
+        }
+    return {
+        "Megatron, fused": _model(args.layers, fused=True),
+        "ours, fused": _model(args.layers, fused=True, interpolation="linear"),
+        "ours, unfused": _model(args.layers, fused=False, interpolation="linear"),
+    }
+
+
+def _row(name: str, times: dict[str, list[float]]) -> str:
+    first = next(iter(times))
+    pairs = [a / b for a, b in zip(times[name], times[first], strict=True)]
+    low, _, high = statistics.quantiles(pairs, n=4)
+    median, ratio = statistics.median(times[name]), statistics.median(pairs)
+    return f"{name:<16} {median:>8.2f} {ratio:>7.4f} {low:>9.4f} {high:>9.4f}"
+
+
+def _measure(
+    variants: dict[str, torch.nn.Module], size: int, count: int, steps: int
+) -> dict[str, list[float]]:
     from megatron_cream.positions import make_strategy
 
     strategy = make_strategy("cream", SEQUENCE, TARGET)
@@ -65,16 +94,28 @@ def _measure(variants: dict[str, torch.nn.Module], size: int, steps: int) -> dic
         # Who goes first changes, so that clocks and caches favour nobody.
         order = list(variants) if step % 2 else list(variants)[::-1]
         for name in order:
-            positions = pretended if name.startswith("ours") else plain
-            elapsed = _time(lambda m=variants[name], p=positions, t=tokens: _step(m, t, p))
+            positions = plain if name.startswith("Megatron") else pretended
+            elapsed = _time(partial(_step, variants[name], tokens, positions, count))
             if step >= 0:
                 times[name].append(elapsed)
     return times
 
 
-def _step(model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> None:
-    loss = model(input_ids=tokens, position_ids=positions, attention_mask=None, labels=tokens)
-    loss.float().mean().backward()
+def _step(
+    model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor, count: int
+) -> None:
+    clex = hasattr(model.rotary_pos_emb, "set_scales")
+    for _ in range(count):
+        if clex:
+            scales = torch.randint(1, TARGET // SEQUENCE + 1, (len(tokens),), device="cuda")
+            model.rotary_pos_emb.set_scales(scales.float())
+        loss = model(input_ids=tokens, position_ids=positions, attention_mask=None, labels=tokens)
+        loss.float().mean().backward()
+    if clex:
+        from megatron_cream.rope.clex.gradients import weights_gradient
+
+        # To the device, as the trainer does: the step ends when it is there.
+        weights_gradient(model.rotary_pos_emb.table, float(count)).cuda()
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -89,7 +130,8 @@ def _time(run: Callable[[], None]) -> float:
     return begin.elapsed_time(end)
 
 
-def _model(layers: int, fused: bool, ours: bool) -> torch.nn.Module:
+def _model(layers: int, fused: bool, interpolation: str | None = None) -> torch.nn.Module:
+    """Return a model with our rotary and an interpolation, or Megatron's own rotary for None."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
@@ -124,9 +166,9 @@ def _model(layers: int, fused: bool, ours: bool) -> torch.nn.Module:
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
     ).cuda()
-    if ours:
+    if interpolation is not None:
         scaling = make_scaling(
-            "linear", dim=128, factor=TARGET / SEQUENCE, original_length=SEQUENCE
+            interpolation, dim=128, factor=TARGET / SEQUENCE, original_length=SEQUENCE
         )
         install_rotary(model, scaling)
     return model

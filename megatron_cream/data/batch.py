@@ -19,6 +19,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_cream.checkpoint.saved import SETTINGS_KEY
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.positions.scaled import Scaled
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -46,6 +48,8 @@ def packed_seq_params(args: Namespace, cu_seqlens: torch.Tensor | None) -> Packe
 def get_batch(args: Namespace, data_iterator: Iterator | None, vp_stage: int | None) -> Batch:
     """Return tensors ``[b, s / CP]`` of this stage; middle stages have position ids only.
 
+    ``scale`` is float32 ``[b]`` under CLEX, on every stage.
+
     Every tensor is cut for this context-parallel rank here, position ids included, and nowhere
     else: the rotary embedding must not cut again. Packed documents are cut one by one, and have
     ``cu_seqlens``, int32 ``[documents + 1]``, of the whole sample.
@@ -56,13 +60,14 @@ def get_batch(args: Namespace, data_iterator: Iterator | None, vp_stage: int | N
         batch = _tokens_and_positions(args, data_iterator, packed)
     else:
         batch = _positions(args, data_iterator, packed)
+    scale = batch.pop("scale", None)  # one a sample: not to be cut
     batch = get_batch_on_this_cp_rank(
         {"cu_seqlens": None, "cu_seqlens_padded": None, **batch},
         is_hybrid_cp=False,
         cp_group=mpu.get_context_parallel_group(),
     )
     kept = {key: batch.get(key) if outer or key == "position_ids" else None for key in BATCH_KEYS}
-    return {**kept, "cu_seqlens": batch["cu_seqlens"][0] if packed else None}
+    return {**kept, "cu_seqlens": batch["cu_seqlens"][0] if packed else None, "scale": scale}
 
 
 def is_packed(args: Namespace) -> bool:
@@ -74,6 +79,7 @@ def _tokens_and_positions(
     args: Namespace, data_iterator: Iterator | None, packed: bool
 ) -> dict[str, Any]:
     batch: dict[str, Any] = {}
+    sample: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
         keys = (*BATCH_KEYS, "cu_seqlens") if packed else BATCH_KEYS
@@ -81,7 +87,7 @@ def _tokens_and_positions(
         if packed:  # Megatron hands these on, too
             batch["cu_seqlens_padded"] = None
             batch["max_seqlen"] = batch["cu_seqlens"].diff(dim=1).amax(dim=1)
-    return get_batch_on_this_tp_rank(
+    batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=packed,
         is_hybrid_cp=False,
@@ -94,16 +100,43 @@ def _tokens_and_positions(
         seq_length=args.seq_length,
         mtp_on_this_rank=True,  # Megatron's name for "this stage needs all four tensors"
     )
+    return batch | _scale_on_this_tp_rank(args, sample)
+
+
+def _scale_on_this_tp_rank(args: Namespace, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the scale t of each sample, float32 ``[b]``, where angles depend on one."""
+    if not _extension(args).draws_scales:
+        return {}
+    empty = torch.empty(args.micro_batch_size, device=torch.cuda.current_device())
+    scale = sample["scale"].cuda(non_blocking=True) if sample else empty
+    if args.tensor_model_parallel_size > 1:
+        source = mpu.get_tensor_model_parallel_src_rank()
+        torch.distributed.broadcast(scale, source, mpu.get_tensor_model_parallel_group())
+    return {"scale": scale}
+
+
+def _extension(args: Namespace) -> ExtensionConfig:
+    return ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
 
 
 def _positions(args: Namespace, data_iterator: Iterator | None, packed: bool) -> dict[str, Any]:
     if data_iterator is None:  # validation and test use plain positions
-        plain = torch.arange(args.seq_length, device=torch.cuda.current_device())
-        return {"position_ids": plain.expand(args.micro_batch_size, -1)}
+        return _plain_positions(args)
     sample = next(data_iterator)
     ids = sample["position_ids"].cuda(non_blocking=True)
     if not packed:
-        return {"position_ids": ids}
+        scale = {key: sample[key].cuda(non_blocking=True) for key in ("scale",) if key in sample}
+        return {"position_ids": ids, **scale}
     # Megatron counts the tokens of a packed batch by its tokens.
     boundaries = sample["cu_seqlens"].cuda(non_blocking=True)
     return {"position_ids": ids, "tokens": ids, "cu_seqlens": boundaries}
+
+
+def _plain_positions(args: Namespace) -> dict[str, Any]:
+    device = torch.cuda.current_device()
+    plain = torch.arange(args.seq_length, device=device).expand(args.micro_batch_size, -1)
+    strategy = _extension(args).plain_strategy()
+    if not isinstance(strategy, Scaled):
+        return {"position_ids": plain}
+    scale = torch.full((args.micro_batch_size,), strategy.scale(0, 0), device=device)
+    return {"position_ids": plain, "scale": scale}

@@ -21,6 +21,7 @@ from megatron.core.datasets.utils import Split
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.sources import fewest_tokens, make_sources
 from megatron_cream.positions import Layout, Strategy, philox
+from megatron_cream.positions.scaled import Scaled
 
 _SHUFFLE_STREAM = 1  # keeps shuffling apart from the layouts of the same seed
 
@@ -115,7 +116,8 @@ class SpanDataset(MegatronDataset):
         """Return the text of sample ``idx`` read at the layout with index ``draw``."""
         layout = self.strategy.layout(self.config.extension.position_seed, int(draw))
         arrays = self.read(self.chosen(idx), layout)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return sample | drawn_scale(self.strategy, self.config.extension.position_seed, draw)
 
     def chosen(self, idx: int) -> int:
         """Return which text of the epoch sample ``idx`` reads."""
@@ -186,6 +188,13 @@ class SpanDataset(MegatronDataset):
                 loss_mask[border - 1] = 0.0
 
 
+def drawn_scale(strategy: Strategy, seed: int, index: int) -> dict[str, torch.Tensor]:
+    """Return ``{"scale": t}``, float32, of a sample whose angles depend on one; else nothing."""
+    if not isinstance(strategy, Scaled):
+        return {}
+    return {"scale": torch.tensor(strategy.scale(seed, int(index)), dtype=torch.float32)}
+
+
 def no_sources_message(dataset_path: str | None, split: str, dataset: Any) -> str:
     """Say why a split has no sample; ``dataset`` has ``sources``, ``strategy`` and ``unit``."""
     fewest = fewest_tokens(dataset.unit, dataset.strategy)
@@ -239,5 +248,7 @@ class PositionsOnly(torch.utils.data.Dataset):
         return self.num_samples
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        layout = self.strategy.layout(self.extension.position_seed, int(idx))
-        return {"position_ids": torch.from_numpy(layout.position_ids)}
+        seed = self.extension.position_seed
+        layout = self.strategy.layout(seed, int(idx))
+        ids = {"position_ids": torch.from_numpy(layout.position_ids)}
+        return ids | drawn_scale(self.strategy, seed, idx)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a position becomes an angle.
 
-make_scaling             an interpolation by name, one of SCALINGS
+make_scaling             an interpolation by name, one of SCALINGS or TRAINED
 compose                  one on top of a base model that has one already
 scaling_from_hf          the one a Hugging Face config describes
 hf_rope_fields           what to write into a Hugging Face config
@@ -14,11 +14,12 @@ from typing import Any
 from megatron_cream.rope.base import RopeScaling
 from megatron_cream.rope.composed import compose
 from megatron_cream.rope.huggingface import hf_rope_fields, scaling_from_hf
-from megatron_cream.rope.scaling import EVALUATION_ONLY, SCALINGS, make_scaling
+from megatron_cream.rope.scaling import EVALUATION_ONLY, SCALINGS, TRAINED, make_scaling
 
 __all__ = [
     "EVALUATION_ONLY",
     "SCALINGS",
+    "TRAINED",
     "PositionRotaryEmbedding",
     "RopeScaling",
     "compose",

@@ -41,6 +41,10 @@ def serve_per_token_angles() -> None:
         return
 
     def apply(t: Tensor, freqs: Tensor, config: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if freqs.dim() == 2:  # frequencies that are trained, and positions
+            from megatron_cream.rope.clex.rotate import turn
+
+            return turn(t, freqs, config)
         mscale = kwargs.get("mscale", 1.0)
         # Megatron leaves the fused kernel for a factor; a single sample's angles are its rows'.
         scaled_rows = mscale != 1.0 and t.dim() == 4 and t.shape[1] == 1

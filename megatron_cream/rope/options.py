@@ -8,9 +8,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from megatron_cream.rope.clex.scaling import ACTIVATIONS
 from megatron_cream.rope.huggingface import scaling_from_hf
 
 FACTOR_LISTS = ("short_factor", "long_factor")
+WORDS = {"act": ACTIVATIONS}
+"""Options whose values are words."""
 
 
 def add_options(add: Callable[..., Any]) -> None:
@@ -36,7 +39,7 @@ def options_from_args(args: Namespace) -> dict[str, Any]:
 
 
 def parse_options(words: list[str] | None) -> dict[str, Any]:
-    """Return ``{key: value}`` of ``KEY=VALUE`` words; values are numbers, true or false.
+    """Return ``{key: value}`` of ``KEY=VALUE`` words; values are numbers, true, false or ``WORDS``.
 
     Raises:
         ValueError: a word of another form, or a key given twice.
@@ -48,6 +51,9 @@ def parse_options(words: list[str] | None) -> dict[str, Any]:
             raise ValueError(f"--rope-options has {word!r}: it must be KEY=VALUE")
         if key in options:
             raise ValueError(f"--rope-options has {key} twice: once is enough")
+        if text in WORDS.get(key, ()):
+            options[key] = text
+            continue
         try:
             options[key] = json.loads(text)
         except json.JSONDecodeError:

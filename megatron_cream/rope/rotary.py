@@ -103,6 +103,13 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         """
         if self._plain:
             return self.plain_angles(max_seq_len, offset, cp_group)
+        angles = self.angles(self.take_position_ids(max_seq_len, packed_seq, cp_group))
+        # [1, tokens, 1, d] says that packed angles are of these very tokens, already cut for
+        # this rank; [tokens, 1, 1, d] would be taken for one sequence's and cut again.
+        return angles.transpose(0, 1) if packed_seq else angles
+
+    def take_position_ids(self, max_seq_len: int, packed_seq: bool, cp_group: Any) -> Tensor:
+        """Return the position ids ``[b, s]`` that were set, once; see ``forward``."""
         position_ids, self._position_ids = self._position_ids, None
         if position_ids is None:
             raise RuntimeError(
@@ -116,10 +123,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
                 f"position_ids has shape {tuple(position_ids.shape)} on each of {ranks} "
                 f"context-parallel ranks: the step has {max_seq_len} tokens a sample"
             )
-        angles = self.angles(position_ids)
-        # [1, tokens, 1, d] says that packed angles are of these very tokens, already cut for
-        # this rank; [tokens, 1, 1, d] would be taken for one sequence's and cut again.
-        return angles.transpose(0, 1) if packed_seq else angles
+        return position_ids
 
     def plain_angles(self, length: int, offset: int = 0, cp_group: Any = None) -> Tensor:
         """Return angles ``[length, 1, 1, d]`` of positions ``offset .. offset + length - 1``.
@@ -138,14 +142,19 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         return emb
 
 
-def _inv_freq(scaling: RopeScaling, device: torch.device | str | None) -> Tensor:
-    """Return float32 ``[dim // 2]`` frequencies, rounded as Megatron's and transformers'.
+def rounded_powers(scaling: RopeScaling, device: torch.device | str | None) -> Tensor:
+    """Return float32 ``[dim // 2]`` theta ** (2 i / d), rounded as Megatron's and transformers'.
 
     Both compute the power in float32. Rounding the exact value instead would differ in the last
     bit of some frequencies, which at position 262143 is an angle of 0.016.
     """
     exponents = torch.arange(0, scaling.dim, 2, dtype=torch.float32, device=device) / scaling.dim
-    powers = scaling.theta**exponents
+    return scaling.theta**exponents
+
+
+def _inv_freq(scaling: RopeScaling, device: torch.device | str | None) -> Tensor:
+    """Return float32 ``[dim // 2]`` frequencies, rounded likewise."""
+    powers = rounded_powers(scaling, device)
     if powers.is_meta:  # a layout that is only counted
         return powers
     return torch.from_numpy(scaling.rounded(powers.cpu().numpy())).to(powers.device)
@@ -194,7 +203,7 @@ def install_rotary(
     dim = 2 * stock.inv_freq.numel()
     if dim != scaling.dim:
         raise ValueError(f"the interpolation has dim {scaling.dim}, the model rotates {dim}")
-    rotary = PositionRotaryEmbedding(
+    rotary = _kind(scaling)(
         scaling,
         rotary_interleaved=stock.rotary_interleaved,
         device=stock.inv_freq.device,
@@ -207,6 +216,14 @@ def install_rotary(
     serve_per_token_angles()
     model.register_forward_pre_hook(_hand_over_position_ids, with_kwargs=True)
     return rotary
+
+
+def _kind(scaling: RopeScaling) -> type[PositionRotaryEmbedding]:
+    if scaling.name != "clex":
+        return PositionRotaryEmbedding
+    from megatron_cream.rope.clex.rotary import ClexRotaryEmbedding
+
+    return ClexRotaryEmbedding
 
 
 def _scale_rotated(model: nn.Module, factor: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_cream.rope.base import RopeScaling
 from megatron_cream.rope.by_pair import Llama3Scaling, LongRopeScaling
+from megatron_cream.rope.clex.scaling import ClexScaling
 from megatron_cream.rope.uniform import (
     DynamicScaling,
     LinearScaling,
@@ -30,6 +31,9 @@ SCALINGS: dict[str, type[RopeScaling]] = {
     "proportional": ProportionalScaling,
 }
 
+TRAINED: dict[str, type[RopeScaling]] = {"clex": ClexScaling}
+"""Their frequencies are weights of the model; the settings alone do not say them."""
+
 EVALUATION_ONLY = ("dynamic",)
 """Their angles change with each sequence's length: a model is not trained with them."""
 
@@ -43,7 +47,7 @@ def make_scaling(
     original_length: int,
     **options: Any,
 ) -> RopeScaling:
-    """Return the interpolation ``name``, one of ``SCALINGS``.
+    """Return the interpolation ``name``, one of ``SCALINGS`` or ``TRAINED``.
 
     Args:
         name: value of --rope-interpolation.
@@ -57,12 +61,13 @@ def make_scaling(
     Raises:
         ValueError: an unknown name, or a value outside what the method can serve.
     """
-    if name not in SCALINGS:
+    known = SCALINGS | TRAINED
+    if name not in known:
         raise ValueError(
-            f"interpolation (--rope-interpolation) is {name!r}: it must be one of {tuple(SCALINGS)}"
+            f"interpolation (--rope-interpolation) is {name!r}: it must be one of {tuple(known)}"
         )
     given = {key: _plain(value) for key, value in options.items() if value is not None}
-    return SCALINGS[name](name, int(dim), float(base), float(factor), int(original_length), given)
+    return known[name](name, int(dim), float(base), float(factor), int(original_length), given)
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ hybrid      which HybridModel patterns can be trained, and their layers on a CPU
 data        datasets for every pipeline stage
 step        forward step and loss
 report      the block printed at start
+scalars     ours in TensorBoard and Weights & Biases
 cpu         Megatron's trainer on a machine with no GPU
 megatron    the one patch of Megatron that a pip-installed one needs
 """

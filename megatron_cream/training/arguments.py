@@ -9,7 +9,7 @@ from megatron_cream.config import LABEL_RULES, POSITION_STRATEGIES, SAMPLE_UNITS
 from megatron_cream.data.sources import PACK_MULTIPLE
 from megatron_cream.positions.cream import GAUSSIANS
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
-from megatron_cream.rope import EVALUATION_ONLY, SCALINGS
+from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED
 from megatron_cream.rope.options import add_options, options_from_args, read_base
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add("--pose-content", choices=CONTENTS, default="uniform")
     add(
         "--rope-interpolation",
-        choices=tuple(SCALINGS),
+        choices=(*SCALINGS, *TRAINED),
         help="default: rope-theta if that is given, else linear if T is longer than "
         "--original-length",
     )

@@ -167,8 +167,12 @@ _METHODS = ["new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "to"
 
 
 def _answer_tensors(torch: Any) -> None:
+    from torch.utils._device import _device_constructors
+
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
+    # Torch lists its factories when a device context is first entered; it must list its own.
+    _device_constructors()
     torch.Tensor.pin_memory = lambda self, *_, **__: self
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

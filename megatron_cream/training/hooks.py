@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from megatron.core.transformer import MegatronModule
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-from megatron_cream.checkpoint.saved import SETTINGS_KEY
+from megatron_cream.checkpoint.saved import SETTINGS_KEY, starts_without_clex
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.rope.rotary import carry_in_softmax, install_rotary
 from megatron_cream.rope.scaling import RopeScaling
@@ -43,12 +44,21 @@ def hook_into(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
         scaling = extension.scaling(rotary_dim(args))
         in_softmax = carry_in_softmax(config.transformer, scaling)
         config.pre_wrap_hooks.append(_InstallRotary(scaling, in_softmax))
+        if extension.draws_scales:
+            _serve_clex(config, args)
     config.extra_checkpoint_metadata = {
         **(config.extra_checkpoint_metadata or {}),
         SETTINGS_KEY: extension.to_dict(),
     }
     hybrid.serve_local_layers(config, args)
     return config
+
+
+def _serve_clex(config: Any, args: Namespace) -> None:
+    from megatron_cream.rope.clex import gradients
+
+    gradients.serve(config.transformer)
+    config.pre_wrap_hooks.append(partial(gradients.share, fresh=starts_without_clex(args)))
 
 
 class _InstallRotary:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.positions import coverage
+from megatron_cream.positions import Strategy, coverage
 from megatron_cream.rope import RopeScaling
 from megatron_cream.training.arguments import rotary_dim
 
@@ -56,11 +56,17 @@ def _pieces(layout: object) -> str:
     return "as many pieces as tokens" if runs is None else f"{len(runs)} piece(s)"
 
 
+def most_samples(strategy: Strategy) -> int:
+    """Return how many layouts of a run coverage is counted over."""
+    # Where each sample has a scale of its own, some may be plain.
+    dense = any(strategy.layout(0, index).runs() is None for index in range(16))
+    return _DENSE_SAMPLES if dense else _SAMPLES
+
+
 def _coverage_line(args: Namespace, extension: ExtensionConfig) -> str:
     strategy = extension.strategy()
     total = args.train_samples or (args.train_iters or 0) * args.global_batch_size
-    chunked = strategy.layout(0, 0).runs() is not None
-    samples = max(1, min(total, _SAMPLES if chunked else _DENSE_SAMPLES))
+    samples = max(1, min(total, most_samples(strategy)))
     found = coverage(strategy, samples, extension.position_seed)
     holes = "".join(f", never {a}..{b}" for a, b in found.holes[:3])
     more = f" and {len(found.holes) - 3} more ranges" if len(found.holes) > 3 else ""

@@ -30,6 +30,8 @@ def forward_step(
     if packed is not None:  # Megatron's throughput counts the attention that there is
         update_seqlen_stats_from_cu_seqlens(batch["cu_seqlens"])
     timers("batch-generator").stop()
+    if batch["scale"] is not None:
+        get_attr_wrapped_model(model, "rotary_pos_emb").set_scales(batch["scale"])
     output = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],

@@ -76,6 +76,7 @@ class Row:
 
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 PP2 = ("--pipeline-model-parallel-size", "2")
+VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")  # makes middle stages of two GPUs
 CP2 = ("--context-parallel-size", "2")
 SHARDED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
 UNFUSED = ("--no-rope-fusion",)
@@ -89,6 +90,7 @@ LAYOUTS = {
     "DP2, distributed optimizer": Layout(2, ("--use-distributed-optimizer",)),
     "TP2, sequence parallel": Layout(2, TP2),
     "PP2": Layout(2, PP2),
+    "PP2, virtual stages": Layout(2, (*PP2, *VIRTUAL)),
     "PP2, then DP2 from its checkpoint": Layout(2, (*PP2, *SHARDED), then=SHARDED),
     "CP2": Layout(2, CP2),
     "CP2, unfused RoPE": Layout(2, (*CP2, *UNFUSED)),
@@ -97,6 +99,7 @@ LAYOUTS = {
     "packed, unfused RoPE": Layout(1, (*PACKED, *UNFUSED)),
     "packed, TP2, sequence parallel": Layout(2, (*PACKED, *TP2)),
     "packed, PP2": Layout(2, (*PACKED, *PP2)),
+    "packed, PP2, virtual stages": Layout(2, (*PACKED, *PP2, *VIRTUAL)),
     "packed, CP2": Layout(2, (*PACKED, *CP2)),
     "packed, CP2, unfused RoPE": Layout(2, (*PACKED, *CP2, *UNFUSED)),
     "packed, other angles": Layout(1, (*PACKED, *OTHER_ANGLES), role="angles"),

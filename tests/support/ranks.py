@@ -28,11 +28,13 @@ class Run:
 
     Attributes:
         losses: full-precision training loss by iteration.
+        norms: gradient norm by iteration, likewise.
         log: output of all ranks.
         status: exit status of each rank.
     """
 
     losses: dict[int, float]
+    norms: dict[int, float]
     log: str
     status: list[int]
 
@@ -75,7 +77,7 @@ def train(
     status = [process.exitcode for process in processes]
     if wait and kill_when is None and any(status):
         raise RuntimeError(f"ranks ended with {status}:\n{log[-6000:]}")
-    return Run(_losses(folder, ranks), log, status)
+    return Run(_losses(folder, ranks), _losses(folder, ranks, column=2), log, status)
 
 
 def _kill_when(processes: list, reached: Callable[[], bool]) -> None:
@@ -102,13 +104,13 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _losses(folder: Path, ranks: int) -> dict[int, float]:
+def _losses(folder: Path, ranks: int, column: int = 1) -> dict[int, float]:
     found: dict[int, float] = {}
     for rank in range(ranks):
         path = folder / f"rank{rank}.losses"
         for line in path.read_text().splitlines() if path.exists() else ():
-            iteration, loss = json.loads(line)
-            found[iteration] = loss
+            values = json.loads(line)
+            found[values[0]] = values[column]
     return found
 
 
@@ -150,15 +152,16 @@ def _rank(
 
 
 def _keep_losses(path: str) -> None:
-    """Write the loss of each iteration in full; the log has seven digits."""
+    """Write loss and gradient norm of each iteration in full; the log has seven digits."""
     from megatron.training import training
 
     own = training.training_log
 
     def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
         if "lm loss" in loss_dict:
+            norm = args[3] if len(args) > 3 else kwargs.get("grad_norm")
             with open(path, "a") as file:
-                file.write(json.dumps([iteration, float(loss_dict["lm loss"])]) + "\n")
+                file.write(json.dumps([iteration, float(loss_dict["lm loss"]), norm]) + "\n")
         return own(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
 
     training.training_log = training_log

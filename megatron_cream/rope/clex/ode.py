@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ODE that CLEX learns, and its solution at every scale that a step may draw.
+
+State: ln theta(t) of each pair over the scale t >= 1, from the model's own at t = 1. With
+alpha(t) = 2 t - 1, c_i = -(2 i / d) ln b and e_i = 2 i / (d - 2), NTK-aware scaling by alpha is
+n(t) = c - e ln alpha(t), and CLEX adds a trained term to its slope (arXiv:2310.16450, eq. 13):
+
+    d ln theta / dt = dn / dt + act((ln theta + n) W_up) W_down
+
+dn / dt is known, so only w = ln theta - n is integrated: dw / dt = act((2 n + w) W_up) W_down with
+w(1) = 0. Weights of zero then give NTK exactly, whatever the step, where integrating all of it is
+2e-5 off at the published step of 0.01. Float64 on the host: the state is d / 2 numbers.
+
+The grid has every scale that is asked for. n moves as ln alpha, fastest at t = 1: an interval from
+n to n + 1 is cut into the fewest equal steps that are at most ``step * (2 n - 1)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_INITIAL_SEED = 1234  # the same W_up on every rank and at every layout
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "silu": torch.nn.functional.silu,
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """The vector field, weights aside.
+
+    Attributes:
+        dim: d, rotated dimensions of a head, at least 4.
+        base: b, theta of the model before.
+        width: hidden width of the trained term as a multiple of d, the paper's lambda.
+        act: ``tanh`` or ``silu``.
+        step: largest step at t = 1, in units of t.
+    """
+
+    dim: int
+    base: float
+    width: int = 1
+    act: str = "tanh"
+    step: float = 0.5
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of W_up and W_down: ``(d / 2, width d)`` and ``(width d, d / 2)``."""
+        pairs, hidden = self.dim // 2, self.width * self.dim
+        return (pairs, hidden), (hidden, pairs)
+
+    @property
+    def size(self) -> int:
+        """Numbers of both together."""
+        return self.dim * self.width * self.dim
+
+    def initial(self) -> Tensor:
+        """Return float32 weights ``[size]``: W_up uniform in +-1/sqrt(d / 2), W_down zero."""
+        up, _ = self.shapes
+        weights = torch.zeros(self.size, dtype=torch.float32, device="cpu")
+        bound = 1.0 / math.sqrt(up[0])
+        generator = torch.Generator(device="cpu").manual_seed(_INITIAL_SEED)
+        weights[: math.prod(up)].uniform_(-bound, bound, generator=generator)
+        return weights
+
+    def split(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views W_up, W_down of flat ``weights``."""
+        up, down = self.shapes
+        count = math.prod(up)
+        return weights[:count].view(up), weights[count:].view(down)
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """Return c and e, float64 ``[d / 2]``."""
+        pairs = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu")
+        return -pairs / self.dim * math.log(self.base), pairs / (self.dim - 2)
+
+
+def limits(field: Field) -> tuple[Tensor, float]:
+    """Return the least (float64 ``[d / 2]``) and the largest ``log_stretch`` that is served.
+
+    A pair that turns by more than pi a token reads as one that turns back, more slowly; one that is
+    e ** 80 slower does not turn at all. Weights may go beyond both, angles do not follow.
+    """
+    fastest, _ = field.constants()
+    return fastest - math.log(math.pi), 80.0
+
+
+def log_stretch(field: Field, weights: Tensor, scales: list[float]) -> Tensor:
+    """Return ln(theta_i(1) / theta_i(t)), float64 ``[len(scales), d / 2]``, differentiable.
+
+    How much slower each pair turns at a scale: zeros at t = 1.
+
+    Args:
+        weights: float64 ``[size]`` on the CPU.
+        scales: increasing, at least 1.
+
+    Raises:
+        ImportError: torchdiffeq is not there.
+    """
+    alpha = 2.0 * torch.tensor(scales, dtype=torch.float64, device="cpu") - 1.0
+    _, exponents = field.constants()
+    known = torch.log(alpha)[:, None] * exponents
+    return known - _learned(field, weights, [float(t) for t in scales])
+
+
+def _learned(field: Field, weights: Tensor, scales: list[float]) -> Tensor:
+    """Return w ``[len(scales), d / 2]``."""
+    first = [] if scales[0] == 1.0 else [1.0]
+    asked = first + scales
+    start = torch.zeros(field.dim // 2, dtype=torch.float64, device="cpu")
+    if len(asked) == 1:
+        return start[None]
+    points = torch.tensor(grid(asked, field.step), dtype=torch.float64, device="cpu")
+    solution = _odeint()(
+        slope(field, weights),
+        start,
+        torch.tensor(asked, dtype=torch.float64, device="cpu"),
+        method="rk4",
+        options={"grid_constructor": lambda func, y0, t: points},
+    )
+    return solution[len(first) :]
+
+
+def slope(field: Field, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return dw / dt as a function of t and w."""
+    up, down = field.split(weights)
+    act = _ACTIVATIONS[field.act]
+    c, e = field.constants()
+    # 2 n(t) W_up is the same two vectors at every t.
+    constant, falling = (2.0 * c) @ up, (2.0 * e) @ up
+
+    def value(t: Tensor, w: Tensor) -> Tensor:
+        known = torch.sub(constant, falling, alpha=math.log(2.0 * float(t) - 1.0))
+        return act(torch.addmv(known, up.t(), w)) @ down
+
+    return value
+
+
+def grid(scales: list[float], step: float) -> list[float]:
+    """Return the points of integration from ``scales[0]`` to the last one, all of them included."""
+    points = [scales[0]]
+    for low, high in zip(scales, scales[1:], strict=False):
+        points += _cut(low, high, step)
+    return points
+
+
+def _cut(low: float, high: float, step: float) -> list[float]:
+    """Return the points behind ``low`` up to ``high``; never steps longer than 1."""
+    points, start = [], low
+    while start < high:
+        stop = min(high, math.floor(start) + 1.0)
+        count = max(1, math.ceil((stop - start) / (step * (2.0 * start - 1.0)) - 1e-9))
+        points += [start + (stop - start) * i / count for i in range(1, count)] + [stop]
+        start = stop
+    return points
+
+
+def require_torchdiffeq() -> None:
+    """Refuse to start without the solver.
+
+    Raises:
+        ImportError: naming the extra that installs it.
+    """
+    _odeint()
+
+
+def _odeint() -> Callable[..., Tensor]:
+    try:
+        from torchdiffeq import odeint
+    except ImportError:
+        raise ImportError(
+            "--rope-interpolation is 'clex': it needs torchdiffeq, install megatron_cream[clex]"
+        ) from None
+    return odeint
