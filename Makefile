@@ -6,13 +6,14 @@
 # make package  wheel and sdist, in build/dist
 VENV ?= .venv
 INPUT ?=
+ROPE ?= linear
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint format check docs package setup lock
 
 demo: setup
-	$(BIN)/python examples/demo/demo.py $(if $(INPUT),--input $(INPUT))
+	$(BIN)/python examples/demo/demo.py --rope $(ROPE) $(if $(INPUT),--input $(INPUT))
 
 test: lint
 	$(BIN)/python -m pytest
@@ -20,7 +21,7 @@ test: lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck .ci/run $(wildcard tools/*.sh examples/*/*.sh)
+	$(BIN)/shellcheck .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh)
 	$(BIN)/hadolint Dockerfile
 
 format: setup

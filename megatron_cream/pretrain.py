@@ -38,7 +38,7 @@ def prepare() -> Namespace:
 def train(args: Namespace) -> None:
     """Hand over to Megatron's ``pretrain``."""
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
+    from megatron.training import inprocess_restart, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_cream.training import hooks
@@ -47,11 +47,15 @@ def train(args: Namespace) -> None:
 
     config = hooks.stock_config(args)
     entry.ready(args, config)
+    store = None
+    if args.inprocess_restart:
+        pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     pretrain(
         pretrain_cfg_container_from_args(args, config),
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
+        store=store,
     )
 
 

@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a Megatron checkpoint on long text.
+"""Evaluate a Megatron checkpoint or a Hugging Face model on long text.
 
     python tools/evaluate.py perplexity --checkpoint runs/cream --data data/validation \\
-        --lengths 256 512 1024 2048 --documents 16 --output runs/cream.json
+        --lengths 1K 2K 4K --documents 16 --output runs/eval/cream-perplexity
+    python tools/evaluate.py needle --hf model/ --lengths 4K 8K 16K --output runs/eval/needle
+    torchrun --nproc-per-node 4 tools/evaluate.py kv-retrieval --checkpoint runs/cream \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --lengths 32K
+    python tools/evaluate.py all --hf model/ --data books/ --lengths 1K 4K --output runs/eval/all
+    python tools/evaluate.py compare runs/eval/base runs/eval/cream --output runs/eval/both
 
-Runs in one process, whatever layout saved the checkpoint; --cpu where there is no GPU.
+OUTPUT gets result.json, table.md and picture.png; a killed run continues when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import Any
+
+TASKS = (
+    *("passkey", "needle", "longchat-lines", "kv-retrieval", "niah-multikey"),
+    *("variable-tracking", "common-words", "frequent-words"),
+)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -18,37 +30,104 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tasks = parser.add_subparsers(dest="task", required=True)
-    add = tasks.add_parser("perplexity", help="by context length").add_argument
-    add("--checkpoint", required=True, help="folder given to --save, or one iteration in it")
-    add("--data", required=True, help="indexed dataset, without .bin and .idx")
-    add("--lengths", type=int, nargs="+", required=True, help="context lengths in tokens")
-    add("--stride", type=int, help="tokens between windows (default: half the length)")
-    add("--documents", type=int, default=16, help="documents to score")
-    add("--document-tokens", type=int, help="tokens of each (default: twice the longest length)")
-    add("--batch-tokens", type=int, default=8192, help="most tokens in one forward pass")
-    add("--rope-interpolation", help="evaluate with another one than the checkpoint's own")
-    add("--rope-factor", type=float, help="its factor")
-    add("--output", help="JSON file to write")
-    add("--cpu", action="store_true", help="run on a machine with no GPU")
-    parser.set_defaults(title="perplexity")
+    commands = parser.add_subparsers(dest="task", required=True)
+    for task in ("perplexity", *TASKS, "all"):
+        command = commands.add_parser(task, help=HELP[task])
+        _add_model(command.add_argument)
+        _add_cases(command.add_argument)
+        _add_perplexity(command.add_argument)
+        tasks = ["perplexity", *TASKS] if task == "all" else [task]
+        command.set_defaults(tasks=tasks)
+    command = commands.add_parser("compare", help="several runs of one task in one picture")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="--output of a finished run")
+    command.add_argument("--output", help="folder for the table and the picture")
     return parser.parse_args(argv)
 
 
+HELP = {
+    "perplexity": "by context length and position, sliding window",
+    "passkey": "five digits in a repeated phrase, by depth",
+    "needle": "a sentence in prose, by depth",
+    "longchat-lines": "the number of one of many lines",
+    "kv-retrieval": "the value of one of many keys, by place",
+    "niah-multikey": "the number of one of several keys in prose",
+    "variable-tracking": "variables that a value reaches over four hops",
+    "common-words": "ten most common words of a list",
+    "frequent-words": "three most frequent invented words",
+    "all": "every task; perplexity with --data",
+}
+
+
+def _add_model(add: Callable[..., Any]) -> None:
+    from megatron_cream.evaluation.run import parse_length
+    from megatron_cream.rope.options import add_options
+
+    add("--checkpoint", help="folder given to --save, or one iteration in it")
+    add("--hf", help="Hugging Face folder instead")
+    add("--name", help="what tables and pictures call the model (default: its folder's name)")
+    add("--lengths", type=parse_length, nargs="+", required=True, help="in tokens; 4K is 4096")
+    add("--output", help="folder for results")
+    add("--batch-tokens", type=int, default=8192, help="most tokens in a pass of several samples")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="with --hf (default: as saved)")
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--context-parallel-size", type=int, default=1, help="on GPUs")
+    add("--rope-interpolation", help="evaluate with another one than the checkpoint's own")
+    add("--rope-factor", type=float, help="its factor")
+    add_options(add)
+    add("--cpu", action="store_true", help="run on a machine with no GPU")
+
+
+def _add_cases(add: Callable[..., Any]) -> None:
+    add("--cases", type=int, default=5, help="cases a seed: depths, places, or questions")
+    add("--seeds", type=int, default=3, help="haystacks, or cases of --cases-file")
+    add("--first-seed", type=int, default=0)
+    add("--cases-file", help="published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)")
+    add("--prompt", default="base", help="base, or chat for the tokenizer's chat template")
+    add("--shots", type=int, default=0, help="worked examples in front")
+    add(
+        "--bos", action=argparse.BooleanOptionalAction, help="begin with bos (default: tokenizer's)"
+    )
+    add("--tokenizer-type", help="as in tools/preprocess_data.py (default: the model's own)")
+    add("--tokenizer-model", help="its file or folder")
+
+
+def _add_perplexity(add: Callable[..., Any]) -> None:
+    add("--data", help="indexed dataset without .bin and .idx, or text files")
+    add("--documents", type=int, default=16, help="documents to score")
+    add("--document-tokens", type=int, help="tokens of each (default: twice the longest length)")
+    add("--stride", type=int, help="tokens between windows (default: half the length)")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Run the command and return what it prints."""
+    if args.task == "compare":
+        from megatron_cream.evaluation.compare import compare
+
+        return compare(args.runs, args.output)
+    if (args.checkpoint is None) == (args.hf is None):
+        raise ValueError("--checkpoint or --hf: exactly one of them must be given")
+    if args.task == "all" and args.data is None:
+        args.tasks.remove("perplexity")
+    if args.cpu and args.checkpoint is not None:
+        from megatron_cream.training import cpu
+
+        cpu.install()
+    from megatron_cream.evaluation.run import run as evaluate
+
+    return evaluate(args)
+
+
 def main(argv: list[str]) -> int:
-    """Run the task; bad input ends in one line and exit status 2."""
+    """Run the tool; bad input ends in one line and exit status 2."""
     args = parse_args(argv)
     try:
-        if args.cpu:
-            from megatron_cream.training import cpu
-
-            cpu.install()
-        from megatron_cream.evaluation.run import run_perplexity
-
-        print(run_perplexity(args))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        printed = run(args)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    if printed:
+        print(printed)
     return 0
 
 

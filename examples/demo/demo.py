@@ -3,9 +3,11 @@
 
     make demo                  # the Python standard library as text
     make demo INPUT=my/texts   # files or folders of your own
+    make demo ROPE=yarn        # another interpolation than linear: ntk, yarn, clex ...
 
 Trains a tokenizer and a small GPT at N = 256 tokens, extends it to T = 2048 with CREAM and with
-PoSE while still training at 256, and compares perplexities on held-out documents.
+PoSE while still training at 256, compares perplexities on held-out documents, and exports the
+model for transformers.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # The demo is about two CPU cores, also on a machine that has a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -23,6 +26,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import corpus  # noqa: E402
 import jobs  # noqa: E402
 import picture  # noqa: E402
+
+from megatron_cream.evaluation.tables import joined_table  # noqa: E402
+from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED  # noqa: E402
 
 N, T = 256, 2048
 LENGTHS = (256, 512, 1024, 2048)
@@ -36,31 +42,35 @@ def main() -> None:
     """Run the demo from text to table."""
     args = parse_args()
     started = time.monotonic()
-    folder = Path(args.output)
+    folder = Path(
+        args.output or ("runs/demo" if args.rope == "linear" else f"runs/demo-{args.rope}")
+    )
     folder.mkdir(parents=True, exist_ok=True)
     try:
         data = corpus.prepare(args.input, folder, VOCABULARY, N, DOCUMENT_TOKENS)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    train(folder)
-    table = evaluate(folder, data.documents_for(DOCUMENTS))
+    train(folder, args.rope)
+    results = evaluate(folder, data.documents_for(DOCUMENTS), args.rope)
     record = {
+        "rope_interpolation": args.rope,
         "train_length": N,
         "target_length": T,
         "base_steps": BASE_STEPS,
         "extension_steps": EXTENSION_STEPS,
         "documents": data.documents_for(DOCUMENTS),
-        "perplexity": table,
+        "perplexity": {result["name"]: result["lengths"] for result in results},
         "seconds": round(time.monotonic() - started, 1),
     }
     (folder / "perplexity.json").write_text(json.dumps(record, indent=2) + "\n")
-    picture.draw(table, N, folder / "perplexity.png")
+    picture.draw(results, N, folder / "perplexity.png")
     print(
         f"\nPerplexity on {record['documents']} held-out documents, by context length in tokens\n"
     )
-    print(markdown(table))
+    print(joined_table(results).split("\n\n", 1)[1])
     print(f"\n{record['seconds']:.0f} s. Table: {folder / 'perplexity.json'}", end="")
     print(f"  picture: {folder / 'perplexity.png'}  logs: {folder}/*.log")
+    print(f"\nExported. In transformers:\n{jobs.export(folder, 'cream')}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,43 +79,38 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="*", help="text files, JSONL files or folders")
-    parser.add_argument("--output", default="runs/demo", help="folder for everything it makes")
+    parser.add_argument("--output", help="folder for everything it makes (default: runs/demo)")
+    names = [name for name in (*SCALINGS, *TRAINED) if name not in (*_UNSUITED, *EVALUATION_ONLY)]
+    parser.add_argument("--rope", choices=names, default="linear", help="interpolation")
     return parser.parse_args()
 
 
-def train(folder: Path) -> None:
+_UNSUITED = ("none", "rope-theta", "longrope")  # no extension, or in need of more settings
+
+
+def train(folder: Path, rope: str) -> None:
     """Train the base model, then extend it in two ways."""
     jobs.pretrain(folder, "base", BASE_STEPS, ["--sample-unit", "packed", "--lr", "4e-3"])
     for strategy in ("pose", "cream"):
         flags = [
             *("--pretrained-checkpoint", str(folder / "base")),
             *("--target-length", str(T), "--sample-unit", "window", "--lr", "1e-3"),
-            *("--position-strategy", strategy, "--rope-interpolation", "linear"),
+            *("--position-strategy", strategy, "--rope-interpolation", rope),
         ]
         jobs.pretrain(folder, strategy, EXTENSION_STEPS, flags)
 
 
-def evaluate(folder: Path, documents: int) -> dict[str, dict[int, float]]:
-    """Return perplexities by model and length."""
-    interpolated = {"rope_interpolation": "linear", "rope_factor": T / N}
-    models = {
-        "base": ("base", {}),
-        "base, interpolated": ("base", interpolated),
-        "PoSE": ("pose", {}),
-        "CREAM": ("cream", {}),
-    }
-    return {
-        name: jobs.perplexities(folder, run, name, LENGTHS, documents, DOCUMENT_TOKENS, changes)
+def evaluate(folder: Path, documents: int, rope: str) -> list[dict[str, Any]]:
+    """Return the perplexities of every model, as tools/evaluate.py has them."""
+    models = {"base": ("base", {})}
+    if rope not in TRAINED:  # those have no angles without weights of their own
+        changes = {"rope_interpolation": rope, "rope_factor": T / N}
+        models["base, interpolated"] = ("base", changes)
+    models |= {"PoSE": ("pose", {}), "CREAM": ("cream", {})}
+    return [
+        jobs.perplexities(folder, run, name, LENGTHS, documents, DOCUMENT_TOKENS, changes)
         for name, (run, changes) in models.items()
-    }
-
-
-def markdown(table: dict[str, dict[int, float]]) -> str:
-    """Return the table as Markdown."""
-    lines = ["| model | " + " | ".join(map(str, LENGTHS)) + " |", "|---" * 5 + "|"]
-    for name, row in table.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[length]:.2f}" for length in LENGTHS) + " |")
-    return "\n".join(lines)
+    ]
 
 
 if __name__ == "__main__":

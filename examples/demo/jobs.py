@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,6 +33,18 @@ TRAINING = [
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", "1024"),
     *("--make-vocab-size-divisible-by", "1", "--log-interval", "10"),
 ]
+_ROPE_FLAGS = (
+    "rope_interpolation",
+    "rope_factor",
+    "rope_theta",
+    "rope_options",
+    "rope_factors_file",
+)
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*lm loss: (\S+)")
 
 
@@ -78,23 +91,42 @@ def perplexities(
     documents: int,
     document_tokens: int,
     changes: dict[str, Any],
-) -> dict[int, float]:
-    """Return perplexity by length of one run's checkpoint, with other settings if given."""
+) -> dict[str, Any]:
+    """Return the results of one run's checkpoint, with other settings if given."""
     cpu.install()
-    from megatron_cream.evaluation.run import score
+    from megatron_cream.evaluation.opening import open_model
+    from megatron_cream.evaluation.score_documents import score_perplexity
 
     options = Namespace(
         checkpoint=str(folder / run),
+        hf=None,
         data=str(folder / "held-out"),
         lengths=lengths,
         stride=None,
         documents=documents,
         document_tokens=document_tokens,
         batch_tokens=4096,
-        title=f"evaluate {title}",
-        **{"rope_interpolation": None, "rope_factor": None, **changes},
+        name=title,
+        **dict.fromkeys(_ROPE_FLAGS),
+        **dict.fromkeys(_SIZES, 1),
     )
-    return {result.length: result.value for result in score(options)[1]}
+    vars(options).update(changes)
+    return score_perplexity(options, open_model(options))
+
+
+def export(folder: Path, run: str) -> str:
+    """Write a run's model for transformers, its tokenizer beside it; return lines that load it."""
+    from megatron_cream.checkpoint.exporting import export_checkpoint
+
+    output = folder / "extended"
+    shutil.rmtree(output, ignore_errors=True)
+    export_checkpoint(str(folder / run), str(output), quiet=True)
+    shutil.copytree(folder / "tokenizer", output, dirs_exist_ok=True)
+    return (
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"    model = AutoModelForCausalLM.from_pretrained({str(output)!r})\n"
+        f"    tokenizer = AutoTokenizer.from_pretrained({str(output)!r})"
+    )
 
 
 def _free_port() -> int:

@@ -20,7 +20,6 @@ from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, 
 from megatron_cream.checkpoint.shape import ModelShape, config_fields, shape_from_config
 from megatron_cream.checkpoint.shards import ShardWriter
 from megatron_cream.checkpoint.source import (
-    KEPT,
     find_source,
     kept_files,
     other_files,
@@ -106,16 +105,7 @@ def _source(checkpoint: str, args: Namespace, hf: str | None) -> Path | None:
     Raises:
         FileNotFoundError: the import that the run started from is gone.
     """
-    if hf is not None:
-        return find_source(hf)
-    kept = kept_files(checkpoint, args)
-    started_from = getattr(args, "pretrained_checkpoint", None)
-    if kept is None and started_from:
-        raise FileNotFoundError(
-            f"--checkpoint is {checkpoint}: it was started from {started_from}, which has no "
-            f"{KEPT}/config.json now; say with --hf which folder to take config and tokenizer from"
-        )
-    return kept
+    return kept_files(checkpoint, args) if hf is None else find_source(hf)
 
 
 def _shape(

@@ -17,7 +17,13 @@ from megatron_cream.checkpoint.agreement import check_weights
 from megatron_cream.checkpoint.arguments import import_arguments
 from megatron_cream.checkpoint.families import Row, pieces
 from megatron_cream.checkpoint.shape import ModelShape, shape_from_config
-from megatron_cream.checkpoint.source import KEPT, find_source, keep_files, read_config
+from megatron_cream.checkpoint.source import (
+    KEPT,
+    RELEASE,
+    find_source,
+    keep_files,
+    read_config,
+)
 from megatron_cream.checkpoint.staging import staged
 from megatron_cream.checkpoint.torch_dist import Chunk, write_torch_dist
 from megatron_cream.checkpoint.weights import DTYPES, HfWeights
@@ -26,9 +32,6 @@ from megatron_cream.rope import scaling_from_hf
 
 CHUNK_BYTES = 64 << 20
 """Most bytes of a piece of the checkpoint: small beside a model, large beside a disk's seeks."""
-
-RELEASE = "release"
-"""What Megatron calls a checkpoint that is the start of training, without an iteration."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,7 @@ _UNUSED = {
     "pipeline_model_parallel_layout": None,
     "expert_model_parallel_size": 1,
     "sequence_parallel": False,
+    "gradient_accumulation_fusion": False,
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": None,

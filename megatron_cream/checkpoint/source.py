@@ -16,6 +16,9 @@ from typing import Any
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments
 from megatron_cream.checkpoint.weights import INDEX
 
+RELEASE = "release"
+"""What Megatron calls a checkpoint that is the start of training, without an iteration."""
+
 KEPT = "hf"
 """Subfolder of an imported checkpoint with the files of its source."""
 
@@ -103,9 +106,13 @@ def source_name(folder: Path) -> str:
 
 
 def kept_files(checkpoint: str, args: Namespace) -> Path | None:
-    """Return the ``hf/`` folder of the import that a checkpoint goes back to, or None.
+    """Return the ``hf/`` folder of the import that a checkpoint goes back to.
 
-    Follows --pretrained-checkpoint (or --load with --finetune) from run to run.
+    Follows --pretrained-checkpoint (or --load with --finetune) from run to run. None where the
+    first run started from nothing.
+
+    Raises:
+        FileNotFoundError: a checkpoint on the way, or the import's ``hf/``, is gone.
     """
     for _ in range(_MOST_RUNS):
         folder = latest_checkpoint(checkpoint)
@@ -116,10 +123,19 @@ def kept_files(checkpoint: str, args: Namespace) -> Path | None:
         if started_from is None and getattr(args, "finetune", False):
             started_from = getattr(args, "load", None)
         if started_from is None or started_from == checkpoint:
+            if folder.name == RELEASE:
+                raise _gone(checkpoint)
             return None
         checkpoint = started_from
         found = saved_arguments(checkpoint) if Path(checkpoint).is_dir() else None
         if found is None:
-            return None
+            raise _gone(checkpoint)
         args = found
-    return None
+    raise _gone(checkpoint)
+
+
+def _gone(checkpoint: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"--checkpoint goes back to {checkpoint}, which has no {KEPT}/config.json now; say with "
+        "--hf which folder to take config and tokenizer from"
+    )

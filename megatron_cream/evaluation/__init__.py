@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model makes of long text.
 
-perplexity      sliding-window perplexity by context length
+tasks           retrieval, tracking and counting tasks, by name
+cases           haystacks and questions of an exact token length
+scoring         cases scored by one forward pass, without generation
+perplexity      sliding-window perplexity by context length and position
+huggingface     a Hugging Face folder to score
+megatron        a Megatron checkpoint to score, over tensor, pipeline and context ranks
+run             one evaluation, written case by case
+compare         several runs in one table and picture
+pictures        heat map, lines by length and place
+lm_eval         a model class for lm-eval
 position_plots  pictures of layouts and of the distances they train
 """

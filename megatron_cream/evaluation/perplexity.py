@@ -9,34 +9,32 @@ sizes.)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from megatron_cream.evaluation.passes import Model, Pass
+
+_FIRST_BUCKET = 256
+
 
 @dataclass(frozen=True)
-class Perplexity:
-    """Result for one context length.
+class DocumentScore:
+    """What a model made of one document at one context length.
 
     Attributes:
         length: context length L in tokens.
-        nll: mean negative log-likelihood a target, in nats.
-        targets: number of targets scored.
-        standard_error: of ``nll``, over documents; NaN for one document.
+        document: which one.
+        nll: summed negative log-likelihood of its targets, in nats, by bucket of ``buckets``.
+        targets: their number, by bucket.
     """
 
     length: int
-    nll: float
-    targets: int
-    standard_error: float
-
-    @property
-    def value(self) -> float:
-        """exp(nll)."""
-        return math.exp(self.nll)
+    document: int
+    nll: list[float]
+    targets: list[int]
 
 
 @dataclass(frozen=True)
@@ -70,64 +68,67 @@ def windows(tokens: int, length: int, stride: int) -> list[Window]:
     return result
 
 
-def perplexity(
-    model: torch.nn.Module,
-    documents: Sequence[np.ndarray],
+def buckets(length: int) -> list[int]:
+    """Return edges 0, 256, 512, 1024 .. of the ranges of positions that are told apart.
+
+    The position of a target is the number of tokens that its window has before it, less one.
+    """
+    edges = [0, _FIRST_BUCKET]
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    return edges[:-1] + [length] if len(edges) > 2 else [0, length]
+
+
+def score_document(
+    model: Model,
+    tokens: np.ndarray,
     length: int,
     stride: int,
+    document: int = 0,
     batch_tokens: int = 8192,
     on_tokens: Callable[[int], None] = lambda tokens: None,
-) -> Perplexity:
-    """Score documents with windows of ``length`` inputs at plain positions 0 .. length - 1.
+) -> DocumentScore:
+    """Score a document with windows of ``length`` inputs at plain positions 0 .. length - 1.
 
     Args:
-        model: returns losses ``[b, s]`` for ``input_ids``, ``position_ids`` and ``labels``.
-        documents: token ids of each, ``[n]`` with n > length.
+        tokens: ids ``[n]`` with n > length.
         stride: tokens between windows, at most ``length``.
+        document: its number, for the record.
         batch_tokens: most input tokens in one forward pass.
         on_tokens: called with the number of input tokens of each finished pass.
     """
-    sums = np.zeros(len(documents))
-    counts = np.zeros(len(documents), dtype=np.int64)
-    batch_size = max(1, batch_tokens // length)
-    for batch in _batches(documents, length, stride, batch_size):
-        losses = _losses(model, [documents[i][w.start : w.start + length + 1] for i, w in batch])
-        for (document, window), row in zip(batch, losses, strict=True):
-            sums[document] += row[-window.scored :].sum()
-            counts[document] += window.scored
+    edges = buckets(length)
+    nll, targets = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, dtype=np.int64)
+    batches = list(_batches(windows(len(tokens), length, stride), max(1, batch_tokens // length)))
+    passes = (_pass(tokens, batch) for batch in batches)
+    for batch, scores in zip(batches, model.run(passes), strict=True):
+        positions = np.arange(length - batch[0].scored, length)
+        which = np.searchsorted(edges, positions, side="right") - 1
+        nll += np.bincount(which, -scores.logprobs.numpy().sum(0), len(nll))
+        targets += len(batch) * np.bincount(which, minlength=len(nll))
         on_tokens(length * len(batch))
-    means = sums / counts
-    spread = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
-    return Perplexity(length, float(sums.sum() / counts.sum()), int(counts.sum()), float(spread))
+    return DocumentScore(length, document, nll.tolist(), targets.tolist())
 
 
-def cost(documents: Sequence[np.ndarray], length: int, stride: int) -> int:
-    """Return the input tokens that ``perplexity`` will run through the model."""
-    return sum(length * len(windows(len(document), length, stride)) for document in documents)
+def cost(tokens: int, length: int, stride: int) -> int:
+    """Return the input tokens that ``score_document`` will run through the model."""
+    return length * len(windows(tokens, length, stride))
 
 
-def _batches(
-    documents: Sequence[np.ndarray], length: int, stride: int, size: int
-) -> Iterator[list[tuple[int, Window]]]:
-    batch: list[tuple[int, Window]] = []
-    for index, document in enumerate(documents):
-        for window in windows(len(document), length, stride):
-            batch.append((index, window))
-            if len(batch) == size:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+def _batches(all_windows: list[Window], size: int) -> Iterator[list[Window]]:
+    """Windows that score as many targets each, up to ``size`` of them."""
+    batch: list[Window] = []
+    for window in all_windows:
+        if batch and (len(batch) == size or batch[0].scored != window.scored):
+            yield batch
+            batch = []
+        batch.append(window)
+    yield batch
 
 
-@torch.inference_mode()
-def _losses(model: torch.nn.Module, texts: list[np.ndarray]) -> np.ndarray:
-    """float64 ``[b, L]`` losses of texts of L + 1 tokens."""
-    device = next(model.parameters()).device
-    ids = torch.from_numpy(np.stack(texts).astype(np.int64)).to(device)
-    inputs, labels = ids[:, :-1], ids[:, 1:]
-    positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
-    output = model(
-        input_ids=inputs, position_ids=positions, attention_mask=None, labels=labels.contiguous()
-    )
-    return output.double().cpu().numpy()
+def _pass(tokens: np.ndarray, batch: list[Window]) -> Pass:
+    rows = np.stack([tokens[w.start : w.start + w.length + 1] for w in batch]).astype(np.int64)
+    ids = torch.from_numpy(rows)
+    length, scored = batch[0].length, batch[0].scored
+    kept = torch.arange(length - scored, length)
+    return Pass(ids[:, :-1], kept, ids[:, 1:][:, kept])

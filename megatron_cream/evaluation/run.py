@@ -1,87 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One evaluation of one checkpoint: load, score, table, JSON."""
+"""The tasks of one command on one model."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import re
+import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+from megatron_cream.evaluation import published
+from megatron_cream.evaluation.opening import open_model
+from megatron_cream.evaluation.passes import Model
+from megatron_cream.evaluation.position_plots import require_matplotlib
+from megatron_cream.evaluation.score_cases import score_cases
+from megatron_cream.evaluation.score_documents import score_perplexity
+from megatron_cream.evaluation.tables import suite_table, table
 
-from megatron_cream.checkpoint.loading import load_model
-from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
-from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.documents import read_documents
-from megatron_cream.evaluation.perplexity import Perplexity, cost, perplexity
 
+def run(args: Namespace) -> str:
+    """Run ``args.tasks`` on one model and return the tables.
 
-def run_perplexity(args: Namespace) -> str:
-    """Score a checkpoint at several lengths and return the table; write JSON if asked to.
+    With --output every task has a folder: OUTPUT itself for one task, OUTPUT/TASK for several.
 
     Raises:
-        ValueError, FileNotFoundError: input that cannot be scored, before the model is built.
+        ValueError, FileNotFoundError, ImportError: input that cannot be scored.
     """
-    extension, results = score(args)
-    if args.output:
-        record = _record(args, extension, results)
-        Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
-    return table(results)
-
-
-def score(args: Namespace) -> tuple[ExtensionConfig, list[Perplexity]]:
-    """Return the settings a checkpoint was scored with, and its perplexity at each length.
-
-    ``args`` has the options of tools/evaluate.py perplexity.
-    """
-    lengths = sorted(set(args.lengths))
-    if lengths[0] < 1:
-        raise ValueError(f"--lengths has {lengths[0]}: each must be at least 1 token")
-    tokens = args.document_tokens or 2 * lengths[-1] + 1
-    documents = read_documents(args.data, args.documents, tokens)
-    strides = {length: args.stride or max(1, length // 2) for length in lengths}
-    total = sum(cost(documents, length, strides[length]) for length in lengths)
-    model = load_model(args.checkpoint, _extension(args))
+    check(args)
+    model = open_model(args)
+    _say_what_is_longer(args, model)
     results = []
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=args.title) as bar:
-        for length in lengths:
-            stride = strides[length]
-            found = perplexity(
-                model.module, documents, length, stride, args.batch_tokens, bar.update
-            )
-            results.append(found)
-    return model.extension, results
+    for task in args.tasks:
+        folder = args.output
+        if folder and len(args.tasks) > 1:
+            folder = str(Path(folder) / task)
+        scored = score_perplexity if task == "perplexity" else score_cases
+        results.append(scored(args, model, task, folder))
+    tables = [table(result) for result in results]
+    if len(results) > 1:
+        tables.append(suite_table(results))
+        if args.output and model.primary:
+            (Path(args.output) / "table.md").write_text(tables[-1] + "\n", "utf-8")
+    return "\n\n".join(tables) if model.primary else ""
 
 
-def table(results: list[Perplexity]) -> str:
-    """Return lengths and perplexities for a person."""
-    rows = [f"{'length':>8} {'perplexity':>12} {'targets':>9}"]
-    rows += [f"{r.length:>8} {r.value:>12.3f} {r.targets:>9}" for r in results]
-    return "\n".join(rows)
+def check(args: Namespace) -> None:
+    """Refuse what needs no model to be refused.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: naming the flag.
+    """
+    args.lengths = sorted(set(args.lengths))
+    for flag, value in (
+        *(("--lengths", length) for length in args.lengths),
+        *(("--" + name, getattr(args, name)) for name in ("seeds", "cases", "documents")),
+    ):
+        if value < 1:
+            raise ValueError(f"{flag} has {value}: it must be at least 1")
+    if args.shots < 0:
+        raise ValueError(f"--shots is {args.shots}: it must be 0 or more")
+    if "perplexity" in args.tasks and args.data is None:
+        raise ValueError("--data is missing: perplexity needs an indexed dataset or text")
+    if args.cases_file is not None:
+        published.read_cases(args.cases_file)
+    if args.output is not None:
+        require_matplotlib()
 
 
-def _extension(args: Namespace) -> ExtensionConfig | None:
-    """The settings to evaluate with where they are not the checkpoint's own."""
-    changes = {
-        field: value
-        for field in ("rope_interpolation", "rope_factor")
-        if (value := getattr(args, field)) is not None
-    }
-    saved = saved_arguments(args.checkpoint) if changes else None
-    extension = saved_extension(saved) if saved is not None else None
-    return dataclasses.replace(extension, **changes) if extension is not None else None
+def _say_what_is_longer(args: Namespace, model: Model) -> None:
+    longer = [length for length in args.lengths if length > model.window]
+    if longer and model.primary:
+        print(
+            f"note: --lengths has {' '.join(map(str, longer))}: {model.name} was extended to "
+            f"{model.window} tokens",
+            file=sys.stderr,
+        )
 
 
-def _record(
-    args: Namespace, extension: ExtensionConfig, results: list[Perplexity]
-) -> dict[str, Any]:
-    return {
-        "task": "perplexity",
-        "checkpoint": args.checkpoint,
-        "data": args.data,
-        "documents": args.documents,
-        "settings": extension.to_dict(),
-        "results": [{**dataclasses.asdict(r), "perplexity": r.value} for r in results],
-    }
+def parse_length(word: str) -> int:
+    """Return tokens of ``4096`` or ``4K``.
+
+    Raises:
+        ValueError: another form.
+    """
+    found = re.fullmatch(r"(\d+)([kK]?)", word)
+    if not found:
+        raise ValueError(f"{word!r} is not a number of tokens such as 4096 or 4K")
+    return int(found[1]) * (1024 if found[2] else 1)

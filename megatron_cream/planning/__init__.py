@@ -11,4 +11,5 @@ report      table, JSON, stage lines
 arguments   shape and layout that parsed arguments describe
 fake_world  any rank of any world in one process             (needs torch, megatron)
 stages      ``check_stages``: a layout built rank by rank    (needs torch, megatron)
+dry_run     a run's exact command, looked at          (needs torch, megatron)
 """

@@ -151,6 +151,21 @@ def model_ranks(args: Namespace) -> list[int]:
     return sorted(ranks)
 
 
+def stage_ranks(args: Namespace) -> list[int]:
+    """Return one rank of each pipeline stage, of the first copy of the model."""
+    from megatron.core.parallel_state import RankGenerator
+
+    generator = RankGenerator(
+        tp=args.tensor_model_parallel_size,
+        ep=1,
+        dp=args.data_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        cp=args.context_parallel_size,
+        order=_order(args),
+    )
+    return generator.get_ranks("pp")[0]
+
+
 def _order(args: Namespace) -> str:
     return "tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp"
 

@@ -17,7 +17,7 @@ from megatron_cream.planning.arguments import (
 from megatron_cream.planning.memory import GIB, stage_memory
 from megatron_cream.planning.models import ModelShape
 from megatron_cream.planning.propose import Cluster, Plan
-from megatron_cream.planning.stages import StagesCheck
+from megatron_cream.planning.stages import RankView, StagesCheck
 
 
 @dataclass(frozen=True)
@@ -168,16 +168,8 @@ def stage_lines(check: StagesCheck) -> list[str]:
     estimates hold for, a line says which.
     """
     args, reason = check.args, why_not_estimated(check.args)
-    lines = []
-    for index in range(args.pipeline_model_parallel_size):
-        view = check.stage(index)
-        text = f"stage {index}: layers {_numbers(view.layers)}"
-        text += ", embedding" if view.embedding else ""
-        text += ", output layer" if view.output else ""
-        text += f"; a GPU has {view.parameters:,} parameters"
-        if reason is None:
-            text += f", {_stage_gib(args, index, view.parameters):.1f} GiB"
-        lines.append(text)
+    stages = range(args.pipeline_model_parallel_size)
+    lines = [stage_line(args, check.stage(index)) for index in stages]
     if reason is not None:
         lines.append(f"memory is not estimated: {reason}")
     lines.append(
@@ -186,6 +178,17 @@ def stage_lines(check: StagesCheck) -> list[str]:
         f"{check.extension.rope_interpolation}, factor {check.extension.rope_factor:g}"
     )
     return lines
+
+
+def stage_line(args: Namespace, view: RankView) -> str:
+    """Return what a rank of a pipeline stage holds, with its memory where that is estimated."""
+    text = f"stage {view.stage}: layers {_numbers(view.layers)}"
+    text += ", embedding" if view.embedding else ""
+    text += ", output layer" if view.output else ""
+    text += f"; a GPU has {view.parameters:,} parameters"
+    if why_not_estimated(args) is None:
+        text += f", {_stage_gib(args, view.stage, view.parameters):.1f} GiB"
+    return text
 
 
 def _stage_gib(args: Namespace, stage: int, parameters: int) -> float:

@@ -72,17 +72,22 @@ def check_stages(argv: Sequence[str], world_size: int) -> StagesCheck:
     fake_world.prepare()
     args, extension = fake_world.parse(argv, world_size)
     ranks = fake_world.model_ranks(args)
-    views = [_view(args, extension, rank) for rank in ranks]
-    whole = _view(fake_world.one_rank(args), extension, 0)
+    views = [rank_view(args, extension, rank) for rank in ranks]
+    whole = rank_view(fake_world.one_rank(args), extension, 0)
     _check_layers(views, whole)
     _check_parameters(views, whole)
     if world_size - 1 not in ranks:
-        views.append(_view(args, extension, world_size - 1))
+        views.append(rank_view(args, extension, world_size - 1))
         _check_copy(views)
     return StagesCheck(tuple(views), whole.parameters, args, extension)
 
 
-def _view(args: Namespace, extension: ExtensionConfig, rank: int) -> RankView:
+def rank_view(args: Namespace, extension: ExtensionConfig, rank: int) -> RankView:
+    """Build what ``rank`` builds, on the meta device, and look at it.
+
+    Raises:
+        ValueError: its rotary embedding is not ours, or not of these flags.
+    """
     from megatron.core import mpu
 
     with fake_world.as_rank(args, rank) as groups:

@@ -75,14 +75,17 @@ def coverage(strategy: Strategy, samples: int, seed: int = 1234) -> Coverage:
     """
     if samples < 1:
         raise ValueError(f"samples (--samples) is {samples}: it must be at least 1")
-    tally = _Tally(strategy.target_length)
+    tally = Tally(strategy.target_length)
     for index in range(samples):
         tally.add(strategy.layout(seed, index))
     return tally.result(samples)
 
 
-class _Tally:
-    """Sums over layouts, as difference arrays so that a chunk costs O(1) and not O(length)."""
+class Tally:
+    """Sums over layouts, as difference arrays so that a chunk costs O(1) and not O(length).
+
+    ``add`` layouts, in any number; read ``covered`` in between, or ``result`` at the end.
+    """
 
     def __init__(self, target_length: int) -> None:
         self.target_length = target_length
@@ -104,6 +107,21 @@ class _Tally:
         # Chunks and not runs: a middle that touches the head is a middle all the same.
         if isinstance(layout, ChunkLayout):
             self.centres += [start + (length - 1) / 2 for start, length in layout.chunks[1:-1]]
+
+    @property
+    def covered(self) -> float:
+        """Share of the distances in ``[1, T)`` that a layout added so far contains."""
+        if self.target_length < 2:
+            return 1.0
+        return float(np.mean(self._sample_counts()[1:] > 0))
+
+    @property
+    def token_thirds(self) -> tuple[float, float, float]:
+        """Share of the positions added so far in each third of the target window."""
+        return tuple(float(share) for share in self.thirds / self.thirds.sum())
+
+    def _sample_counts(self) -> np.ndarray:
+        return np.cumsum(self.first_difference)[:-1] + self.dense_counts
 
     def _add_runs(self, runs: list[Span]) -> None:
         distances = [(0, length - 1) for _, length in runs]
@@ -153,10 +171,10 @@ class _Tally:
         chunked_pairs = np.cumsum(np.cumsum(self.second_difference))[: self.target_length]
         return Coverage(
             samples=samples,
-            sample_counts=np.cumsum(self.first_difference)[:-1] + self.dense_counts,
+            sample_counts=self._sample_counts(),
             pair_counts=chunked_pairs + self.dense_pairs,
             middle_centres=np.array(self.centres),
-            token_thirds=tuple(float(share) for share in self.thirds / self.thirds.sum()),
+            token_thirds=self.token_thirds,
         )
 
 

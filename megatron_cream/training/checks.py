@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -20,6 +21,19 @@ from megatron_cream.data.sources import make_sources
 from megatron_cream.data.span_dataset import no_sources_message, split_strategy
 
 DEFAULT_SPLIT = "969,30,1"  # Megatron's
+
+
+def check_packages(args: Namespace) -> None:
+    """Refuse what needs a package that is not installed here.
+
+    Raises:
+        ValueError: naming the flag and the package.
+    """
+    if args.inprocess_restart and find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            "--inprocess-restart is given: it needs the package nvidia-resiliency-ext, without "
+            "which Megatron would train as if it were not"
+        )
 
 
 def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:

@@ -37,6 +37,7 @@ _UNSERVED = {
     "fp8": "--fp8-format",
     "use_torch_fsdp2": "--use-torch-fsdp2",
     "use_megatron_fsdp": "--use-megatron-fsdp",
+    "async_save": "--async-save",
 }
 
 

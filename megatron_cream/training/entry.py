@@ -100,6 +100,7 @@ def check(args: Namespace) -> ExtensionConfig:
     extension = arguments.extension_from_args(args)
     if extension.draws_scales:
         clex.refuse_unserved(args)
+    checks.check_packages(args)
     checks.check_datasets(args, extension)
     checks.check_checkpoint(args, extension)
     return extension

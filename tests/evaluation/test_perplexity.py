@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every target once, at every length; and a checkpoint scores what the trainer computed."""
 
-import json
 import math
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.arguments import arguments
 
-from megatron_cream.evaluation.perplexity import cost, perplexity, windows
+from megatron_cream.evaluation.passes import Scores
+from megatron_cream.evaluation.perplexity import buckets, cost, score_document, windows
+from megatron_cream.evaluation.results import perplexity_results
+from megatron_cream.evaluation.store import read_result
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 200))
@@ -33,83 +35,91 @@ def test_refuses_what_would_skip_targets(length, stride):
         windows(20, length, stride)
 
 
-class Copycat(torch.nn.Module):
-    """Loss of a target: its token id, plus 1000 where it was not given with its context."""
+class Copycat:
+    """Log-probability of a target: minus its token id."""
 
     def __init__(self, length):
-        super().__init__()
         self.length = length
-        self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids, position_ids, attention_mask, labels):
-        assert input_ids.shape[1] == self.length
-        assert torch.equal(position_ids[0], torch.arange(self.length))
-        assert torch.equal(input_ids[:, 1:], labels[:, :-1])
-        return labels.float()
+    def run(self, passes):
+        for one in passes:
+            assert one.tokens.shape[1] == self.length
+            assert torch.equal(one.positions()[0], torch.arange(self.length))
+            inside = one.rows[:-1] + 1
+            assert torch.equal(one.tokens[:, inside], one.targets[:, :-1])
+            yield Scores(-one.targets.double(), one.targets)
 
 
 @pytest.mark.parametrize("length", [4, 16, 49])
-def test_mean_over_targets_and_error_over_documents(length):
-    documents = [np.arange(50) * scale for scale in (1, 2, 5)]
+@pytest.mark.parametrize("stride", [1, 3, 4])
+def test_sum_over_targets_by_position(length, stride):
     seen = []
-    found = perplexity(Copycat(length), documents, length, max(1, length // 2), 32, seen.append)
-    means = [25.0, 50.0, 125.0]  # targets 1 .. 49
-    assert found.nll == pytest.approx(np.mean(means))
-    assert found.targets == 3 * 49
-    assert found.standard_error == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
-    assert sum(seen) == cost(documents, length, max(1, length // 2))
+    found = score_document(Copycat(length), np.arange(50), length, stride, 7, 32, seen.append)
+    assert found.document == 7
+    assert sum(found.nll) == pytest.approx(sum(range(1, 50)))
+    assert sum(found.targets) == 49
+    assert sum(seen) == cost(50, length, stride)
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    def make(**changes):
-        defaults = {
-            "lengths": [96, 192],
-            "stride": None,
-            "documents": 6,
-            "document_tokens": 400,
-            "batch_tokens": 1000,
-            "rope_interpolation": None,
-            "rope_factor": None,
-            "title": "test",
-            "output": str(tmp_path_factory.mktemp("evaluation") / "result.json"),
-        }
-        return Namespace(**(defaults | changes))
+@given(st.integers(1, 5000))
+def test_buckets_cover_a_window_once(length):
+    edges = buckets(length)
+    assert edges[0] == 0 and edges[-1] == length
+    assert edges == sorted(set(edges))
 
-    return make
+
+def test_positions_are_those_in_the_window():
+    document = np.arange(1000)
+    found = score_document(Copycat(600), document, 600, 200)
+    # The first window scores places 0 .. 599; the next 400 .. 599; the last one 401 .. 599.
+    assert found.targets == [256, 256 + 112 + 111, 3 * 88]
+    assert found.nll[0] == sum(range(1, 257))
+
+
+def test_interval_is_over_documents():
+    records = [
+        {"length": 8, "document": i, "nll": [nll], "targets": [10]}
+        for i, nll in enumerate((20.0, 30.0, 40.0))
+    ]
+    (row,) = perplexity_results(records)["lengths"]
+    assert row["perplexity"] == pytest.approx(math.exp(3))
+    half = 4.303 * 1.0 / math.sqrt(3)
+    assert row["low"] == pytest.approx(math.exp(3 - half))
+    assert row["high"] == pytest.approx(math.exp(3 + half))
 
 
 @pytest.mark.usefixtures("cpu_megatron")
-def test_checkpoint_of_any_layout(tmp_path, options, dataset, flags, initial):
+def test_checkpoint_of_any_layout(tmp_path, dataset, flags, initial):
     from support import ranks
 
-    from megatron_cream.evaluation.run import run_perplexity
+    from megatron_cream.evaluation.run import run
+    from megatron_cream.evaluation.score_documents import score_perplexity
 
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     save = ["--save", str(tmp_path / "out"), "--save-interval", "10"]
     start = ["--pretrained-checkpoint", initial]
-    run = ranks.train(tmp_path, [*flags, *start, *save, *layout], 4)
-    asked = options(checkpoint=str(tmp_path / "out"), data=dataset)
-    table = run_perplexity(asked)
-    with open(asked.output) as file:
-        record = json.load(file)
-    assert [r["length"] for r in record["results"]] == [96, 192]
-    assert record["settings"]["rope_factor"] == 8.0
-    assert f"{record['results'][0]['perplexity']:.3f}" in table
+    trained = ranks.train(tmp_path, [*flags, *start, *save, *layout], 4)
+    asked = {"checkpoint": str(tmp_path / "out"), "data": dataset, "lengths": [96, 192]}
+    output = str(tmp_path / "result")
+    table = run(arguments(**asked, document_tokens=400, output=output))
+    record = read_result(output)
+    assert [row["length"] for row in record["lengths"]] == [96, 192]
+    assert record["extension"]["rope_factor"] == 8.0
+    assert f"{record['lengths'][0]['perplexity']:.3f}" in table
     # It learned: a model that guesses has 120.
-    assert run.losses[10] < math.log(120)
-    assert record["results"][0]["perplexity"] < 120
+    assert trained.losses[10] < math.log(120)
+    assert record["lengths"][0]["perplexity"] < 120
     # Another interpolation is another model.
-    other = options(checkpoint=asked.checkpoint, data=dataset, rope_factor=1.0)
-    run_perplexity(other)
-    with open(other.output) as file:
-        changed = json.load(file)
-    assert changed["results"][0]["nll"] != record["results"][0]["nll"]
+    other = arguments(**asked, document_tokens=400, rope_factor=1.0)
+    from megatron_cream.evaluation.opening import open_model
+
+    changed = score_perplexity(other, open_model(other))
+    assert changed["lengths"][0]["nll"] != record["lengths"][0]["nll"]
 
 
 @pytest.mark.usefixtures("cpu_megatron")
-def test_missing_checkpoint(options, dataset, tmp_path):
-    from megatron_cream.evaluation.run import run_perplexity
+def test_missing_checkpoint(dataset, tmp_path):
+    from megatron_cream.evaluation.run import run
 
     with pytest.raises(FileNotFoundError, match="--checkpoint"):
-        run_perplexity(options(checkpoint=str(tmp_path), data=dataset))
+        run(arguments(checkpoint=str(tmp_path), data=dataset))

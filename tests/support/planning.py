@@ -52,3 +52,24 @@ def inside_a_process_group(argv, world_size):
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     return views(argv, world_size)
+
+
+def dry_run_lines(argv, world_size):
+    """What a dry run prints."""
+    from megatron_cream.planning.dry_run import dry_run, lines
+
+    return lines(dry_run(argv, world_size))
+
+
+def dry_run_with_layers_left_out(argv, world_size):
+    """A dry run where every rank forgets its last layer."""
+    build = fake_world.build
+
+    def short(args, extension, groups):
+        chunks = build(args, extension, groups)
+        for chunk in chunks:
+            del chunk.decoder.layers[-1]
+        return chunks
+
+    fake_world.build = short
+    return dry_run_lines(argv, world_size)

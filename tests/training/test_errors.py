@@ -70,6 +70,8 @@ def refused(monkeypatch, capsys, dataset):
         ),
         (["--dataloader-type", "cyclic"], ["--dataloader-type", "cyclic", "single"]),
         (["--sequence-parallel"], ["--sequence-parallel", "--cpu"]),
+        (["--inprocess-restart"], ["--inprocess-restart", "nvidia-resiliency-ext"]),
+        (["--async-save", "--use-persistent-ckpt-worker"], ["--async-save", "--cpu"]),
         (["--context-parallel-size", "2"], ["--context-parallel-size", "2", "--cpu"]),
         (["--load", "nowhere", "--finetune"], ["--load", "nowhere", "checkpoint"]),
         (["--pretrained-checkpoint", "nowhere"], ["--pretrained-checkpoint", "nowhere"]),

@@ -1,0 +1,223 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
+# What the launch scripts share: variables, arrays of flags by theme, and the three steps. A script
+# sets what its model and its layout are, sources this file, and ends in: extend "$@"
+#
+#   examples/llama-2-7b/32k.sh                        import, train, export
+#   examples/llama-2-7b/32k.sh --dry-run              on a laptop: flags, stages, memory, positions
+#   examples/llama-2-7b/32k.sh --lr 1e-5              more of Megatron's flags; the last one counts
+#
+# Variables that every script takes; docs/examples.md has all of them:
+#   HF, BASE         Hugging Face model; the checkpoint that it is imported to, the first time
+#   DATA             indexed dataset (tools/preprocess_data.py), without .bin
+#   OUT, EXPORT      checkpoints of this run; Hugging Face folder that it ends in
+#   METHOD, ROPE     cream, pose, randpos; linear, ntk, yarn, clex ...
+#   NODES, NODE_RANK, GPUS_PER_NODE, HEAD, PORT
+#   STEPS            any of: import train export
+#
+# USR1 or TERM saves a checkpoint and ends in status 75: start the same command again to go on.
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python}
+export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+
+METHOD=${METHOD:-cream}
+ROPE=${ROPE:-linear}
+SEQ_LENGTH=${SEQ_LENGTH:-4096}
+BASE=${BASE:-checkpoints/$NAME}
+OUT=${OUT:-runs/$NAME-$TARGET_LENGTH-$METHOD-$ROPE}
+EXPORT=${EXPORT:-$OUT-hf}
+STEPS=${STEPS:-import train export}
+
+NODES=${NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+HEAD=${HEAD:-localhost}
+PORT=${PORT:-29500}
+
+MICRO_BATCH=${MICRO_BATCH:-1}
+GLOBAL_BATCH=${GLOBAL_BATCH:-32}
+ITERATIONS=${ITERATIONS:-1000}
+LR=${LR:-2e-5}
+WARMUP=${WARMUP:-10}
+SAVE_INTERVAL=${SAVE_INTERVAL:-100}
+LOG_INTERVAL=${LOG_INTERVAL:-10}
+
+POSITION_ARGS=(--position-strategy "$METHOD")
+# Beyond 8 times the trained window CREAM's published width leaves distances out.
+if [ "$METHOD" = cream ] && [ "$TARGET_LENGTH" -gt $((8 * SEQ_LENGTH)) ]; then
+    POSITION_ARGS+=(--cream-sigma-relative 0.375)
+fi
+
+ROPE_ARGS=(--rope-interpolation "$ROPE")
+if [ "$ROPE" = llama3 ]; then
+    # As Llama 3.1 was released, 8 times for 131072 tokens, and more in proportion beyond.
+    LLAMA3_FACTOR=$((TARGET_LENGTH > 131072 ? TARGET_LENGTH / 16384 : 8))
+    ROPE_ARGS+=(--rope-factor "$LLAMA3_FACTOR")
+fi
+ROPE_ARGS+=(--original-length "$ORIGINAL_LENGTH")
+
+EXTENSION_ARGS=(
+    --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
+    --target-length "$TARGET_LENGTH" "${POSITION_ARGS[@]}" "${ROPE_ARGS[@]}"
+)
+
+# CREAM's recipe, arXiv:2406.07138.
+TRAINING_ARGS=(
+    --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
+    --train-iters "$ITERATIONS" --bf16
+    --lr "$LR" --min-lr 0 --lr-decay-style linear --lr-warmup-iters "$WARMUP" --weight-decay 0
+)
+
+DATA_ARGS=(
+    --data-path "${DATA:-}" --split "${SPLIT:-99,1,0}"
+    --tokenizer-type NullTokenizer --vocab-size "$VOCAB_SIZE"
+    --no-create-attention-mask-in-dataloader
+)
+
+CHECKPOINT_ARGS=(
+    --pretrained-checkpoint "$BASE" --save "$OUT" --load "$OUT"
+    --save-interval "$SAVE_INTERVAL"
+    --eval-interval "${EVAL_INTERVAL:-100}" --eval-iters "${EVAL_ITERS:-4}"
+)
+
+# Checkpoints are written while training goes on; a signal ends it with one more.
+RESILIENCE_ARGS=(--exit-signal-handler)
+if [ "${ASYNC_SAVE:-1}" = 1 ]; then
+    RESILIENCE_ARGS+=(--async-save --use-persistent-ckpt-worker --async-strategy mcore)
+fi
+if [ -n "${EXIT_MINUTES:-}" ]; then
+    RESILIENCE_ARGS+=(--exit-duration-in-mins "$EXIT_MINUTES")
+fi
+if [ "${INPROCESS_RESTART:-0}" = 1 ]; then
+    RESILIENCE_ARGS+=(--inprocess-restart)
+    export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-error}
+fi
+
+LOGGING_ARGS=(
+    --log-interval "$LOG_INTERVAL" --log-throughput
+    --tensorboard-dir "${TENSORBOARD:-$OUT/tensorboard}"
+    --tensorboard-log-interval "$LOG_INTERVAL"
+)
+if [ -n "${WANDB_PROJECT:-}" ]; then
+    LOGGING_ARGS+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "${WANDB_NAME:-$(basename "$OUT")}")
+fi
+
+# On by default in Megatron beside these: fused norms, RoPE, SwiGLU and attention.
+GPU_ARGS=(
+    --cross-entropy-loss-fusion --cross-entropy-fusion-impl native
+    --manual-gc --manual-gc-interval 100
+)
+
+say() { echo "$NAME: $*" >&2; }
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# The exact flags of a run, with those of the command line last.
+all_args() {
+    ALL_ARGS=(
+        "${MODEL_ARGS[@]}" "${EXTENSION_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}"
+        "${DATA_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${RESILIENCE_ARGS[@]}" "${LOGGING_ARGS[@]}"
+        "${GPU_ARGS[@]}" "$@"
+    )
+}
+
+extend() {
+    if [ "${1:-}" = --dry-run ]; then
+        shift
+        all_args "$@"
+        WORLD_SIZE=$((NODES * GPUS_PER_NODE)) exec "$PYTHON" -m megatron_cream.dry_run "${ALL_ARGS[@]}"
+    fi
+    for step in $STEPS; do
+        case $step in
+        import | train | export) ;;
+        *) fail "STEPS is '$STEPS': it must be made of import, train and export" ;;
+        esac
+    done
+    if [[ $STEPS == *train* && -z ${DATA:-} ]]; then
+        fail "DATA is not set: it must be an indexed dataset (docs/data.md), without .bin"
+    fi
+    for step in $STEPS; do
+        "${step}_step" "$@"
+    done
+}
+
+import_step() {
+    if has_checkpoint "$BASE"; then
+        say "$BASE is there: it is not imported again"
+    elif [ "$NODE_RANK" = 0 ]; then
+        "$PYTHON" "$HERE/tools/convert_checkpoint.py" import --hf "$HF" --output "$BASE"
+    else
+        say "waiting for node 0 to import $HF to $BASE"
+        # The folder gets its name when it is whole.
+        until has_checkpoint "$BASE"; do sleep 10; done
+    fi
+}
+
+has_checkpoint() {
+    [ -f "$1/latest_checkpointed_iteration.txt" ] || [ -f "$1/metadata.json" ]
+}
+
+train_step() {
+    if finished; then
+        say "$OUT has all $ITERATIONS iterations"
+        return
+    fi
+    apex_or_not
+    all_args "$@"
+    local launch=(--standalone --nproc-per-node "$GPUS_PER_NODE")
+    if [ "$NODES" -gt 1 ]; then
+        launch=(
+            --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE"
+            --master-addr "$HEAD" --master-port "$PORT"
+        )
+    fi
+    supervised "$PYTHON" -m torch.distributed.run "${launch[@]}" \
+        -m megatron_cream.pretrain "${ALL_ARGS[@]}"
+    if ! finished; then
+        say "stopped at iteration $(iteration) of $ITERATIONS: the same command goes on from there"
+        exit 75
+    fi
+}
+
+iteration() { cat "$OUT/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+
+finished() { [ "$(iteration)" -ge "$ITERATIONS" ]; }
+
+# The output layer adds gradients up in a kernel of Apex, which NGC's images have.
+apex_or_not() {
+    if ! "$PYTHON" -c 'import fused_weight_gradient_mlp_cuda' 2>/dev/null; then
+        say "Apex's fused_weight_gradient_mlp_cuda is not installed: --no-gradient-accumulation-fusion"
+        GPU_ARGS+=(--no-gradient-accumulation-fusion)
+    fi
+}
+
+# torchrun gives its workers 30 s after a TERM. A checkpoint may take longer, so a signal goes past
+# it to the workers, which save one, and torchrun ends when they do.
+supervised() {
+    local status=0
+    trap '' USR1
+    "$@" &
+    local pid=$!
+    # shellcheck disable=SC2064  # the number of this process, now
+    trap "pkill -TERM -P $pid || true" USR1 TERM
+    while kill -0 "$pid" 2>/dev/null; do
+        wait "$pid" && status=0 || status=$?
+    done
+    trap - USR1 TERM
+    return "$status"
+}
+
+export_step() {
+    [ "$NODE_RANK" = 0 ] || return 0
+    if [ -e "$EXPORT" ]; then
+        say "$EXPORT is there: it is not written again"
+        return
+    fi
+    finished || fail "$OUT is at iteration $(iteration): it must reach $ITERATIONS to be exported"
+    "$PYTHON" "$HERE/tools/convert_checkpoint.py" export --checkpoint "$OUT" --output "$EXPORT"
+}

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face directory as a model to score with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cream.evaluation.attention import attend, tails
+from megatron_cream.evaluation.passes import Pass, Scores
+from megatron_cream.evaluation.vocabulary import score_rows
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAME = "megatron_cream"
+
+# Settings by which a model changes logits behind its output layer; scoring reads that layer.
+_BEHIND_OUTPUT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class HuggingFaceModel:
+    """A causal language model of transformers; see ``passes.Model``.
+
+    Args:
+        path: folder with config.json and weights.
+        dtype: a name of ``DTYPES``; as saved unless given.
+        device: where it runs; a GPU where there is one unless given.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a folder that transformers cannot read, or logits that are changed behind the
+            output layer.
+        ImportError: transformers is not installed.
+    """
+
+    primary = True
+
+    def __init__(self, path: str, dtype: str | None = None, device: str | None = None) -> None:
+        if not (Path(path) / "config.json").is_file():
+            raise FileNotFoundError(f"--hf is {path}: it must be a folder with a config.json")
+        self.name = path
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.module = _load(path, DTYPES.get(dtype, "auto")).to(self.device).eval()
+        config = self.module.config.get_text_config()
+        for key in _BEHIND_OUTPUT:
+            if getattr(config, key, None) not in (None, 1.0):
+                raise ValueError(f"--hf is {path}: its config.json has {key}, which is not scored")
+        self.window = config.max_position_embeddings
+        self.vocabulary = config.vocab_size
+        self.shares_context = _takes_ours(self.module, config)
+        self.settings = {"dtype": str(self.module.dtype).removeprefix("torch.")}
+
+    def set_length(self, length: int) -> None:
+        """Nothing to do: transformers looks at the position ids of each call."""
+
+    def run(self, passes: Iterator[Pass]) -> Iterator[Scores]:
+        """Answer passes in order."""
+        for one in passes:
+            yield self._score(one)
+
+    @torch.inference_mode()
+    def _score(self, one: Pass) -> Scores:
+        kept = self.hidden(one)[:, one.rows.to(self.device)]
+        head = self.module.get_output_embeddings()
+        targets = one.targets.flatten().to(self.device)
+        logprobs, best = score_rows(kept.flatten(0, 1), head, targets, self.vocabulary)
+        return Scores(*(x.view(one.targets.shape).cpu() for x in (logprobs, best)))
+
+    def hidden(self, one: Pass) -> Tensor:
+        """Return what the output layer is given, ``[b, n, hidden]``."""
+        seen: list[Tensor] = []
+        head = self.module.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, args: _keep_one(seen, args[0]))
+        try:
+            with tails(one.tails, one.tail):
+                self.module(
+                    input_ids=one.tokens.to(self.device),
+                    position_ids=one.positions().to(self.device),
+                    use_cache=False,
+                )
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def _keep_one(seen: list[Tensor], hidden: Tensor) -> tuple[Tensor]:
+    """Keep all hidden states and have logits made of one."""
+    seen.append(hidden)
+    return (hidden[:, -1:],)
+
+
+def _load(path: str, dtype: Any) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as exc:
+        raise ImportError(
+            "--hf needs transformers: pip install megatron_cream[hf]", name="transformers"
+        ) from exc
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (OSError, KeyError) as exc:
+        raise ValueError(f"--hf is {path}: transformers cannot load it ({exc})") from exc
+
+
+def _takes_ours(module: Any, config: Any) -> bool:
+    """Give the model our attention; say whether it took it.
+
+    A model with a sliding window, or with attention of its own, keeps what it has and is given
+    one tail at a time.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None and getattr(config, "use_sliding_window", True)
+    if slides or kinds != {"full_attention"} or not module._supports_attention_backend:
+        return False
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attention)
+    module.set_attn_implementation(_NAME)
+    return True
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Transformers' interface: ``[b, h, n, d]`` in, ``[b, n, h, d]`` out."""
+    if mask is not None or options.get("sliding_window") or options.get("softcap"):
+        raise ValueError(
+            f"{type(module).__name__} asks for a mask, a window or a soft cap, which is not scored"
+        )
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    return attend(query, key, value, scale).transpose(1, 2).contiguous(), None

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Megatron checkpoint as a model of lm-eval, named ``megatron_cream``.
+
+    python -m megatron_cream.evaluation.lm_eval --model megatron_cream \\
+        --model_args checkpoint=runs/cream,cpu=true --tasks TASK
+
+takes lm-eval's own flags. Log-likelihoods, whole or rolling; tasks that generate need the Hugging
+Face export.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_cream.evaluation.passes import Pass
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError as exc:
+    raise ImportError(
+        "megatron_cream.evaluation.lm_eval needs lm-eval: pip install megatron_cream[lm-eval]",
+        name="lm_eval",
+    ) from exc
+
+
+@register_model("megatron_cream")
+class MegatronCreamLM(TemplateLM):
+    """A checkpoint in place, without an export.
+
+    Args:
+        checkpoint: folder given to --save, or one iteration in it.
+        max_length: most tokens of a request, its window unless given; what is longer is cut at
+            its beginning, as lm-eval's own models do.
+        tensor_parallel, pipeline_parallel: sizes; torchrun starts the processes.
+        tokenizer_type, tokenizer_model: as tools/preprocess_data.py; the checkpoint's own unless
+            given.
+        cpu: run on a machine with no GPU.
+
+    Raises:
+        ValueError, FileNotFoundError: a checkpoint or tokenizer that cannot be used.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        checkpoint: str,
+        max_length: int | None = None,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        tokenizer_type: str | None = None,
+        tokenizer_model: str | None = None,
+        cpu: bool = False,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if cpu:
+            from megatron_cream.training import cpu as stand_in
+
+            stand_in.install()
+        from megatron_cream.checkpoint.loading import Layout
+        from megatron_cream.evaluation.megatron import MegatronModel
+        from megatron_cream.evaluation.opening import check_vocabulary, open_tokenizer
+
+        self.model = MegatronModel(
+            checkpoint, layout=Layout(int(tensor_parallel), int(pipeline_parallel))
+        )
+        words = Namespace(
+            hf=None,
+            checkpoint=checkpoint,
+            tokenizer_type=tokenizer_type,
+            tokenizer_model=tokenizer_model,
+        )
+        self.tokens, _ = open_tokenizer(words)
+        check_vocabulary(self.tokens, self.model)
+        self.max_length = int(max_length or self.model.window)
+        if self.tokens.eod is None and self.tokens.bos is None:
+            raise ValueError("--model_args: the tokenizer must have a token that begins a text")
+        self._rank = 0 if self.model.primary else 1
+        self._world_size = 1
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokens.bos if self.tokens.eod is None else self.tokens.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that an empty context is."""
+        return self.eot_token_id if self.tokens.bos is None else self.tokens.bos
+
+    def tok_encode(self, string: str, **_: Any) -> list[int]:
+        """Return the tokens of a text."""
+        return self.tokens.encode([string])[0].tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether it is greedy."""
+        passes = [self._pass(context, wanted) for _, context, wanted in requests]
+        return [
+            (float(scores.logprobs.sum()), bool(torch.equal(scores.best, one.targets)))
+            for one, scores in zip(passes, self.model.run(iter(passes)), strict=True)
+        ]
+
+    def _pass(self, context: list[int], wanted: list[int]) -> Pass:
+        whole = np.array((context + wanted)[-self.max_length - 1 :], dtype=np.int64)
+        tokens = torch.from_numpy(whole)[None]
+        count = min(len(wanted), self.max_length)
+        inputs = tokens[:, :-1]
+        rows = torch.arange(inputs.shape[1] - count, inputs.shape[1])
+        return Pass(inputs, rows, tokens[:, 1:][:, rows])
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of whole texts, in windows of ``max_length`` tokens."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        results = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            parts = [(None, *make_disjoint_window(window)) for window in windows]
+            results.append(sum(found for found, _ in self._loglikelihood_tokens(parts)))
+        return results
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Refuse: scoring does not generate.
+
+        Raises:
+            NotImplementedError: saying what to do instead.
+        """
+        raise NotImplementedError(
+            "--model megatron_cream has no generation: export the checkpoint with "
+            "tools/convert_checkpoint.py export, and use --model hf or vllm for this task"
+        )
+
+
+def main() -> None:
+    """Run lm-eval with this model known to it."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words around a task: beginning of sequence, chat template; and text to tokens, piece by piece."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cream.data.tokenizers import Tokenizer
+
+STYLES = ("base", "chat")
+_MARK = "MARK-OF-THE-CONTENT"
+_ANCHOR = "\n"
+
+
+class Prompt:
+    """A tokenizer and a style of prompt.
+
+    Args:
+        tokenizer: encodes pieces.
+        style: ``base`` (plain text) or ``chat`` (the tokenizer's chat template).
+        bos: whether a prompt begins with the tokenizer's bos; by default as the tokenizer itself
+            does, and for SentencePiece yes.
+        folder: where the tokenizer came from, with its chat template.
+
+    Raises:
+        ValueError: no such style, no bos, or no chat template.
+        ImportError: jinja2 is not installed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        style: str = "base",
+        bos: bool | None = None,
+        folder: str | None = None,
+    ) -> None:
+        self.tokenizer, self.style = tokenizer, style
+        if style not in STYLES:
+            raise ValueError(f"--prompt is {style!r}: it must be one of {STYLES}")
+        if bos and tokenizer.bos is None:
+            raise ValueError("--bos is given: the tokenizer has no token that begins a text")
+        self.bos = _adds_bos(tokenizer) if bos is None else bos
+        self._cache: dict[str, np.ndarray] = {}
+        self._head, self._turn = "", ""
+        if style == "chat":
+            self._head, self._turn = render(chat_template(folder), tokenizer)
+        self._anchor = tokenizer.encode([_ANCHOR])[0]
+        if not len(self._anchor):
+            raise ValueError(
+                "the tokenizer has no token for a line break: cases are padded with it"
+            )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the tokens int64 ``[n]`` of a piece of text.
+
+        It is encoded behind a line break whose tokens are dropped: SentencePiece begins a text, but
+        not what follows a line break, with a space of its own.
+        """
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the tokens of each piece."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        behind = self.tokenizer.encode([_ANCHOR + text for text in new]) if new else []
+        for text, tokens in zip(new, behind, strict=True):
+            if not np.array_equal(tokens[: len(self._anchor)], self._anchor):
+                # The line break went into a token with the text, as two line breaks do.
+                tokens = np.concatenate([self._anchor, self.tokenizer.encode([text])[0]])
+            self._cache[text] = tokens[len(self._anchor) :].astype(np.int64)
+        return [self._cache[text] for text in texts]
+
+    def opening(self) -> list[np.ndarray]:
+        """Return what stands before everything: bos and the chat's head."""
+        pieces = [self.encode(self._head)] if self._head else []
+        bos = self.tokenizer.bos
+        if self.bos and not (pieces and pieces[0][0] == bos):
+            pieces.insert(0, np.array([bos]))
+        return pieces
+
+    def turn(self) -> list[np.ndarray]:
+        """Return what stands between the question and the answer."""
+        return [self.encode(self._turn)] if self._turn else []
+
+
+def chat_template(folder: str | None) -> str:
+    """Return the chat template of a tokenizer's folder.
+
+    Raises:
+        ValueError: it has none.
+    """
+    root = Path(folder or "")
+    root = root if root.is_dir() else root.parent
+    if folder and (root / "chat_template.jinja").is_file():
+        return (root / "chat_template.jinja").read_text("utf-8")
+    config = root / "tokenizer_config.json"
+    template = json.loads(config.read_text("utf-8")).get("chat_template") if folder else None
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not template:
+        raise ValueError(
+            f"--prompt is chat: the tokenizer {folder} has no chat template, neither "
+            "chat_template.jinja nor in tokenizer_config.json; use --prompt base"
+        )
+    return template
+
+
+def render(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return what a chat template puts before a user's words, and between them and the answer.
+
+    Raises:
+        ValueError: a template that cannot be rendered or changes the words.
+    """
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as exc:
+        raise ImportError("--prompt chat needs jinja2: pip install jinja2", name="jinja2") from exc
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    special = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
+    words = {name: "" if i is None else tokenizer.decode([i]) for name, i in special.items()}
+    messages = [{"role": "user", "content": _MARK}]
+    try:
+        text = environment.from_string(template).render(
+            messages=messages, add_generation_prompt=True, **words
+        )
+    except TemplateError as exc:
+        raise ValueError(f"--prompt is chat: the chat template does not render ({exc})") from exc
+    head, mark, turn = text.partition(_MARK)
+    if not mark or not turn:
+        raise ValueError("--prompt is chat: the chat template leaves out the user's words")
+    return head, turn
+
+
+def _adds_bos(tokenizer: Tokenizer) -> bool:
+    if tokenizer.bos is None:
+        return False
+    return getattr(tokenizer, "begins_with_bos", True)

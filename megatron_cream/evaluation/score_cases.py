@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One task on one model: cases made, scored and written, continued where they were killed."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_cream.evaluation import published
+from megatron_cream.evaluation.cases import Haystack, Kit
+from megatron_cream.evaluation.common import finish, progress_bar, settings, weighed
+from megatron_cream.evaluation.opening import open_prompt
+from megatron_cream.evaluation.passes import Model
+from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.results import case_results
+from megatron_cream.evaluation.scoring import CaseScore, Job, jobs, make_pass, read_scores
+from megatron_cream.evaluation.store import Store
+from megatron_cream.evaluation.tasks import TASKS
+
+_SHOT_SEED = 1_000_000  # far from the seeds of cases
+
+
+def score_cases(args: Namespace, model: Model, task: str, folder: str | None) -> dict[str, Any]:
+    """Score one task and return its results; write them if there is a folder."""
+    prompt = open_prompt(args, model)
+    kept = settings(args, model, task) | {
+        "tokenizer": prompt.tokenizer.name,
+        "prompt": args.prompt,
+        "bos": prompt.bos,
+        "shots": args.shots,
+        "seeds": args.seeds,
+        "first_seed": args.first_seed,
+        "cases": args.cases,
+        "cases_file": args.cases_file,
+    }
+    haystacks = make_haystacks(args, prompt, task)
+    store = Store(folder, kept, model.primary)
+    _score_haystacks(args, model, task, prompt, haystacks, store)
+    kind = TASKS[task]
+    result = kept | case_results(store.finished, args.cases, kind.number, kind.placed)
+    finish(store, result)
+    return result
+
+
+def make_haystacks(args: Namespace, prompt: Prompt, task: str) -> list[Haystack]:
+    """Return all cases of a run, shortest first.
+
+    Raises:
+        ValueError: a task that does not fit a length, or a file that is not of the task.
+    """
+    kind = TASKS[task]
+    kit = Kit(prompt, [kind.shot(_SHOT_SEED + i) for i in range(args.shots)])
+    if args.cases_file is not None:
+        return published.read_haystacks(task, args.cases_file, kit, args.seeds, args.cases)
+    made = []
+    for length in args.lengths:
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            several = kind.make(kit, length, seed, args.cases)
+            made += [dataclasses.replace(one, number=i) for i, one in enumerate(several)]
+    return made
+
+
+def _score_haystacks(
+    args: Namespace,
+    model: Model,
+    task: str,
+    prompt: Prompt,
+    haystacks: list[Haystack],
+    store: Store,
+) -> None:
+    done = {_id(record) for record in store.finished}
+    every = list(jobs(haystacks, args.batch_tokens, model.shares_context))
+    left = [job for job in every if any(case not in done for case in _cases(job))]
+    with progress_bar(task, sum(map(_work, every)), model.primary) as bar:
+        bar.update(bar.total - sum(map(_work, left)))
+        for length in sorted({job.haystacks[0].length for job in left}):
+            model.set_length(length)
+            same = [job for job in left if job.haystacks[0].length == length]
+            for job, scores in zip(same, model.run(map(make_pass, same)), strict=True):
+                found = [_record(score, task, prompt) for score in read_scores(job, scores)]
+                store.add([record for record in found if _id(record) not in done])
+                bar.update(_work(job))
+
+
+def _cases(job: Job) -> Iterator[tuple[int, ...]]:
+    for one in job.haystacks:
+        for index in job.chosen:
+            yield one.length, one.seed, one.number, index
+
+
+def _id(record: dict[str, Any]) -> tuple[int, ...]:
+    return record["length"], record["seed"], record["haystack"], record["index"]
+
+
+def _record(score: CaseScore, task: str, prompt: Prompt) -> dict[str, Any]:
+    record = dataclasses.asdict(score)
+    behind = record.pop("next")
+    if TASKS[task].number:
+        # The first integer of the answer is the gold one if no digit follows it.
+        goes_on = prompt.tokenizer.decode([behind])[:1].isdigit()
+        record["number"] = score.hit and not goes_on
+    return record
+
+
+def _work(job: Job) -> int:
+    return weighed(job.cost, job.haystacks[0].length)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of one model: documents scored and written, continued where they were killed."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_cream.evaluation.common import finish, progress_bar, settings, weighed
+from megatron_cream.evaluation.opening import open_documents
+from megatron_cream.evaluation.passes import Model
+from megatron_cream.evaluation.perplexity import cost, score_document
+from megatron_cream.evaluation.results import perplexity_results
+from megatron_cream.evaluation.store import Store
+
+
+def score_perplexity(
+    args: Namespace, model: Model, task: str = "perplexity", folder: str | None = None
+) -> dict[str, Any]:
+    """Score documents at every length and return the results; write them if there is a folder."""
+    tokens = args.document_tokens or 2 * args.lengths[-1] + 1
+    documents = open_documents(args, model, tokens)
+    strides = {length: args.stride or max(1, length // 2) for length in args.lengths}
+    works = {
+        length: weighed(cost(tokens, length, stride), length) for length, stride in strides.items()
+    }
+    kept = settings(args, model, task) | {
+        "data": args.data,
+        "documents": args.documents,
+        "document_tokens": tokens,
+        "stride": args.stride,
+    }
+    store = Store(folder, kept, model.primary)
+    done = {(record["length"], record["document"]) for record in store.finished}
+    with progress_bar(
+        args.name or task, len(documents) * sum(works.values()), model.primary
+    ) as bar:
+        for length in args.lengths:
+            model.set_length(length)
+            for number, document in enumerate(documents):
+                if (length, number) in done:
+                    bar.update(works[length])
+                    continue
+                report = _reporter(bar, length)
+                found = score_document(
+                    model, document, length, strides[length], number, args.batch_tokens, report
+                )
+                store.add([dataclasses.asdict(found)])
+    result = kept | perplexity_results(store.finished)
+    finish(store, result)
+    return result
+
+
+def _reporter(bar: tqdm, length: int) -> Callable[[int], None]:
+    return lambda tokens: bar.update(weighed(tokens, length))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting words over the whole context, after RULER (2404.06654); one case a haystack.
+
+RULER takes the answer's words in any order. Scoring without generation needs one order, so the
+question asks for one: alphabetical for common words, most frequent first for frequent ones.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question, rng
+from megatron_cream.evaluation.filler import names
+
+_COMMON_INTRO = (
+    "Below is a numbered list of words. In these words, some appear more often than others. "
+    "Memorize the ones that appear most often.\n"
+)
+_FREQUENT_INTRO = (
+    "Read the following coded text and track the frequency of each coded word. "
+    "Find the three most frequently appeared coded words.\n"
+)
+_COMMON = 10
+_LONG = 4096  # from here on RULER's frequencies; shorter cases would not fit them
+_TOP = 3
+_ALPHA = 2.0
+_SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+
+
+def common(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
+    """Ten words 30 times each among words that stand there 3 times (10 and 1 below 4096)."""
+    times = (30, 3) if length >= _LONG else (10, 1)
+    return [
+        kit.fit(
+            "common-words", functools.partial(_common, seed, case, _COMMON, times), length, seed
+        )
+        for case in range(cases)
+    ]
+
+
+def common_shot(seed: int) -> Draft:
+    """Two words three times among two others."""
+    return _common(seed, 0, 2, (3, 1), 2)
+
+
+def _common(seed: int, case: int, answers: int, times: tuple[int, int], count: int) -> Draft:
+    draw = rng("common-words", seed, case)
+    words = names(draw, answers + count)
+    asked, others = sorted(words[:answers]), words[answers:]
+    listed = np.array(asked * times[0] + others * times[1])
+    body = [f"{i}. {word}\n" for i, word in enumerate(draw.permutation(listed), 1)]
+    question = Question(
+        f"\nWhat are the {answers} most common words in the above list, in alphabetical order?",
+        f" The {answers} most common words, in alphabetical order, are:",
+        (f" {asked[0]}", *(f", {word}" for word in asked[1:])),
+        0.5,
+    )
+    return Draft(_COMMON_INTRO, body, [question])
+
+
+def frequent(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
+    """Invented words whose frequencies fall off as rank ** -2; dots are the most frequent."""
+    return [
+        kit.fit("frequent-words", functools.partial(_frequent, seed, case), length, seed, least=40)
+        for case in range(cases)
+    ]
+
+
+def frequent_shot(seed: int) -> Draft:
+    """Forty words."""
+    return _frequent(seed, 0, 40)
+
+
+def _frequent(seed: int, case: int, count: int) -> Draft:
+    draw = rng("frequent-words", seed, case)
+    words = _invented(draw, 1 + count)
+    body = draw.permutation([word for i, n in enumerate(_zipf(count)) for word in [i] * n])
+    texts = [f" {'...' if i == 0 else words[i]}" for i in body]
+    top = words[1 : _TOP + 1]
+    question = Question(
+        "\nDo not count the dots. What are the three most frequently appeared words in the above "
+        "coded text, the most frequent first?",
+        " The three most frequently appeared words, the most frequent first, are:",
+        (f" {top[0]}", *(f", {word}" for word in top[1:])),
+        0.5,
+    )
+    return Draft(_FREQUENT_INTRO, texts, [question])
+
+
+def _zipf(count: int) -> list[int]:
+    """How often each rank stands in a text of about ``count`` words; the first four differ."""
+    weights = np.arange(1, count + 1) ** -_ALPHA
+    times = np.maximum(1, np.round(count * weights / weights.sum())).astype(int)
+    return [int(n) for n in times[: 4 + count // 8]]
+
+
+def _invented(draw: np.random.Generator, count: int) -> list[str]:
+    """Different words of three syllables."""
+    size = len(_SYLLABLES)
+    if count > size**3:
+        raise ValueError(f"{count} invented words are needed: there are {size**3}")
+    chosen = draw.permutation(size**3)[:count]
+    return ["".join(_SYLLABLES[n // size**i % size] for i in (2, 1, 0)) for n in chosen]

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases have exactly the asked length, the answer in the context, and depend on the seed alone."""
+
+import gzip
+import json
+import lzma
+
+import numpy as np
+import pytest
+
+from megatron_cream.data.tokenizers import ByteLevelTokenizer, load_tokenizer
+from megatron_cream.evaluation.cases import Kit
+from megatron_cream.evaluation.prompts import Prompt, render
+from megatron_cream.evaluation.published import read_haystacks
+from megatron_cream.evaluation.tasks import TASKS
+
+LENGTH = 3001
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    text = folder / "text.txt"
+    text.write_text("The pass key is 12345.\nline amber-oak: REGISTER_CONTENT is <67890>\n" * 40)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return load_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe", "sentencepiece"])
+def prompt(request, small_hf):
+    if request.param == "bytes":
+        return Prompt(ByteLevelTokenizer())
+    if request.param == "bpe":
+        return Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf))
+    return Prompt(request.getfixturevalue("sentencepiece"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("shots", [0, 1])
+def test_exact_length_and_answer(prompt, task, shots):
+    kit = Kit(prompt, [TASKS[task].shot(i) for i in range(shots)])
+    made = TASKS[task].make(kit, LENGTH + 1000 * shots, 5, 2)
+    assert sum(len(haystack.tails) for haystack in made) == 2
+    for haystack in made:
+        for tail in haystack.tails:
+            assert len(haystack.context) + len(tail.tokens) == LENGTH + 1000 * shots
+            assert sum(tail.items) == len(tail.answer) > 0
+            text = prompt.tokenizer.decode(haystack.context)
+            answer = prompt.tokenizer.decode(tail.answer).strip()
+            for item in answer.split(", "):
+                assert item in text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_seed_is_a_case(prompt, task):
+    kit = Kit(prompt)
+    first, again, other = (TASKS[task].make(kit, LENGTH, seed, 2) for seed in (5, 5, 6))
+    for left, right in zip(first, again, strict=True):
+        assert np.array_equal(left.context, right.context)
+        for one, two in zip(left.tails, right.tails, strict=True):
+            assert np.array_equal(one.tokens, two.tokens)
+    assert not np.array_equal(first[0].tails[0].answer, other[0].tails[0].answer)
+
+
+def test_needle_is_the_same_at_every_length(small_hf):
+    prompt = Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf))
+    needle = prompt.encode(" The pass key is")
+    for length in range(900, 930):
+        for haystack in TASKS["passkey"].make(Kit(prompt), length, 0, 3):
+            context = haystack.context.tolist()
+            at = [i for i in range(len(context)) if context[i : i + len(needle)] == needle.tolist()]
+            assert len(at) == 1
+            answer = haystack.tails[0].answer
+            end = at[0] + len(needle)
+            found = context[end : end + len(answer) + 1]
+            assert answer.tolist() in (found[:-1], found[1:])  # a lone space is not scored
+
+
+def test_depths(small_hf):
+    prompt = Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf))
+    made = TASKS["passkey"].make(Kit(prompt), 4000, 0, 5)
+    places = []
+    for haystack in made:
+        text = prompt.tokenizer.decode(haystack.context)
+        places.append(text.index("The pass key") / len(text))
+    assert [haystack.tails[0].where for haystack in made] == [0, 0.25, 0.5, 0.75, 1]
+    np.testing.assert_allclose(places, [0.05, 0.27, 0.5, 0.74, 0.98], atol=0.06)
+
+
+def test_a_lone_space_is_not_scored():
+    made = TASKS["passkey"].make(Kit(Prompt(ByteLevelTokenizer())), 2000, 0, 1)
+    tail = made[0].tails[0]
+    assert tail.items == (5,)
+    assert bytes(tail.answer.astype(np.uint8)).isdigit()
+    assert tail.tokens[-6] == ord(" ")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_too_short(task):
+    with pytest.raises(ValueError, match=f"--lengths has 64: {task} needs at least"):
+        TASKS[task].make(Kit(Prompt(ByteLevelTokenizer())), 64, 0, 2)
+
+
+def test_chat_template(small_hf):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", small_hf)
+    template = "{{ bos_token }}{% for m in messages %}<{{m.role}}>{{m.content}}</>{% endfor %}[A]"
+    assert render(template, tokenizer) == ("<user>", "</>[A]")
+    with pytest.raises(ValueError, match="does not render"):
+        render("{% for %}", tokenizer)
+    with pytest.raises(ValueError, match="leaves out"):
+        render("nothing", tokenizer)
+    with pytest.raises(ValueError, match="--prompt is chat: the tokenizer .* has no chat template"):
+        Prompt(tokenizer, "chat", folder=small_hf)
+    with pytest.raises(ValueError, match="--prompt is 'poem'"):
+        Prompt(tokenizer, "poem")
+
+
+def test_published_lines(tmp_path):
+    line = "line torpid-kid: REGISTER_CONTENT is <2416>\n"
+    record = {
+        "random_idx": ["torpid-kid", 1],
+        "expected_number": 2416,
+        "correct_line": line,
+        "prompt": f"line a-b: REGISTER_CONTENT is <1>\n{line}I need the number. ",
+    }
+    path = tmp_path / "cases.jsonl.xz"
+    with lzma.open(path, "wt") as file:
+        file.write(json.dumps(record) + "\n")
+    kit = Kit(Prompt(ByteLevelTokenizer()))
+    (case,) = read_haystacks("longchat-lines", str(path), kit, 5, 3)
+    assert kit.prompt.tokenizer.decode(case.context) == record["prompt"].rstrip()
+    assert kit.prompt.tokenizer.decode(case.tails[0].answer) == "2416"
+
+
+def test_published_pairs_move_to_the_gold_place(tmp_path):
+    pairs = [["k0", "v0"], ["k1", "v1"], ["k2", "v2"], ["k3", "v3"], ["k4", "v4"]]
+    path = tmp_path / "cases.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write(json.dumps({"ordered_kv_records": pairs, "key": "k1", "value": "v1"}) + "\n")
+    kit = Kit(Prompt(ByteLevelTokenizer()))
+    made = read_haystacks("kv-retrieval", str(path), kit, 5, 3)
+    texts = [kit.prompt.tokenizer.decode(one.context) for one in made]
+    order = [[text.index(f'"k{i}"') for i in range(5)] for text in texts]
+    assert [sorted(range(5), key=places.__getitem__).index(1) for places in order] == [0, 2, 4]
+    assert [one.tails[0].where for one in made] == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        ("kv-retrieval", "", "it is empty"),
+        ("kv-retrieval", "{", "must be a JSONL file"),
+        ("kv-retrieval", '{"prompt": 1}\n', "it is not of kv-retrieval"),
+        ("passkey", "{}\n", "passkey has none"),
+    ],
+)
+def test_bad_published_files(tmp_path, task, content, message):
+    path = tmp_path / "cases.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"--cases-file .*{message}"):
+        read_haystacks(task, str(path), Kit(Prompt(ByteLevelTokenizer())), 5, 3)

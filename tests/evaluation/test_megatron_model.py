@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Megatron checkpoint scores as the Hugging Face model it came from, at any TP and PP."""
+
+import json
+
+import numpy as np
+import pytest
+from support.arguments import arguments
+from support.calls import call
+from support.evaluation import scored_lines
+from support.runs import write_dataset
+
+LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
+CASES = {"lengths": [384], "cases": 3, "seeds": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_hf, tmp_path_factory):
+    """The small model as a Megatron checkpoint; its vocabulary is padded there."""
+    from megatron_cream.checkpoint.importing import import_checkpoint
+
+    folder = tmp_path_factory.mktemp("megatron") / "import"
+    import_checkpoint(small_hf, str(folder), quiet=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("text") / "text", [300] * 3, vocabulary=384)
+
+
+def lines(folder):
+    with open(f"{folder}/cases.jsonl") as file:
+        return sorted((json.loads(line) for line in file), key=lambda r: json.dumps(r)[:60])
+
+
+@pytest.fixture(scope="module")
+def from_hf(small_hf, text, tmp_path_factory):
+    """What transformers' model scores: cases, and perplexity."""
+    from megatron_cream.evaluation.run import run
+
+    folder = tmp_path_factory.mktemp("from-hf")
+    run(arguments(tasks=["longchat-lines"], hf=small_hf, output=f"{folder}/cases", **CASES))
+    run(arguments(hf=small_hf, data=text, documents=3, output=f"{folder}/perplexity"))
+    return folder
+
+
+def agree(found, wanted):
+    assert len(found) == len(wanted) > 0
+    for left, right in zip(found, wanted, strict=True):
+        for key, value in right.items():
+            if key in ("logprob", "nll"):
+                np.testing.assert_allclose(left[key], value, rtol=1e-4)
+            else:
+                assert left[key] == value, key
+
+
+@pytest.mark.usefixtures("cpu_megatron")
+def test_one_process(checkpoint, from_hf, text, tmp_path):
+    from megatron_cream.evaluation.run import run
+
+    run(
+        arguments(
+            tasks=["longchat-lines"], checkpoint=checkpoint, output=f"{tmp_path}/cases", **CASES
+        )
+    )
+    run(arguments(checkpoint=checkpoint, data=text, documents=3, output=f"{tmp_path}/perplexity"))
+    for part in ("cases", "perplexity"):
+        agree(lines(tmp_path / part), lines(from_hf / part))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(checkpoint, from_hf, tmp_path, layout):
+    tensor, pipeline = LAYOUTS[layout]
+    settings = CASES | {"output": f"{tmp_path}/cases"}
+    ranks = tensor * pipeline
+    call(tmp_path, scored_lines, ranks, checkpoint, "longchat-lines", settings, LAYOUTS[layout])
+    agree(lines(tmp_path / "cases"), lines(from_hf / "cases"))
+
+
+def test_perplexity_over_ranks(checkpoint, from_hf, text, tmp_path):
+    settings = {"data": text, "documents": 3, "output": f"{tmp_path}/perplexity"}
+    call(tmp_path, scored_lines, 2, checkpoint, "perplexity", settings, (2, 1))
+    agree(lines(tmp_path / "perplexity"), lines(from_hf / "perplexity"))
+
+
+def test_number_of_processes(checkpoint, tmp_path):
+    with pytest.raises(RuntimeError, match="torchrun started 2 processes.*must be 4"):
+        call(tmp_path, scored_lines, 2, checkpoint, "needle", CASES, (2, 2))
+
+
+@pytest.mark.usefixtures("cpu_megatron")
+def test_context_parallelism_needs_gpus(checkpoint):
+    from megatron_cream.evaluation.run import run
+
+    asked = arguments(tasks=["needle"], checkpoint=checkpoint, context_parallel_size=2, **CASES)
+    with pytest.raises(ValueError, match="--context-parallel-size is 2 with --cpu: it must be 1"):
+        run(asked)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run writes each case at once, continues where it was killed, and says what is wrong."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from support.arguments import arguments
+
+from megatron_cream.evaluation.compare import compare
+from megatron_cream.evaluation.run import parse_length, run
+from megatron_cream.evaluation.store import Store, read_result
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """tools/evaluate.py as a module."""
+    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def finished(small_hf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "lines"
+    lines = arguments(tasks=["longchat-lines"], hf=small_hf, lengths=[384, 768], output=str(folder))
+    return folder, run(lines)
+
+
+def asked(small_hf, folder, **changes):
+    settings = {"tasks": ["longchat-lines"], "hf": small_hf, "lengths": [384, 768]}
+    return arguments(**(settings | {"output": str(folder)} | changes))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
+
+
+def test_files_of_a_run(finished):
+    folder, printed = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"settings.json", "cases.jsonl", "result.json", "table.md", "picture.png"}
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "table.md").read_text().strip() == printed
+    result = read_result(folder)
+    assert [row["cases"] for row in result["lengths"]] == [6, 6]
+    assert "| 768\\* |" in printed and "longer than the window" in printed
+    for row in result["lengths"]:
+        assert 0 <= row["hit_low"] <= row["hit"] <= row["hit_high"] <= 1
+
+
+def test_killed_run_continues(finished, small_hf, tmp_path, monkeypatch):
+    from megatron_cream.evaluation import huggingface
+
+    whole = finished[0]
+    lines = (whole / "cases.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "settings.json").write_bytes((whole / "settings.json").read_bytes())
+    (tmp_path / "cases.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:20])
+    scored = []
+    own = huggingface.HuggingFaceModel._score
+    monkeypatch.setattr(
+        huggingface.HuggingFaceModel, "_score", lambda m, one: scored.append(one) or own(m, one)
+    )
+    run(asked(small_hf, tmp_path))
+    assert scored and all(one.tokens.shape[1] >= 768 for one in scored)  # not the finished 384
+    assert records(tmp_path) == records(whole)
+    assert (tmp_path / "result.json").read_bytes() == (whole / "result.json").read_bytes()
+    scored.clear()
+    run(asked(small_hf, tmp_path))
+    assert scored == []
+
+
+def test_other_settings_in_the_same_folder(finished, small_hf):
+    with pytest.raises(ValueError, match=r"--output is .*\(seeds 2 != 3\)"):
+        run(asked(small_hf, finished[0], seeds=3))
+    with pytest.raises(ValueError, match=r"dtype float32 != bfloat16"):
+        run(asked(small_hf, finished[0], dtype="bfloat16"))
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must be a new folder, or that of a run"):
+        Store(tmp_path, {"task": "needle"})
+
+
+def test_compare(finished, small_hf, tmp_path):
+    first = finished[0]
+    run(asked(small_hf, tmp_path / "second", name="second", dtype="bfloat16"))
+    table = compare([str(first), str(tmp_path / "second")], str(tmp_path / "both"))
+    assert len(table.splitlines()) == 6
+    assert "| second |" in table
+    assert (tmp_path / "both" / "picture.png").stat().st_size > 10_000
+    run(asked(small_hf, tmp_path / "third", cases=2))
+    with pytest.raises(ValueError, match="third has cases 2: .* has 3"):
+        compare([str(first), str(tmp_path / "third")], None)
+    with pytest.raises(FileNotFoundError, match="must be the --output of a finished run"):
+        compare([str(tmp_path)], None)
+
+
+@pytest.mark.parametrize("word", ["4096", "4K", "4k"])
+def test_lengths(word):
+    assert parse_length(word) == 4096
+
+
+BAD = {
+    "exactly one of them": ["needle", "--lengths", "4K"],
+    "--hf is nowhere: it must be a folder": ["needle", "--hf", "nowhere", "--lengths", "4K"],
+    "--lengths has 0: it must be at least 1": ["needle", "--hf", "HF", "--lengths", "0"],
+    "--lengths has 64: needle needs at least": ["needle", "--hf", "HF", "--lengths", "64"],
+    "--data is missing": ["perplexity", "--hf", "HF", "--lengths", "64"],
+    "--data is EMPTY": ["perplexity", "--hf", "HF", "--lengths", "64", "--data", "EMPTY"],
+    "--rope-factor is given with --hf": [
+        *("needle", "--hf", "HF", "--lengths", "900", "--rope-factor", "2"),
+    ],
+    "RUN is nowhere": ["compare", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_line(tool, small_hf, tmp_path, capsys, message):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    words = [{"HF": small_hf, "EMPTY": str(empty)}.get(word, word) for word in BAD[message]]
+    assert tool.main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message.replace("EMPTY", str(empty)) in error
+
+
+def test_tokenizer_of_another_model(small_hf, tmp_path):
+    from megatron_cream.data.tokenizers import train_bpe
+
+    train_bpe([" ".join(f"w{i}x{i * 7919}" for i in range(900))], 500, tmp_path)
+    wrong = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path)}
+    with pytest.raises(ValueError, match="has 500 tokens, .* has 384: it must be the tokenizer"):
+        run(asked(small_hf, None, output=None, **wrong))
+
+
+def test_data_of_another_tokenizer(small_hf, tmp_path):
+    from support.runs import write_dataset
+
+    data = write_dataset(tmp_path / "text", [300] * 3, vocabulary=900)
+    with pytest.raises(ValueError, match="--data is .* the model's vocabulary has 384"):
+        run(arguments(hf=small_hf, data=data, documents=3))
+
+
+def test_longer_than_the_window_is_said(tool, small_hf, capsys):
+    command = ["passkey", "--hf", small_hf, "--lengths", "640", "--seeds", "1", "--cases", "1"]
+    assert tool.main(command) == 0
+    captured = capsys.readouterr()
+    assert "was extended to 512 tokens" in captured.err
+    assert "| 640\\* |" in captured.out
+
+
+def test_help_names_every_task(tool, capsys):
+    from megatron_cream.evaluation.tasks import TASKS
+
+    assert set(tool.TASKS) == set(TASKS)
+    with pytest.raises(SystemExit):
+        tool.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert all(task in printed for task in (*TASKS, "perplexity", "compare"))
+    assert "evaluate_tool" not in sys.modules

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every launch script against the plan that it quotes, and what it does step by step."""
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support import forks, launch
+
+from megatron_cream.planning.command import argv, run_flags
+from megatron_cream.planning.layout import Workload
+from megatron_cream.planning.memory import GIB
+from megatron_cream.planning.models import find_model
+from megatron_cream.planning.propose import propose
+from megatron_cream.planning.report import _duration
+
+SEVEN = launch.ROOT / "examples" / "llama-2-7b" / "32k.sh"
+QUOTE = re.compile(r"^# python tools/plan\.py (.+)\n#   (.+)$", re.M)
+NAMES = [f"{path.parent.name}/{path.stem}" for path in launch.SCRIPTS]
+
+# What is a user's own, or not a plan's business: how a run is logged, saved and made fast.
+PLACES = {"--data-path", "--pretrained-checkpoint", "--save", "--load"}
+BESIDE_THE_PLAN = {
+    *("--exit-signal-handler", "--async-save", "--use-persistent-ckpt-worker", "--async-strategy"),
+    *("--log-interval", "--log-throughput", "--tensorboard-dir", "--tensorboard-log-interval"),
+    *("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl"),
+    *("--manual-gc", "--manual-gc-interval"),
+}
+
+
+def planned(script):
+    """Model, plan and flags of the command that a script quotes, and the quoted result."""
+    spec = importlib.util.spec_from_file_location("plan", launch.ROOT / "tools" / "plan.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    command, result = QUOTE.search(script.read_text()).groups()
+    args = tool.parse_args(command.split())
+    shape = find_model(args.model)
+    work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
+    plan = propose(shape, tool._cluster(args), work, tool._fixed(args))
+    flags = run_flags(shape, plan.layout, work, args.target_length, args.train_iters)
+    return args, plan, flags, result
+
+
+def dry_command(script, folder, **variables):
+    """Flags and world size that a script hands to the dry run."""
+    done, calls = launch.run(script, folder, "--dry-run", **variables)
+    assert done.returncode == 0, done.stderr
+    [(words, world)] = [call for call in calls if call[0][0] != "-c"]  # the asking for Apex
+    assert words[:2] == ["-m", "megatron_cream.dry_run"]
+    return words[2:], int(world)
+
+
+def test_all_models_of_the_list_have_a_script():
+    assert set(NAMES) >= {
+        *("llama-2-7b/32k", "llama-2-7b/256k", "llama-2-7b/chat-32k", "llama-2-13b/32k"),
+        *("llama-2-70b/32k", "llama-2-70b/128k", "llama-3.1-70b/32k", "llama-3.1-70b/128k"),
+        *("llama-3.1-8b/256k", "mistral-7b/128k", "qwen2.5-7b/128k", "qwen2.5-32b/128k"),
+    }
+
+
+@pytest.mark.parametrize("script", launch.SCRIPTS, ids=NAMES)
+def test_a_script_is_what_the_planner_proposes(script, tmp_path):
+    args, plan, flags, result = planned(script)
+    words, world = dry_command(script, tmp_path)
+    assert world == args.gpus
+    mine, theirs = launch.flags(words), launch.flags(argv(flags))
+    if "chat" in script.stem:
+        theirs["--lr-warmup-iters"] = ("0",)  # the recipe for chat models has none
+    for flag in theirs.keys() - PLACES:
+        assert mine.get(flag) == theirs[flag], flag
+    assert mine.keys() - theirs.keys() == BESIDE_THE_PLAN
+    assert result == (
+        f"{plan.layout}: {plan.memory.total / GIB:.1f} GiB a GPU, {_duration(plan.step.total)} a "
+        f"step, {args.train_iters} steps in {_duration(args.train_iters * plan.step.total)}"
+    )
+
+
+@pytest.mark.parametrize("script", launch.SCRIPTS, ids=NAMES)
+def test_every_script_passes_its_dry_run(script, tmp_path):
+    args, plan, _, _ = planned(script)
+    lines = forks.call(launch.dry_run, *dry_command(script, tmp_path))
+    assert lines[0].startswith(f"{args.gpus} GPUs: {plan.layout}; a step of 32 samples")
+    stages = [line for line in lines if line.startswith("stage ")]
+    assert "embedding" in stages[0] and "output layer" in stages[-1]
+    assert len(stages) == min(plan.layout.pipeline, 3)
+    most = max(float(re.search(r"([\d.]+) GiB$", line)[1]) for line in stages)
+    assert most == pytest.approx(plan.memory.total / GIB, abs=0.06)
+    text = "\n".join(lines)
+    assert f"cream within {args.target_length}" in text
+    assert f"..{args.target_length - 1}" in text, "samples reach the last position"
+    assert lines[-1].startswith("dry run: flags, stages and positions are right")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"METHOD": "pose"}, "pose within 32768"),
+        ({"METHOD": "randpos", "ROPE": "ntk"}, "RoPE by positions: ntk, factor 8"),
+        ({"ROPE": "yarn"}, "RoPE by positions: yarn, factor 8"),
+        ({"METHOD": "randpos", "ROPE": "clex"}, "RoPE by positions: clex"),
+        ({"GLOBAL_BATCH": "64", "NODES": "2"}, "16 GPUs: TP1 PP1 DP16; a step of 64 samples"),
+    ],
+    ids=lambda value: " ".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_variants_by_one_variable(variables, expected, tmp_path):
+    lines = forks.call(launch.dry_run, *dry_command(SEVEN, tmp_path, **variables))
+    assert expected in "\n".join(lines)
+
+
+def test_the_quickstart_passes_its_dry_run(tmp_path):
+    script = launch.ROOT / "examples" / "quickstart" / "run.sh"
+    words, world = dry_command(script, tmp_path)
+    lines = forks.call(launch.dry_run, words, world)
+    assert lines[0] == (
+        "1 GPUs: TP1 PP1 DP1; a step of 16 samples is 2 micro-batches of 8, 130 steps"
+    )
+    assert "cream within 32768" in "\n".join(lines)
+
+
+def test_the_dry_run_as_a_user_starts_it(tmp_path):
+    """No stand-in: bash, our module, Megatron; and what it says to a flag that is wrong."""
+    done = subprocess.run(
+        ["bash", str(SEVEN), "--dry-run", "--tensor-model-parallel-size", "3"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: .*world size \(8\).*\n", done.stderr.splitlines(True)[-1])
+
+
+def started(calls):
+    """What was started, in order: the asking for Apex aside."""
+    words = [call[0] for call in calls if call[0][0] != "-c"]
+    return [word[1] for word in words]  # after the tool, or after -m
+
+
+def test_import_train_export_and_nothing_twice(tmp_path):
+    done, calls = launch.run(SEVEN, tmp_path, "--lr", "1e-5", DATA="books")
+    assert done.returncode == 0, done.stderr
+    assert started(calls) == ["import", "torch.distributed.run", "export"]
+    train = launch.flags(calls[2][0])
+    assert train["--data-path"] == ("books",)
+    assert train["--lr"] == ("1e-5",), "flags of the command line come last"
+    assert train["--nproc-per-node"] == ("8",) and "--standalone" in train
+    assert launch.flags(calls[0][0])["--hf"] == ("meta-llama/Llama-2-7b-hf",)
+    assert train["--pretrained-checkpoint"] == launch.flags(calls[0][0])["--output"]
+    export = launch.flags(calls[3][0])
+    assert export["--checkpoint"] == train["--save"] == train["--load"]
+    done, calls = launch.run(SEVEN, tmp_path, DATA="books")
+    assert done.returncode == 0 and len(calls) == 4, "all three were there already"
+
+
+@pytest.mark.parametrize("apex", ["", "1"])
+def test_apex_decides_one_flag(apex, tmp_path):
+    done, calls = launch.run(SEVEN, tmp_path, DATA="d", STEPS="train", STUB_APEX=apex)
+    assert ("--no-gradient-accumulation-fusion" in calls[1][0]) == (not apex)
+    assert ("Apex's fused_weight_gradient_mlp_cuda" in done.stderr) == (not apex)
+
+
+def test_a_run_that_stops_early_says_how_to_go_on_and_exports_nothing(tmp_path):
+    done, calls = launch.run(SEVEN, tmp_path, DATA="d", STUB_REACHES="300")
+    assert done.returncode == 75
+    assert "stopped at iteration 300 of 1000: the same command goes on" in done.stderr
+    assert started(calls) == ["import", "torch.distributed.run"]
+    done, _ = launch.run(SEVEN, tmp_path, DATA="d", STEPS="export")
+    assert done.returncode == 2 and "it must reach 1000 to be exported" in done.stderr
+    done, calls = launch.run(SEVEN, tmp_path, DATA="d")
+    assert done.returncode == 0 and started(calls)[2:] == ["torch.distributed.run", "export"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+def test_a_signal_reaches_the_workers(number, tmp_path):
+    """To the script's whole group, as Slurm sends USR1; or to it alone, as Kubernetes TERM."""
+    environment = launch.environment(tmp_path, DATA="d", STUB_REACHES="signal")
+    process = subprocess.Popen(
+        ["bash", str(SEVEN)], env=environment, stderr=subprocess.PIPE, start_new_session=True
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "out" / "ready").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    if number == signal.SIGUSR1:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert b"stopped at iteration 7 of 1000" in said
+
+
+def test_other_nodes_neither_import_nor_export(tmp_path):
+    script = launch.ROOT / "examples" / "llama-2-70b" / "32k.sh"
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "latest_checkpointed_iteration.txt").write_text("release")
+    done, calls = launch.run(script, tmp_path, DATA="d", NODE_RANK="3", HEAD="node0")
+    assert done.returncode == 0, done.stderr
+    assert started(calls) == ["torch.distributed.run"]
+    train = launch.flags(calls[1][0])
+    rendezvous = ("--nnodes", "--node-rank", "--master-addr", "--master-port")
+    assert [train[flag] for flag in rendezvous] == [("8",), ("3",), ("node0",), ("29500",)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "error: DATA is not set"),
+        ({"DATA": "d", "STEPS": "import trian"}, "error: STEPS is 'import trian'"),
+    ],
+)
+def test_what_is_wrong_ends_in_status_2(variables, said, tmp_path):
+    done, _ = launch.run(SEVEN, tmp_path, **variables)
+    assert done.returncode == 2 and said in done.stderr

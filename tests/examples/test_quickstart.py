@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quickstart's five commands as they are printed, small, on two CPU cores."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from support.launch import ROOT
+
+RUN = ROOT / "examples" / "quickstart" / "run.sh"
+
+
+def start(*arguments, **variables):
+    return subprocess.run(
+        ["bash", str(RUN), *arguments],
+        env={**os.environ, "PYTHON": sys.executable, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    work = tmp_path_factory.mktemp("smoke")
+    done = start("--smoke", WORK=str(work))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return work, done
+
+
+def test_five_commands_were_printed_and_run(smoke):
+    work, done = smoke
+    tools = re.findall(
+        r"^\$ \S+ (?:\S+/tools/(\w+)\.py|-m (torch\.distributed\.run))", done.stderr, re.M
+    )
+    names = [tool or module for tool, module in tools]
+    assert names == [
+        *("convert_checkpoint", "preprocess_data", "torch.distributed.run"),
+        *("convert_checkpoint", "evaluate"),
+    ]
+    assert (work / "perplexity" / "table.md").read_text().strip() in done.stdout
+
+
+def test_it_ends_in_a_model_of_the_longer_window(smoke):
+    work, _ = smoke
+    before = json.loads((work / "tiny" / "config.json").read_text())
+    after = json.loads((work / "extended" / "config.json").read_text())
+    assert (before["max_position_embeddings"], after["max_position_embeddings"]) == (64, 256)
+    assert after["rope_parameters"]["rope_type"] == "linear"
+    assert after["rope_parameters"]["factor"] == 4
+    result = json.loads((work / "perplexity" / "result.json").read_text())
+    assert "256" in json.dumps(result)
+
+
+def test_it_trained(smoke):
+    _, done = smoke
+    losses = [float(x) for x in re.findall(r"lm loss: (\S+)", done.stdout)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.02
+
+
+def test_nothing_is_done_twice(smoke):
+    work, _ = smoke
+    again = start("--smoke", WORK=str(work))
+    assert again.returncode == 0
+    assert len(re.findall(r" is there$", again.stderr, re.M)) == 5
+    assert "$" not in again.stderr
+
+
+@pytest.mark.parametrize("missing", ["HF", "TEXT", "HELD_OUT"])
+def test_what_must_be_given(missing, tmp_path):
+    given = {"HF": "m", "TEXT": "t", "HELD_OUT": "h"}
+    done = start(WORK=str(tmp_path / "work"), **{**given, missing: ""})
+    assert done.returncode != 0 and f"{missing}: is not set: it must be" in done.stderr
+    assert not (tmp_path / "work").exists()

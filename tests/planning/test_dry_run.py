@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dry run: what it prints next to the whole check of a layout, and what it refuses."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from support import forks, planning
+
+from megatron_cream.dry_run import world_size
+from megatron_cream.planning.command import argv, run_flags
+from megatron_cream.planning.dry_run import _check_positions
+from megatron_cream.planning.layout import Layout, Workload, uneven_ends
+from megatron_cream.planning.models import MODELS
+from megatron_cream.positions import make_strategy
+
+SMALL = dataclasses.replace(
+    MODELS["llama-3-8b"],
+    **{"layers": 9, "hidden": 256, "ffn": 512, "vocab": 1000, "heads": 8, "kv_heads": 4},
+    head_dim=32,
+)
+LAYOUT = Layout(2, 4, 1, 2, *uneven_ends(9, 4))
+WORK = Workload(4096, 32)
+
+
+def planned(*more):
+    return [*argv(run_flags(SMALL, LAYOUT, WORK, 262144, 1000)), *more]
+
+
+def test_its_stages_are_those_of_the_whole_check():
+    quick = forks.call(planning.dry_run_lines, planned(), 16)
+    _, _, whole = forks.call(planning.views, planned(), 16)
+    assert quick[0].startswith("16 GPUs: TP2 PP4 DP2; a step of 32 samples is 16 micro-batches")
+    assert quick[1:4] == [whole[0], whole[1], whole[3]], "first, middle, last"
+
+
+def test_it_prints_positions_of_the_samples_that_are_trained_first():
+    lines = forks.call(planning.dry_run_lines, planned("--position-seed", "7"), 16)
+    strategy = make_strategy("cream", 4096, 262144, sigma_relative=0.375)
+    for index in range(3):
+        runs = strategy.layout(7, index).runs()
+        pieces = ", ".join(f"{start}..{start + length - 1}" for start, length in runs)
+        assert f"  sample {index}: {pieces}" in lines
+    many = forks.call(
+        planning.dry_run_lines,
+        planned("--position-strategy", "pose", "--pose-chunks", "9"),
+        16,
+    )
+    assert any(line.startswith("  sample 0: 0..") and "more" in line for line in many)
+
+
+def test_a_model_outside_the_estimates_says_why():
+    lines = forks.call(planning.dry_run_lines, planned("--num-experts", "4"), 16)
+    assert "memory is not estimated: --num-experts is 4" in "\n".join(lines)
+
+
+def test_what_is_wrong_is_found():
+    with pytest.raises(ValueError, match=r"stage 0 has .* in layers \(1,\): it must have"):
+        forks.call(planning.dry_run_with_layers_left_out, planned(), 16)
+    with pytest.raises(ValueError, match="--reset-position-ids"):
+        forks.call(planning.dry_run_lines, planned("--reset-position-ids"), 16)
+    with pytest.raises(ValueError, match=r"world size \(15\)"):
+        forks.call(planning.dry_run_lines, planned(), 15)
+
+
+def test_positions_are_looked_at():
+    def look(*ids):
+        _check_positions(3, SimpleNamespace(position_ids=ids, train_length=4, target_length=9))
+
+    look(0, 1, 7, 8)
+    with pytest.raises(ValueError, match="sample 3 has 4 positions that do not all increase"):
+        look(0, 1, 1, 2)
+    with pytest.raises(ValueError, match="sample 3 has 3 positions"):
+        look(0, 1, 8)
+    with pytest.raises(ValueError, match=r"stands at 0\.\.9: .*--target-length 9"):
+        look(0, 1, 8, 9)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", ""])
+def test_world_size_must_be_a_number_of_gpus(text, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    assert world_size() == 64
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE is '{text}'"):
+        world_size()

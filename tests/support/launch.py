@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch scripts run with a stand-in for python, which keeps its arguments and does little.
+
+As a script it is that stand-in: ``STUB_LOG`` names the file for its calls, ``STUB_REACHES`` the
+iteration that a training run gets to, ``STUB_APEX`` says that Apex is there.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    path for path in (ROOT / "examples").glob("*/*.sh") if "common.sh" in path.read_text()
+)
+
+
+def environment(folder, **variables):
+    """Environment in which a script calls the stand-in; calls land in ``folder``/calls."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n')
+    python.chmod(0o755)
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    places = {name: str(folder / name.lower()) for name in ("BASE", "OUT", "EXPORT")}
+    stub = {"PYTHON": str(python), "STUB_LOG": str(folder / "calls")}
+    return {**kept, **places, **stub, **variables}
+
+
+def run(script, folder, *arguments, **variables):
+    """Run a script to its end; returns the process and the calls so far, as (words, world size)."""
+    done = subprocess.run(
+        ["bash", str(script), *arguments],
+        env=environment(folder, **variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done, calls(folder)
+
+
+def calls(folder):
+    log = folder / "calls"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def flags(words):
+    """Words of a command by flag; the last of a flag counts."""
+    found, last = {}, ""
+    for word in words:
+        if re.match(r"--?[a-z]", word):
+            found[last := word] = ()
+        else:
+            found[last] = (*found.get(last, ()), word)
+    return found
+
+
+def dry_run(argv, world_size):
+    """What the dry run prints, in a process of its own."""
+    from megatron_cream.planning.dry_run import dry_run as look
+    from megatron_cream.planning.dry_run import lines
+
+    return lines(look(argv, world_size))
+
+
+def main(words):
+    with open(os.environ["STUB_LOG"], "a") as log:
+        log.write(json.dumps([words, os.environ.get("WORLD_SIZE")]) + "\n")
+    if words[0] == "-c":
+        return 0 if os.environ.get("STUB_APEX") else 1
+    given = flags(words)
+    if words[0].endswith("convert_checkpoint.py"):
+        output = Path(given["--output"][0])
+        output.mkdir(parents=True)
+        (output / "latest_checkpointed_iteration.txt").write_text("release")
+    elif "torch.distributed.run" in words:
+        _train(Path(given["--save"][0]))
+    return 0
+
+
+def _train(save):
+    save.mkdir(parents=True, exist_ok=True)
+    tracker = save / "latest_checkpointed_iteration.txt"
+    reaches = os.environ.get("STUB_REACHES", "1000")
+    if reaches != "signal":
+        tracker.write_text(reaches)
+        return
+    # As torchrun's worker: a session of its own, which saves at a TERM.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun itself is not to get one
+    worker = (
+        "import signal, pathlib, sys\n"
+        f"save = lambda *_: (pathlib.Path({str(tracker)!r}).write_text('7'), sys.exit(0))\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"pathlib.Path({str(save / 'ready')!r}).touch()\n"
+        "signal.pause()\n"
+    )
+    subprocess.run([sys.executable, "-c", worker], start_new_session=True, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases a second of our scoring and of generation, on the same model, machine and cases.
+
+    python tools/benchmark_evaluation.py --hf model/ --lengths 1K 4K --cases 25
+
+Both sides in one run. Generation is what published scripts do: transformers' generate with a
+key-value cache, one case at a time, as many new tokens as they allow, stopping at the end of the
+answer's turn. Some of the cases are generated (--generated), all are scored. On a machine that
+others use as well, --clock cpu with --threads 1 counts the seconds that this process computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+
+from megatron_cream.evaluation.cases import Haystack, Kit
+from megatron_cream.evaluation.generation import NEW_TOKENS, generated_hit
+from megatron_cream.evaluation.huggingface import HuggingFaceModel
+from megatron_cream.evaluation.opening import open_prompt
+from megatron_cream.evaluation.passes import Pass
+from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.run import parse_length
+from megatron_cream.evaluation.scoring import CaseScore, jobs, make_pass, read_scores
+from megatron_cream.evaluation.tables import markdown, short
+from megatron_cream.evaluation.tasks import TASKS
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--hf", required=True, help="Hugging Face folder")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: as saved")
+    add("--tasks", nargs="+", choices=tuple(NEW_TOKENS), default=list(NEW_TOKENS))
+    add("--lengths", type=parse_length, nargs="+", default=[1024, 4096])
+    add("--cases", type=int, default=25, help="cases of a task and length")
+    add("--generated", type=int, default=5, help="how many of them are generated too")
+    add("--prompt", default="base")
+    add("--batch-tokens", type=int, default=8192)
+    add("--threads", type=int, help="of torch (default: its own choice)")
+    add("--clock", choices=tuple(CLOCKS), default="wall")
+    parser.set_defaults(tokenizer_type=None, tokenizer_model=None, bos=None)
+    return parser.parse_args(argv)
+
+
+def score_all(
+    model: HuggingFaceModel, haystacks: list[Haystack], args: argparse.Namespace
+) -> tuple[dict[tuple[int, int], CaseScore], float]:
+    """Return the scores by haystack and question, and seconds."""
+    clock = CLOCKS[args.clock]
+    started = clock()
+    found = {}
+    every = list(jobs(haystacks, args.batch_tokens, model.shares_context))
+    for job, scores in zip(every, model.run(map(make_pass, every)), strict=True):
+        found |= {(s.seed, s.index): s for s in read_scores(job, scores)}
+    return found, clock() - started
+
+
+def warm_up(model: HuggingFaceModel) -> None:
+    """Run something short through both sides' kernels."""
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    next(model.run(iter([Pass(tokens, torch.tensor([63]), torch.zeros(1, 1).long(), 2, 16)])))
+
+
+def measure(
+    args: argparse.Namespace, model: HuggingFaceModel, prompt: Prompt, task: str, length: int
+) -> list[str]:
+    """Return one row of the table.
+
+    Raises:
+        RuntimeError: generation and scoring in float32 disagree about a case.
+    """
+    made = TASKS[task].make(Kit(prompt), length, 0, args.cases)
+    haystacks = [Haystack(h.context, h.tails, h.length, i) for i, h in enumerate(made)]
+    ours = model.module.config._attn_implementation
+    scores, seconds = score_all(model, haystacks, args)
+    chosen = sorted(scores)[:: max(1, len(scores) // args.generated)][: args.generated]
+    model.module.set_attn_implementation("sdpa")
+    clock = CLOCKS[args.clock]
+    started = clock()
+    eos = prompt.tokenizer.eod
+    hits = [generated_hit(model.module, haystacks[i], j, NEW_TOKENS[task], eos) for i, j in chosen]
+    generating = (clock() - started) / len(chosen)
+    model.module.set_attn_implementation(ours)
+    same = sum(hit == scores[key].hit for hit, key in zip(hits, chosen, strict=True))
+    if same < len(chosen) and model.settings["dtype"] == "float32":
+        raise RuntimeError(f"{task} at {length}: generation and scoring disagree about a case")
+    rates = len(scores) / seconds, 1 / generating
+    cells = [f"{rates[0]:.3f}", f"{rates[1]:.3f}", f"{rates[0] / rates[1]:.1f}"]
+    return [task, short(length), str(len(scores)), *cells, f"{same} of {len(chosen)}"]
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; bad input ends in one line and exit status 2."""
+    args = parse_args(argv)
+    try:
+        model = HuggingFaceModel(args.hf, args.dtype)
+        args.checkpoint = None
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        prompt = open_prompt(args, model)
+        rows = [["task", "length", "cases", "ours, cases/s", "generate, cases/s", "ratio", "agree"]]
+        warm_up(model)
+        for task in args.tasks:
+            for length in args.lengths:
+                rows.append(measure(args, model, prompt, task, length))
+                print(" ".join(rows[-1]), file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
