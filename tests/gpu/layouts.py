@@ -20,6 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support.ranks import read_losses  # noqa: E402
+from support.runs import write_dataset  # noqa: E402
+
 FLAGS = [
     *("--num-layers", "4", "--hidden-size", "512", "--num-attention-heads", "8"),
     *("--group-query-attention", "--num-query-groups", "4"),
@@ -33,8 +36,6 @@ FLAGS = [
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", "0.05"),
     "--no-gradient-accumulation-fusion",
 ]
-_LOSS = re.compile(r"iteration\s+(\d+)/.*lm loss: (\S+)")
-
 
 BF16 = 0.02  # of losses near 7; rounding of bf16 sums in another order
 FP8 = 0.2
@@ -112,17 +113,18 @@ def train(folder: Path, name: str, gpus: int, flags: list[str]) -> Result:
     Raises:
         RuntimeError: it failed; the end of its log is the message.
     """
+    own = folder / re.sub(r"[^a-z0-9]+", "-", name.lower())
+    own.mkdir()
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(gpus), "-m", "megatron_cream.pretrain", *FLAGS, *flags),
+        *("--nproc-per-node", str(gpus), str(Path(__file__).with_name("rank.py")), str(own)),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *FLAGS, *flags], capture_output=True, text=True, timeout=300)
     log = done.stdout + done.stderr
-    (folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log").write_text(log)
-    losses = {int(i): float(loss) for i, loss in _LOSS.findall(log)}
+    (own / "log").write_text(log)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{log[-4000:]}")
-    return losses, log
+    return read_losses(own, gpus), log
 
 
 def table(folder: Path, gpus: int, part: str = "") -> list[Row]:
@@ -130,8 +132,6 @@ def table(folder: Path, gpus: int, part: str = "") -> list[Row]:
 
     ``part`` keeps the layouts whose name contains it. Models are small: several runs share GPUs.
     """
-    from support.runs import write_dataset
-
     # Some longer than T, some shorter than a sample, none too short for packed CREAM.
     lengths = [6000, 200, 300, 450] * 20
     data = ["--data-path", write_dataset(folder / "data", lengths, vocabulary=1000)]

@@ -67,7 +67,7 @@ def train(
     for process in processes:
         process.start()
     if kill_when is not None:
-        _kill_when(processes, lambda: kill_when(_losses(folder, ranks)))
+        _kill_when(processes, lambda: kill_when(read_losses(folder, ranks)))
     for process in processes:
         process.join(_TIMEOUT)
     for process in processes:
@@ -77,7 +77,7 @@ def train(
     status = [process.exitcode for process in processes]
     if wait and kill_when is None and any(status):
         raise RuntimeError(f"ranks ended with {status}:\n{log[-6000:]}")
-    return Run(_losses(folder, ranks), _losses(folder, ranks, column=2), log, status)
+    return Run(read_losses(folder, ranks), read_losses(folder, ranks, column=2), log, status)
 
 
 def _kill_when(processes: list, reached: Callable[[], bool]) -> None:
@@ -104,7 +104,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _losses(folder: Path, ranks: int, column: int = 1) -> dict[int, float]:
+def read_losses(folder: Path, ranks: int, column: int = 1) -> dict[int, float]:
     found: dict[int, float] = {}
     for rank in range(ranks):
         path = folder / f"rank{rank}.losses"
@@ -138,7 +138,7 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    _keep_losses(os.path.join(folder, f"rank{rank}.losses"))
+    keep_losses(os.path.join(folder, f"rank{rank}.losses"))
     from megatron_cream import launch, pretrain
 
     with contextlib.suppress(FileNotFoundError):
@@ -151,7 +151,7 @@ def _rank(
         launch.main()
 
 
-def _keep_losses(path: str) -> None:
+def keep_losses(path: str) -> None:
     """Write loss and gradient norm of each iteration in full; the log has seven digits."""
     from megatron.training import training
 
