@@ -11,5 +11,5 @@ step        forward step and loss
 report      the block printed at start
 scalars     ours in TensorBoard and Weights & Biases
 cpu         Megatron's trainer on a machine with no GPU
-megatron    the one patch of Megatron that a pip-installed one needs
+megatron    patches where its own processes stand in the way
 """

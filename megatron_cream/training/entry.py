@@ -113,9 +113,11 @@ def ready(args: Namespace, config: Any) -> None:
     """
     from megatron_cream.checkpoint.saved import SETTINGS_KEY
     from megatron_cream.training import hooks, report, scalars
-    from megatron_cream.training.megatron import answer_for_dataset_helpers
+    from megatron_cream.training.megatron import answer_for_dataset_helpers, keep_save_results_here
 
     answer_for_dataset_helpers()
+    if args.cpu:
+        keep_save_results_here()
     extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
     hooks.hook_into(config, args, extension)
     scalars.write_scalars(args, extension)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one patch that a pip-installed Megatron needs to start."""
+"""Where Megatron's own process handling stands in the way: its start, and its saves on a CPU."""
 
 from __future__ import annotations
+
+import queue
 
 
 def answer_for_dataset_helpers() -> None:
@@ -26,3 +28,25 @@ def answer_for_dataset_helpers() -> None:
     except ImportError:
         return  # a source checkout: let Megatron make them
     utils.compile_helpers = lambda: None
+
+
+def keep_save_results_here() -> None:
+    """Have the threads that save a checkpoint report through a queue of this process.
+
+    Symbol: ``filesystem_async._results_queue`` of Megatron's torch_dist strategy, made by its
+    ``get_write_results_queue`` where it is None. That starts a process for a queue, which imports
+    torch and megatron anew: eight seconds a rank before the first save. Only a process that saves
+    asynchronously needs it, and --cpu refuses those. Idempotent.
+
+    Raises:
+        ImportError: the symbol moved in this version of Megatron.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if not hasattr(filesystem_async, "_results_queue"):
+        raise ImportError(
+            f"{filesystem_async.__name__}._results_queue is gone: it may have changed in your "
+            "version of megatron-core; megatron_cream is made for 0.19.2"
+        )
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
