@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read and check the index of a Megatron indexed dataset, without importing megatron.
+"""Read, check and write the index of a Megatron indexed dataset, without importing megatron.
 
 Megatron maps whatever it finds; a truncated file shows up as a crash, or as zeros in the loss,
-some thousand steps later. Reading sizes takes milliseconds.
+some thousand steps later. Reading sizes takes milliseconds. Its own writer keeps a Python integer
+for every document, this one an array.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,16 +41,66 @@ class DatasetIndex:
         dtype: numpy dtype of a token.
         lengths: int32 ``[documents]``, tokens in each.
         pointers: int64 ``[documents]``, byte offset of each in the ``.bin`` file.
+        documents: int64, in which of them a document begins, and their number at the end: other
+            than 0, 1, 2 ... where documents were split.
     """
 
     prefix: str
     dtype: np.dtype
     lengths: np.ndarray = field(repr=False)
     pointers: np.ndarray = field(repr=False)
+    documents: np.ndarray = field(repr=False)
 
 
-def read_index(prefix: str | os.PathLike[str]) -> DatasetIndex:
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the dtype that Megatron's builder takes for a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def write_index(
+    path: str | os.PathLike[str],
+    dtype: np.dtype,
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    sequences: int,
+    documents: int,
+) -> None:
+    """Write an ``.idx`` file, the bytes of Megatron's own builder, a block at a time.
+
+    Args:
+        path: the file.
+        dtype: of a token.
+        blocks: of documents: int32 ``[sequences]``, tokens in each, and int64 ``[documents]``, how
+            many sequences each document has.
+        sequences, documents: in all blocks.
+    """
+    code = next(code for code, known in _DTYPES.items() if dtype == known)
+    header = _HEADER.pack(_MAGIC, 1, code, sequences, documents + 1)
+    at = [len(header), len(header) + 4 * sequences, len(header) + 12 * sequences]
+    byte = sequence = 0
+    with open(path, "wb") as file:
+        file.write(header)
+        file.seek(at[2])
+        file.write(bytes(8))  # the first document begins at sequence 0
+        at[2] += 8
+        for lengths, counts in blocks:
+            sizes = lengths.astype(np.int64) * dtype.itemsize
+            pointers = byte + np.cumsum(sizes) - sizes
+            ends = sequence + np.cumsum(counts, dtype=np.int64)
+            byte += int(sizes.sum())
+            sequence += len(lengths)
+            columns = (lengths.astype("<i4"), pointers.astype("<i8"), ends.astype("<i8"))
+            for i, column in enumerate(columns):
+                file.seek(at[i])
+                file.write(column.tobytes())
+                at[i] += column.nbytes
+
+
+def read_index(prefix: str | os.PathLike[str], *, empty: bool = False) -> DatasetIndex:
     """Return the index of the dataset at ``prefix`` after checking both files' sizes.
+
+    Args:
+        prefix: path without ``.bin`` and ``.idx``.
+        empty: whether a dataset of no documents is fine, as a shard of a small job may be.
 
     Raises:
         FileNotFoundError: ``.idx`` or ``.bin`` is missing.
@@ -75,9 +127,11 @@ def read_index(prefix: str | os.PathLike[str]) -> DatasetIndex:
     lengths = buffer[_HEADER.size : _HEADER.size + 4 * sequences].view("<i4")
     at = _HEADER.size + 4 * sequences
     pointers = buffer[at : at + 8 * sequences].view("<i8")
+    borders = buffer[at + 8 * sequences : expected].view("<i8")
     dtype = np.dtype(_DTYPES[code])
-    _check_bin(bin_path, dtype, lengths, pointers)
-    return DatasetIndex(prefix, dtype, lengths, pointers)
+    if len(lengths) or not empty:
+        _check_bin(bin_path, dtype, lengths, pointers)
+    return DatasetIndex(prefix, dtype, lengths, pointers, borders)
 
 
 def read_metadata(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:

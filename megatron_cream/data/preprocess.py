@@ -1,214 +1,198 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to a Megatron indexed dataset: `PREFIX.bin`, `PREFIX.idx` and a note, `PREFIX.json`.
 
-Nothing here imports megatron before the job is checked.
+A job is cut into parts by bytes of input. Workers write parts into `PREFIX.parts`; when all are
+there they are put in a row and moved into place. A job that was ended in any way goes on with the
+parts it has. Nothing here imports megatron.
 """
 
+from __future__ import annotations
+
+import errno
 import json
 import os
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from megatron_cream.data.publish import SUFFIXES, check_absent, publish
-from megatron_cream.data.text import TextInputs, find_inputs, read_documents
-from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_cream.data.workers import tokenized
+from megatron_cream.data.checks import PreprocessConfig, check
+from megatron_cream.data.engine import choose_engine, first_texts
+from megatron_cream.data.finish import finish
+from megatron_cream.data.folder import WorkFolder
+from megatron_cream.data.plan import InputFile, Job
+from megatron_cream.data.publish import SUFFIXES, check_absent, finish_publishing, publish
+from megatron_cream.data.statistics import draw_histogram
+from megatron_cream.data.text import STDIN, TextInputs
+from megatron_cream.data.tokenizers import Tokenizer
+from megatron_cream.data.workers import run_units
 
-FORMAT_VERSION = 1
+__all__ = ["PreprocessConfig", "PreprocessStats", "preprocess"]
 
-
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """A job; the fields are the flags of `tools/preprocess_data.py`."""
-
-    input: tuple[str, ...]
-    tokenizer_type: str
-    output_prefix: str
-    tokenizer_model: str | None = None
-    json_key: str = "text"
-    append_eod: bool = False
-    prepend_bos: bool = False
-    min_tokens: int = 1
-    workers: int = 1
-    overwrite: bool = False
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
 class PreprocessStats:
-    """What a job did. Lengths are in tokens as written, eod and bos included."""
+    """What a job did. Lengths are in tokens as written, eod and bos included.
 
-    documents: int
-    tokens: int
-    shorter_than_min_tokens: int
-    mean_document: float
-    median_document: float
-    longest_document: int
+    Attributes:
+        note: the content of `PREFIX.json`.
+        skipped_files: files of folders that were not taken.
+        input_bytes: read from disk.
+        seconds: this process took, without what was finished before it started.
+        files: that were written.
+    """
+
+    note: dict[str, Any]
     skipped_files: int
     input_bytes: int
     seconds: float
     files: tuple[str, ...]
 
+    @property
+    def documents(self) -> int:
+        """Documents written."""
+        return self.note["documents"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written."""
+        return self.note["tokens"]
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document written."""
+        return self.note["longest_document"]
+
     def summary(self) -> str:
         """Lines for a person; MB/s is in bytes of input read, 10**6 to the MB."""
-        return "\n".join(
-            (
-                f"documents: {self.documents}",
-                f"tokens: {self.tokens}",
-                f"dropped: {self.shorter_than_min_tokens} shorter than --min-tokens",
-                f"left out: {self.skipped_files} files of other kinds",
-                f"tokens per document: mean {self.mean_document:.1f}, "
-                f"median {self.median_document:.1f}, longest {self.longest_document}",
-                f"speed: {self.input_bytes / 1e6 / self.seconds:.2f} MB/s",
-                f"written: {' '.join(self.files)}",
-            )
-        )
+        note = self.note
+        dropped = ", ".join(f"{count} {why}" for why, count in note["dropped"].items() if count)
+        errors = ", ".join(f"{count} {kind}" for kind, count in note["errors"].items())
+        shares = (f"{share:.1%} of {n}" for n, share in note["share_at_least"].items())
+        lines = [
+            f"documents: {note['documents']}",
+            f"tokens: {note['tokens']}",
+            f"dropped: {dropped.replace('_', ' ') or 'none'}",
+            f"bad records: {errors or 'none'}",
+            f"left out: {self.skipped_files} files of other kinds",
+            f"tokens per document: mean {note['mean_document']:.1f}, "
+            f"median {note['median_document']:.1f}, longest {note['longest_document']}",
+            draw_histogram(note["documents_by_length"]),
+            f"documents of at least so many tokens: {', '.join(shares)}",
+            f"speed: {self.input_bytes / 1e6 / self.seconds:.2f} MB/s",
+            f"written: {' '.join(self.files)}",
+        ]
+        return "\n".join(line for line in lines if line and not line.endswith("tokens: "))
 
 
-def preprocess(config: PreprocessConfig, *, progress: bool = True) -> PreprocessStats:
+def preprocess(
+    config: PreprocessConfig,
+    *,
+    progress: bool = True,
+    say: Callable[[str], object] = lambda line: None,
+) -> PreprocessStats:
     """Tokenize the input documents, one sequence each, into an indexed dataset.
 
-    The three files appear whole or not at all, and are the same bytes for every number of
-    workers. With two or more workers a script must call this under
+    The files appear whole or not at all, and are the same bytes for every number of workers, shards
+    and interruptions. With two or more workers a script must call this under
     `if __name__ == "__main__":`, since they are fresh interpreters.
 
     Args:
         config: the job.
         progress: whether to show a bar on stderr, in bytes of input read.
+        say: called with a line for a person at each step that is worth one.
 
     Raises:
         ValueError: a setting that cannot work, broken input, or no document left.
-        OSError: a file that is missing or exists, cannot be read or written, or a worker that
-            died (`ChildProcessError`).
+        OSError: a file that is missing or exists, cannot be read or written, a full disk, another
+            process at the same output, or a worker that died (`ChildProcessError`).
     """
-    tokenizer, inputs = _check(config)
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     started = time.perf_counter()
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    folder, name = os.path.split(config.output_prefix)
-    with tempfile.TemporaryDirectory(dir=folder or ".", prefix=f".{name}.", suffix=".tmp") as tmp:
-        staged = os.path.join(tmp, "data")
-        builder = IndexedDatasetBuilder(staged + ".bin", dtype=dtype)
-        with closing(builder.data_file):
-            dropped = _write_documents(config, tokenizer, inputs, builder, progress)
-            builder.finalize(staged + ".idx")
-        lengths = np.array(builder.sequence_lengths, dtype=np.int64)
-        note = _note(config, tokenizer, lengths, dropped, np.dtype(dtype).name)
-        Path(staged + ".json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        files = publish(staged, config.output_prefix, config.overwrite)
-    return PreprocessStats(
-        documents=len(lengths),
-        tokens=int(lengths.sum()),
-        shorter_than_min_tokens=dropped,
-        mean_document=float(lengths.mean()),
-        median_document=float(np.median(lengths)),
-        longest_document=int(lengths.max()),
-        skipped_files=inputs.skipped,
-        input_bytes=inputs.total_bytes,
-        seconds=time.perf_counter() - started,
-        files=files,
-    )
+    job, tokenizer, inputs = check(config)
+    with WorkFolder(job.prefix) as folder:
+        try:
+            if not _published_before(folder, job):
+                check_absent(job.prefix, config.overwrite)
+                _make(config, job, tokenizer, inputs, folder, progress, say)
+        except OSError as exc:
+            if exc.errno in _FULL:
+                raise OSError(
+                    f"--output-prefix {job.prefix}: {os.strerror(exc.errno)}, needs room; start "
+                    f"again to continue with what is in {folder.path}"
+                ) from exc
+            raise
+        folder.remove()
+    files = tuple(job.prefix + s for s in SUFFIXES if os.path.exists(job.prefix + s))
+    note = json.loads(Path(job.prefix + ".json").read_bytes())
+    seconds = time.perf_counter() - started
+    return PreprocessStats(note, inputs.skipped, inputs.total_bytes, seconds, files)
 
 
-def _check(config: PreprocessConfig) -> tuple[Tokenizer, TextInputs]:
-    """Everything that can be found wrong before any input is read."""
-    for flag, value in (("--workers", config.workers), ("--min-tokens", config.min_tokens)):
-        if value < 1:
-            raise ValueError(f"{flag} {value}: needs 1 or more")
-    _check_output(config)
-    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    wanted = (
-        ("--append-eod", config.append_eod, "an end of document", tokenizer.eod),
-        ("--prepend-bos", config.prepend_bos, "a beginning of sequence", tokenizer.bos),
-    )
-    for flag, asked, kind, token in wanted:
-        if asked and token is None:
-            model = config.tokenizer_model or tokenizer.name
-            raise ValueError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
-    inputs = find_inputs(config.input)
-    targets = {os.path.realpath(config.output_prefix + suffix) for suffix in SUFFIXES}
-    for path in inputs.files:
-        if os.path.realpath(path) in targets:
+def _published_before(folder: WorkFolder, job: Job) -> bool:
+    """Finish what a killed process was moving into place; says whether that was this job's."""
+    if not folder.is_whole():
+        return False
+    finish_publishing(folder.staged, job.prefix)
+    return folder.is_of(job)
+
+
+def _make(
+    config: PreprocessConfig,
+    job: Job,
+    tokenizer: Tokenizer,
+    inputs: TextInputs,
+    folder: WorkFolder,
+    progress: bool,
+    say: Callable[[str], object],
+) -> None:
+    done = folder.claim(job, restart=config.restart)
+    if done:
+        say(f"continuing with {done} finished parts in {folder.path}")
+    pieces = [piece for unit in job.units for piece in unit]
+    texts = first_texts(pieces, job.fields, config.verify if config.verify >= 0 else 0)
+    fast, reason = choose_engine(config.engine, tokenizer, texts)
+    say(reason)
+    say(_around(tokenizer, job))
+    job = replace(job, fast=None if fast is None else fast.source)
+    units = job.own_units()
+    for unit in units:
+        if any(piece.path == str(STDIN) for piece in job.units[unit]):
+            folder.drop_unit(unit)
+    with tqdm(total=_bytes_of(job, units), unit="B", unit_scale=True, disable=not progress) as bar:
+        if config.ray is None:
+            run_units(job, units, config.workers, bar.update, fast or tokenizer)
+        else:
+            from megatron_cream.data.on_ray import run_on_ray
+
+            run_on_ray(job, units, config.ray, bar.update)
+    _check_unchanged(job)
+    finish(config, job, units, folder)
+    publish(folder.staged, job.prefix, config.overwrite)
+
+
+def _bytes_of(job: Job, units: list[int]) -> int:
+    return sum(job.unit_size(unit) for unit in units)
+
+
+def _around(tokenizer: Tokenizer, job: Job) -> str:
+    """Say what is put around a document, since a model is trained with one rule or the other."""
+    head = "no bos" if job.bos is None else f"bos {job.bos}"
+    tail = "no eod" if job.eod is None else f"eod {job.eod}"
+    wanted = getattr(tokenizer, "template", "")
+    note = f"; the tokenizer's own template is {wanted}" if wanted else ""
+    return f"each document: {head}, its tokens, {tail}{note}"
+
+
+def _check_unchanged(job: Job) -> None:
+    """Refuse parts of a file that became another one while it was read."""
+    for file in job.files:
+        if file != InputFile.of(Path(file.path), file.format):
             raise ValueError(
-                f"--output-prefix {config.output_prefix}: {path} is an input, needs another prefix"
+                f"--input {file.path}: changed while it was read, needs to stay as it is; start "
+                "again with --restart"
             )
-    return tokenizer, inputs
-
-
-def _check_output(config: PreprocessConfig) -> None:
-    where = f"--output-prefix {config.output_prefix}"
-    folder, name = os.path.split(config.output_prefix)
-    if not name:
-        raise ValueError(f"{where}: names a folder, needs FOLDER/NAME")
-    if not os.path.isdir(folder or "."):
-        raise FileNotFoundError(f"{where}: no folder {folder}, needs one that exists")
-    if not os.access(folder or ".", os.W_OK | os.X_OK):
-        raise ValueError(f"{where}: folder {folder or '.'} needs to be writable")
-    check_absent(config.output_prefix, config.overwrite)
-
-
-def _write_documents(
-    config: PreprocessConfig, tokenizer: Tokenizer, inputs: TextInputs, builder: Any, progress: bool
-) -> int:
-    """Add every document that is long enough to `builder`; returns how many were not."""
-    head = np.array([tokenizer.bos] if config.prepend_bos else [], dtype=np.int32)
-    tail = np.array([tokenizer.eod] if config.append_eod else [], dtype=np.int32)
-    source = (config.tokenizer_type, config.tokenizer_model)
-    dropped = longest = 0
-    with (
-        tqdm(total=inputs.total_bytes, unit="B", unit_scale=True, disable=not progress) as bar,
-        closing(
-            tokenized(_documents(config, inputs, bar), tokenizer, source, config.workers)
-        ) as rows,
-    ):
-        for ids in rows:
-            longest = max(longest, len(ids))
-            if len(ids) < config.min_tokens:
-                dropped += 1
-                continue
-            sequence = np.concatenate((head, ids, tail))
-            builder.add_document(sequence, [len(sequence)])
-    if longest == 0:
-        given = " ".join(config.input)
-        raise ValueError(f"--input {given}: holds no text, needs one document that is not empty")
-    if len(builder.sequence_lengths) == 0:
-        raise ValueError(
-            f"--min-tokens {config.min_tokens}: none of the {dropped} documents is left, "
-            f"needs at most {longest}, the tokens of the longest"
-        )
-    return dropped
-
-
-def _documents(config: PreprocessConfig, inputs: TextInputs, bar: tqdm) -> Iterator[str]:
-    for path in inputs.files:
-        yield from read_documents(path, config.json_key, bar.update)
-
-
-def _note(
-    config: PreprocessConfig, tokenizer: Tokenizer, lengths: np.ndarray, dropped: int, dtype: str
-) -> dict[str, Any]:
-    """The content of `PREFIX.json`."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "tokenizer_type": config.tokenizer_type,
-        "tokenizer_model": config.tokenizer_model,
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod,
-        "bos_id": tokenizer.bos,
-        "appended_eod": config.append_eod,
-        "prepended_bos": config.prepend_bos,
-        "documents": len(lengths),
-        "tokens": int(lengths.sum()),
-        "dropped": {"shorter_than_min_tokens": dropped},
-        "min_tokens": config.min_tokens,
-        "longest_document": int(lengths.max()),
-        "dtype": dtype,
-    }

@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the finished files of a dataset in place: all of them, or none."""
+"""Puts the finished files of a dataset in place: all of them, or none.
 
+A mark beside the staged files says that they are whole. A process that is killed while it moves
+them leaves the mark, and the next one goes on moving.
+"""
+
+from __future__ import annotations
+
+import json
 import os
 
-# In the order they are put in place: megatron finds a dataset by its .idx.
-SUFFIXES = (".bin", ".json", ".idx")
+# In the order they are put in place: megatron finds a dataset by its .idx. The hashes are there
+# for shards of a job that drops duplicates only.
+SUFFIXES = (".bin", ".hashes", ".json", ".idx")
+MARK = ".whole"
 
 
 def check_absent(prefix: str, overwrite: bool) -> None:
@@ -18,33 +27,68 @@ def check_absent(prefix: str, overwrite: bool) -> None:
 
 
 def publish(staged: str, prefix: str, overwrite: bool) -> tuple[str, ...]:
-    """Move the staged files into place, or leave everything as it was."""
-    for suffix in SUFFIXES:
+    """Move the staged files into place, or leave everything as it was.
+
+    Args:
+        staged: path of the new files without suffix, on the file system of ``prefix``.
+        prefix: where they go.
+        overwrite: whether files that are there may be replaced.
+
+    Returns:
+        The files of the dataset.
+    """
+    new = [suffix for suffix in SUFFIXES if os.path.exists(staged + suffix)]
+    for suffix in new:
         _sync(staged + suffix)
     # Once more: another job may have written there since this one was checked.
     check_absent(prefix, overwrite)
-    old = staged + ".old"
+    write_whole(staged + MARK, json.dumps(new).encode())
     try:
-        # The old .idx goes first, so that it is never seen beside the new .bin.
-        for suffix in reversed(SUFFIXES):
-            if os.path.lexists(prefix + suffix):
-                os.rename(prefix + suffix, old + suffix)
-        for suffix in SUFFIXES:
-            os.rename(staged + suffix, prefix + suffix)
+        finish_publishing(staged, prefix)
     except BaseException:
-        _restore(staged, old, prefix)
+        _restore(staged, prefix, new)
+        os.unlink(staged + MARK)
         raise
-    _sync(os.path.dirname(prefix) or ".")
-    return tuple(prefix + suffix for suffix in SUFFIXES)
+    return tuple(prefix + suffix for suffix in new)
 
 
-def _restore(staged: str, old: str, prefix: str) -> None:
+def is_whole(staged: str) -> bool:
+    """Say whether the staged files, those moved already included, are a whole dataset."""
+    return os.path.exists(staged + MARK)
+
+
+def finish_publishing(staged: str, prefix: str) -> None:
+    """Move what is not in place yet of a whole dataset."""
+    with open(staged + MARK, "rb") as file:
+        new = json.load(file)
+    # The old .idx goes first, so that it is never seen beside the new .bin.
     for suffix in reversed(SUFFIXES):
-        if not os.path.exists(staged + suffix):
-            os.unlink(prefix + suffix)
+        in_place = suffix in new and not os.path.exists(staged + suffix)
+        if os.path.lexists(prefix + suffix) and not in_place:
+            os.rename(prefix + suffix, staged + ".old" + suffix)
     for suffix in SUFFIXES:
-        if os.path.lexists(old + suffix):
-            os.rename(old + suffix, prefix + suffix)
+        if os.path.exists(staged + suffix):
+            os.rename(staged + suffix, prefix + suffix)
+    _sync(os.path.dirname(prefix) or ".")
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file that is there with all of ``data`` or not at all, also after a power cut."""
+    with open(path + ".tmp", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+    _sync(os.path.dirname(path) or ".")
+
+
+def _restore(staged: str, prefix: str, new: list[str]) -> None:
+    for suffix in reversed(new):
+        if not os.path.exists(staged + suffix):
+            os.rename(prefix + suffix, staged + suffix)
+    for suffix in SUFFIXES:
+        if os.path.lexists(staged + ".old" + suffix):
+            os.rename(staged + ".old" + suffix, prefix + suffix)
 
 
 def _sync(path: str) -> None:

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,6 +89,26 @@ class HuggingFaceTokenizer:
         self.eod = self._special_id(path.parent, "eos_token")
         self.bos = self._special_id(path.parent, "bos_token")
 
+    @cached_property
+    def serialized(self) -> bytes:
+        """The content of `tokenizer.json` as it is used: truncation and padding turned off."""
+        return self._tokenizer.to_str().encode()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """`serialized`, parsed; not to be changed."""
+        return json.loads(self.serialized)
+
+    @property
+    def template(self) -> str:
+        """What the tokenizer puts around a text of its own accord, "" for nothing."""
+        around = self._tokenizer.encode("").tokens
+        return " ".join((*around[:1], "text", *around[1:])) if around else ""
+
+    def words(self, text: str) -> list[str]:
+        """What the pre-tokenizer splits a text into."""
+        return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text: int32 arrays of shape (tokens,), no bos or eod added."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -96,6 +117,11 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one sequence of ids, special tokens included."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a text begins with bos where special tokens are added to it."""
+        return self.bos is not None and self._tokenizer.encode("").ids[:1] == [self.bos]
 
     def _special_id(self, folder: Path, key: str) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -135,6 +161,16 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.get_piece_size()
         self.eod = _present(self._processor.eos_id())
         self.bos = _present(self._processor.bos_id())
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """The text of every piece, by id."""
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+
+    @cached_property
+    def serialized(self) -> bytes:
+        """The content of the `.model` file."""
+        return self._processor.serialized_model_proto()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text: int32 arrays of shape (tokens,), no bos or eod added."""

@@ -1,103 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizes documents, here or in worker processes, which never import megatron."""
+"""Runs the units of a job here, in worker processes, or on a Ray cluster.
+
+Workers never import megatron. Each takes the next unit when it is done with one, and what it made
+is in the folder of parts, so nothing is sent back but the end of it.
+"""
+
+from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
-import numpy as np
+from megatron_cream.data.plan import Job
+from megatron_cream.data.tokenizers import Tokenizer
+from megatron_cream.data.units import UnitEncoder
 
-from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
-
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_DOCUMENTS = 256
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group short documents, so that handing them to a worker costs little for each."""
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+_POLL_SECONDS = 0.2
 
 
-def tokenized(
-    documents: Iterable[str], tokenizer: Tokenizer, source: tuple[str, str | None], workers: int
-) -> Iterator[np.ndarray]:
-    """Ids of each document, in order; `source`, a type and a model, is what workers load."""
-    if workers == 1:
-        for batch in _batches(documents):
-            with _one_thread():
-                encoded = tokenizer.encode(batch)
-            yield from encoded
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        # A forked worker would carry the parent's megatron and torch along.
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=source,
-    )
-    try:
-        yield from _pooled(pool, 2 * workers, _batches(documents))
-    except BrokenProcessPool as exc:
-        raise ChildProcessError(
-            f"--workers {workers}: a worker died, needs more memory or fewer workers "
-            '(and, in a script of your own, the call under `if __name__ == "__main__":`)'
-        ) from exc
-    finally:
-        pool.shutdown(cancel_futures=True)
+def run_units(
+    job: Job,
+    units: list[int],
+    workers: int,
+    on_bytes: Callable[[int], object],
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Make all parts of ``units``.
+
+    Args:
+        job: the job.
+        units: which of its units.
+        workers: processes, this one included.
+        on_bytes: called with bytes read from disk.
+        tokenizer: the job's, where this process has it loaded already.
+
+    Raises:
+        ValueError, OSError: what a unit raised (see ``UnitEncoder.run``); other units are stopped.
+        ChildProcessError: a worker died.
+    """
+    with _one_thread(), _Pool(job, units, min(workers, len(units)) - 1, on_bytes) as pool:
+        encoder = UnitEncoder(job, pool.count, tokenizer)
+        while (unit := pool.take()) is not None:
+            encoder.run(unit)
+        pool.wait()
 
 
-def _pooled(
-    pool: ProcessPoolExecutor, ahead: int, batches: Iterable[list[str]]
-) -> Iterator[np.ndarray]:
-    """Like pool.map, which would read the whole input before its first result."""
-    pending: deque[Any] = deque()
-    for batch in batches:
-        pending.append(pool.submit(_encode_in_worker, batch))
-        if len(pending) >= ahead:
-            yield from pending.popleft().result()
-    while pending:
-        yield from pending.popleft().result()
+class _Pool:
+    """Worker processes that share a list of units with this one."""
+
+    def __init__(
+        self, job: Job, units: list[int], others: int, on_bytes: Callable[[int], object]
+    ) -> None:
+        # A forked worker would carry along the parent's megatron, torch and threads.
+        context = get_context("spawn")
+        self._units, self._on_bytes, self._shown = units, on_bytes, 0
+        self._next, self._read = context.Value("q", 0), context.Value("q", 0)
+        self._processes: dict[Any, Any] = {}
+        for _ in range(others):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (job, units, self._next, self._read, theirs)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[ours] = process
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.join()
+
+    def take(self) -> int | None:
+        """Return a unit that nobody has begun, None without one; look how the others do."""
+        self._look(timeout=0)
+        return _take(self._units, self._next)
+
+    def count(self, size: int) -> None:
+        """Add to the bytes that all have read."""
+        _count(self._read, size)
+        self._show()
+
+    def wait(self) -> None:
+        """Wait for the others, or stop at the first thing that is wrong."""
+        while self._processes:
+            self._look(_POLL_SECONDS)
+            self._show()
+
+    def _look(self, timeout: float) -> None:
+        for pipe in connection.wait(list(self._processes), timeout=timeout):
+            try:
+                error = pipe.recv()
+            except EOFError:
+                raise ChildProcessError(
+                    "--workers: a worker died, needs more memory or fewer workers (and, in a "
+                    'script of your own, the call under `if __name__ == "__main__":`)'
+                ) from None
+            if error is not None:
+                raise error
+            self._processes.pop(pipe).join()
+
+    def _show(self) -> None:
+        read = self._read.value
+        self._on_bytes(read - self._shown)
+        self._shown = read
 
 
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(tokenizer_type: str, tokenizer_model: str | None) -> None:
-    global _worker_tokenizer
+def _work(job: Job, units: list[int], next_unit: Any, read: Any, pipe: Any) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
+
+    try:
+        encoder = UnitEncoder(job, lambda size: _count(read, size))
+        while (unit := _take(units, next_unit)) is not None:
+            encoder.run(unit)
+        pipe.send(None)
+    except (ValueError, OSError) as exc:
+        pipe.send(exc)
+
+
+def _take(units: list[int], next_unit: Any) -> int | None:
+    with next_unit.get_lock():
+        at = next_unit.value
+        next_unit.value = at + 1
+    return units[at] if at < len(units) else None
+
+
+def _count(read: Any, size: int) -> None:
+    with read.get_lock():
+        read.value += size
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would otherwise wait for work for ever."""
+    """A worker whose parent was killed would otherwise go on writing parts."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
-    assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode(texts)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import gzip
 import json
+import lzma
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -38,18 +40,19 @@ def job(tmp_path, documents):
 def run():
     """Runs a job with some of its settings changed."""
 
-    def call(config, **changes):
-        return preprocess(replace(config, **changes), progress=False)
+    def call(config, say=lambda line: None, **changes):
+        return preprocess(replace(config, **changes), progress=False, say=say)
 
     return call
 
 
 @pytest.fixture
 def outputs():
-    """Reads the bytes of the three files at a prefix."""
+    """Reads the bytes of the files at a prefix."""
 
     def call(prefix):
-        return {suffix: Path(str(prefix) + suffix).read_bytes() for suffix in SUFFIXES}
+        paths = {suffix: Path(str(prefix) + suffix) for suffix in SUFFIXES}
+        return {suffix: path.read_bytes() for suffix, path in paths.items() if path.exists()}
 
     return call
 
@@ -60,5 +63,19 @@ def left_in():
 
     def call(config):
         return sorted(os.listdir(os.path.dirname(config.output_prefix)))
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """Compresses bytes as the suffix of a name says."""
+
+    def call(name, data):
+        suffix = Path(name).suffix
+        if suffix == ".zst":
+            zstandard = pytest.importorskip("zstandard")
+            return zstandard.compress(data)
+        return {".gz": gzip.compress, ".xz": lzma.compress}.get(suffix, bytes)(data)
 
     return call

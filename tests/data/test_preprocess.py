@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron_cream.data import preprocess as module
-from megatron_cream.data import workers as workers_module
+from megatron_cream.data import units
 from megatron_cream.data.preprocess import PreprocessConfig
 from megatron_cream.data.tokenizers import ByteLevelTokenizer, load_tokenizer, train_bpe
 
@@ -37,14 +36,15 @@ def test_one_sequence_a_document_reads_back(job, run, left_in, documents, kept):
     assert left_in(job) == ["a.b.bin", "a.b.idx", "a.b.json"]
     lengths = [len(row) for row in expected]
     assert (stats.documents, stats.tokens, stats.longest_document) == (12, sum(lengths), 301)
-    assert stats.mean_document == pytest.approx(np.mean(lengths))
-    assert stats.median_document == np.median(lengths)
+    assert stats.note["mean_document"] == pytest.approx(np.mean(lengths))
+    assert stats.note["median_document"] == np.median(lengths)
     assert stats.input_bytes == Path(job.input[0]).stat().st_size
-    assert f"documents: 12\ntokens: {sum(lengths)}\ndropped: 3 " in stats.summary()
+    assert f"documents: 12\ntokens: {sum(lengths)}\ndropped: 3 shorter" in stats.summary()
 
 
 def test_note_beside_the_dataset(job, run):
-    run(job, append_eod=True, min_tokens=5)
+    run(job, append_eod=True, min_tokens=5, seq_length=100, target_length=302)
+    lengths = [11] * 6 + [301] * 3
     assert json.loads(Path(job.output_prefix + ".json").read_text()) == {
         "format_version": 1,
         "tokenizer_type": "ByteLevelTokenizer",
@@ -54,12 +54,25 @@ def test_note_beside_the_dataset(job, run):
         "bos_id": None,
         "appended_eod": True,
         "prepended_bos": False,
-        "documents": 9,
-        "tokens": 3 * (10 + 10 + 300 + 3),
-        "dropped": {"shorter_than_min_tokens": 6},
         "min_tokens": 5,
-        "longest_document": 301,
+        "max_tokens": None,
         "dtype": "uint16",
+        "documents": 9,
+        "sequences": 9,
+        "tokens": sum(lengths),
+        "dropped": {
+            "shorter_than_min_tokens": 6,
+            "longer_than_max_tokens": 0,
+            "duplicates": 0,
+        },
+        "errors": {},
+        "listed_errors": [],
+        "longest_document": 301,
+        "mean_document": sum(lengths) / 9,
+        "median_document": 11.0,
+        "documents_by_length": {"1": 0, "2": 0, "4": 0, "8": 6, "16": 0, "32": 0, "64": 0}
+        | {"128": 0, "256": 3},
+        "share_at_least": {"100": 3 / 9, "302": 0.0},
     }
 
 
@@ -113,10 +126,7 @@ def test_equal_results_from_every_kind_of_input(job, tmp_path, run, outputs, doc
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("older", [False, True])
-def test_broken_line_leaves_everything_as_it_was(
-    job, monkeypatch, workers, older, run, outputs, left_in
-):
-    monkeypatch.setattr(workers_module, "_BATCH_DOCUMENTS", 1)
+def test_broken_line_leaves_everything_as_it_was(job, workers, older, run, outputs, left_in):
     if older:
         run(job)
     before = left_in(job), older and outputs(job.output_prefix)
@@ -127,28 +137,39 @@ def test_broken_line_leaves_everything_as_it_was(
     assert (left_in(job), older and outputs(job.output_prefix)) == before
 
 
-def test_interrupt_half_way(job, monkeypatch, run, left_in):
-    monkeypatch.setattr(workers_module, "_BATCH_DOCUMENTS", 1)
-    calls = 0
+def test_interrupt_half_way_keeps_what_is_finished(job, monkeypatch, run, outputs, left_in):
+    run(job, output_prefix=job.output_prefix + "-whole")
+    true_encode, calls = ByteLevelTokenizer.encode, 0
 
     def encode(self, texts):
         nonlocal calls
         calls += 1
         if calls == 3:
-            # The temporary files must exist by now, or the test would show nothing.
-            assert left_in(job) != []
             raise KeyboardInterrupt
-        return [np.arange(3, dtype=np.int32) for _ in texts]
+        return true_encode(self, texts)
 
-    monkeypatch.setattr(ByteLevelTokenizer, "encode", encode)
-    with pytest.raises(KeyboardInterrupt):
-        run(job)
-    assert left_in(job) == []
+    said = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ByteLevelTokenizer, "encode", encode)
+        run(job, part_bytes=300)
+    assert "a.b.parts" in left_in(job)
+    run(job, part_bytes=300, say=said.append)
+    assert said[0].startswith("continuing with 2 finished parts in ")
+    assert outputs(job.output_prefix) == outputs(job.output_prefix + "-whole")
+    assert "a.b.parts" not in left_in(job)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"max_tokens": 4, "min_tokens": 5}, "--max-tokens 4: needs at least --min-tokens, 5"),
+        ({"long_documents": "drop"}, "--long-documents drop: needs --max-tokens"),
+        ({"shard": (2, 2)}, "--shard 2/2: needs 0/2 to 1/2"),
+        ({"on_error": "ignore"}, "--on-error ignore: needs one of fail, skip"),
+        ({"engine": "fast"}, "--engine fast: ByteLevelTokenizer has none, needs --engine auto"),
+        ({"input": ("-", "-")}, "--input - -: standard input can be read once"),
+        ({"input": ("-",), "workers": 2}, "--input -: standard input is read by one process"),
+        ({"input": ("-",), "input_format": "arrow"}, "--input -: cannot be arrow, needs jsonl"),
         ({"workers": 0}, "--workers 0: needs 1 or more"),
         ({"min_tokens": 0}, "--min-tokens 0: needs 1 or more"),
         ({"prepend_bos": True}, "--prepend-bos: ByteLevelTokenizer has none, needs a tokenizer"),
@@ -162,7 +183,7 @@ def test_interrupt_half_way(job, monkeypatch, run, left_in):
 def test_settings_are_checked_before_anything_is_read(
     job, monkeypatch, changes, message, run, left_in
 ):
-    monkeypatch.setattr(module, "read_documents", pytest.fail)
+    monkeypatch.setattr(units, "read_piece", pytest.fail)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(job, **changes)
     assert left_in(job) == []
@@ -256,9 +277,11 @@ def test_tool_exit_status(tool, job, capsys):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_tool_leaves_nothing(tool, job, monkeypatch, number, status, left_in):
+def test_stopped_tool_without_a_finished_part_leaves_nothing(
+    tool, job, monkeypatch, number, status, left_in
+):
     def encode(self, texts):
-        assert left_in(job) != []
+        assert left_in(job) == ["a.b.parts"]
         signal.raise_signal(number)
 
     monkeypatch.setattr(ByteLevelTokenizer, "encode", encode)

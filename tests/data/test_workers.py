@@ -1,67 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
 
 from megatron_cream.data import workers as module
-from megatron_cream.data.tokenizers import ByteLevelTokenizer, train_bpe
+from megatron_cream.data.checks import check
+from megatron_cream.data.tokenizers import train_bpe
+
+PARTS = {"part_bytes": 400}  # of the test's input of about 1200 bytes
 
 
-def end_process(texts):
-    os._exit(1)
-
-
-def test_same_bytes_for_every_number_of_workers(job, tmp_path, monkeypatch, run, outputs, kept):
+@pytest.fixture
+def bpe_job(job, tmp_path, kept):
     train_bpe(kept, 300, tmp_path / "tokenizer")
-    job = replace(
-        job,
-        tokenizer_type="HuggingFaceTokenizer",
-        tokenizer_model=str(tmp_path / "tokenizer"),
-        append_eod=True,
+    model = str(tmp_path / "tokenizer")
+    return replace(
+        job, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model, append_eod=True
     )
-    run(job)
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 2)
-    run(job, workers=2, output_prefix=job.output_prefix + "2")
-    assert outputs(job.output_prefix) == outputs(job.output_prefix + "2")
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_same_bytes_for_every_number_of_workers(bpe_job, run, outputs, engine):
+    pytest.importorskip("gigatoken")
+    run(bpe_job, engine="reference")
+    for workers in (1, 2, 3):
+        prefix = f"{bpe_job.output_prefix}-{workers}"
+        run(bpe_job, output_prefix=prefix, engine=engine, workers=workers, **PARTS)
+        assert outputs(prefix) == outputs(bpe_job.output_prefix)
+
+
+def _imported(pipe):
+    from megatron_cream.data import preprocess  # noqa: F401
+
+    pipe.send("megatron" in sys.modules or "torch" in sys.modules)
 
 
 def test_workers_do_not_import_megatron():
-    look = "[m for m in ('megatron.core', 'torch') if m in __import__('sys').modules]"
-    with ProcessPoolExecutor(
-        1,
-        mp_context=get_context("spawn"),
-        initializer=module._start_worker,
-        initargs=("ByteLevelTokenizer", None),
-    ) as pool:
-        assert pool.submit(module._encode_in_worker, ["a"]).result()[0].tolist() == [97]
-        assert pool.submit(eval, look).result() == []
-        setting = pool.submit(os.getenv, "TOKENIZERS_PARALLELISM").result()
-    assert setting == "false"
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_imported, args=(theirs,))
+    process.start()
+    assert ours.recv() is False
+    process.join()
 
 
-def test_pool_reads_only_a_little_ahead(monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 1)
-    taken = 0
-
-    def documents():
-        nonlocal taken
-        for _ in range(1000):
-            taken += 1
-            yield "text"
-
-    rows = module.tokenized(
-        documents(), ByteLevelTokenizer(), ("ByteLevelTokenizer", None), workers=2
-    )
-    assert next(rows).tolist() == list(b"text")
-    rows.close()
-    assert taken <= 4
+def _die_in_worker(job, units, next_unit, read, pipe):
+    os._exit(1)
 
 
-def test_dead_worker_is_an_error_and_not_a_hang(job, monkeypatch, run, left_in):
-    monkeypatch.setattr(module, "_encode_in_worker", end_process)
-    with pytest.raises(ChildProcessError, match="--workers 2: a worker died, needs"):
-        run(job, workers=2)
-    assert left_in(job) == []
+def test_dead_worker_is_an_error_and_not_a_hang(job, monkeypatch):
+    config = replace(job, workers=2, **PARTS)
+    planned, tokenizer, _ = check(config)
+    planned.folder.mkdir()
+    monkeypatch.setattr(module, "_work", _die_in_worker)
+    with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
+        module.run_units(planned, planned.own_units(), 2, lambda count: None, tokenizer)
+
+
+def test_bytes_read_add_up_to_the_input(job):
+    config = replace(job, **PARTS)
+    planned, tokenizer, inputs = check(config)
+    planned.folder.mkdir()
+    assert len(planned.units) > 2
+    for _ in range(2):  # the second time every part is finished already
+        counts = []
+        module.run_units(planned, planned.own_units(), 2, counts.append, tokenizer)
+        assert sum(counts) >= inputs.total_bytes

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations to plain documents, by the chat template of a tokenizer.
+
+A document is the text that the chat model sees, special tokens written out; tokenizing turns these
+into their ids. Nothing says which words are the user's: a run trains on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Who speaks, in the ShareGPT format's words.
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
+
+
+def messages_of(record: Any) -> list[dict[str, str]]:
+    """Return the messages of a conversation as ``role`` and ``content``.
+
+    Args:
+        record: ``{"messages": [{"role", "content"}, ...]}``, or ShareGPT's
+            ``{"conversations": [{"from", "value"}, ...]}``.
+
+    Raises:
+        ValueError: it is neither, or somebody unknown speaks.
+    """
+    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        messages, who, what = record["messages"], "role", "content"
+    elif isinstance(record, dict) and isinstance(record.get("conversations"), list):
+        messages, who, what = record["conversations"], "from", "value"
+    else:
+        raise ValueError("it must have a list, messages or conversations")
+    if not messages:
+        raise ValueError("its list of messages is empty")
+    return [_message(message, who, what) for message in messages]
+
+
+def _message(message: Any, who: str, what: str) -> dict[str, str]:
+    if not isinstance(message, dict) or not isinstance(message.get(what), str):
+        raise ValueError(f"each message must have a text, {what}")
+    role = message.get(who)
+    if role not in _ROLES:
+        raise ValueError(f"{who} of a message is {role!r}: it must be one of {', '.join(_ROLES)}")
+    return {"role": _ROLES[role], "content": message[what]}
+
+
+class ChatTemplate:
+    """The chat template of a Hugging Face tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has none.
+        OSError: there is no tokenizer.
+    """
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"--tokenizer-model is {folder}: it must have a chat template, as the tokenizers "
+                "of chat models do"
+            )
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """Return the text of a whole conversation.
+
+        Raises:
+            ValueError: the template refuses it, two users in a row say.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not take it: {error}") from None
+
+
+def documents(
+    lines: Iterable[str], template: ChatTemplate, name: str, skip: bool
+) -> Iterator[str | None]:
+    """Yield the document of each line of a JSONL file, None for one that is skipped.
+
+    Args:
+        name: of the file, for errors.
+        skip: go on at a conversation that cannot be rendered.
+
+    Raises:
+        ValueError: naming the file and the line.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield template.render(messages_of(json.loads(line)))
+        except ValueError as error:
+            if not skip:
+                raise ValueError(f"{name}, line {number}: {error}; --on-error skip") from None
+            yield None
+
+
+def render_files(inputs: list[str], output: str, folder: str, skip: bool) -> tuple[int, int]:
+    """Write ``output``, one ``{"text": ...}`` a line; return conversations written and skipped.
+
+    Raises:
+        ValueError: a conversation that cannot be rendered, or none that can; nothing is kept.
+        OSError: a file that cannot be read or written.
+    """
+    template = ChatTemplate(folder)
+    path = Path(output)
+    partial = path.with_name(path.name + ".partial")
+    written = skipped = 0
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            for name in inputs:
+                with open(name, encoding="utf-8") as lines:
+                    for text in documents(lines, template, name, skip):
+                        written, skipped = written + (text is not None), skipped + (text is None)
+                        if text is not None:
+                            out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        if not written:
+            raise ValueError(f"--input: {skipped} conversations, and none that can be rendered")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return written, skipped

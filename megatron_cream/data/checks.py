@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a preprocessing job, and everything wrong with them before any text is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.data.engine import ENGINES
+from megatron_cream.data.index import token_dtype
+from megatron_cream.data.plan import PART_BYTES, InputFile, Job, plan_units
+from megatron_cream.data.publish import SUFFIXES, check_absent, is_whole
+from megatron_cream.data.records import Fields
+from megatron_cream.data.text import (
+    ARROW,
+    FORMATS,
+    PARQUET,
+    STDIN,
+    TextInputs,
+    find_inputs,
+    format_of,
+)
+from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """A job; the fields are the flags of `tools/preprocess_data.py`.
+
+    Attributes:
+        verify: documents to compare the fast tokenizer with the reference on; -1 for all.
+        shard: which shard, from 0, of how many.
+        part_bytes: text per part; never changes the result.
+    """
+
+    input: tuple[str, ...]
+    tokenizer_type: str
+    output_prefix: str
+    tokenizer_model: str | None = None
+    json_key: str | tuple[str, ...] = "text"
+    key_separator: str = "\n\n"
+    input_format: str | None = None
+    append_eod: bool = False
+    prepend_bos: bool = False
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    long_documents: str = "split"
+    drop_duplicates: bool = False
+    on_error: str = "fail"
+    seq_length: int | None = None
+    target_length: int | None = None
+    engine: str = "auto"
+    verify: int = 8
+    workers: int = 1
+    shard: tuple[int, int] = (0, 1)
+    ray: str | None = None
+    overwrite: bool = False
+    restart: bool = False
+    part_bytes: int = PART_BYTES
+
+    def fields(self) -> Fields:
+        """Which keys hold the text."""
+        names = (self.json_key,) if isinstance(self.json_key, str) else tuple(self.json_key)
+        return Fields(names, self.key_separator)
+
+    def thresholds(self) -> tuple[int, ...]:
+        """Lengths to count documents of."""
+        return tuple(n for n in (self.seq_length, self.target_length) if n is not None)
+
+    def noted(self, job: Job) -> dict[str, Any]:
+        """What ``PREFIX.json`` says of tokenizer and limits."""
+        return {
+            "tokenizer_type": self.tokenizer_type,
+            "tokenizer_model": self.tokenizer_model,
+            "vocab_size": job.vocab_size,
+            "eod_id": job.eod_id,
+            "bos_id": job.bos_id,
+            "appended_eod": self.append_eod,
+            "prepended_bos": self.prepend_bos,
+            "min_tokens": self.min_tokens,
+            "max_tokens": self.max_tokens,
+            "dtype": job.dtype,
+        }
+
+
+def output_prefix(config: PreprocessConfig) -> str:
+    """Return where a job writes: shards have a prefix of their own."""
+    index, count = config.shard
+    return config.output_prefix + (f"-{index:05d}-of-{count:05d}" if count > 1 else "")
+
+
+def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
+    """Return the job that the settings ask for.
+
+    Raises:
+        ValueError: a setting that cannot work.
+        FileNotFoundError: an input, a model or a folder that is not there.
+    """
+    _check_values(config)
+    prefix = output_prefix(config)
+    _check_output(config, prefix)
+    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+    _check_special(config, tokenizer)
+    inputs = find_inputs(config.input)
+    targets = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
+    files = []
+    for path in inputs.files:
+        if os.path.realpath(path) in targets:
+            raise ValueError(f"--output-prefix {prefix}: {path} is an input, needs another prefix")
+        files.append(InputFile.of(path, _checked_format(config, path)))
+    job = Job(
+        prefix=prefix,
+        files=tuple(files),
+        units=plan_units(tuple(files), config.part_bytes),
+        fields=config.fields(),
+        tokenizer=(config.tokenizer_type, config.tokenizer_model),
+        tokenizer_digest=_digest(config, tokenizer),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod,
+        bos_id=tokenizer.bos,
+        append_eod=config.append_eod,
+        prepend_bos=config.prepend_bos,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        min_tokens=config.min_tokens,
+        max_tokens=config.max_tokens,
+        drop_long=config.long_documents == "drop",
+        drop_duplicates=config.drop_duplicates,
+        shard=config.shard,
+        part_bytes=config.part_bytes,
+        on_error=config.on_error,
+        fast=None,
+        verify_all=config.verify < 0,
+    )
+    return job, tokenizer, inputs
+
+
+def _check_values(config: PreprocessConfig) -> None:
+    counts = (
+        ("--workers", config.workers),
+        ("--min-tokens", config.min_tokens),
+        ("--max-tokens", config.max_tokens),
+        ("--seq-length", config.seq_length),
+        ("--target-length", config.target_length),
+        ("--part-bytes", config.part_bytes),
+    )
+    for flag, value in counts:
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value}: needs 1 or more")
+    if config.max_tokens is not None and config.max_tokens < config.min_tokens:
+        raise ValueError(
+            f"--max-tokens {config.max_tokens}: needs at least --min-tokens, {config.min_tokens}"
+        )
+    if config.long_documents == "drop" and config.max_tokens is None:
+        raise ValueError("--long-documents drop: needs --max-tokens")
+    choices = (
+        ("--long-documents", config.long_documents, ("split", "drop")),
+        ("--on-error", config.on_error, ("fail", "skip")),
+        ("--engine", config.engine, ENGINES),
+        ("--input-format", config.input_format, (None, *FORMATS)),
+    )
+    for flag, value, allowed in choices:
+        if value not in allowed:
+            names = ", ".join(name for name in allowed if name)
+            raise ValueError(f"{flag} {value}: needs one of {names}")
+    index, count = config.shard
+    if not 0 <= index < count:
+        raise ValueError(f"--shard {index}/{count}: needs 0/{count} to {count - 1}/{count}")
+    if not config.fields().names:
+        raise ValueError("--json-key: needs at least one name")
+    _check_standard_input(config)
+    if config.ray is not None:
+        from megatron_cream.data.on_ray import import_ray
+
+        import_ray()
+
+
+def _check_standard_input(config: PreprocessConfig) -> None:
+    if str(STDIN) not in config.input:
+        return
+    if config.workers > 1 or config.ray is not None or config.shard[1] > 1:
+        raise ValueError(
+            "--input -: standard input is read by one process, needs --workers 1 without --shard "
+            "and --ray"
+        )
+    if config.input_format in (PARQUET, ARROW):
+        raise ValueError(f"--input -: cannot be {config.input_format}, needs jsonl or text")
+
+
+def _check_output(config: PreprocessConfig, prefix: str) -> None:
+    where = f"--output-prefix {config.output_prefix}"
+    folder, name = os.path.split(config.output_prefix)
+    if not name:
+        raise ValueError(f"{where}: names a folder, needs FOLDER/NAME")
+    if not os.path.isdir(folder or "."):
+        raise FileNotFoundError(f"{where}: no folder {folder}, needs one that exists")
+    if not os.access(folder or ".", os.W_OK | os.X_OK):
+        raise ValueError(f"{where}: folder {folder or '.'} needs to be writable")
+    if not is_whole(os.path.join(prefix + ".parts", "data")):
+        check_absent(prefix, config.overwrite)
+
+
+def _check_special(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
+    wanted = (
+        ("--append-eod", config.append_eod, "an end of document", tokenizer.eod),
+        ("--prepend-bos", config.prepend_bos, "a beginning of sequence", tokenizer.bos),
+    )
+    for flag, asked, kind, token in wanted:
+        if asked and token is None:
+            model = config.tokenizer_model or tokenizer.name
+            raise ValueError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
+
+
+def _checked_format(config: PreprocessConfig, path: Path) -> str:
+    found = format_of(path, config.input_format)
+    if found in (PARQUET, ARROW):
+        from megatron_cream.data.columnar import check_columns
+
+        check_columns(str(path), found, config.fields())
+    return found
+
+
+def _digest(config: PreprocessConfig, tokenizer: Tokenizer) -> str:
+    """A name for the content of the tokenizer, wherever its files are."""
+    state = hashlib.blake2b(digest_size=16)
+    if hasattr(tokenizer, "serialized"):
+        state.update(tokenizer.serialized)
+    state.update(json.dumps([tokenizer.name, tokenizer.eod, tokenizer.bos]).encode())
+    return state.hexdigest()

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of Parquet and Arrow files, a few at a time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.data import giant, records
+from megatron_cream.data.reading import Record
+from megatron_cream.data.records import BadRecord, Fields
+from megatron_cream.data.text import PARQUET
+
+_BATCH_BYTES = 8 << 20
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def import_pyarrow(path: str) -> Any:
+    """Return the pyarrow package.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as exc:
+        raise ValueError(
+            f"--input {path}: needs the pyarrow package, run `pip install pyarrow`"
+        ) from exc
+    return pyarrow
+
+
+def check_columns(path: str, format: str, fields: Fields) -> None:
+    """Refuse a file that has no column of text under each of ``fields``, or is not whole.
+
+    Raises:
+        ValueError: naming the file and what is wrong.
+    """
+    pa = import_pyarrow(path)
+    with _broken(pa, path, format), _Source(path, format) as source:
+        schema = source.schema
+    text = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
+    for name in fields.names:
+        if schema.get_field_index(name) < 0:
+            raise ValueError(
+                f"{path}: --json-key {name}: no such column, needs one of {', '.join(schema.names)}"
+            )
+        found = schema.field(name).type
+        if pa.types.is_dictionary(found):
+            found = found.value_type
+        if found not in text:
+            raise ValueError(f"{path}: --json-key {name}: a column of {found}, needs text")
+
+
+def read_rows(
+    path: str,
+    format: str,
+    fields: Fields,
+    offset: int,
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> Iterator[Record]:
+    """Yield the rows of a file after the first ``offset``.
+
+    Raises:
+        ValueError: broken data, naming the file.
+        OSError: the file cannot be read.
+    """
+    pa = import_pyarrow(path)
+    size, row = Path(path).stat().st_size, 0
+    with _broken(pa, path, format), _Source(path, format) as source:
+        for batch in source.batches(list(fields.names)):
+            count = batch.num_rows
+            if row + count > offset:
+                skip = max(offset - row, 0)
+                columns = [_values(pa, batch, name)[skip:] for name in fields.names]
+                for i, values in enumerate(zip(*columns, strict=True), start=row + skip + 1):
+                    yield _record(values, fields, i)
+            row += count
+        on_bytes(size)
+
+
+def _values(pa: Any, batch: Any, name: str) -> list[bytes | None]:
+    column = batch.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    # As bytes, so that text which is not UTF-8 is an error of its row.
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def _record(values: tuple[bytes | None, ...], fields: Fields, row: int) -> Record:
+    try:
+        if len(values) == 1 and values[0] is not None and len(values[0]) > records.GIANT_BYTES:
+            stream = io.BytesIO(values[0])
+            first = stream.read(records.PIECE_BYTES)
+            return Record(giant.stream_text(stream, first), None, row, row)
+        texts = {
+            name: None if value is None else records.decode(value)
+            for name, value in zip(fields.names, values, strict=True)
+        }
+        return Record(records.check_text(records.join_fields(texts, fields)), None, row, row)
+    except BadRecord as exc:
+        return Record(None, exc, row, row)
+
+
+class _Source:
+    """An open file of either format; Arrow's is a file with a footer or a stream."""
+
+    def __init__(self, path: str, format: str) -> None:
+        self._path = path
+        self._parquet = format == PARQUET
+
+    def __enter__(self) -> _Source:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._file = pa.OSFile(self._path)
+        if self._parquet:
+            self._reader = pq.ParquetFile(self._file)
+            self.schema = self._reader.schema_arrow
+            return self
+        try:
+            self._reader = pa.ipc.open_file(self._file)
+            self._count = self._reader.num_record_batches
+        except pa.ArrowInvalid:
+            self._file.seek(max(self._file.size() - len(_END_OF_STREAM), 0))
+            if self._file.read() != _END_OF_STREAM:
+                raise pa.ArrowInvalid("the file ends before its end mark") from None
+            self._file.seek(0)
+            self._reader = pa.ipc.open_stream(self._file)
+            self._count = None
+        self.schema = self._reader.schema
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def batches(self, names: list[str]) -> Iterator[Any]:
+        """Yield record batches of a bounded number of rows."""
+        if self._parquet:
+            for group in range(self._reader.num_row_groups):
+                meta = self._reader.metadata.row_group(group)
+                each = max(meta.total_byte_size // max(meta.num_rows, 1), 1)
+                rows = min(max(_BATCH_BYTES // each, 1), 1 << 14)
+                yield from self._reader.iter_batches(rows, row_groups=[group], columns=names)
+            return
+        whole = (
+            self._reader if self._count is None else map(self._reader.get_batch, range(self._count))
+        )
+        for batch in whole:
+            rows = max(batch.num_rows * _BATCH_BYTES // max(batch.nbytes, 1), 1)
+            for start in range(0, batch.num_rows, rows):
+                yield batch.slice(start, rows)
+
+
+class _broken:
+    """Turns what pyarrow says of damaged data into one line that names the file."""
+
+    def __init__(self, pa: Any, path: str, format: str) -> None:
+        self._pa, self._where = pa, f"{path}: broken {format} data"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, self._pa.ArrowException):
+            raise ValueError(f"{self._where} ({exc})") from exc

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several datasets to one: the shards of a job, or any that were written with one tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cream.data.assemble import Segment, assemble, first_copies
+from megatron_cream.data.folder import WorkFolder
+from megatron_cream.data.index import DatasetIndex, read_index, read_metadata
+from megatron_cream.data.note import DUPLICATES, Counts, make_note
+from megatron_cream.data.parts import HASH_BYTES
+from megatron_cream.data.publish import check_absent, finish_publishing, publish
+from megatron_cream.data.statistics import Lengths, median
+
+_OF_A_JOB = ("shard", "job", "thresholds")
+_SAME = ("tokenizer_type", "vocab_size", "eod_id", "bos_id", "appended_eod", "prepended_bos")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset to merge: its index, and its note, None where another tool wrote it."""
+
+    index: DatasetIndex
+    note: dict[str, Any] | None
+
+    @property
+    def prefix(self) -> str:
+        """Its path without suffix."""
+        return self.index.prefix
+
+    def segment(self, *, hashed: bool) -> Segment:
+        """The dataset as a stretch of the one to be."""
+        counts = np.diff(self.index.documents)
+        return Segment(
+            self.prefix + ".bin",
+            len(counts),
+            lambda: (self.index.lengths.astype(np.int64), counts),
+            self._hashes if hashed else None,
+        )
+
+    def _hashes(self) -> np.ndarray:
+        path = self.prefix + ".hashes"
+        found = np.fromfile(path, dtype=f"V{HASH_BYTES}")
+        if len(found) != len(self.index.documents) - 1:
+            raise ValueError(f"{path}: has {len(found)} hashes, needs one for each document")
+        return found
+
+
+def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> str:
+    """Write the documents of all datasets, in order, as one; returns a line that says how many.
+
+    Shards of one job give what the job gives in one piece, byte for byte: they must all be there,
+    are put in order, and duplicates across them are dropped where the job asked for it.
+
+    Raises:
+        ValueError: datasets that do not go together, a missing shard, a damaged dataset.
+        OSError: a file that is missing, exists or cannot be written.
+    """
+    place = os.path.dirname(output) or "."
+    if not os.path.isdir(place):
+        raise FileNotFoundError(f"--output-prefix {output}: no folder {place}, needs one")
+    with WorkFolder(output) as folder:
+        if folder.is_whole():
+            finish_publishing(folder.staged, output)
+        check_absent(output, overwrite)
+        sources = _read(prefixes)
+        _write(sources, folder.staged)
+        publish(folder.staged, output, overwrite)
+        folder.remove()
+    index = read_index(output)
+    tokens = index.lengths.sum(dtype=np.int64)
+    return f"documents: {len(index.documents) - 1}\ntokens: {tokens}\nwritten: {output}.bin .idx"
+
+
+def _read(prefixes: Sequence[str]) -> list[Source]:
+    sources = [Source(read_index(prefix, empty=True), read_metadata(prefix)) for prefix in prefixes]
+    first = sources[0]
+    for source in sources[1:]:
+        if source.index.dtype != first.index.dtype:
+            raise ValueError(
+                f"--input {source.prefix}: holds {source.index.dtype}, needs "
+                f"{first.index.dtype} as {first.prefix}"
+            )
+        _check_notes(first, source)
+    sharded = [source for source in sources if source.note and "shard" in source.note]
+    return _in_order(sharded, len(sources)) if sharded else sources
+
+
+def _check_notes(first: Source, other: Source) -> None:
+    if first.note is None or other.note is None:
+        return
+    for key in _SAME:
+        if first.note[key] != other.note[key]:
+            raise ValueError(
+                f"--input {other.prefix}: has {key} {other.note[key]!r}, needs "
+                f"{first.note[key]!r} as {first.prefix}"
+            )
+
+
+def _in_order(shards: list[Source], given: int) -> list[Source]:
+    """The shards of one job by their number."""
+    count = shards[0].note["shard"][1]
+    jobs = {shard.note["job"] for shard in shards}
+    numbers = sorted(shard.note["shard"][0] for shard in shards)
+    if len(jobs) > 1 or len(shards) != given:
+        raise ValueError(
+            "--input: shards go together with all other shards of the same job (the same settings "
+            "and input files), and nothing else"
+        )
+    if numbers != list(range(count)):
+        missing = sorted(set(range(count)) - set(numbers))
+        what = f"without {missing}" if missing else "with one given twice"
+        raise ValueError(f"--input: shards {numbers} of {count}, {what}, needs each of them once")
+    return sorted(shards, key=lambda shard: shard.note["shard"][0])
+
+
+def _write(sources: list[Source], staged: str) -> None:
+    hashed = all(os.path.exists(source.prefix + ".hashes") for source in sources)
+    segments = [source.segment(hashed=hashed) for source in sources]
+    kept = first_copies(segments) if hashed else None
+    notes = [source.note for source in sources if source.note is not None]
+    whole = len(notes) == len(sources)
+    thresholds = tuple(notes[0].get("thresholds", ())) if whole else ()
+    dtype = sources[0].index.dtype
+    lengths, documents = assemble(staged, dtype, segments, kept, thresholds)
+    if not documents:
+        raise ValueError("--input: the datasets hold no document together, needs one that does")
+    if not whole:
+        return
+    counts = Counts()
+    for note in notes:
+        counts.add(note["dropped"], note.get("errors", {}))
+        counts.list_errors(note.get("listed_errors", []))
+    if kept is not None:
+        counts.add({DUPLICATES: int((~kept).sum())}, {})
+    content = make_note(
+        _settings(notes), lengths, documents, median(read_index(staged).lengths), counts
+    )
+    Path(staged + ".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _settings(notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the first note says of tokenizer and limits, those that all have in common."""
+    made = set(make_note({}, Lengths(), 0, 0.0, Counts())) | set(_OF_A_JOB)
+    return {
+        key: value if all(note.get(key) == value for note in notes) else None
+        for key, value in notes[0].items()
+        if key not in made
+    }

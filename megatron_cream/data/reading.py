@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records out of a stretch of a file, from any place that an earlier reading had come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from megatron_cream.data import giant, records
+from megatron_cream.data.compression import open_stream
+from megatron_cream.data.records import BadRecord, Fields, Line, Text
+from megatron_cream.data.text import ARROW, JSONL, PARQUET
+
+_BLOCK_BYTES = 4 << 20
+_AFTER_END_BYTES = 1 << 18
+_BLANK = frozenset(b" \t\r\n\v\f")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a file.
+
+    Attributes:
+        path: the file.
+        format: one of ``text.FORMATS``.
+        start, end: bytes; the lines that begin between them belong to it. No end: the whole file.
+    """
+
+    path: str
+    format: str
+    start: int = 0
+    end: int | None = None
+
+
+class Record(NamedTuple):
+    """A document, or why there is none.
+
+    Attributes:
+        text: its text, to be read before the next record is asked for; None with an error.
+        error: what is wrong with the record.
+        number: of its line or row, counted from 1 in its piece; 0 for a whole file.
+        offset: where the next record starts: expanded bytes from the start of the piece, or rows.
+    """
+
+    text: Text | None
+    error: BadRecord | None
+    number: int
+    offset: int
+
+
+def place(piece: Piece, number: int) -> str:
+    """Return the file and the line or row of a record, for an error.
+
+    Args:
+        piece: where the record is.
+        number: its line or row in the file, counted from 1; 0 where a file is one record.
+    """
+    unit = "row" if piece.format in (PARQUET, ARROW) else "line"
+    return f"{piece.path}: {unit} {number}" if number else piece.path
+
+
+def lines_before(path: str, starts: list[int]) -> list[int]:
+    """Return how many lines of a plain file begin before each of ``starts``, sorted bytes."""
+    counts, at, found = [], 0, 0
+    with open(path, "rb", buffering=0) as file:
+        for start in starts:
+            # A line begins at 0 and after each line end, but for one that ends at `start`.
+            while at < start - 1 and (block := file.read(min(start - 1 - at, _BLOCK_BYTES))):
+                found += block.count(b"\n")
+                at += len(block)
+            counts.append(found + (start > 0))
+    return counts
+
+
+def read_piece(
+    piece: Piece,
+    fields: Fields,
+    offset: int = 0,
+    number: int = 0,
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> Iterator[Record]:
+    """Yield the records of ``piece``, from ``offset``, where ``number`` ones had been read.
+
+    Raises:
+        ValueError: broken compressed or columnar data.
+        OSError: the file cannot be read.
+    """
+    if piece.format in (PARQUET, ARROW):
+        from megatron_cream.data.columnar import read_rows
+
+        yield from read_rows(piece.path, piece.format, fields, offset, on_bytes)
+        return
+    with open_stream(Path(piece.path), on_bytes) as stream:
+        if piece.format == JSONL:
+            yield from _read_jsonl(stream, piece, fields, offset, number)
+        elif not offset:
+            yield _read_text(stream)
+
+
+def _read_text(stream: BinaryIO) -> Record:
+    data = stream.read(records.GIANT_BYTES + 1)
+    if len(data) > records.GIANT_BYTES:
+        return Record(giant.stream_text(stream, data), None, 0, 1)
+    try:
+        text = records.check_text(records.decode(data.removeprefix(_BOM)))
+        return Record(text, None, 0, 1)
+    except BadRecord as exc:
+        return Record(None, exc, 0, 1)
+
+
+def _read_jsonl(
+    stream: BinaryIO, piece: Piece, fields: Fields, offset: int, number: int
+) -> Iterator[Record]:
+    at = piece.start + offset
+    if offset or not piece.start:
+        _go_to(stream, at)
+    else:
+        at = _next_line(stream, piece)
+    lines = _lines(stream, at, piece.end)
+    for end, line in lines:
+        number += 1
+        if number == 1 and not piece.start and bytes(line[:3]) == _BOM:
+            line = line[3:]
+        if not line or (line[0] in _BLANK and bytes(line).isspace()):
+            continue
+        try:
+            yield Record(records.text_of(line, fields), None, number, end - piece.start)
+        except BadRecord as exc:
+            yield Record(None, exc, number, end - piece.start)
+
+
+def _go_to(stream: BinaryIO, offset: int) -> None:
+    if stream.seekable():
+        stream.seek(offset)
+        return
+    while offset and (block := stream.read(min(offset, _BLOCK_BYTES))):
+        offset -= len(block)
+
+
+def _next_line(stream: BinaryIO, piece: Piece) -> int:
+    """Go to the first line that begins in ``piece``, or past its end; returns where."""
+    at = piece.start - 1
+    stream.seek(at)
+    while at < piece.end and (block := stream.read(_AFTER_END_BYTES)):
+        stop = block.find(b"\n")
+        if stop >= 0:
+            stream.seek(at + stop + 1)
+            return at + stop + 1
+        at += len(block)
+    return at
+
+
+def _lines(stream: BinaryIO, at: int, end: int | None) -> Iterator[tuple[int, Line]]:
+    """Yield lines that begin before ``end`` without their ends, and where the next one begins.
+
+    Args:
+        stream: stands at byte ``at`` of the file.
+        at: where the first line begins.
+        end: None for the end of the file.
+    """
+    pending, reached = bytearray(), at
+    while (end is None or at < end) and (block := stream.read(_next_size(reached, end))):
+        begin, first = reached, 0
+        reached += len(block)
+        if pending:
+            first = block.find(b"\n") + 1
+            if not first:
+                pending += block
+                continue
+            pending += block[: first - 1]
+            at = begin + first
+            yield at, memoryview(pending)
+        view = memoryview(block)
+        while (end is None or at < end) and (stop := block.find(b"\n", first)) >= 0:
+            line = view[first:stop]
+            first = stop + 1
+            at = begin + first
+            yield at, line
+        pending = bytearray(view[first:])
+    if pending and (end is None or at < end):
+        yield reached, memoryview(pending)
+
+
+def _next_size(reached: int, end: int | None) -> int:
+    if end is None:
+        return _BLOCK_BYTES
+    return min(_BLOCK_BYTES, max(end - reached, 0) + _AFTER_END_BYTES)

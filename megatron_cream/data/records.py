@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One line of JSONL to the text of one document, or the reason why not.
+
+A text is a string, or an iterator of pieces where the line is so long that its text should never
+be in memory at once: one character outside Latin-1 makes Python spend two or four bytes on each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    import orjson
+except ImportError:
+    orjson = None
+
+GIANT_BYTES = 32 << 20
+"""Lines and files longer than this are read in pieces."""
+
+PIECE_BYTES = 4 << 20
+
+Text = str | Iterator[str]
+Line = bytes | bytearray | memoryview
+
+BROKEN_JSON = "broken JSON"
+NOT_AN_OBJECT = "not an object"
+MISSING_FIELD = "missing field"
+WRONG_TYPE = "wrong type"
+NOT_UTF8 = "invalid UTF-8"
+SURROGATE = "lone surrogate"
+NUL = "NUL"
+
+
+class BadRecord(ValueError):
+    """A record that holds no text; ``kind`` is one of the constants above."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which keys of an object hold the text, and what is put between several of them."""
+
+    names: tuple[str, ...] = ("text",)
+    separator: str = "\n\n"
+
+
+def text_of(line: Line, fields: Fields) -> Text:
+    """Return the text of one line of JSONL; pieces of a giant one may still raise.
+
+    Raises:
+        BadRecord: the line is not an object with strings under ``fields``, or its text holds NUL
+            or half a surrogate pair, which no tokenizer takes.
+    """
+    if len(line) > GIANT_BYTES:
+        from megatron_cream.data.giant import giant_text
+
+        return giant_text(line, fields)
+    return check_text(join_fields(parse(line), fields))
+
+
+def check_text(text: str) -> str:
+    """Return ``text``.
+
+    Raises:
+        BadRecord: it holds NUL.
+    """
+    if "\0" in text:
+        raise BadRecord(NUL, f"character {text.index(chr(0))} is NUL")
+    return text
+
+
+def decode(data: Line) -> str:
+    """Return UTF-8 bytes as a string.
+
+    Raises:
+        BadRecord: they are not UTF-8.
+    """
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError as exc:
+        raise BadRecord(NOT_UTF8, f"byte {exc.start}: not UTF-8 ({exc.reason})") from exc
+
+
+def parse(line: Line) -> Any:
+    """Return the value of one line of JSON, whichever parser is installed.
+
+    Raises:
+        BadRecord: it is not JSON, or a string in it is half a surrogate pair.
+    """
+    if orjson is not None:
+        try:
+            return orjson.loads(line)
+        except orjson.JSONDecodeError:
+            pass  # the standard library takes more (NaN, long integers) and says what is wrong
+    text = decode(line)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        if "\0" in text:
+            raise BadRecord(NUL, f"byte {bytes(line).index(0)} is NUL") from exc
+        detail = f"broken JSON ({exc}), needs one JSON object per line"
+        raise BadRecord(BROKEN_JSON, detail) from exc
+    _check_surrogates(value)
+    return value
+
+
+def join_fields(record: Any, fields: Fields) -> str:
+    """Return the strings under ``fields`` of a parsed record, one after the other.
+
+    Raises:
+        BadRecord: it is not an object, or has no string under one of them.
+    """
+    values = strings_of(record, fields)
+    return values[0] if len(values) == 1 else fields.separator.join(values)
+
+
+def strings_of(record: Any, fields: Fields) -> list[str]:
+    """Return the string under each of ``fields``; raises as ``join_fields``."""
+    if not isinstance(record, dict):
+        found = type(record).__name__
+        raise BadRecord(NOT_AN_OBJECT, f"a {found}, needs one JSON object per line")
+    values = []
+    for name in fields.names:
+        if name not in record:
+            raise BadRecord(MISSING_FIELD, f"--json-key {name}: nothing there, needs a string")
+        value = record[name]
+        if not isinstance(value, str):
+            found = type(value).__name__
+            raise BadRecord(WRONG_TYPE, f"--json-key {name}: {found} there, needs a string")
+        values.append(value)
+    return values
+
+
+def _check_surrogates(value: Any) -> None:
+    """The standard library takes half a pair anywhere; orjson does not."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack += [*item, *item.values()]
+        elif isinstance(item, list):
+            stack += item
+        elif isinstance(item, str) and not item.isascii():
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError as exc:
+                detail = f"character {exc.start} is half a surrogate pair"
+                raise BadRecord(SURROGATE, detail) from exc

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure preprocessing beside Megatron's own, on the same text with the same tokenizer.
+
+    git clone --depth 1 https://github.com/NVIDIA/Megatron-LM
+    python tools/benchmark_preprocess.py --input books.jsonl --workers 2 \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer/ \\
+        --megatron Megatron-LM/tools/preprocess_data.py
+
+The sides take turns, each in a fresh process, and their outputs are compared byte by byte. CPU
+seconds count all processes of a side and do not depend on what else the machine does; wall seconds
+do. preprocess_data_fast.py beside Megatron's script is measured too where it can load the
+tokenizer. Without --megatron a stand-in takes its place: the same loop, one tokenizer call a
+document through the same library, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+TOOL = Path(__file__).with_name("preprocess_data.py")
+OURS, STAND_IN, STOCK, FAST = "megatron_cream", "stand-in", "Megatron", "Megatron, gigatoken"
+
+
+@dataclass
+class Side:
+    """One way to make the dataset.
+
+    Attributes:
+        command: makes it from an input at a prefix.
+        output: its files, without suffix, for a prefix.
+        turns: how often it is run.
+        wall, cpu: seconds of each turn.
+        start: CPU seconds of each turn on one short line.
+        peak: largest resident bytes of any process of it.
+    """
+
+    command: Callable[[str, str], list[str]]
+    output: str
+    turns: int
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
+    peak: int = 0
+    failed: str = ""
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", required=True, metavar="JSONL", help="text under the key `text`")
+    add("--tokenizer-type", required=True, help="HuggingFaceTokenizer or SentencePieceTokenizer")
+    add("--tokenizer-model", required=True, metavar="PATH")
+    add("--workers", type=int, default=2)
+    add("--turns", type=int, default=3, help="of each side")
+    add("--megatron-turns", type=int, help="of Megatron's own loop, 0 for none")
+    add("--megatron", metavar="PATH", help="tools/preprocess_data.py of a Megatron-LM checkout")
+    add("--at-least", type=float, default=0.0, help="fail below this ratio of CPU seconds")
+    add("--stand-in", metavar="PREFIX", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Side]:
+    """Run all sides in turn.
+
+    Raises:
+        ValueError: a side whose output differs from the others'.
+        ChildProcessError: a side that fails.
+    """
+    sides = _sides(args)
+    short = folder / "short.jsonl"
+    short.write_text('{"text": "a short line"}\n')
+    for name, side in list(sides.items()):
+        _run(side, str(short), str(folder / "short"))
+        if side.failed:
+            if name != FAST:
+                raise ChildProcessError(f"{name} failed: {side.failed}")
+            print(f"{name} leaves the table: {side.failed}")
+            del sides[name]
+    first = next(iter(sides))
+    for turn in range(max(side.turns for side in sides.values())):
+        for name, side in sides.items():
+            if turn >= side.turns:
+                continue
+            side.start.append(_run(side, str(short), str(folder / "short"))[1])
+            prefix = str(folder / name.replace(" ", "-"))
+            wall, cpu = _run(side, args.input, prefix)
+            if side.failed:
+                raise ChildProcessError(f"{name} failed: {side.failed}")
+            side.wall.append(wall)
+            side.cpu.append(cpu)
+            _compare(str(folder / first) + sides[first].output, prefix + side.output)
+    return sides
+
+
+def table(sides: dict[str, Side], size: int) -> str:
+    """Return a row for each side; the ratios are of CPU and of wall seconds to ours."""
+    cpu, wall = _median(sides[OURS].cpu), _median(sides[OURS].wall)
+    steady = _steady(sides[OURS])
+    lines = [
+        "| side | CPU s | MB per CPU s | wall s | CPU ratio | wall ratio | without start-up "
+        "| peak GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, side in sides.items():
+        own_cpu, own_wall = _median(side.cpu), _median(side.wall)
+        work = _steady(side)
+        # A difference of two long times that is far below both says nothing.
+        without = f"{work / steady:.1f}" if work > 0.1 * _median(side.start) else "too little"
+        lines.append(
+            f"| {name} | {own_cpu:.2f} | {size / 1e6 / own_cpu:.2f} | {own_wall:.2f} "
+            f"| {own_cpu / cpu:.1f} | {own_wall / wall:.1f} | {without} "
+            f"| {side.peak / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _steady(side: Side) -> float:
+    """CPU seconds without those that a short line takes too."""
+    pairs = zip(side.cpu, side.start, strict=True)
+    return _median([cpu - start for cpu, start in pairs])
+
+
+def stages(args: argparse.Namespace, ours: Side) -> str:
+    """Return what reading and tokenizing take of our CPU seconds, each measured alone."""
+    from megatron_cream.data.engine import choose_engine
+    from megatron_cream.data.reading import Piece, read_piece
+    from megatron_cream.data.records import Fields
+    from megatron_cream.data.tokenizers import load_tokenizer
+
+    began = time.process_time()
+    texts = [record.text for record in read_piece(Piece(args.input, "jsonl"), Fields())]
+    reading = time.process_time() - began
+    reference = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    tokenizer = choose_engine("auto", reference, [])[0] or reference
+    began = time.process_time()
+    for text in texts:
+        tokenizer.encode([text])
+    tokenizing = time.process_time() - began
+    total = _median(ours.cpu)
+    parts = {
+        "start-up": _median(ours.start),
+        "reading and JSON": reading,
+        "tokenizing": tokenizing,
+        "converting, writing, index": max(total - _median(ours.start) - reading - tokenizing, 0.0),
+    }
+    return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
+
+
+def stand_in(args: argparse.Namespace) -> None:
+    """The loop of Megatron's script: json, one call a document, a list of ints, add_document."""
+    import tokenizers
+
+    from megatron_cream.data.tokenizers import load_tokenizer
+
+    ours = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        model = Path(args.tokenizer_model)
+        model = model / "tokenizer.json" if model.is_dir() else model
+        library = tokenizers.Tokenizer.from_file(str(model))
+
+        def encode(text: str) -> list[int]:
+            return library.encode(text, add_special_tokens=False).ids
+    else:
+
+        def encode(text: str) -> list[int]:
+            return ours.encode([text])[0].tolist()
+
+    dtype = np.uint16 if ours.vocab_size < 65500 else np.int32
+    lengths = []
+    with open(args.input, encoding="utf-8") as file, open(args.stand_in + ".bin", "wb") as out:
+        for line in file:
+            ids = encode(json.loads(line)["text"])
+            if ids:
+                ids.append(ours.eod)
+                lengths.append(len(ids))
+                out.write(np.array(ids, dtype=dtype).tobytes(order="C"))
+    from megatron_cream.data.index import write_index
+
+    block = (np.array(lengths), np.ones(len(lengths), dtype=np.int64))
+    write_index(args.stand_in + ".idx", np.dtype(dtype), [block], len(lengths), len(lengths))
+
+
+def _sides(args: argparse.Namespace) -> dict[str, Side]:
+    model = ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", args.tokenizer_model]
+    tail = ["--append-eod", *model]
+    workers = ["--workers", str(args.workers)]
+
+    def command(*script: str) -> Callable[[str, str], list[str]]:
+        return lambda source, prefix: [
+            *(sys.executable, *script, "--input", source, "--output-prefix", prefix, *tail)
+        ]
+
+    sides = {OURS: Side(command(str(TOOL), *workers, "--overwrite"), "", args.turns)}
+    turns = args.turns if args.megatron_turns is None else args.megatron_turns
+    if args.megatron is None:
+
+        def stand(source: str, prefix: str) -> list[str]:
+            return [sys.executable, __file__, "--input", source, "--stand-in", prefix, *model]
+
+        sides[STAND_IN] = Side(stand, "", turns)
+        return sides
+    if turns:
+        sides[STOCK] = Side(command(args.megatron, *workers), "_text_document", turns)
+    fast = Path(args.megatron).with_name("preprocess_data_fast.py")
+    if fast.exists():
+        sides[FAST] = Side(command(str(fast), "--use-gigatoken"), "_text_document", args.turns)
+    return sides
+
+
+def _run(side: Side, source: str, prefix: str) -> tuple[float, float]:
+    """Run a side once; returns wall and CPU seconds, those of its own processes included."""
+    environment = dict(os.environ)
+    script = Path(side.command(source, prefix)[1])
+    if script.parent != TOOL.parent:
+        environment["PYTHONPATH"] = str(script.resolve().parents[1])
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        command = side.command(source, prefix)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.perf_counter() - began
+        log.seek(0)
+        lines = log.read().decode(errors="replace").strip().splitlines() or [""]
+    if process.returncode:
+        errors = [line for line in lines if "Error" in line or line.startswith("error:")]
+        side.failed = (errors or lines)[-1].strip()
+    side.peak = max(side.peak, used.ru_maxrss * 1024)
+    return wall, used.ru_utime + used.ru_stime
+
+
+def _compare(one: str, other: str) -> None:
+    for suffix in (".bin", ".idx"):
+        if not filecmp.cmp(one + suffix, other + suffix, shallow=False):
+            raise ValueError(f"{one}{suffix} and {other}{suffix} differ: nothing to compare")
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def main(argv: list[str]) -> int:
+    """Print the table; bad input, or less than --at-least, ends with exit status 2."""
+    args = parse_args(argv)
+    if args.stand_in is not None:
+        stand_in(args)
+        return 0
+    try:
+        for path in filter(None, (args.input, args.tokenizer_model, args.megatron)):
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{path}: not found")
+        with tempfile.TemporaryDirectory(prefix="benchmark-", dir=".") as folder:
+            sides = measure(args, Path(folder).resolve())
+        size = os.path.getsize(args.input)
+        print(f"{size / 1e6:.1f} MB, {args.workers} workers, medians of {args.turns} turns")
+        print(table(sides, size))
+        print("our CPU seconds:", stages(args, sides[OURS]))
+        slowest = _median(list(sides.values())[1].cpu) / _median(sides[OURS].cpu)
+        if slowest < args.at_least:
+            raise ValueError(f"{slowest:.1f} times as fast, needs --at-least {args.at_least}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
