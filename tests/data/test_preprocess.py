@@ -285,9 +285,13 @@ def test_stopped_tool_without_a_finished_part_leaves_nothing(
         signal.raise_signal(number)
 
     monkeypatch.setattr(ByteLevelTokenizer, "encode", encode)
+    # A shell starts background jobs with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         returned = tool.main(arguments(job))
     except SystemExit as exc:
         returned = exc.code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert returned == status
     assert left_in(job) == []
