@@ -76,7 +76,13 @@ def test_weights_are_trained(one_rank, start):
     assert gradient.norm() > 1e-4
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SLOW = ("TP2 x PP2 x DP2",)  # eight ranks, each with an ODE
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS],
+)
 def test_same_as_one_rank(name, tmp_path, train, one_rank):
     count, layout = LAYOUTS[name]
     reference, expected = one_rank[0], stored(one_rank[1], 10)
@@ -108,6 +114,7 @@ def test_no_weight_decay(tmp_path, train, start):
     assert torch.equal(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "layout"), [(2, TP2), (2, PP2)], ids=["TP2", "PP2"])
 def test_resumes_at_another_layout(count, layout, tmp_path, flags, start, train, one_rank):
     train(tmp_path, "--save-interval", "5", "--exit-interval", "5")
