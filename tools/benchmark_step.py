@@ -6,12 +6,13 @@
 
 Forward and backward of a model of Llama-2-7B's layers (4 of them, and its head) in bf16 on 4096
 random tokens: plain Megatron with its fused RoPE and positions 0 .. 4095, beside this package's
-rotary with CREAM positions to 32768, another layout for every sample and step. The variants take
-turns; figures are medians.
+rotary with CREAM positions to --target-length, another layout for every sample and step. The
+variants take turns; figures are medians.
 
 With --clex it is linear interpolation beside CLEX at the same positions, another scale a sample,
 its ODE and the gradient of its weights included. CLEX solves the ODE once a step of --accumulate
-micro-batches, whatever the layers, so 4 of them and one micro-batch are the worst case.
+micro-batches, whatever the layers, so 4 of them and one micro-batch are the worst case; a larger
+--target-length makes it longer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from functools import partial
 
 import torch
 
-SEQUENCE, TARGET, VOCABULARY = 4096, 32768, 32000
+SEQUENCE, VOCABULARY = 4096, 32000
 
 
 def main() -> int:
@@ -40,7 +41,14 @@ def main() -> int:
     parser.add_argument(
         "--accumulate", type=int, nargs="+", default=[1], help="micro-batches a step"
     )
+    parser.add_argument("--target-length", type=int, default=32768, help="T, tokens")
     args = parser.parse_args()
+    if args.target_length <= SEQUENCE or args.target_length % SEQUENCE:
+        print(
+            f"error: --target-length {args.target_length}: needs a larger multiple of {SEQUENCE}",
+            file=sys.stderr,
+        )
+        return 2
     if not torch.cuda.is_available():
         print("error: there is no GPU: this measures GPU kernels", file=sys.stderr)
         return 2
@@ -51,7 +59,7 @@ def main() -> int:
         f"{'its quartiles':>19}"
     )
     for size, count in itertools.product(args.micro_batch_sizes, args.accumulate):
-        times = _measure(variants, size, count, args.steps)
+        times = _measure(variants, size, count, args)
         for name in variants:
             print(f"{size:>11}  {count:>6}  {_row(name, times)}", flush=True)
     return 0
@@ -61,13 +69,13 @@ def _variants(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
     """Return models by name; the first one is what the others are compared with."""
     if args.clex:
         return {
-            "linear, fused": _model(args.layers, fused=True, interpolation="linear"),
-            "CLEX, fused": _model(args.layers, fused=True, interpolation="clex"),
+            "linear, fused": _model(args, fused=True, interpolation="linear"),
+            "CLEX, fused": _model(args, fused=True, interpolation="clex"),
         }
     return {
-        "Megatron, fused": _model(args.layers, fused=True),
-        "ours, fused": _model(args.layers, fused=True, interpolation="linear"),
-        "ours, unfused": _model(args.layers, fused=False, interpolation="linear"),
+        "Megatron, fused": _model(args, fused=True),
+        "ours, fused": _model(args, fused=True, interpolation="linear"),
+        "ours, unfused": _model(args, fused=False, interpolation="linear"),
     }
 
 
@@ -80,42 +88,44 @@ def _row(name: str, times: dict[str, list[float]]) -> str:
 
 
 def _measure(
-    variants: dict[str, torch.nn.Module], size: int, count: int, steps: int
+    variants: dict[str, torch.nn.Module], size: int, count: int, args: argparse.Namespace
 ) -> dict[str, list[float]]:
     from megatron_cream.positions import make_strategy
 
-    strategy = make_strategy("cream", SEQUENCE, TARGET)
+    strategy = make_strategy("cream", SEQUENCE, args.target_length)
+    largest = args.target_length // SEQUENCE
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for step in range(-8, steps):  # the first ones compile kernels and fill caches
+    for step in range(-8, args.steps):  # the first ones compile kernels and fill caches
         tokens = torch.randint(VOCABULARY, (size, SEQUENCE), device="cuda")
         layouts = [strategy.layout(1, (step + 8) * size + i).position_ids for i in range(size)]
         pretended = torch.stack([torch.from_numpy(ids) for ids in layouts]).cuda()
+        scales = torch.randint(1, largest + 1, (count, size), device="cuda").float()
         plain = torch.arange(SEQUENCE, device="cuda").expand(size, -1)
         # Who goes first changes, so that clocks and caches favour nobody.
         order = list(variants) if step % 2 else list(variants)[::-1]
         for name in order:
             positions = plain if name.startswith("Megatron") else pretended
-            elapsed = _time(partial(_step, variants[name], tokens, positions, count))
+            elapsed = _time(partial(_step, variants[name], tokens, positions, scales))
             if step >= 0:
                 times[name].append(elapsed)
     return times
 
 
 def _step(
-    model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor, count: int
+    model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor
 ) -> None:
+    """Forward and backward; ``scales`` ``[micro-batches, b]``, of which CLEX uses the values."""
     clex = hasattr(model.rotary_pos_emb, "set_scales")
-    for _ in range(count):
+    for drawn in scales:
         if clex:
-            scales = torch.randint(1, TARGET // SEQUENCE + 1, (len(tokens),), device="cuda")
-            model.rotary_pos_emb.set_scales(scales.float())
+            model.rotary_pos_emb.set_scales(drawn)
         loss = model(input_ids=tokens, position_ids=positions, attention_mask=None, labels=tokens)
         loss.float().mean().backward()
     if clex:
         from megatron_cream.rope.clex.gradients import weights_gradient
 
         # To the device, as the trainer does: the step ends when it is there.
-        weights_gradient(model.rotary_pos_emb.table, float(count)).cuda()
+        weights_gradient(model.rotary_pos_emb.table, float(len(scales))).cuda()
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -130,7 +140,9 @@ def _time(run: Callable[[], None]) -> float:
     return begin.elapsed_time(end)
 
 
-def _model(layers: int, fused: bool, interpolation: str | None = None) -> torch.nn.Module:
+def _model(
+    args: argparse.Namespace, fused: bool, interpolation: str | None = None
+) -> torch.nn.Module:
     """Return a model with our rotary and an interpolation, or Megatron's own rotary for None."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -143,7 +155,7 @@ def _model(layers: int, fused: bool, interpolation: str | None = None) -> torch.
 
     initialize_one_process()
     config = TransformerConfig(
-        num_layers=layers,
+        num_layers=args.layers,
         hidden_size=4096,
         ffn_hidden_size=11008,
         num_attention_heads=32,
@@ -167,9 +179,8 @@ def _model(layers: int, fused: bool, interpolation: str | None = None) -> torch.
         position_embedding_type="rope",
     ).cuda()
     if interpolation is not None:
-        scaling = make_scaling(
-            interpolation, dim=128, factor=TARGET / SEQUENCE, original_length=SEQUENCE
-        )
+        factor = args.target_length / SEQUENCE
+        scaling = make_scaling(interpolation, dim=128, factor=factor, original_length=SEQUENCE)
         install_rotary(model, scaling)
     return model
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_cream.rope.clex.ode import require_torchdiffeq
-
 _GRADIENTS = "the gradient of clex's weights is written into Megatron's own gradient buffers"
 _ANGLES = "the rotation of clex is not captured"
 
@@ -24,9 +22,7 @@ def refuse_unserved(args: Namespace) -> None:
 
     Raises:
         ValueError: naming the flag, its value and what to do.
-        ImportError: the solver is not installed.
     """
-    require_torchdiffeq()
     for attribute, fine, flag, why in _REFUSED:
         value = getattr(args, attribute, None)
         if value not in fine:

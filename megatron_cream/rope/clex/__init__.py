@@ -2,7 +2,8 @@
 """CLEX: frequencies solve an ODE over the scale, with a trained term (arXiv:2310.16450).
 
 scaling    the settings, the scales t that training draws, which one serves a length   (numpy)
-ode        the vector field and its solution on a grid of scales          (torch, torchdiffeq)
+runge_kutta  steps of the ODE and their exact reverse                         (numpy)
+ode        the vector field and its solution on a grid of scales               (torch)
 frozen     trained weights at one scale as LongRoPE's lists, for serving
 table      frequencies of a step, at all scales
 rotate     the rotation with a gradient for the frequencies

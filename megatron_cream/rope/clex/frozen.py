@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream.rope.by_pair import LongRopeScaling
-from megatron_cream.rope.clex.ode import Field, limits, log_stretch
+from megatron_cream.rope.clex.ode import Field, Solved, limits, solve
 from megatron_cream.rope.clex.scaling import ClexScaling
 from megatron_cream.rope.scaling import make_scaling
 
@@ -51,10 +51,24 @@ def field_of(scaling: ClexScaling) -> Field:
     )
 
 
-def divisors(field: Field, solved: Tensor) -> np.ndarray:
-    """Return what each pair's frequency is divided by, float64, out of ``log_stretch``."""
-    low, high = limits(field)
-    return torch.exp(solved.detach().clamp(low, torch.full_like(low, high))).numpy()
+def divisors(field: Field, log_stretch: np.ndarray) -> np.ndarray:
+    """Return what each pair's frequency is divided by, float64."""
+    return np.exp(np.clip(log_stretch, *limits(field)))
+
+
+def solve_weights(field: Field, weights: Tensor, scales: list[float]) -> Solved:
+    """Solve the ODE with ``weights`` ``[size]`` of any float type, on any device.
+
+    Raises:
+        RuntimeError: they make no finite frequencies.
+    """
+    solved = solve(field, weights.detach().to("cpu", torch.float64, copy=True).numpy(), scales)
+    if not np.isfinite(solved.log_stretch).all():
+        raise RuntimeError(
+            "CLEX's weights make frequencies that are not finite: train with a lower --lr, a "
+            "smaller --clip-grad or --rope-options act=tanh"
+        )
+    return solved
 
 
 def freeze(scaling: ClexScaling, weights: Tensor, scale: float) -> LongRopeScaling:
@@ -65,6 +79,7 @@ def freeze(scaling: ClexScaling, weights: Tensor, scale: float) -> LongRopeScali
 
     Raises:
         ValueError: weights of another shape than the settings say.
+        RuntimeError: as ``solve_weights``.
     """
     field = field_of(scaling)
     if weights.shape != (field.size,):
@@ -72,8 +87,7 @@ def freeze(scaling: ClexScaling, weights: Tensor, scale: float) -> LongRopeScali
             f"{WEIGHTS} has shape {tuple(weights.shape)}: clex with dim {field.dim} and "
             f"param_factor {field.width} has ({field.size},)"
         )
-    with torch.no_grad():
-        solved = log_stretch(field, weights.to("cpu", torch.float64), [scale])
+    solved = solve_weights(field, weights, [scale])
     return make_scaling(
         "longrope",
         dim=scaling.dim,
@@ -81,6 +95,6 @@ def freeze(scaling: ClexScaling, weights: Tensor, scale: float) -> LongRopeScali
         factor=scaling.factor,
         original_length=scaling.original_length,
         short_factor=[1.0] * (scaling.dim // 2),
-        long_factor=divisors(field, solved)[0].tolist(),
+        long_factor=divisors(field, solved.log_stretch)[0].tolist(),
         attention_factor=1.0,
     )

@@ -18,17 +18,16 @@ n to n + 1 is cut into the fewest equal steps that are at most ``step * (2 n - 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_cream.rope.clex import runge_kutta
+
 _INITIAL_SEED = 1234  # the same W_up on every rank and at every layout
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "silu": torch.nn.functional.silu,
-}
 
 
 @dataclass(frozen=True)
@@ -69,19 +68,19 @@ class Field:
         weights[: math.prod(up)].uniform_(-bound, bound, generator=generator)
         return weights
 
-    def split(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views W_up, W_down of flat ``weights``."""
+    def split(self, weights: Any) -> tuple[Any, Any]:
+        """Return views W_up, W_down of flat ``weights``, an array or a tensor."""
         up, down = self.shapes
         count = math.prod(up)
-        return weights[:count].view(up), weights[count:].view(down)
+        return weights[:count].reshape(up), weights[count:].reshape(down)
 
-    def constants(self) -> tuple[Tensor, Tensor]:
+    def constants(self) -> tuple[np.ndarray, np.ndarray]:
         """Return c and e, float64 ``[d / 2]``."""
-        pairs = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu")
+        pairs = np.arange(0, self.dim, 2, dtype=np.float64)
         return -pairs / self.dim * math.log(self.base), pairs / (self.dim - 2)
 
 
-def limits(field: Field) -> tuple[Tensor, float]:
+def limits(field: Field) -> tuple[np.ndarray, float]:
     """Return the least (float64 ``[d / 2]``) and the largest ``log_stretch`` that is served.
 
     A pair that turns by more than pi a token reads as one that turns back, more slowly; one that is
@@ -91,55 +90,41 @@ def limits(field: Field) -> tuple[Tensor, float]:
     return fastest - math.log(math.pi), 80.0
 
 
-def log_stretch(field: Field, weights: Tensor, scales: list[float]) -> Tensor:
-    """Return ln(theta_i(1) / theta_i(t)), float64 ``[len(scales), d / 2]``, differentiable.
+@dataclass(frozen=True)
+class Solved:
+    """The solution at the scales that were asked for.
 
-    How much slower each pair turns at a scale: zeros at t = 1.
-
-    Args:
-        weights: float64 ``[size]`` on the CPU.
-        scales: increasing, at least 1.
-
-    Raises:
-        ImportError: torchdiffeq is not there.
+    Attributes:
+        log_stretch: ln(theta_i(1) / theta_i(t)), how much slower each pair turns at a scale:
+            float64 ``[scales, d / 2]``, zeros at t = 1.
     """
-    alpha = 2.0 * torch.tensor(scales, dtype=torch.float64, device="cpu") - 1.0
-    _, exponents = field.constants()
-    known = torch.log(alpha)[:, None] * exponents
-    return known - _learned(field, weights, [float(t) for t in scales])
+
+    log_stretch: np.ndarray
+    _learned: runge_kutta.Solution
+    _rows: np.ndarray
+
+    def pull_back(self, gradient: np.ndarray) -> np.ndarray:
+        """Return the gradient of the weights ``[size]`` for that of ``log_stretch``."""
+        upstream = np.zeros_like(self._learned.states)
+        upstream[self._rows] = -gradient
+        with runge_kutta.one_thread():
+            parts = self._learned.pull_back(upstream)
+        return np.concatenate([part.ravel() for part in parts])
 
 
-def _learned(field: Field, weights: Tensor, scales: list[float]) -> Tensor:
-    """Return w ``[len(scales), d / 2]``."""
-    first = [] if scales[0] == 1.0 else [1.0]
-    asked = first + scales
-    start = torch.zeros(field.dim // 2, dtype=torch.float64, device="cpu")
-    if len(asked) == 1:
-        return start[None]
-    points = torch.tensor(grid(asked, field.step), dtype=torch.float64, device="cpu")
-    solution = _odeint()(
-        slope(field, weights),
-        start,
-        torch.tensor(asked, dtype=torch.float64, device="cpu"),
-        method="rk4",
-        options={"grid_constructor": lambda func, y0, t: points},
-    )
-    return solution[len(first) :]
-
-
-def slope(field: Field, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return dw / dt as a function of t and w."""
-    up, down = field.split(weights)
-    act = _ACTIVATIONS[field.act]
+def solve(field: Field, weights: np.ndarray, scales: list[float]) -> Solved:
+    """Solve the ODE with ``weights``, float64 ``[size]``, at increasing ``scales`` from 1 on."""
+    scales = [float(t) for t in scales]
+    points = np.array(grid(scales if scales[0] == 1.0 else [1.0, *scales], field.step))
     c, e = field.constants()
-    # 2 n(t) W_up is the same two vectors at every t.
-    constant, falling = (2.0 * c) @ up, (2.0 * e) @ up
-
-    def value(t: Tensor, w: Tensor) -> Tensor:
-        known = torch.sub(constant, falling, alpha=math.log(2.0 * float(t) - 1.0))
-        return act(torch.addmv(known, up.t(), w)) @ down
-
-    return value
+    ln_alpha = np.log(2.0 * runge_kutta.stage_times(points) - 1.0)
+    known = 2.0 * (c - ln_alpha[..., None] * e)
+    up, down = field.split(weights)
+    with runge_kutta.one_thread():
+        learned = runge_kutta.solve(points, known, up, down, runge_kutta.ACTIVATIONS[field.act])
+    rows = np.searchsorted(points, scales)
+    ntk = np.log(2.0 * np.array(scales) - 1.0)[:, None] * e
+    return Solved(ntk - learned.states[rows], learned, rows)
 
 
 def grid(scales: list[float], step: float) -> list[float]:
@@ -159,22 +144,3 @@ def _cut(low: float, high: float, step: float) -> list[float]:
         points += [start + (stop - start) * i / count for i in range(1, count)] + [stop]
         start = stop
     return points
-
-
-def require_torchdiffeq() -> None:
-    """Refuse to start without the solver.
-
-    Raises:
-        ImportError: naming the extra that installs it.
-    """
-    _odeint()
-
-
-def _odeint() -> Callable[..., Tensor]:
-    try:
-        from torchdiffeq import odeint
-    except ImportError:
-        raise ImportError(
-            "--rope-interpolation is 'clex': it needs torchdiffeq, install megatron_cream[clex]"
-        ) from None
-    return odeint

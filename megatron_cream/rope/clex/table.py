@@ -3,17 +3,18 @@
 
 The weights do not change between two updates, so all micro-batches, pipeline chunks and recomputed
 layers of a step share one table and add their gradients to it. The ODE is solved on the host; its
-graph waits there until ``gradients`` has the table's gradient of all ranks.
+steps wait there until ``gradients`` has the table's gradient of all ranks.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_cream.rope.base import rounded_list
-from megatron_cream.rope.clex.frozen import divisors, field_of
-from megatron_cream.rope.clex.ode import limits, log_stretch
+from megatron_cream.rope.clex.frozen import divisors, field_of, solve_weights
+from megatron_cream.rope.clex.ode import Solved, limits
 from megatron_cream.rope.clex.scaling import ClexScaling, row_of
 
 
@@ -30,12 +31,12 @@ class ScaleTable:
         self.field = field_of(scaling)
         self.powers = powers.cpu().numpy()
         self.inv_freq: Tensor | None = None
-        self._graph: tuple[Tensor, Tensor] | None = None
+        self._solved: Solved | None = None
         self._others: dict[float, Tensor] = {}
 
     def forget(self) -> None:
         """Weights have changed, or will have before the next step."""
-        self.inv_freq = self._graph = None
+        self.inv_freq = self._solved = None
         self._others = {}
 
     def solve(self, weights: Tensor) -> Tensor:
@@ -45,13 +46,10 @@ class ScaleTable:
             RuntimeError: the weights make no finite frequencies.
         """
         if self.inv_freq is None:
-            # Also for evaluation in inference mode: the graph may still be needed by training.
-            with torch.inference_mode(False), torch.enable_grad():
-                leaf = weights.detach().to("cpu", torch.float64, copy=True).requires_grad_()
-                solved = log_stretch(self.field, leaf, self.scaling.scales)
-                _refuse_non_finite(solved, "frequencies")
-                self._graph = leaf, solved
-                self.inv_freq = self._rounded(solved, weights.device).requires_grad_()
+            self._solved = solve_weights(self.field, weights, self.scaling.scales)
+            # Evaluation in inference mode may be first; training needs a leaf of its own.
+            with torch.inference_mode(False):
+                self.inv_freq = self._rounded(self._solved, weights.device).requires_grad_()
         return self.inv_freq
 
     def at(self, weights: Tensor, scale: float) -> Tensor:
@@ -59,10 +57,8 @@ class ScaleTable:
         if scale in self.scaling.scales:
             return self.solve(weights).detach()[row_of(scale)]
         if scale not in self._others:
-            with torch.inference_mode(False), torch.no_grad():
-                leaf = weights.detach().to("cpu", torch.float64)
-                solved = log_stretch(self.field, leaf, [scale])
-                _refuse_non_finite(solved, "frequencies")
+            solved = solve_weights(self.field, weights, [scale])
+            with torch.inference_mode(False):
                 self._others[scale] = self._rounded(solved, weights.device)[0]
         return self._others[scale]
 
@@ -76,23 +72,14 @@ class ScaleTable:
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """Return the weights' float64 gradient ``[size]`` on the CPU for that of the table."""
-        leaf, solved = self._graph
-        # inv_freq is base / exp(solved).
-        upstream = -(self.inv_freq.detach().double() * gradient).cpu()
-        low, high = limits(self.field)
+        # inv_freq is base / exp(log_stretch).
+        upstream = -(self.inv_freq.detach().double() * gradient).cpu().numpy()
+        stretch, (low, high) = self._solved.log_stretch, limits(self.field)
         # Beyond a limit only what leads back counts.
-        outward = ((solved < low) & (upstream > 0)) | ((solved > high) & (upstream < 0))
-        return torch.autograd.grad(solved, leaf, upstream.masked_fill(outward, 0.0))[0]
+        outward = ((stretch < low) & (upstream > 0)) | ((stretch > high) & (upstream < 0))
+        return torch.from_numpy(self._solved.pull_back(np.where(outward, 0.0, upstream)))
 
-    def _rounded(self, solved: Tensor, device: torch.device) -> Tensor:
+    def _rounded(self, solved: Solved, device: torch.device) -> Tensor:
         # As an exported model's LongRoPE lists are rounded: bit for bit what will be served.
-        frequencies = rounded_list(divisors(self.field, solved), self.powers)
+        frequencies = rounded_list(divisors(self.field, solved.log_stretch), self.powers)
         return torch.from_numpy(frequencies).to(device)
-
-
-def _refuse_non_finite(values: Tensor, name: str) -> None:
-    if not torch.isfinite(values).all():
-        raise RuntimeError(
-            f"CLEX's weights make {name} that are not finite: train with a lower --lr, a smaller "
-            "--clip-grad or --rope-options act=tanh"
-        )
