@@ -20,10 +20,12 @@ from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.sources import fewest_tokens, make_sources
+from megatron_cream.data.span_reader import SpanReader
 from megatron_cream.positions import Layout, Strategy, philox
 from megatron_cream.positions.scaled import Scaled
 
 _SHUFFLE_STREAM = 1  # keeps shuffling apart from the layouts of the same seed
+_KEPT_ORDERS = 1 << 20  # samples of all kept epochs (4 bytes each), unless one alone has more
 
 
 @dataclass
@@ -91,7 +93,14 @@ class SpanDataset(MegatronDataset):
         )
         if not len(self.sources) and num_samples != 0:
             raise ValueError(no_sources_message(dataset_path, index_split.name, self))
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int32))
+        self.reader = SpanReader(
+            dataset,
+            self.sources,
+            self.strategy.train_length,
+            extension.label_rule,
+            config.eod_id if config.eod_mask_loss else None,
+        )
+        self._orders: dict[int, np.ndarray] = {}
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -122,70 +131,21 @@ class SpanDataset(MegatronDataset):
     def chosen(self, idx: int) -> int:
         """Return which text of the epoch sample ``idx`` reads."""
         epoch, slot = divmod(int(idx), self.epoch_size)
-        return int(self._epoch_order(epoch)[slot])
+        return self._epoch_order(epoch).item(slot)
 
     def read(self, source: int, layout: Layout) -> dict[str, np.ndarray]:
         """Return tokens, labels, loss mask and position ids of a source read at ``layout``."""
-        start, length, end = self._source(source)
-        tokens = np.zeros(layout.train_length, dtype=np.int64)
-        labels = np.zeros(layout.train_length, dtype=np.int64)
-        loss_mask = np.ones(layout.train_length, dtype=np.float32)
-        spans = layout.spans(length)
-        filled = 0
-        for offset, count in spans:
-            stop = filled + count
-            text = self._read(start + offset, min(count + 1, end - start - offset))
-            tokens[filled:stop] = text[:count]
-            labels[filled : filled + len(text) - 1] = text[1:]
-            if len(text) == count:
-                loss_mask[stop - 1] = 0.0  # the text ends here: there is no next token
-            filled = stop
-        self._apply_label_rule(spans, tokens, labels, loss_mask)
-        if self.config.eod_mask_loss:
-            loss_mask[tokens == self.config.eod_id] = 0.0
-        return {
-            "tokens": tokens,
-            "labels": labels,
-            "loss_mask": loss_mask,
-            "position_ids": layout.position_ids,
-        }
-
-    def _source(self, i: int) -> tuple[int, int, int]:
-        sources = self.sources
-        return int(sources.starts[i]), int(sources.lengths[i]), int(sources.ends[i])
+        return self.reader.read(source, layout)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """int32 ``[epoch_size]``: the order of an epoch, kept until another epoch is asked for."""
-        if self._order[0] != epoch:
+        """int32 ``[epoch_size]``: the order of an epoch, kept while there is room."""
+        if epoch not in self._orders:
             rng = philox.generator(self.config.random_seed, epoch, _SHUFFLE_STREAM)
-            self._order = (epoch, rng.permutation(self.epoch_size).astype(np.int32))
-        return self._order[1]
-
-    def _read(self, token: int, count: int) -> np.ndarray:
-        dtype = self.dataset.index.dtype
-        offset = token * np.dtype(dtype).itemsize
-        return self.dataset.bin_reader.read(dtype=dtype, count=count, offset=offset)
-
-    def _apply_label_rule(
-        self,
-        spans: list[tuple[int, int]],
-        tokens: np.ndarray,
-        labels: np.ndarray,
-        loss_mask: np.ndarray,
-    ) -> None:
-        rule = self.config.extension.label_rule
-        if rule == "true-next":
-            return
-        if rule == "reference":
-            labels[:-1] = tokens[1:]
-            loss_mask[:-1] = 1.0
-            labels[-1], loss_mask[-1] = 0, 0.0
-            return
-        border = 0
-        for (offset, count), (following, _) in zip(spans, spans[1:], strict=False):
-            border += count
-            if offset + count != following:
-                loss_mask[border - 1] = 0.0
+            order = rng.permutation(self.epoch_size).astype(np.int32)
+            if (len(self._orders) + 1) * self.epoch_size > _KEPT_ORDERS:
+                self._orders = {}
+            self._orders[epoch] = order
+        return self._orders[epoch]
 
 
 def drawn_scale(strategy: Strategy, seed: int, index: int) -> dict[str, torch.Tensor]:

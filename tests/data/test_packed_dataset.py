@@ -129,7 +129,8 @@ def test_validation_has_plain_positions_in_every_document(prefixes):
 @pytest.mark.parametrize("count", [1, 2])
 def test_middle_stages_draw_the_same_positions_without_a_token(prefixes, count, monkeypatch):
     from megatron_cream.data.packed_dataset import PackedPositions
-    from megatron_cream.data.span_dataset import BlendedSpans, SpanDataset
+    from megatron_cream.data.span_dataset import BlendedSpans
+    from megatron_cream.data.span_reader import SpanReader
 
     def build_one():
         train = build(prefixes[:count], weights=[0.5] * count if count > 1 else None)[0]
@@ -138,7 +139,7 @@ def test_middle_stages_draw_the_same_positions_without_a_token(prefixes, count, 
     whole, middle = build_one(), PackedPositions(build_one())
     assert len(whole) == len(middle) and whole[0] is not None
     expected = [whole[i] for i in range(len(whole))]
-    monkeypatch.setattr(SpanDataset, "_read", lambda *a: pytest.fail("read a token"))
+    monkeypatch.setattr(SpanReader, "read", lambda *a: pytest.fail("read a token"))
     for i in range(len(middle)):
         found = middle[i]
         assert set(found) == {"position_ids", "cu_seqlens"}

@@ -131,15 +131,6 @@ def test_no_loss_after_an_end_of_document(prefixes):
     assert not torch.cat(masked).any()
 
 
-def test_reads_no_more_than_it_trains_on(prefixes, monkeypatch):
-    train = build(prefixes[:1])[0]
-    counts = []
-    own = train._read
-    monkeypatch.setattr(train, "_read", lambda token, n: counts.append(n) or own(token, n))
-    train[3]
-    assert N <= sum(counts) <= N + len(counts)
-
-
 def test_every_long_enough_document_once_an_epoch_and_new_positions_in_the_next(prefixes):
     train = build(prefixes[:1])[0]
     epoch = len(train.sources)
@@ -166,6 +157,24 @@ def test_draws_the_order_of_an_epoch_once(prefixes, monkeypatch):
         for member in members:
             member[index]
     assert len(drawn) == 2 * len(members)
+
+
+def test_draws_the_orders_of_a_few_epochs_once_in_any_order(prefixes, monkeypatch):
+    from megatron_cream.data import span_dataset
+    from megatron_cream.positions import philox
+
+    train = build(prefixes[:1])[0]
+    size = len(train.sources)
+    drawn = []
+    own = philox.generator
+    monkeypatch.setattr(philox, "generator", lambda *args: drawn.append(args) or own(*args))
+    shuffled = np.random.default_rng(3).permutation(6 * size).tolist()
+    expected = [train.chosen(i) for i in shuffled]
+    assert len(drawn) == 6
+    monkeypatch.setattr(span_dataset, "_KEPT_ORDERS", 2 * size)
+    small = build(prefixes[:1])[0]
+    assert [small.chosen(i) for i in shuffled] == expected
+    assert len(small._orders) <= 2 < 6 < len(drawn) - 6
 
 
 def test_same_sample_from_any_worker(prefixes):
