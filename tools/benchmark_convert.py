@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cream.checkpoint.shape import ModelShape, config_fields
+from megatron_cream.checkpoint.config_json import config_fields
+from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.shards import ShardWriter, TensorPlan
 from megatron_cream.checkpoint.weights import HfWeights
 

@@ -22,7 +22,7 @@ from megatron_cream.planning.command import run_flags, script
 from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
 from megatron_cream.planning.layout import Workload
 from megatron_cream.planning.memory import RESERVE_GIB
-from megatron_cream.planning.models import ModelShape, find_model
+from megatron_cream.planning.models import BaseModel, find_model
 from megatron_cream.planning.propose import Cluster, Plan, propose
 from megatron_cream.planning.report import Comparison, record, stage_lines, table
 
@@ -149,7 +149,7 @@ def _fixed(args: argparse.Namespace) -> dict[str, int]:
 
 
 def _full_length(
-    shape: ModelShape, cluster: Cluster, args: argparse.Namespace
+    shape: BaseModel, cluster: Cluster, args: argparse.Namespace
 ) -> tuple[Plan | None, str]:
     """Return the plan at T tokens, or why there is none: the CREAM run does not depend on it."""
     work = Workload(args.target_length, args.global_batch_size, args.micro_batch_size)

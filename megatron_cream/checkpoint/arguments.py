@@ -9,9 +9,11 @@ from argparse import ArgumentParser, Namespace
 
 import torch
 
+from megatron_cream.checkpoint.config_json import WINDOWED
 from megatron_cream.checkpoint.families import FAMILIES
+from megatron_cream.checkpoint.flags import described_shape, kind_flags, size_flags
 from megatron_cream.checkpoint.saved import SETTINGS_KEY
-from megatron_cream.checkpoint.shape import WINDOWED, ModelShape, model_flags
+from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.config import ExtensionConfig
 
 PADDING = 128
@@ -41,7 +43,11 @@ def import_arguments(
 
     parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     window = str(extension.target_length)
-    flags = [*model_flags(shape), "--seq-length", window, "--max-position-embeddings", window]
+    flags = [
+        *(*size_flags(shape), *kind_flags(shape), "--vocab-size", str(shape.vocabulary)),
+        *("--position-embedding-type", "rope"),
+        *("--seq-length", window, "--max-position-embeddings", window),
+    ]
     args = parser.parse_args([*flags, *_TYPE_FLAGS[dtype], *_UNUSED])
     args.rank, args.world_size = 0, 1
     with contextlib.redirect_stdout(io.StringIO()):  # it prints them all
@@ -65,27 +71,7 @@ def shape_from_arguments(args: Namespace, architecture: str | None = None) -> Mo
         ValueError: a model that no family describes, naming the flag.
     """
     _refuse_unlike_llama(args)
-    window = args.window_size[0] + 1 if args.window_size else None
-    experts = args.num_experts or None
-    heads = args.num_attention_heads
-    shape = ModelShape(
-        architecture=architecture or _architecture(args, window),
-        layers=args.num_layers,
-        hidden=args.hidden_size,
-        ffn=(args.moe_ffn_hidden_size if experts else None) or args.ffn_hidden_size,
-        heads=heads,
-        groups=args.num_query_groups if args.group_query_attention else heads,
-        head_dim=args.kv_channels or args.hidden_size // heads,
-        vocabulary=args.vocab_size or args.padded_vocab_size,
-        norm_epsilon=args.layernorm_epsilon,
-        tied=not args.untie_embeddings_and_output_weights,
-        qkv_bias=bool(args.add_qkv_bias or args.add_bias_linear),
-        linear_bias=bool(args.add_bias_linear),
-        qk_norm=bool(args.qk_layernorm),
-        experts=experts,
-        experts_per_token=args.moe_router_topk if experts else None,
-        window=window,
-    )
+    shape = described_shape(args, architecture)
     _check_features(shape)
     return shape
 
@@ -115,16 +101,6 @@ def _refuse_unlike_llama(args: Namespace) -> None:
                 f"{flag} of the checkpoint is {value!r}: it must be {needed!r} for a Hugging Face "
                 f"model of the families {tuple(FAMILIES)}"
             )
-
-
-def _architecture(args: Namespace, window: int | None) -> str:
-    if args.num_experts:
-        return "MixtralForCausalLM"
-    if args.qk_layernorm:
-        return "Qwen3ForCausalLM"
-    if args.add_qkv_bias and not args.add_bias_linear:
-        return "Qwen2ForCausalLM"
-    return "LlamaForCausalLM" if window is None else "MistralForCausalLM"
 
 
 def _check_features(shape: ModelShape) -> None:

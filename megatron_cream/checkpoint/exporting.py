@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from megatron_cream.checkpoint.arguments import shape_from_arguments
 from megatron_cream.checkpoint.card import Base, model_card
+from megatron_cream.checkpoint.config_json import config_fields, shape_from_config
 from megatron_cream.checkpoint.extraction import parts_of, write_parts
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
-from megatron_cream.checkpoint.shape import ModelShape, config_fields, shape_from_config
+from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.shards import ShardWriter
 from megatron_cream.checkpoint.source import (
     find_source,

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from megatron_cream.checkpoint.agreement import check_weights
 from megatron_cream.checkpoint.arguments import import_arguments
+from megatron_cream.checkpoint.config_json import shape_from_config
 from megatron_cream.checkpoint.families import Row, pieces
-from megatron_cream.checkpoint.shape import ModelShape, shape_from_config
+from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.source import (
     KEPT,
     RELEASE,

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 
+from megatron_cream.checkpoint.flags import described_shape
+from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.planning.layout import Layout, Workload
-from megatron_cream.planning.models import ModelShape
 
 # What the closed forms of ``memory`` hold for: (attribute, the value it must have, its flag).
 _HOLDS_FOR = (
@@ -45,23 +47,7 @@ def why_not_estimated(args: Namespace) -> str | None:
 
 def shape_from_args(args: Namespace) -> ModelShape:
     """Return the shape of the model; its vocabulary is the padded one."""
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    return ModelShape(
-        name="model",
-        layers=args.num_layers,
-        hidden=args.hidden_size,
-        ffn=args.ffn_hidden_size,
-        heads=args.num_attention_heads,
-        kv_heads=groups,
-        head_dim=args.kv_channels,
-        vocab=args.padded_vocab_size,
-        window=args.max_position_embeddings,
-        theta=float(args.rotary_base),
-        norm_eps=args.layernorm_epsilon,
-        tied=not args.untie_embeddings_and_output_weights,
-        qkv_bias=args.add_qkv_bias,
-        qk_norm=args.qk_layernorm,
-    )
+    return dataclasses.replace(described_shape(args), vocabulary=args.padded_vocab_size)
 
 
 def layout_from_args(args: Namespace) -> Layout:

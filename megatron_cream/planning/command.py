@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from megatron_cream.planning.layout import Layout, Workload
-from megatron_cream.planning.models import ModelShape, megatron_flags
+from megatron_cream.planning.models import BaseModel, megatron_flags
 
 WIDE = 8
 """T / N above which CREAM's published width leaves holes; docs/positions.md."""
 
 
 def run_flags(
-    shape: ModelShape, layout: Layout, work: Workload, target: int, iterations: int
+    shape: BaseModel, layout: Layout, work: Workload, target: int, iterations: int
 ) -> dict[str, list[str]]:
     """Return the flags of ``megatron_cream.pretrain`` by theme; paths are shell variables.
 
@@ -31,7 +31,7 @@ def run_flags(
         ],
         "DATA": [
             *("--data-path", "$DATA", "--split", "99,1,0"),
-            *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(shape.vocab)),
+            *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(shape.vocabulary)),
             "--no-create-attention-mask-in-dataloader",
         ],
         # CREAM's recipe (arXiv:2406.07138): 1000 steps of 32 samples, 2e-5 after 10 steps.
@@ -70,14 +70,14 @@ def layout_flags(layout: Layout) -> list[str]:
     return flags
 
 
-def rope_flags(shape: ModelShape, target: int) -> list[str]:
+def rope_flags(shape: BaseModel, target: int) -> list[str]:
     """Return our flags for RoPE at ``target`` tokens, from the window the model has.
 
     Raises:
         ValueError: the model was released with an interpolation that has no flags of its own.
     """
     if shape.rope_type == "llama3":
-        factor = shape.rope_factor * max(1.0, target / shape.window)
+        factor = shape.rope_factor * max(1.0, target / shape.trained_length)
         flags = ["--rope-interpolation", "llama3", "--rope-factor", f"{factor:g}"]
         return [*flags, "--original-length", str(shape.rope_original)]
     if shape.rope_type != "default":
@@ -85,9 +85,9 @@ def rope_flags(shape: ModelShape, target: int) -> list[str]:
             f"MODEL is {shape.name}: its config.json has rope_type {shape.rope_type!r}, it must be "
             "'default' or 'llama3'; for others give --rope-base-config to the training run itself"
         )
-    if target <= shape.window:
+    if target <= shape.trained_length:
         return ["--rope-interpolation", "none", "--original-length", str(target)]
-    return ["--rope-interpolation", "linear", "--original-length", str(shape.window)]
+    return ["--rope-interpolation", "linear", "--original-length", str(shape.trained_length)]
 
 
 def _position_flags(length: int, target: int) -> list[str]:

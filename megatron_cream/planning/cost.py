@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.planning.layout import Layout, Workload
-from megatron_cream.planning.memory import stage_parameters
-from megatron_cream.planning.models import MODELS, ModelShape
+from megatron_cream.planning.memory import layer_matrices, stage_parameters
+from megatron_cream.planning.models import MODELS
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ def layer_flops(shape: ModelShape, seq_length: int) -> float:
     change: 12 L h s / 2 for the L layers of a model whose a d is h.
     """
     # Biases are additions: they are no part of the 6.
-    bias = (shape.heads + 2 * shape.kv_heads) * shape.head_dim if shape.qkv_bias else 0
-    weights = shape.layer_matrices - bias
+    bias = (shape.heads + 2 * shape.groups) * shape.head_dim if shape.qkv_bias else 0
+    weights = layer_matrices(shape) - bias
     return 6.0 * weights + 6.0 * seq_length * shape.heads * shape.head_dim
 
 
 def model_flops(shape: ModelShape, seq_length: int) -> float:
     """Return the operations a token of the whole model, forward and backward; no recomputation."""
-    return shape.layers * layer_flops(shape, seq_length) + 6.0 * shape.vocab * shape.hidden
+    return shape.layers * layer_flops(shape, seq_length) + 6.0 * shape.vocabulary * shape.hidden
 
 
 def measured_mfu() -> float:
@@ -88,7 +89,7 @@ def measured_mfu() -> float:
     and backward on one H200 in 176.62 ms, CREAM positions through the fused RoPE.
     """
     shape = MODELS["llama-2-7b"]
-    flops = 4 * layer_flops(shape, 4096) + 6.0 * shape.vocab * shape.hidden
+    flops = 4 * layer_flops(shape, 4096) + 6.0 * shape.vocabulary * shape.hidden
     return flops * 4 * 4096 / 176.62e-3 / (GPUS["h200"].tflops * 1e12)
 
 
@@ -119,7 +120,7 @@ def _stage_flops(shape: ModelShape, layout: Layout, work: Workload) -> list[floa
     again = 4 / 3 if layout.recompute else 1.0
     layer = layer_flops(shape, work.seq_length) * again
     flops = [len(layers) * layer for layers in layout.stages(shape.layers)]
-    flops[-1] += 6.0 * shape.vocab * shape.hidden
+    flops[-1] += 6.0 * shape.vocabulary * shape.hidden
     return [f * tokens for f in flops]
 
 
@@ -138,7 +139,7 @@ def activation_seconds(
     passes = 14 if layout.recompute else 10
     tensor = layers * passes * hidden * (layout.tensor - 1) / layout.tensor
     # Keys and values go round the ring, again in the backward pass, and their gradients with them.
-    values = 4.0 * tokens * shape.kv_heads * shape.head_dim / layout.tensor
+    values = 4.0 * tokens * shape.groups * shape.head_dim / layout.tensor
     context = layers * 3 * values * (layout.context - 1)
     stages = 2 * hidden / layout.tensor if layout.pipeline > 1 else 0.0
     each = (

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_cream.planning.models import ModelShape
+from megatron_cream.checkpoint.shape import ModelShape
 
 VOCAB_MULTIPLE = 128
 """Megatron's --make-vocab-size-divisible-by; it pads to that times the tensor parallel size."""
@@ -95,7 +95,7 @@ class Layout:
 def padded_vocab(shape: ModelShape, tensor: int) -> int:
     """Return the rows of the embedding that Megatron makes for a tensor parallel size."""
     multiple = VOCAB_MULTIPLE * tensor
-    return math.ceil(shape.vocab / multiple) * multiple
+    return math.ceil(shape.vocabulary / multiple) * multiple
 
 
 def layouts(
@@ -134,7 +134,7 @@ def layouts(
 
 def divides_heads(shape: ModelShape, tensor: int) -> bool:
     """Say whether each tensor-parallel rank gets whole heads, query groups and an even MLP."""
-    return not (shape.heads % tensor or shape.kv_heads % tensor or shape.ffn % tensor)
+    return not (shape.heads % tensor or shape.groups % tensor or shape.ffn % tensor)
 
 
 def uneven_ends(layers: int, stages: int) -> tuple[int | None, int | None] | None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.planning.layout import Layout, Workload, padded_vocab
-from megatron_cream.planning.models import ModelShape
 
 GIB = 2**30
 
@@ -51,11 +51,23 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
+def layer_matrices(shape: ModelShape) -> int:
+    """Return the parameters of one layer that tensor parallelism divides, biases of q, k, v too."""
+    qkv = (shape.heads + 2 * shape.groups) * shape.head_dim
+    attention = qkv * shape.hidden + shape.heads * shape.head_dim * shape.hidden
+    return attention + 3 * shape.hidden * shape.ffn + (qkv if shape.qkv_bias else 0)
+
+
+def layer_norms(shape: ModelShape) -> int:
+    """Return the parameters of one layer that every tensor-parallel rank has whole."""
+    return 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+
+
 def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
     """Return the parameters on each GPU of a pipeline stage; padding of the vocabulary counts."""
     layers = len(layout.stages(shape.layers)[stage])
-    matrices = layers * shape.layer_matrices
-    norms = layers * shape.layer_norms
+    matrices = layers * layer_matrices(shape)
+    norms = layers * layer_norms(shape)
     table = padded_vocab(shape, layout.tensor) * shape.hidden
     last = stage == layout.pipeline - 1
     matrices += table if stage == 0 else 0
@@ -71,7 +83,7 @@ def layer_activations(shape: ModelShape, tensor: int = 1) -> float:
     values 4 g d; log-sum-exp of attention 4 a; gate and up projection and their product 6 f.
     Tensor parallelism divides all of it, because sequence parallelism goes with it.
     """
-    attention = shape.head_dim * (4 * shape.heads + 4 * shape.kv_heads) + 4 * shape.heads
+    attention = shape.head_dim * (4 * shape.heads + 4 * shape.groups) + 4 * shape.heads
     return (8 * shape.hidden + attention + 6 * shape.ffn) / tensor
 
 

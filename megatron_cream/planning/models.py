@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of the models that people extend, and Megatron's flags for them."""
+"""The models that people extend, by name or config.json, and Megatron's flags for them."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
@@ -10,100 +11,79 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.checkpoint.config_json import shape_from_config
+from megatron_cream.checkpoint.families import FAMILIES
+from megatron_cream.checkpoint.flags import kind_flags, size_flags
+from megatron_cream.checkpoint.shape import ModelShape
 
-@dataclass(frozen=True)
-class ModelShape:
-    """A decoder with RoPE, RMSNorm and SwiGLU, as its config.json describes it.
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel(ModelShape):
+    """A model that people extend: its shape, and the window and angles it was released with.
 
     Attributes:
-        layers: L, transformer layers.
-        hidden: h.
-        ffn: f, width of the gated feed-forward part.
-        heads: a, attention heads.
-        kv_heads: g, key and value heads (query groups).
-        head_dim: d.
-        vocab: rows of the embedding, without Megatron's padding.
-        window: tokens that the model was trained at.
+        trained_length: tokens that the model was trained at.
         theta: base of the rotary frequencies.
-        norm_eps: epsilon of the norms.
-        tied: the output layer is the embedding.
-        qkv_bias: queries, keys and values have biases.
-        qk_norm: queries and keys are normalised per head.
         rope_type: interpolation that the model was already released with; ``default`` for none.
         rope_factor: its factor.
         rope_original: window in tokens that its factor counts from.
     """
 
     name: str
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    window: int
+    trained_length: int
     theta: float
-    norm_eps: float
-    tied: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
     rope_type: str = "default"
     rope_factor: float = 1.0
     rope_original: int = 0
 
-    @property
-    def layer_matrices(self) -> int:
-        """Parameters of one layer that tensor parallelism divides, biases of q, k, v included."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        attention = qkv * self.hidden + self.heads * self.head_dim * self.hidden
-        return attention + 3 * self.hidden * self.ffn + (qkv if self.qkv_bias else 0)
 
-    @property
-    def layer_norms(self) -> int:
-        """Parameters of one layer that every tensor-parallel rank has whole."""
-        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+_COLUMNS = (
+    *("name", "layers", "hidden", "ffn", "heads", "groups", "head_dim", "vocabulary"),
+    *("trained_length", "theta", "norm_epsilon"),
+)
 
-    @property
-    def parameters(self) -> int:
-        """All parameters, as a Hugging Face checkpoint of the model has them."""
-        tables = (1 if self.tied else 2) * self.vocab * self.hidden
-        return self.layers * (self.layer_matrices + self.layer_norms) + self.hidden + tables
+
+def _llama(*values: Any, **more: Any) -> BaseModel:
+    given = {"architecture": "LlamaForCausalLM", "tied": False} | more
+    return BaseModel(**dict(zip(_COLUMNS, values, strict=True)), **given)
+
+
+def _mistral(*values: Any) -> BaseModel:
+    return _llama(*values, architecture="MistralForCausalLM")
+
+
+def _qwen(*values: Any) -> BaseModel:
+    return _llama(*values, architecture="Qwen2ForCausalLM", qkv_bias=True)
 
 
 _LLAMA3 = {"rope_type": "llama3", "rope_factor": 8.0, "rope_original": 8192}
-_QWEN = {"qkv_bias": True}
 
 # fmt: off
 _TABLE = [
-    #           name              L   h     f      a   g   d    vocab   window  theta  eps
-    ModelShape("smollm2-135m",    30, 576,  1536,  9,  3,  64,  49152,  8192,   1e5,   1e-5,
-               tied=True),
-    ModelShape("llama-2-7b",      32, 4096, 11008, 32, 32, 128, 32000,  4096,   1e4,   1e-5),
-    ModelShape("llama-2-13b",     40, 5120, 13824, 40, 40, 128, 32000,  4096,   1e4,   1e-5),
-    ModelShape("llama-2-70b",     80, 8192, 28672, 64, 8,  128, 32000,  4096,   1e4,   1e-5),
-    ModelShape("codellama-34b",   48, 8192, 22016, 64, 8,  128, 32000,  16384,  1e6,   1e-5),
-    ModelShape("llama-3-8b",      32, 4096, 14336, 32, 8,  128, 128256, 8192,   5e5,   1e-5),
-    ModelShape("llama-3-70b",     80, 8192, 28672, 64, 8,  128, 128256, 8192,   5e5,   1e-5),
-    ModelShape("llama-3.1-8b",    32, 4096, 14336, 32, 8,  128, 128256, 131072, 5e5,   1e-5,
-               **_LLAMA3),
-    ModelShape("llama-3.1-70b",   80, 8192, 28672, 64, 8,  128, 128256, 131072, 5e5,   1e-5,
-               **_LLAMA3),
+    #      name                 L   h     f      a   g   d    vocab   window  theta  eps
+    _llama("smollm2-135m",      30, 576,  1536,  9,  3,  64,  49152,  8192,   1e5,   1e-5,
+           tied=True),
+    _llama("llama-2-7b",        32, 4096, 11008, 32, 32, 128, 32000,  4096,   1e4,   1e-5),
+    _llama("llama-2-13b",       40, 5120, 13824, 40, 40, 128, 32000,  4096,   1e4,   1e-5),
+    _llama("llama-2-70b",       80, 8192, 28672, 64, 8,  128, 32000,  4096,   1e4,   1e-5),
+    _llama("codellama-34b",     48, 8192, 22016, 64, 8,  128, 32000,  16384,  1e6,   1e-5),
+    _llama("llama-3-8b",        32, 4096, 14336, 32, 8,  128, 128256, 8192,   5e5,   1e-5),
+    _llama("llama-3-70b",       80, 8192, 28672, 64, 8,  128, 128256, 8192,   5e5,   1e-5),
+    _llama("llama-3.1-8b",      32, 4096, 14336, 32, 8,  128, 128256, 131072, 5e5,   1e-5,
+           **_LLAMA3),
+    _llama("llama-3.1-70b",     80, 8192, 28672, 64, 8,  128, 128256, 131072, 5e5,   1e-5,
+           **_LLAMA3),
     # Version 0.1 has a sliding window of 4096 tokens, which longer positions cannot extend.
-    ModelShape("mistral-7b-v0.2", 32, 4096, 14336, 32, 8,  128, 32000,  32768,  1e6,   1e-5),
-    ModelShape("mistral-7b-v0.3", 32, 4096, 14336, 32, 8,  128, 32768,  32768,  1e6,   1e-5),
+    _mistral("mistral-7b-v0.2", 32, 4096, 14336, 32, 8,  128, 32000,  32768,  1e6,   1e-5),
+    _mistral("mistral-7b-v0.3", 32, 4096, 14336, 32, 8,  128, 32768,  32768,  1e6,   1e-5),
     # Base models; trained at 32768 tokens (arXiv:2412.15115), whatever their config.json allows.
-    ModelShape("qwen2.5-7b",      28, 3584, 18944, 28, 4,  128, 152064, 32768,  1e6,   1e-6,
-               **_QWEN),
-    ModelShape("qwen2.5-14b",     48, 5120, 13824, 40, 8,  128, 152064, 32768,  1e6,   1e-5,
-               **_QWEN),
-    ModelShape("qwen2.5-32b",     64, 5120, 27648, 40, 8,  128, 152064, 32768,  1e6,   1e-5,
-               **_QWEN),
-    ModelShape("qwen2.5-72b",     80, 8192, 29568, 64, 8,  128, 152064, 32768,  1e6,   1e-5,
-               **_QWEN),
+    _qwen("qwen2.5-7b",         28, 3584, 18944, 28, 4,  128, 152064, 32768,  1e6,   1e-6),
+    _qwen("qwen2.5-14b",        48, 5120, 13824, 40, 8,  128, 152064, 32768,  1e6,   1e-5),
+    _qwen("qwen2.5-32b",        64, 5120, 27648, 40, 8,  128, 152064, 32768,  1e6,   1e-5),
+    _qwen("qwen2.5-72b",        80, 8192, 29568, 64, 8,  128, 152064, 32768,  1e6,   1e-5),
 ]
 # fmt: on
-MODELS: dict[str, ModelShape] = {shape.name: shape for shape in _TABLE}
+MODELS: dict[str, BaseModel] = {model.name: model for model in _TABLE}
 
 _ALIASES = {
     "mistral-7b": "mistral-7b-v0.3",
@@ -113,17 +93,9 @@ _ALIASES = {
 }
 _SUFFIXES = re.compile(r"-(hf|chat|base|instruct|python)$")
 
-# Architecture: (biases of q, k, v; norms of q and k).
-_ARCHITECTURES = {
-    "LlamaForCausalLM": (False, False),
-    "MistralForCausalLM": (False, False),
-    "Qwen2ForCausalLM": (True, False),
-    "Qwen3ForCausalLM": (False, True),
-}
 
-
-def find_model(name: str) -> ModelShape:
-    """Return the shape of a model by name, or out of a folder with a config.json.
+def find_model(name: str) -> BaseModel:
+    """Return a model by name, or out of a folder with a config.json.
 
     Names are taken as people type them: ``meta-llama/Llama-2-7b-hf`` is ``llama-2-7b``.
 
@@ -155,86 +127,60 @@ def _plain_name(name: str) -> str:
     return plain
 
 
-def _from_folder(folder: Path) -> ModelShape:
+def _from_folder(folder: Path) -> BaseModel:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"MODEL is {folder}: it must have a config.json")
     try:
         config = json.loads(path.read_text())
-        return shape_from_hf(config, folder.resolve().name)
+        return model_from_hf(config, folder.resolve().name)
     except KeyError as error:
         raise ValueError(f"{path} has no {error}: it must describe a model's shape") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def shape_from_hf(config: dict[str, Any], name: str) -> ModelShape:
-    """Return the shape that a Hugging Face ``config.json`` describes.
+def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
+    """Return the model that a Hugging Face ``config.json`` describes.
 
     Raises:
-        ValueError: an architecture, or an attention, that is not of this family.
-        KeyError: a field that no shape can do without.
+        ValueError: a model that cannot be built, or one that the closed forms do not hold for.
+        KeyError: the field of its window is missing.
     """
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in _ARCHITECTURES:
-        raise ValueError(
-            f"architecture in config.json is {architecture}: it must be one of "
-            f"{', '.join(_ARCHITECTURES)}"
-        )
-    sliding = config.get("sliding_window")
-    # Qwen2 carries the field and a switch; Mistral the field alone.
-    if sliding and config.get("use_sliding_window", architecture == "MistralForCausalLM"):
-        raise ValueError(
-            f"sliding_window in config.json is {sliding}: it must be off, tokens further apart "
-            "never see each other"
-        )
-    for field in ("attention_bias", "mlp_bias"):
-        if config.get(field):
-            raise ValueError(f"{field} in config.json is {config[field]}: it must be off")
-    qkv_bias, qk_norm = _ARCHITECTURES[architecture]
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    shape = shape_from_config(config)
+    _refuse_unplanned(shape)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return ModelShape(
+    return BaseModel(
+        **{field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)},
         name=name,
-        layers=config["num_hidden_layers"],
-        hidden=hidden,
-        ffn=config["intermediate_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        vocab=config["vocab_size"],
-        window=config["max_position_embeddings"],
+        trained_length=config["max_position_embeddings"],
         theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        norm_eps=config["rms_norm_eps"],
-        tied=config.get("tie_word_embeddings", False),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
         rope_type=rope.get("rope_type", rope.get("type", "default")),
         rope_factor=float(rope.get("factor", 1.0)),
         rope_original=rope.get("original_max_position_embeddings", 0),
     )
 
 
-def megatron_flags(shape: ModelShape) -> list[list[str]]:
-    """Return the flags that make Megatron build ``shape``, one list a theme.
+def _refuse_unplanned(shape: ModelShape) -> None:
+    if shape.experts:
+        dense = [name for name, family in FAMILIES.items() if not family.experts]
+        raise ValueError(
+            f"architecture in config.json is {shape.architecture}: it must be one of "
+            f"{', '.join(dense)}"
+        )
+    if shape.window is not None:
+        raise ValueError(
+            f"sliding_window in config.json is {shape.window}: it must be off, tokens further "
+            "apart never see each other"
+        )
+    if shape.linear_bias:
+        raise ValueError("attention_bias in config.json is True: it must be off")
+
+
+def megatron_flags(model: BaseModel) -> list[list[str]]:
+    """Return the flags that make Megatron build ``model``, one list a theme.
 
     Vocabulary and window are not among them: they belong to the data and to the run.
     """
-    size = [
-        *("--num-layers", str(shape.layers), "--hidden-size", str(shape.hidden)),
-        *("--ffn-hidden-size", str(shape.ffn), "--num-attention-heads", str(shape.heads)),
-    ]
-    if shape.kv_heads != shape.heads:
-        size += ["--group-query-attention", "--num-query-groups", str(shape.kv_heads)]
-    if shape.head_dim * shape.heads != shape.hidden:
-        size += ["--kv-channels", str(shape.head_dim)]
-    kind = [
-        *("--swiglu", "--normalization", "RMSNorm", "--norm-epsilon", f"{shape.norm_eps:g}"),
-        "--disable-bias-linear",
-    ]
-    kind += ["--add-qkv-bias"] if shape.qkv_bias else []
-    kind += ["--qk-layernorm"] if shape.qk_norm else []
-    kind += [] if shape.tied else ["--untie-embeddings-and-output-weights"]
-    kind += ["--attention-dropout", "0", "--hidden-dropout", "0"]
-    rotary = ["--position-embedding-type", "rope", "--rotary-base", f"{shape.theta:.0f}"]
-    return [size, kind, rotary]
+    rotary = ["--position-embedding-type", "rope", "--rotary-base", f"{model.theta:.0f}"]
+    return [size_flags(model), kind_flags(model), rotary]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_cream.planning.cost import Gpu, Step, model_flops, step_time
 from megatron_cream.planning.layout import Layout, Workload, layouts
 from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
-from megatron_cream.planning.models import ModelShape
+from megatron_cream.planning.models import BaseModel
 
 LARGEST_SEARCH = 65536
 """GPUs up to which a smallest cluster is looked for."""
@@ -47,14 +47,14 @@ class Plan:
     memory: StageMemory
     step: Step
 
-    def mfu(self, shape: ModelShape, cluster: Cluster) -> float:
+    def mfu(self, shape: BaseModel, cluster: Cluster) -> float:
         """Return the share of the cluster's peak that the whole step reaches."""
         flops = model_flops(shape, self.work.seq_length) * self.work.tokens
         return flops / (self.step.total * cluster.gpus * cluster.gpu.tflops * 1e12)
 
 
 def propose(
-    shape: ModelShape, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
+    shape: BaseModel, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
 ) -> Plan:
     """Return the layout with the shortest step among those that fit the memory.
 
@@ -72,7 +72,7 @@ def propose(
 
 
 def _plans(
-    shape: ModelShape, cluster: Cluster, work: Workload, fixed: dict[str, int] | None
+    shape: BaseModel, cluster: Cluster, work: Workload, fixed: dict[str, int] | None
 ) -> list[Plan]:
     return [
         Plan(
@@ -86,19 +86,19 @@ def _plans(
 
 
 def _nothing_divides(
-    shape: ModelShape, cluster: Cluster, work: Workload, fixed: dict[str, int] | None
+    shape: BaseModel, cluster: Cluster, work: Workload, fixed: dict[str, int] | None
 ) -> str:
     given = "".join(f", {name} parallel size {size}" for name, size in (fixed or {}).items())
     return (
         f"--gpus is {cluster.gpus}{given}: it must be tensor x pipeline x context x data parallel "
         f"sizes with tensor at most {cluster.gpus_per_node} and dividing {shape.heads} heads and "
-        f"{shape.kv_heads} query groups, {shape.layers} layers split over the pipeline, and data "
+        f"{shape.groups} query groups, {shape.layers} layers split over the pipeline, and data "
         f"dividing --global-batch-size {work.global_batch} / --micro-batch-size {work.micro_batch}"
     )
 
 
 def _nothing_fits(
-    shape: ModelShape,
+    shape: BaseModel,
     cluster: Cluster,
     work: Workload,
     fixed: dict[str, int] | None,
@@ -115,7 +115,7 @@ def _nothing_fits(
 
 
 def fewest_gpus(
-    shape: ModelShape, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
+    shape: BaseModel, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
 ) -> int | None:
     """Return the smallest doubling of the cluster that fits, or None."""
     gpus = cluster.gpus * 2

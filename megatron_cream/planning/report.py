@@ -15,7 +15,7 @@ from megatron_cream.planning.arguments import (
     workload_from_args,
 )
 from megatron_cream.planning.memory import GIB, stage_memory
-from megatron_cream.planning.models import ModelShape
+from megatron_cream.planning.models import BaseModel
 from megatron_cream.planning.propose import Cluster, Plan
 from megatron_cream.planning.stages import RankView, StagesCheck
 
@@ -32,7 +32,7 @@ class Comparison:
         iterations: steps of the CREAM run.
     """
 
-    shape: ModelShape
+    shape: BaseModel
     cluster: Cluster
     short: Plan
     full: Plan | None
@@ -79,7 +79,7 @@ def _heading(found: Comparison) -> str:
     shape, cluster = found.shape, found.cluster
     return (
         f"{shape.name}: {shape.parameters:,} parameters, {shape.layers} layers, trained at "
-        f"{shape.window} tokens\n"
+        f"{shape.trained_length} tokens\n"
         f"{cluster.gpus} GPUs, {cluster.memory:g} GiB of each to fill, kernels at "
         f"{100 * cluster.mfu:.1f} % of {cluster.gpu.tflops:g} TFLOP/s"
     )

@@ -27,7 +27,7 @@ from megatron_cream.planning.command import argv, run_flags  # noqa: E402
 from megatron_cream.planning.cost import GPUS, measured_mfu, step_time  # noqa: E402
 from megatron_cream.planning.layout import Layout, Workload  # noqa: E402
 from megatron_cream.planning.memory import GIB, peak_memory  # noqa: E402
-from megatron_cream.planning.models import MODELS, ModelShape  # noqa: E402
+from megatron_cream.planning.models import MODELS, BaseModel  # noqa: E402
 
 WORK = Workload(4096, 8)
 ROWS: list[tuple[str, int, Layout]] = [
@@ -43,7 +43,7 @@ _MEMORY = re.compile(r"memory \(MB\) .* max allocated: (\S+)")
 _STEP = re.compile(r"elapsed time per iteration \(ms\): (\S+)")
 
 
-def train(shape: ModelShape, layout: Layout, data: str) -> tuple[float, float]:
+def train(shape: BaseModel, layout: Layout, data: str) -> tuple[float, float]:
     """Return GiB at the peak and seconds of a step of one run.
 
     Raises:

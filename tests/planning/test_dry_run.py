@@ -16,7 +16,7 @@ from megatron_cream.positions import make_strategy
 
 SMALL = dataclasses.replace(
     MODELS["llama-3-8b"],
-    **{"layers": 9, "hidden": 256, "ffn": 512, "vocab": 1000, "heads": 8, "kv_heads": 4},
+    **{"layers": 9, "hidden": 256, "ffn": 512, "vocabulary": 1000, "heads": 8, "groups": 4},
     head_dim=32,
 )
 LAYOUT = Layout(2, 4, 1, 2, *uneven_ends(9, 4))

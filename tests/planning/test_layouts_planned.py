@@ -31,7 +31,7 @@ def test_layouts_divide_what_they_split(shape, work):
     assert len(set(found)) == len(found) > 0
     for layout in found:
         assert layout.gpus == 48 and layout.tensor <= 8
-        assert shape.heads % layout.tensor == shape.kv_heads % layout.tensor == 0
+        assert shape.heads % layout.tensor == shape.groups % layout.tensor == 0
         assert work.global_batch % (work.micro_batch * layout.data) == 0
         if layout.context > 1:
             assert work.seq_length % (2 * layout.context) == 0
@@ -77,9 +77,9 @@ def test_parameters_of_stages_add_up(shape, tensor, pipeline):
     layout = Layout(tensor, pipeline, 1, 1, *uneven_ends(shape.layers, pipeline))
     held = sum(memory.stage_parameters(shape, layout, s) for s in range(pipeline))
     copies = 1 if shape.tied and pipeline > 1 else 0
-    padding = (padded_vocab(shape, tensor) - shape.vocab) * shape.hidden
+    padding = (padded_vocab(shape, tensor) - shape.vocabulary) * shape.hidden
     tables = 1 if shape.tied else 2
-    assert held == shape.parameters + tables * padding + copies * shape.vocab * shape.hidden
+    assert held == shape.parameters + tables * padding + copies * shape.vocabulary * shape.hidden
 
 
 # H200s, Megatron's trainer at micro-batch 1 of 4096 tokens, 8 samples a step: GiB that PyTorch had
@@ -136,7 +136,7 @@ def test_flops_are_those_that_torch_counts():
         attn_implementation="eager",
     )
     shape = dataclasses.replace(
-        LLAMA, layers=3, hidden=64, ffn=160, heads=4, kv_heads=2, head_dim=16, vocab=512
+        LLAMA, layers=3, hidden=64, ffn=160, heads=4, groups=2, head_dim=16, vocabulary=512
     )
     model = AutoModelForCausalLM.from_config(config)
     tokens = torch.randint(512, (1, 128))

@@ -32,18 +32,17 @@ PUBLISHED = {
 
 def hf_config(shape):
     """The config.json of a shape, as transformers writes it."""
-    kind = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
     fields = {
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
         "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
+        "num_key_value_heads": shape.groups,
         "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": shape.window,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": shape.trained_length,
         "rope_parameters": {"rope_type": shape.rope_type, "rope_theta": shape.theta},
-        "rms_norm_eps": shape.norm_eps,
+        "rms_norm_eps": shape.norm_epsilon,
         "tie_word_embeddings": shape.tied,
     }
     if shape.rope_type != "default":
@@ -53,14 +52,19 @@ def hf_config(shape):
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
         }
-    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-    config = AutoConfig.for_model(kind, **fields)
-    config.architectures = [names[kind]]
+    if shape.family.model_type == "mistral":
+        fields["sliding_window"] = None  # or transformers limits it to 4096
+    config = AutoConfig.for_model(shape.family.model_type, **fields)
+    config.architectures = [shape.architecture]
     return config
 
 
-SMALL = dataclasses.replace(MODELS["qwen2.5-7b"], layers=2, hidden=96, ffn=160, vocab=1000)
-QWEN3 = dataclasses.replace(SMALL, qkv_bias=False, qk_norm=True, heads=6, kv_heads=2, head_dim=32)
+SMALL = dataclasses.replace(MODELS["qwen2.5-7b"], layers=2, hidden=96, ffn=160, vocabulary=1000)
+QWEN3 = dataclasses.replace(
+    SMALL,
+    architecture="Qwen3ForCausalLM",
+    **{"qkv_bias": False, "qk_norm": True, "heads": 6, "groups": 2, "head_dim": 32},
+)
 SHAPES = [*MODELS.values(), dataclasses.replace(QWEN3, name="qwen3-like")]
 
 
@@ -110,14 +114,20 @@ def test_an_unknown_name_says_what_is_near_and_what_there_is():
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM", "LlamaForCausalLM"]),
-        ({"architectures": None}, ["architecture", "none"]),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
+            | {"num_experts_per_tok": 2},
+            ["MixtralForCausalLM", "LlamaForCausalLM"],
+        ),
+        ({"architectures": None}, ["architectures", "None", "LlamaForCausalLM"]),
         (
             {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
             ["sliding_window", "4096"],
         ),
-        ({"use_sliding_window": True, "sliding_window": 64}, ["sliding_window", "64"]),
+        ({"use_sliding_window": True, "sliding_window": 64}, ["use_sliding_window", "True"]),
         ({"attention_bias": True}, ["attention_bias", "True"]),
+        ({"attention_bias": True, "mlp_bias": True}, ["attention_bias", "True", "off"]),
+        ({"max_position_embeddings": ...}, ["config.json", "max_position_embeddings"]),
         ({"hidden_size": ...}, ["config.json", "hidden_size"]),
     ],
 )

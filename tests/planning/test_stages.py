@@ -19,7 +19,7 @@ from megatron_cream.planning.stages import (
 )
 
 CREAM = Workload(4096, 32)
-QWEN = dataclasses.replace(MODELS["qwen2.5-7b"], layers=9, vocab=150000)
+QWEN = dataclasses.replace(MODELS["qwen2.5-7b"], layers=9, vocabulary=150000)
 
 
 def planned(shape, layout, work=CREAM, target=262144):
@@ -56,7 +56,7 @@ def test_70b_on_1024_ranks():
 )
 def test_stages_hold_what_the_closed_forms_say(shape, layout, work):
     views, parameters, lines = forks.call(planning.views, planned(shape, layout, work), layout.gpus)
-    padding = (padded_vocab(shape, layout.tensor) - shape.vocab) * shape.hidden
+    padding = (padded_vocab(shape, layout.tensor) - shape.vocabulary) * shape.hidden
     assert parameters == shape.parameters + (1 if shape.tied else 2) * padding
     stages = layout.stages(shape.layers)
     for view in views:
@@ -68,8 +68,8 @@ def test_stages_hold_what_the_closed_forms_say(shape, layout, work):
 
 def small(*more):
     """Flags of a model that is built in no time, on one rank unless they say otherwise."""
-    shape = dataclasses.replace(MODELS["llama-3-8b"], layers=8, hidden=256, ffn=512, vocab=1000)
-    shape = dataclasses.replace(shape, heads=8, kv_heads=4, head_dim=32)
+    shape = dataclasses.replace(MODELS["llama-3-8b"], layers=8, hidden=256, ffn=512)
+    shape = dataclasses.replace(shape, heads=8, groups=4, head_dim=32, vocabulary=1000)
     return [*planned(shape, Layout(1, 1, 1, 1)), *more]
 
 
