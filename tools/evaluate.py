@@ -6,7 +6,8 @@
     python tools/evaluate.py needle --hf model/ --lengths 4K 8K 16K --output runs/eval/needle
     torchrun --nproc-per-node 4 tools/evaluate.py kv-retrieval --checkpoint runs/cream \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --lengths 32K
-    python tools/evaluate.py all --hf model/ --data books/ --lengths 1K 4K --output runs/eval/all
+    python tools/evaluate.py all --hf model/ --data books/ --lengths 1K 4K 16K --documents 4 \\
+        --most-tokens 32K --output runs/eval/all
     python tools/evaluate.py compare runs/eval/base runs/eval/cream --output runs/eval/both
 
 OUTPUT gets result.json, table.md and picture.png; a killed run continues when it is started again.
@@ -15,6 +16,7 @@ OUTPUT gets result.json, table.md and picture.png; a killed run continues when i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -79,9 +81,16 @@ def _add_model(add: Callable[..., Any]) -> None:
 
 
 def _add_cases(add: Callable[..., Any]) -> None:
+    from megatron_cream.evaluation.run import parse_length
+
     add("--cases", type=int, default=5, help="cases a seed: depths, places, or questions")
     add("--seeds", type=int, default=3, help="haystacks, or cases of --cases-file")
     add("--first-seed", type=int, default=0)
+    add(
+        "--most-tokens",
+        type=parse_length,
+        help="of a task's haystacks at one length; fewer seeds if need be, at least one",
+    )
     add("--cases-file", help="published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)")
     add("--prompt", default="base", help="base, or chat for the tokenizer's chat template")
     add("--shots", type=int, default=0, help="worked examples in front")
@@ -120,6 +129,9 @@ def run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str]) -> int:
     """Run the tool; bad input ends in one line and exit status 2."""
+    # Before torch is imported. Threads that spin at the end of every small operation, while another
+    # process has their core, make a pass take several times as long on a machine that is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = parse_args(argv)
     try:
         printed = run(args)

@@ -13,4 +13,4 @@ from megatron_cream.evaluation import pictures
 def draw(results: Sequence[dict[str, Any]], train_length: int, path: Path) -> None:
     """Draw one line a model, and the window that all were trained at."""
     trained = [{**result, "window": train_length} for result in results]
-    pictures.draw(trained, path, window="every model was trained at {}")
+    pictures.draw(trained, path, window="trained window {}")

@@ -9,7 +9,7 @@ huggingface     a Hugging Face folder to score
 megatron        a Megatron checkpoint to score, over tensor, pipeline and context ranks
 run             one evaluation, written case by case
 compare         several runs in one table and picture
-pictures        heat map, lines by length and place
+pictures        heat maps, lines by length and place
 lm_eval         a model class for lm-eval
 position_plots  pictures of layouts and of the distances they train
 """

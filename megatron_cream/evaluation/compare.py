@@ -13,7 +13,7 @@ from megatron_cream.evaluation.tables import joined_table
 
 # What must be the same for runs to be compared; missing in a run of another kind of task.
 _SAME = (
-    *("task", "prompt", "shots", "seeds", "first_seed", "cases", "cases_file"),
+    *("task", "prompt", "shots", "seeds", "first_seed", "cases", "cases_file", "most_tokens"),
     *("data", "documents", "document_tokens", "stride"),
 )
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of results: perplexity and accuracy by length, accuracy by place, needle heat map.
+"""Pictures of results, which panels each kind of run has.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; every model has a marker of
-its own as well.
+perplexity, one run      by length with intervals of the change; by position in the window
+perplexity, several      by length; ratio to the first run with intervals of paired documents
+passkey, needle          heat map of depth and length, one a run
+tasks with places        by length with intervals; heat map of place and length, or lines by place
+other tasks              by length with intervals
+all tasks of a model     heat map of task and length
 """
 
 from __future__ import annotations
@@ -11,6 +15,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_cream.evaluation.perplexity_pictures import draw_perplexity
+from megatron_cream.evaluation.plotting import (
+    INK,
+    MUTED,
+    NORMAL,
+    SMALL,
+    Line,
+    Result,
+    draw_lines,
+    heat_map,
+    length_axis,
+    lengths_of,
+    line_of,
+    mark_window,
+    name_lines,
+    style,
+)
 from megatron_cream.evaluation.position_plots import require_matplotlib
 from megatron_cream.evaluation.tables import short
 
@@ -18,12 +39,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Result = dict[str, Any]
-
-INK, MUTED = "#22303c", "#5b6773"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 HEAT_MAPS = ("needle", "passkey")
+_HITS = ("hit", "hit_low", "hit_high")
 
 
 def draw(results: Sequence[Result], path: str | Path, window: str = "window {}") -> None:
@@ -36,120 +53,65 @@ def draw(results: Sequence[Result], path: str | Path, window: str = "window {}")
         ImportError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    require_matplotlib()
-    from matplotlib.figure import Figure
+    picture(results, window).savefig(path)
 
-    figure = Figure(dpi=150, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
-    task = results[0]["task"]
-    if task == "perplexity":
-        _draw_perplexity(figure, results, window)
-    elif task in HEAT_MAPS:
-        _draw_heat_maps(figure, results)
-    elif "places" in results[0]:
-        _draw_lengths_and_places(figure, results)
-    else:
-        figure.set_size_inches(7.2, 4.2)
-        _draw_accuracy(figure.subplots(), results)
-    figure.suptitle(_title(results), x=0.015, ha="left", fontsize=12, color=INK, weight="bold")
+
+def draw_suite(results: Sequence[Result], path: str | Path) -> None:
+    """Write the picture of all tasks of one model; perplexity, which is no share, is left out."""
+    shares = [result for result in results if result["task"] != "perplexity"]
+    lengths = lengths_of(shares)
+    names = [result["task"] for result in shares]
+    figure = _figure(f"{shares[0]['name']}: exact answers in %", 2.4 + 0.7 * len(lengths), 3.4)
+    axes = figure.subplots()
+    cells = {(r["task"], row["length"]): row["hit"] for r in shares for row in r["lengths"]}
+    heat_map(axes, _grid(cells, names, lengths), list(map(short, lengths)), names)
+    axes.set_xlabel("length of a case (tokens)", fontsize=NORMAL, color=MUTED)
+    mark_window(axes, lengths, shares[0]["window"])
     figure.savefig(path)
 
 
-def _title(results: Sequence[Result]) -> str:
+def picture(results: Sequence[Result], window: str = "window {}") -> Figure:
+    """Return the figure that ``draw`` writes."""
     task = results[0]["task"]
-    return f"{task}: {results[0]['name']}" if len(results) == 1 else task
+    title = f"{task}: {results[0]['name']}" if len(results) == 1 else task
+    if task == "perplexity":
+        figure = _figure(title, 8.6, 3.3)
+        draw_perplexity(figure, results, window)
+        return figure
+    if task in HEAT_MAPS:
+        return _depths(title, results)
+    if "places" in results[0]:
+        return _lengths_and_places(_figure(title, 8.6, _height(results)), results)
+    figure = _figure(title, 5, 3.3)
+    _accuracy(figure.subplots(), results)
+    return figure
 
 
-def _style(axes: Axes, xlabel: str, ylabel: str) -> None:
-    axes.set_xlabel(xlabel, fontsize=9.5, color=MUTED)
-    axes.set_ylabel(ylabel, fontsize=9.5, color=MUTED)
-    axes.tick_params(colors=MUTED, labelsize=9, length=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c5ccd3")
-    axes.grid(color="#e6e9ec", linewidth=0.8)
-    axes.set_axisbelow(True)
+def _height(results: Sequence[Result]) -> float:
+    """Return inches that leave room for the rows of a map."""
+    return 3.3 + 0.19 * max(0, max(len(_place_rows(result)) for result in results) - 11)
 
 
-def _length_axis(axes: Axes, results: Sequence[Result], window: str = "window {}") -> None:
-    lengths = sorted({row["length"] for result in results for row in result["lengths"]})
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
-    axes.set_xticks(lengths, [short(length) for length in lengths])
-    axes.minorticks_off()
-    for tokens in sorted({result["window"] for result in results}):
-        if lengths[0] <= tokens < lengths[-1]:
-            axes.axvline(tokens, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
-            axes.annotate(
-                window.format(short(tokens)), (tokens, 1), xycoords=("data", "axes fraction"),
-                xytext=(4, -4), textcoords="offset points", va="top", fontsize=8.5, color=MUTED,
-            )  # fmt: skip
+def _figure(title: str, width: float, height: float) -> Figure:
+    """Return an empty figure of ``width`` x ``height`` inches."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), dpi=180, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08, wspace=0.06)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=NORMAL + 1, color=INK, weight="bold")
+    return figure
 
 
-def _line(
-    axes: Axes, number: int, count: int, name: str, rows: list[dict[str, Any]], keys: Any
-) -> None:
-    """Draw line ``number`` of ``count``; ``keys`` name x, y and the ends of the interval of rows.
-
-    Earlier lines are broader and intervals stand side by side, so that none hides another.
-    """
-    from matplotlib.transforms import ScaledTranslation
-
-    x, y, low, high = keys
-    color, extra = COLORS[number % len(COLORS)], min(3, count - 1 - number)
-    axes.plot(
-        [row[x] for row in rows], [row[y] for row in rows], color=color, label=name,
-        marker=MARKERS[number % len(MARKERS)], markersize=6 + extra,
-        linewidth=1.8 + 0.8 * extra, markeredgecolor="white", markeredgewidth=0.7,
-    )  # fmt: skip
-    bars = [row for row in rows if row.get(low) is not None]
-    if bars:
-        points = 2.5 * (number - (count - 1) / 2)
-        aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
-        axes.vlines(
-            [row[x] for row in bars], [row[low] for row in bars], [row[high] for row in bars],
-            color=color, linewidth=1.2, alpha=0.7, transform=axes.transData + aside,
-        )  # fmt: skip
-        # A shifted transform keeps the axes from making room by themselves.
-        axes.update_datalim([(row[x], row[end]) for row in bars for end in (low, high)])
-        axes.autoscale_view()
-
-
-def _legend(axes: Axes, results: Sequence[Result]) -> None:
-    if len(results) > 1:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-
-
-def _draw_perplexity(figure: Figure, results: Sequence[Result], window: str) -> None:
-    figure.set_size_inches(7.2, 4.4)
-    axes = figure.subplots()
-    for number, result in enumerate(results):
-        keys = ("length", "perplexity", "low", "high")
-        _line(axes, number, len(results), result["name"], result["lengths"], keys)
-    _style(axes, "context length in tokens", "perplexity (95 % intervals over documents)")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize=7.5, colors=MUTED)
-    axes.grid(which="minor", axis="y", color="#f1f3f5", linewidth=0.6)
-    _length_axis(axes, results, window)
-    axes.yaxis.set_minor_locator(_minor_locator())
-    _legend(axes, results)
-
-
-def _minor_locator() -> Any:
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(subs=(2, 3, 5, 7))
-
-
-def _draw_accuracy(axes: Axes, results: Sequence[Result]) -> None:
-    for number, result in enumerate(results):
-        keys = ("length", "hit", "hit_low", "hit_high")
-        _line(axes, number, len(results), result["name"], result["lengths"], keys)
-    _style(axes, "length of a case in tokens", "exact answers (95 % intervals)")
+def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
+    names = [result["name"] if len(results) > 1 else "" for result in results]
+    pairs = zip(names, results, strict=True)
+    lines = [line_of(name, result["lengths"], "length", *_HITS) for name, result in pairs]
+    draw_lines(axes, lines)
+    style(axes, "length of a case (tokens)", "exact answers (95 % intervals)")
     _percent_axis(axes)
-    _length_axis(axes, results)
-    _legend(axes, results)
+    length_axis(axes, results)
+    name_lines(axes, lines)
 
 
 def _percent_axis(axes: Axes) -> None:
@@ -157,98 +119,94 @@ def _percent_axis(axes: Axes) -> None:
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
 
 
-def _draw_lengths_and_places(figure: Figure, results: Sequence[Result]) -> None:
-    """Accuracy by length, and by place: all lengths of one run, or all runs over all lengths."""
-    figure.set_size_inches(10.5, 4.4)
+def _lengths_and_places(figure: Figure, results: Sequence[Result]) -> Figure:
+    """Accuracy by length, and by place: a map of all lengths of a run, or a line a run."""
     left, right = figure.subplots(1, 2)
-    _draw_accuracy(left, results)
-    if len(results) == 1:
-        lines = _places_by_length(results[0])
-    else:
-        lines = {result["name"]: _places_pooled(result) for result in results}
-    for number, (name, rows) in enumerate(lines.items()):
-        keys = ("where", "hit", "hit_low", "hit_high")
-        _line(right, number, len(lines), name, rows, keys)
-    right.axvspan(1 / 3, 2 / 3, color="#f1e9d2", alpha=0.7, zorder=0, linewidth=0)
+    _accuracy(left, results)
+    if len(results) == 1 and len(lengths_of(results)) > 1:
+        _place_map(right, results[0], "place of the answer")
+        _mark_middle_rows(right, results[0])
+        right.set_title(_cell_words(results), loc="left", fontsize=SMALL, color=MUTED, pad=16)
+        return figure
+    lines = [_places(result, len(results) > 1) for result in results]
+    draw_lines(right, lines)
+    right.axvspan(1 / 3, 2 / 3, color="#f3f0e6", zorder=0, linewidth=0)
     right.annotate(
-        "middle third", (0.5, 0.985), xycoords=("data", "axes fraction"), ha="center", va="top",
-        fontsize=8.5, color=MUTED,
+        "middle third", (0.5, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+        textcoords="offset points", ha="center", va="bottom", fontsize=SMALL, color=MUTED,
     )  # fmt: skip
-    _style(right, "place of the answer in the context", "exact answers (95 % intervals)")
+    shown = "mean of all lengths" if len(lengths_of(results)) > 1 else "95 % intervals"
+    style(right, "place of the answer in the context", f"exact answers ({shown})")
     right.set_xticks([0, 0.25, 0.5, 0.75, 1], ["beginning", "25 %", "50 %", "75 %", "end"])
     _percent_axis(right)
-    right.legend(
-        frameon=False, fontsize=8.5, labelcolor=INK, ncols=6, loc="lower left",
-        bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1.4, columnspacing=1.2,
-    )  # fmt: skip
+    name_lines(right, lines)
+    return figure
 
 
-def _places_by_length(result: Result) -> dict[str, list[dict[str, Any]]]:
-    lengths = sorted({row["length"] for row in result["places"]})
-    return {
-        short(length): [row for row in result["places"] if row["length"] == length]
-        for length in lengths
-    }
+def _places(result: Result, named: bool) -> Line:
+    """Return accuracy by place; over several lengths their mean, without intervals.
+
+    Lengths are not drawn at random: an interval over them would mean nothing.
+    """
+    name, rows = result["name"] if named else "", result["places"]
+    if len(lengths_of([result])) == 1:
+        return line_of(name, rows, "where", *_HITS)
+    places = sorted({row["where"] for row in rows})
+    hits = [[row["hit"] for row in rows if row["where"] == where] for where in places]
+    return Line(name, places, [sum(found) / len(found) for found in hits])
 
 
-def _places_pooled(result: Result) -> list[dict[str, Any]]:
-    """Mean over lengths, without intervals: lengths are not drawn at random."""
-    places = sorted({row["where"] for row in result["places"]})
-    pooled = []
-    for where in places:
-        hits = [row["hit"] for row in result["places"] if row["where"] == where]
-        pooled.append({"where": where, "hit": sum(hits) / len(hits)})
-    return pooled
-
-
-def _draw_heat_maps(figure: Figure, results: Sequence[Result]) -> None:
-    """Place by length, one map a run; each cell has its share written in it."""
-    figure.set_size_inches(1.6 + 5.2 * len(results), 4.4)
-    maps = figure.subplots(1, len(results), squeeze=False)[0]
+def _depths(title: str, results: Sequence[Result]) -> Figure:
+    """Depth by length, one map a run."""
+    columns = len(lengths_of(results))
+    figure = _figure(title, len(results) * (1.6 + 0.62 * columns), _height(results))
+    maps = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
     for axes, result in zip(maps, results, strict=True):
-        image = _heat_map(axes, result)
-        if len(results) > 1:
-            axes.set_title(result["name"], loc="left", fontsize=10.5, color=INK)
-    bar = figure.colorbar(image, ax=list(maps), shrink=0.9, aspect=30)
-    bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
-    bar.ax.tick_params(labelsize=9, colors=MUTED)
-    cases = {row["cases"] for result in results for row in result["places"]}
-    each = "/".join(map(str, sorted(cases)))
-    bar.set_label(f"exact answers (cases a cell: {each})", fontsize=9.5, color=MUTED)
-    bar.outline.set_visible(False)
+        _place_map(axes, result, "depth of the needle" if axes is maps[0] else "")
+        words = _cell_words([result]) if len(results) == 1 else result["name"]
+        axes.set_title(words, loc="left", fontsize=SMALL, color=MUTED, pad=16)
+    return figure
 
 
-def _heat_map(axes: Axes, result: Result) -> Any:
+def _cell_words(results: Sequence[Result]) -> str:
+    counts = sorted({row["cases"] for result in results for row in result["places"]})
+    several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"exact answers in %, {several} case{'s' if counts != [1] else ''} a cell"
+
+
+def _grid(cells: dict[tuple[Any, int], float], rows: Sequence, lengths: Sequence[int]) -> Any:
     import numpy as np
 
-    lengths = sorted({row["length"] for row in result["places"]})
-    places = sorted({row["where"] for row in result["places"]})
-    shares = np.full((len(places), len(lengths)), np.nan)
-    for row in result["places"]:
-        shares[places.index(row["where"]), lengths.index(row["length"])] = row["hit"]
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for (i, j), share in np.ndenumerate(shares):
-        if not np.isnan(share):
-            axes.text(
-                j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=9,
-                color="black" if share > 0.55 else "white",
-            )  # fmt: skip
-    axes.set_xticks(range(len(lengths)), [short(length) for length in lengths])
-    axes.set_yticks(range(len(places)), [f"{100 * place:.0f} %" for place in places])
-    axes.set_xlabel("length of a case in tokens", fontsize=9.5, color=MUTED)
-    axes.set_ylabel("depth of the needle", fontsize=9.5, color=MUTED)
-    axes.tick_params(colors=MUTED, labelsize=9, length=0)
-    axes.spines[:].set_visible(False)
-    _mark_window(axes, lengths, result["window"])
-    return image
+    return np.array([[cells.get((row, length), np.nan) for length in lengths] for row in rows])
 
 
-def _mark_window(axes: Axes, lengths: list[int], window: int) -> None:
-    inside = sum(length <= window for length in lengths)
-    if 0 < inside < len(lengths):
-        axes.axvline(inside - 0.5, color="white", linewidth=3)
-        axes.axvline(inside - 0.5, color="#d55e00", linewidth=1.5, linestyle=(0, (4, 2)))
-        axes.annotate(
-            f"window {short(window)}", (inside - 0.5, 1), xycoords=("data", "axes fraction"),
-            xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5, color="#b34700",
-        )  # fmt: skip
+def _place_map(axes: Axes, result: Result, ylabel: str) -> None:
+    lengths = lengths_of([result])
+    places = _place_rows(result)
+    cells = {(row["where"], row["length"]): row["hit"] for row in result["places"]}
+    names = [f"{100 * place:.0f} %" for place in places]
+    heat_map(axes, _grid(cells, places, lengths), list(map(short, lengths)), names)
+    axes.set_xlabel("length of a case (tokens)", fontsize=NORMAL, color=MUTED)
+    axes.set_ylabel(ylabel, fontsize=NORMAL, color=MUTED)
+    mark_window(axes, lengths, result["window"])
+
+
+def _place_rows(result: Result) -> list[float]:
+    return sorted({row["where"] for row in result["places"]})
+
+
+def _mark_middle_rows(axes: Axes, result: Result) -> None:
+    """Draw a bracket beside the rows of a map that are in the middle third."""
+    places = _place_rows(result)
+    middle = [i for i, place in enumerate(places) if 1 / 3 <= place <= 2 / 3]
+    if not middle:
+        return
+    x, top, end = 1.02, middle[0], middle[-1] + 1
+    to = axes.get_yaxis_transform()
+    axes.plot(
+        [x, x], [top + 0.08, end - 0.08], color=MUTED, linewidth=1, transform=to, clip_on=False
+    )
+    axes.text(
+        x + 0.02, (top + end) / 2, "middle third", rotation=90, va="center", fontsize=SMALL,
+        color=MUTED, transform=to,
+    )  # fmt: skip

@@ -52,6 +52,7 @@ def _shares(cases: Records, number: bool) -> dict[str, Any]:
     found = {
         "length": cases[0]["length"],
         "cases": len(cases),
+        "haystacks": len({(case["seed"], case["haystack"]) for case in cases}),
         "hit": share,
         "hit_low": low,
         "hit_high": high,

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_cream.evaluation import published
 from megatron_cream.evaluation.opening import open_model
 from megatron_cream.evaluation.passes import Model
+from megatron_cream.evaluation.pictures import draw_suite
 from megatron_cream.evaluation.position_plots import require_matplotlib
 from megatron_cream.evaluation.score_cases import score_cases
 from megatron_cream.evaluation.score_documents import score_perplexity
@@ -40,6 +41,7 @@ def run(args: Namespace) -> str:
         tables.append(suite_table(results))
         if args.output and model.primary:
             (Path(args.output) / "table.md").write_text(tables[-1] + "\n", "utf-8")
+            draw_suite(results, Path(args.output) / "picture.png")
     return "\n\n".join(tables) if model.primary else ""
 
 
@@ -53,6 +55,7 @@ def check(args: Namespace) -> None:
     for flag, value in (
         *(("--lengths", length) for length in args.lengths),
         *(("--" + name, getattr(args, name)) for name in ("seeds", "cases", "documents")),
+        *([("--most-tokens", args.most_tokens)] if args.most_tokens is not None else []),
     ):
         if value < 1:
             raise ValueError(f"{flag} has {value}: it must be at least 1")
@@ -61,6 +64,11 @@ def check(args: Namespace) -> None:
     if "perplexity" in args.tasks and args.data is None:
         raise ValueError("--data is missing: perplexity needs an indexed dataset or text")
     if args.cases_file is not None:
+        if args.most_tokens is not None:
+            raise ValueError(
+                f"--most-tokens is {args.most_tokens} with --cases-file: it must be left out, "
+                "--seeds says how many of the file's cases are taken"
+            )
         published.read_cases(args.cases_file)
     if args.output is not None:
         require_matplotlib()

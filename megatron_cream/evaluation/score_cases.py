@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron_cream.evaluation import published
@@ -34,6 +34,7 @@ def score_cases(args: Namespace, model: Model, task: str, folder: str | None) ->
         "first_seed": args.first_seed,
         "cases": args.cases,
         "cases_file": args.cases_file,
+        "most_tokens": args.most_tokens,
     }
     haystacks = make_haystacks(args, prompt, task)
     store = Store(folder, kept, model.primary)
@@ -56,10 +57,31 @@ def make_haystacks(args: Namespace, prompt: Prompt, task: str) -> list[Haystack]
         return published.read_haystacks(task, args.cases_file, kit, args.seeds, args.cases)
     made = []
     for length in args.lengths:
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            several = kind.make(kit, length, seed, args.cases)
-            made += [dataclasses.replace(one, number=i) for i, one in enumerate(several)]
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        groups = (_numbered(kind.make(kit, length, seed, args.cases)) for seed in seeds)
+        if not kind.placed:  # each case is a haystack, and none of them is needed for the others
+            groups = ([one] for group in groups for one in group)
+        made += affordable(groups, args.most_tokens)
     return made
+
+
+def _numbered(haystacks: list[Haystack]) -> list[Haystack]:
+    return [dataclasses.replace(one, number=i) for i, one in enumerate(haystacks)]
+
+
+def affordable(groups: Iterable[list[Haystack]], most: int | None) -> list[Haystack]:
+    """Return the first groups of haystacks that together have at most ``most`` tokens.
+
+    The first group is always among them; None stands for no limit. Groups beyond the limit are
+    not made.
+    """
+    taken: list[Haystack] = []
+    for group in groups:
+        tokens = sum(one.length for one in (*taken, *group))
+        if taken and most is not None and tokens > most:
+            break
+        taken += group
+    return taken
 
 
 def _score_haystacks(

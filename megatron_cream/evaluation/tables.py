@@ -24,9 +24,18 @@ def table(result: Result) -> str:
     """Return the table of one run."""
     title = f"{result['task']}, {result['name']}, window {short(result['window'])}"
     rows = _perplexity_rows(result) if result["task"] == "perplexity" else _case_rows(result)
-    beyond = any(row["length"] > result["window"] for row in result["lengths"])
-    note = "\n\n\\* longer than the window that the model was extended to" if beyond else ""
-    return f"{title}\n\n{markdown(rows)}{note}"
+    return f"{title}\n\n{markdown(rows)}{_notes([result])}"
+
+
+def _notes(results: Sequence[Result]) -> str:
+    """Return what readers of a table must know of its lengths and of its number of cases."""
+    notes = []
+    if any(row["length"] > result["window"] for result in results for row in result["lengths"]):
+        notes.append("\\* longer than the window that the model was extended to")
+    if limits := {result["most_tokens"] for result in results if result.get("most_tokens")}:
+        most = " or ".join(short(limit) for limit in sorted(limits))
+        notes.append(f"fewer cases at a length whose haystacks would exceed {most} tokens")
+    return "".join(f"\n\n{note}" for note in notes)
 
 
 def length_name(result: Result, length: int) -> str:
@@ -47,13 +56,14 @@ def _perplexity_rows(result: Result) -> list[list[str]]:
 def _case_rows(result: Result) -> list[list[str]]:
     number = "number" in result["lengths"][0]
     names = ["length", "exact", "95 % interval", *(["first integer"] if number else [])]
-    rows = [[*names, "items", "answer tokens", "log-likelihood a token", "cases"]]
+    rows = [[*names, "items", "answer tokens", "log-likelihood a token", "cases", "haystacks"]]
     for row in result["lengths"]:
         cells = [length_name(result, row["length"]), percent(row["hit"])]
         cells.append(f"{percent(row['hit_low'])} to {percent(row['hit_high'])}")
         cells += [percent(row["number"])] if number else []
         cells += [percent(row["items"]), percent(row["tokens"])]
-        rows.append([*cells, f"{row['logprob_per_token']:.2f}", str(row["cases"])])
+        counts = [str(row["cases"]), str(row["haystacks"])]
+        rows.append([*cells, f"{row['logprob_per_token']:.2f}", *counts])
     return rows
 
 
@@ -74,14 +84,25 @@ def joined_table(results: Sequence[Result]) -> str:
 
 
 def suite_table(results: Sequence[Result]) -> str:
-    """Return one table of several tasks of one model: a row a task, a column a length."""
+    """Return one table of several tasks of one model: a row a task, a column a length.
+
+    The last column has the number of cases, or of documents, at each length.
+    """
     lengths = sorted({row["length"] for result in results for row in result["lengths"]})
-    rows = [["task", *(length_name(results[0], length) for length in lengths)]]
+    rows = [["task", *(length_name(results[0], length) for length in lengths), "cases"]]
     for result in results:
         cell = _perplexity_cell if result["task"] == "perplexity" else _case_cell
         found = {row["length"]: row for row in result["lengths"]}
-        rows.append([result["task"], *(_cell(cell, found.get(length)) for length in lengths)])
-    return markdown(rows)
+        cells = [_cell(cell, found.get(length)) for length in lengths]
+        rows.append([result["task"], *cells, _counts(result)])
+    return markdown(rows) + _notes(results)
+
+
+def _counts(result: Result) -> str:
+    """Return the number of cases or documents, by length where lengths differ in it."""
+    key = "documents" if result["task"] == "perplexity" else "cases"
+    counts = [row[key] for row in result["lengths"]]
+    return ", ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def _cell(cell: Callable[[dict[str, Any]], str], row: dict[str, Any] | None) -> str:

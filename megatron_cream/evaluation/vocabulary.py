@@ -50,11 +50,12 @@ def _score(
     top = _reduce(highest.clone(), "MAX", group)
     # A rank whose best is not the best of all answers with an id behind the vocabulary.
     best = _reduce(torch.where(highest == top, best + first, vocabulary), "MIN", group)
-    total = _reduce((logits - top[:, None]).exp().sum(-1, dtype=torch.float64), "SUM", group)
     local = targets - first
     here = (local >= 0) & (local < size)
     own = logits.gather(1, local.clamp(0, size - 1)[:, None])[:, 0].double()
     wanted = _reduce(torch.where(here, own, 0.0), "SUM", group)
+    # In place: another array of this size costs as much time as the output layer.
+    total = _reduce(logits.sub_(top[:, None]).exp_().sum(-1).double(), "SUM", group)
     return wanted - top.double() - total.log(), best
 
 

@@ -3,14 +3,17 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from support.arguments import arguments
 
+from megatron_cream.evaluation.cases import Haystack
 from megatron_cream.evaluation.compare import compare
 from megatron_cream.evaluation.run import parse_length, run
+from megatron_cream.evaluation.score_cases import affordable
 from megatron_cream.evaluation.store import Store, read_result
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +105,50 @@ def test_compare(finished, small_hf, tmp_path):
         compare([str(tmp_path)], None)
 
 
+def test_fewer_seeds_at_longer_lengths(small_hf, tmp_path):
+    several = {"tasks": ["passkey", "common-words"], "lengths": [2200, 3800], "name": "model"}
+    printed = run(asked(small_hf, tmp_path, **several, cases=2, seeds=3, most_tokens=13200))
+    counts = {
+        task: [(row["cases"], row["haystacks"]) for row in read_result(tmp_path / task)["lengths"]]
+        for task in several["tasks"]
+    }
+    # Both depths of a seed are kept together; a case of common words is a haystack of its own.
+    assert counts == {"passkey": [(6, 6), (2, 2)], "common-words": [(6, 6), (3, 3)]}
+    suite = (tmp_path / "table.md").read_text()
+    note = "fewer cases at a length whose haystacks would exceed 13200 tokens"
+    assert printed.endswith(suite.strip()) and printed.count(note) == 3
+    rows = {line.split(" | ")[0]: line for line in suite.splitlines()}
+    assert rows["| passkey"].endswith("| 6, 2 |") and rows["| common-words"].endswith("| 6, 3 |")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_most_tokens_in_the_same_folder(finished, small_hf):
+    with pytest.raises(ValueError, match=r"\(most_tokens None != 900\)"):
+        run(asked(small_hf, finished[0], most_tokens=900))
+
+
+@pytest.mark.parametrize("most, taken", [(None, 5), (100, 2), (99, 1), (1, 1), (150, 3)])
+def test_affordable_haystacks(most, taken):
+    made = []
+
+    def groups():
+        for number in range(5):
+            made.append(number)
+            yield [Haystack([], [], 25, number)] * 2
+
+    assert len(affordable(groups(), most)) == 2 * taken
+    assert len(made) <= taken + 1  # what will not be scored is not made
+
+
+def test_threads_of_a_shared_machine_wait_asleep(tool, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    tool.main(["compare", "nowhere"])
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    tool.main(["compare", "nowhere"])
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+
+
 @pytest.mark.parametrize("word", ["4096", "4K", "4k"])
 def test_lengths(word):
     assert parse_length(word) == 4096
@@ -111,6 +158,13 @@ BAD = {
     "exactly one of them": ["needle", "--lengths", "4K"],
     "--hf is nowhere: it must be a folder": ["needle", "--hf", "nowhere", "--lengths", "4K"],
     "--lengths has 0: it must be at least 1": ["needle", "--hf", "HF", "--lengths", "0"],
+    "--most-tokens has 0: it must be at least 1": [
+        *("needle", "--hf", "HF", "--lengths", "900", "--most-tokens", "0"),
+    ],
+    "--most-tokens is 900 with --cases-file: it must be left out": [
+        *("longchat-lines", "--hf", "HF", "--lengths", "900", "--most-tokens", "900"),
+        *("--cases-file", "cases.jsonl"),
+    ],
     "--lengths has 64: needle needs at least": ["needle", "--hf", "HF", "--lengths", "64"],
     "--data is missing": ["perplexity", "--hf", "HF", "--lengths", "64"],
     "--data is EMPTY": ["perplexity", "--hf", "HF", "--lengths", "64", "--data", "EMPTY"],

@@ -25,6 +25,7 @@ DEFAULTS = {
     "seeds": 2,
     "first_seed": 0,
     "cases_file": None,
+    "most_tokens": None,
     "prompt": "base",
     "shots": 0,
     "bos": None,
