@@ -91,7 +91,7 @@ def open_tokenizer(args: Namespace) -> tuple[Tokenizer, str | None]:
     """Return the tokenizer, and the folder or file it came from.
 
     Without --tokenizer-type it is the one in the Hugging Face folder, or the one that an imported
-    checkpoint keeps.
+    checkpoint keeps, or the one that a trained checkpoint says it was trained with.
 
     Raises:
         ValueError, FileNotFoundError: none there, or one that cannot be read.
@@ -105,10 +105,21 @@ def open_tokenizer(args: Namespace) -> tuple[Tokenizer, str | None]:
         if (place / "tokenizer.model").is_file():
             model = place / "tokenizer.model"
             return load_tokenizer("SentencePieceTokenizer", model), str(model)
+    trained = None if args.hf else _trained_with(args.checkpoint)
+    if trained is not None:
+        return load_tokenizer(*trained), trained[1]
     raise ValueError(
         f"--tokenizer-type is not given: there is no tokenizer.json or tokenizer.model in "
         f"{places[0]}; name the tokenizer as in tools/preprocess_data.py"
     )
+
+
+def _trained_with(checkpoint: str) -> tuple[str, str] | None:
+    """Return type and path of the tokenizer in a checkpoint's saved arguments, if it is there."""
+    saved = saved_arguments(checkpoint)
+    kind, path = (getattr(saved, name, None) for name in ("tokenizer_type", "tokenizer_model"))
+    usable = kind in ("HuggingFaceTokenizer", "SentencePieceTokenizer") and path is not None
+    return (kind, path) if usable and Path(path).exists() else None
 
 
 def _kept_places(checkpoint: str) -> list[Path]:

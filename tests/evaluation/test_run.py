@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,20 @@ def test_tokenizer_of_another_model(small_hf, tmp_path):
     wrong = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path)}
     with pytest.raises(ValueError, match="has 500 tokens, .* has 384: it must be the tokenizer"):
         run(asked(small_hf, None, output=None, **wrong))
+
+
+def test_a_trained_checkpoint_names_its_tokenizer(small_hf, tmp_path, monkeypatch):
+    from megatron_cream.evaluation import opening
+
+    words = arguments(checkpoint=str(tmp_path))
+    saved = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=small_hf)
+    monkeypatch.setattr(opening, "saved_arguments", lambda path: saved)
+    tokenizer, source = opening.open_tokenizer(words)
+    assert source == small_hf
+    assert tokenizer.vocab_size == opening.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
+    saved.tokenizer_model = str(tmp_path / "gone")
+    with pytest.raises(ValueError, match="--tokenizer-type is not given"):
+        opening.open_tokenizer(words)
 
 
 def test_data_of_another_tokenizer(small_hf, tmp_path):
