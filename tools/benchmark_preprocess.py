@@ -43,7 +43,7 @@ class Side:
         output: its files, without suffix, for a prefix.
         turns: how often it is run.
         wall, cpu: seconds of each turn.
-        start: CPU seconds of each turn on one short line.
+        start, start_wall: CPU and wall seconds of each turn on one short line.
         peak: largest resident bytes of any process of it.
     """
 
@@ -53,6 +53,7 @@ class Side:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
+    start_wall: list[float] = field(default_factory=list)
     peak: int = 0
     failed: str = ""
 
@@ -97,7 +98,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Side]:
         for name, side in sides.items():
             if turn >= side.turns:
                 continue
-            side.start.append(_run(side, str(short), str(folder / "short"))[1])
+            wall, cpu = _run(side, str(short), str(folder / "short"))
+            side.start_wall.append(wall)
+            side.start.append(cpu)
             prefix = str(folder / name.replace(" ", "-"))
             wall, cpu = _run(side, args.input, prefix)
             if side.failed:
@@ -109,31 +112,40 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Side]:
 
 
 def table(sides: dict[str, Side], size: int) -> str:
-    """Return a row for each side; the ratios are of CPU and of wall seconds to ours."""
-    cpu, wall = _median(sides[OURS].cpu), _median(sides[OURS].wall)
-    steady = _steady(sides[OURS])
+    """Return a row for each side; the ratios are of CPU and of wall seconds to ours.
+
+    The last two ratios are without the seconds that a short line takes too.
+    """
+    ours = sides[OURS]
     lines = [
-        "| side | CPU s | MB per CPU s | wall s | CPU ratio | wall ratio | without start-up "
-        "| peak GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| side | CPU s | MB per CPU s | wall s | CPU ratio | wall ratio | CPU ratio without "
+        "start-up | wall ratio without | peak GB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, side in sides.items():
-        own_cpu, own_wall = _median(side.cpu), _median(side.wall)
-        work = _steady(side)
-        # A difference of two long times that is far below both says nothing.
-        without = f"{work / steady:.1f}" if work > 0.1 * _median(side.start) else "too little"
+        cpu, wall = _median(side.cpu), _median(side.wall)
+        without = (
+            _without(side.cpu, side.start, ours.cpu, ours.start),
+            _without(side.wall, side.start_wall, ours.wall, ours.start_wall),
+        )
         lines.append(
-            f"| {name} | {own_cpu:.2f} | {size / 1e6 / own_cpu:.2f} | {own_wall:.2f} "
-            f"| {own_cpu / cpu:.1f} | {own_wall / wall:.1f} | {without} "
-            f"| {side.peak / 1e9:.2f} |"
+            f"| {name} | {cpu:.2f} | {size / 1e6 / cpu:.2f} | {wall:.2f} "
+            f"| {cpu / _median(ours.cpu):.1f} | {wall / _median(ours.wall):.1f} "
+            f"| {without[0]} | {without[1]} | {side.peak / 1e9:.2f} |"
         )
     return "\n".join(lines)
 
 
-def _steady(side: Side) -> float:
-    """CPU seconds without those that a short line takes too."""
-    pairs = zip(side.cpu, side.start, strict=True)
-    return _median([cpu - start for cpu, start in pairs])
+def _without(
+    seconds: list[float], start: list[float], ours: list[float], our_start: list[float]
+) -> str:
+    """Return the ratio to ours of what is left without start-up, each turn less its own."""
+    left = _median([whole - part for whole, part in zip(seconds, start, strict=True)])
+    our_left = _median([whole - part for whole, part in zip(ours, our_start, strict=True)])
+    # A difference of two long times that is far below both says nothing.
+    if left < 0.1 * _median(start) or our_left < 0.1 * _median(our_start):
+        return "too little"
+    return f"{left / our_left:.2f}"
 
 
 def stages(args: argparse.Namespace, ours: Side) -> str:

@@ -12,11 +12,16 @@ with --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, then tools/merge_data
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+# Read by numpy when it is loaded: threads that nothing here uses would keep workers from forking.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# ruff: noqa: E402
 from megatron_cream.data.engine import ENGINES
 from megatron_cream.data.plan import PART_BYTES
 from megatron_cream.data.preprocess import PreprocessConfig, preprocess

@@ -45,6 +45,10 @@ class WorkFolder:
             self.remove()
         os.close(self._lock)
 
+    def let_go(self) -> None:
+        """In a forked worker: close its copy of the lock, which is to end with this process."""
+        os.close(self._lock)
+
     def is_whole(self) -> bool:
         """Say whether a whole dataset is here, perhaps in part moved to its place already."""
         return is_whole(self.staged)

@@ -28,7 +28,7 @@ from megatron_cream.data.publish import SUFFIXES, check_absent, finish_publishin
 from megatron_cream.data.statistics import draw_histogram
 from megatron_cream.data.text import STDIN, TextInputs
 from megatron_cream.data.tokenizers import Tokenizer
-from megatron_cream.data.workers import run_units
+from megatron_cream.data.workers import one_thread, run_units
 
 __all__ = ["PreprocessConfig", "PreprocessStats", "preprocess"]
 
@@ -100,7 +100,7 @@ def preprocess(
 
     The files appear whole or not at all, and are the same bytes for every number of workers, shards
     and interruptions. With two or more workers a script must call this under
-    `if __name__ == "__main__":`, since they are fresh interpreters.
+    `if __name__ == "__main__":`, since they may be fresh interpreters.
 
     Args:
         config: the job.
@@ -114,7 +114,7 @@ def preprocess(
     """
     started = time.perf_counter()
     job, tokenizer, inputs = check(config)
-    with WorkFolder(job.prefix) as folder:
+    with WorkFolder(job.prefix) as folder, one_thread():
         try:
             if not _published_before(folder, job):
                 check_absent(job.prefix, config.overwrite)
@@ -163,9 +163,9 @@ def _make(
     for unit in units:
         if any(piece.path == str(STDIN) for piece in job.units[unit]):
             folder.drop_unit(unit)
-    with tqdm(total=_bytes_of(job, units), unit="B", unit_scale=True, disable=not progress) as bar:
+    with _Bar(total=_bytes_of(job, units), unit="B", unit_scale=True, disable=not progress) as bar:
         if config.ray is None:
-            run_units(job, units, config.workers, bar.update, fast or tokenizer)
+            run_units(job, units, config.workers, bar.update, fast or tokenizer, folder.let_go)
         else:
             from megatron_cream.data.on_ray import run_on_ray
 
@@ -173,6 +173,12 @@ def _make(
     _check_unchanged(job)
     finish(config, job, units, folder)
     publish(folder.staged, job.prefix, config.overwrite)
+
+
+class _Bar(tqdm):
+    """A bar without a thread of its own: workers are forked only from a process of one."""
+
+    monitor_interval = 0
 
 
 def _bytes_of(job: Job, units: list[int]) -> int:

@@ -66,11 +66,16 @@ def test_ten_times_the_loop_of_one_call_a_document(benchmark, text, monkeypatch)
 
 def test_table_and_failures(benchmark, tmp_path, capsys):
     sides = {
-        name: benchmark.Side(None, "", 1, wall=[w], cpu=[c], start=[s], peak=10**9)
-        for name, w, c, s in ((benchmark.OURS, 2.0, 3.0, 1.0), (benchmark.STOCK, 90.0, 180.0, 20.0))
+        name: benchmark.Side(None, "", 1, wall=[w], cpu=[c], start=[s], start_wall=[v], peak=10**9)
+        for name, w, c, s, v in (
+            (benchmark.OURS, 2.0, 3.0, 1.0, 0.5),
+            (benchmark.STOCK, 90.0, 180.0, 20.0, 15.0),
+            (benchmark.FAST, 6.0, 9.0, 8.5, 5.0),
+        )
     }
     rows = benchmark.table(sides, size=180_000_000).splitlines()
-    assert rows[-1] == "| Megatron | 180.00 | 1.00 | 90.00 | 60.0 | 45.0 | 80.0 | 1.00 |"
+    assert rows[-2] == "| Megatron | 180.00 | 1.00 | 90.00 | 60.0 | 45.0 | 80.00 | 50.00 | 1.00 |"
+    assert rows[-1].endswith("| 3.0 | 3.0 | too little | 0.67 | 1.00 |")
     arguments = ["--input", str(tmp_path / "no"), "--tokenizer-type", "x", "--tokenizer-model", "y"]
     assert benchmark.main(arguments) == 2
     assert "no: not found" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,39 @@ from megatron_cream.data import workers as module
 from megatron_cream.data.checks import check
 from megatron_cream.data.tokenizers import train_bpe
 
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 PARTS = {"part_bytes": 400}  # of the test's input of about 1200 bytes
+# Runs the tool; its workers say how they were started and whether they hold the lock.
+WATCHED = """
+import importlib.util, multiprocessing, os, sys, threading, time
+spec = importlib.util.spec_from_file_location("preprocess_data", sys.argv[1])
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+from megatron_cream.data import units, workers
+if sys.argv[2] == "a thread":
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+true_run, methods, parent = units.UnitEncoder.run, [], os.getpid()
+
+def run(encoder, unit):
+    if os.getpid() == parent:
+        time.sleep(0.5)  # so that the worker gets some units
+    else:
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        held = [os.readlink(link) for link in links if os.path.exists(link)]
+        with open(sys.argv[3], "a") as file:
+            file.write(f"{sum(path.endswith('.parts/lock') for path in held)} locks\\n")
+    true_run(encoder, unit)
+
+def get_context(method):
+    methods.append(method)
+    return multiprocessing.get_context(method)
+
+units.UnitEncoder.run, workers.get_context = run, get_context
+if __name__ == "__main__":
+    status = tool.main(sys.argv[4:])
+    print(*methods)
+    sys.exit(status)
+"""
 
 
 @pytest.fixture
@@ -32,6 +66,45 @@ def test_same_bytes_for_every_number_of_workers(bpe_job, run, outputs, engine):
         assert outputs(prefix) == outputs(bpe_job.output_prefix)
 
 
+@pytest.mark.parametrize(("also", "method"), [("nothing", "fork"), ("a thread", "spawn")])
+def test_the_tool_forks_only_without_threads(bpe_job, run, outputs, tmp_path, also, method):
+    run(bpe_job)
+    (tmp_path / "watched.py").write_text(WATCHED)
+    command = [sys.executable, str(tmp_path / "watched.py"), str(TOOL), also, str(tmp_path / "log")]
+    command += ["--input", *bpe_job.input, "--output-prefix", bpe_job.output_prefix + "-2"]
+    command += ["--tokenizer-type", bpe_job.tokenizer_type, "--append-eod", "--workers", "2"]
+    command += ["--tokenizer-model", bpe_job.tokenizer_model, "--part-bytes", "200"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == method
+    assert outputs(bpe_job.output_prefix + "-2") == outputs(bpe_job.output_prefix)
+    if method == "fork":  # a spawned one is a fresh interpreter that knows nothing of the patch
+        assert set((tmp_path / "log").read_text().splitlines()) == {"0 locks"}
+
+
+def test_a_forked_worker_can_let_go_of_the_lock(tmp_path):
+    code = """
+import os, sys, time
+from megatron_cream.data.folder import WorkFolder
+folder, (read, write) = WorkFolder(sys.argv[1]), os.pipe()
+worker = os.fork()
+if not worker:
+    sys.argv[2] == "lets go" and folder.let_go()
+    os.write(write, b".")
+    time.sleep(60)
+try:
+    os.read(read, 1)
+    os.close(folder._lock)  # what the end of this process does
+    WorkFolder(sys.argv[1])
+finally:
+    os.kill(worker, 9)
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "data")]
+    keeps = subprocess.run([*arguments, "keeps it"], capture_output=True, text=True)
+    assert "another process is writing it" in keeps.stderr
+    subprocess.run([*arguments, "lets go"], check=True)
+
+
 def _imported(pipe):
     from megatron_cream.data import preprocess  # noqa: F401
 
@@ -47,7 +120,7 @@ def test_workers_do_not_import_megatron():
     process.join()
 
 
-def _die_in_worker(job, units, next_unit, read, pipe):
+def _die_in_worker(*arguments):
     os._exit(1)
 
 
