@@ -7,7 +7,8 @@
 
 Trains a tokenizer and a small GPT at N = 256 tokens, extends it to T = 2048 with CREAM and with
 PoSE while still training at 256, compares perplexities on held-out documents, and exports the
-model for transformers.
+model for transformers. Started again, it does what is left: another ROPE takes the small GPT that
+is there.
 """
 
 from __future__ import annotations
@@ -42,16 +43,14 @@ def main() -> None:
     """Run the demo from text to table."""
     args = parse_args()
     started = time.monotonic()
-    folder = Path(
-        args.output or ("runs/demo" if args.rope == "linear" else f"runs/demo-{args.rope}")
-    )
+    folder, suffix = Path(args.output), "" if args.rope == "linear" else f"-{args.rope}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         data = corpus.prepare(args.input, folder, VOCABULARY, N, DOCUMENT_TOKENS)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    train(folder, args.rope)
-    results = evaluate(folder, data.documents_for(DOCUMENTS), args.rope)
+    train(folder, args.rope, suffix)
+    results = evaluate(folder, data.documents_for(DOCUMENTS), args.rope, suffix)
     record = {
         "rope_interpolation": args.rope,
         "train_length": N,
@@ -62,15 +61,17 @@ def main() -> None:
         "perplexity": {result["name"]: result["lengths"] for result in results},
         "seconds": round(time.monotonic() - started, 1),
     }
-    (folder / "perplexity.json").write_text(json.dumps(record, indent=2) + "\n")
-    picture.draw(results, N, folder / "perplexity.png")
+    table = folder / f"perplexity{suffix}.json"
+    table.write_text(json.dumps(record, indent=2) + "\n")
+    picture.draw(results, N, table.with_suffix(".png"))
     print(
         f"\nPerplexity on {record['documents']} held-out documents, by context length in tokens\n"
     )
     print(joined_table(results).split("\n\n", 1)[1])
-    print(f"\n{record['seconds']:.0f} s. Table: {folder / 'perplexity.json'}", end="")
-    print(f"  picture: {folder / 'perplexity.png'}  logs: {folder}/*.log")
-    print(f"\nExported. In transformers:\n{jobs.export(folder, 'cream')}")
+    print(f"\n{record['seconds']:.0f} s. Table: {table}", end="")
+    print(f"  picture: {table.with_suffix('.png')}  logs: {folder}/*.log")
+    loads = jobs.export(folder, f"cream{suffix}", f"extended{suffix}")
+    print(f"\nExported. In transformers:\n{loads}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,7 +80,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="*", help="text files, JSONL files or folders")
-    parser.add_argument("--output", help="folder for everything it makes (default: runs/demo)")
+    parser.add_argument("--output", default="runs/demo", help="folder for everything it makes")
     names = [name for name in (*SCALINGS, *TRAINED) if name not in (*_UNSUITED, *EVALUATION_ONLY)]
     parser.add_argument("--rope", choices=names, default="linear", help="interpolation")
     return parser.parse_args()
@@ -88,7 +89,7 @@ def parse_args() -> argparse.Namespace:
 _UNSUITED = ("none", "rope-theta", "longrope")  # no extension, or in need of more settings
 
 
-def train(folder: Path, rope: str) -> None:
+def train(folder: Path, rope: str, suffix: str) -> None:
     """Train the base model, then extend it in two ways."""
     jobs.pretrain(folder, "base", BASE_STEPS, ["--sample-unit", "packed", "--lr", "4e-3"])
     for strategy in ("pose", "cream"):
@@ -97,16 +98,16 @@ def train(folder: Path, rope: str) -> None:
             *("--target-length", str(T), "--sample-unit", "window", "--lr", "1e-3"),
             *("--position-strategy", strategy, "--rope-interpolation", rope),
         ]
-        jobs.pretrain(folder, strategy, EXTENSION_STEPS, flags)
+        jobs.pretrain(folder, strategy + suffix, EXTENSION_STEPS, flags)
 
 
-def evaluate(folder: Path, documents: int, rope: str) -> list[dict[str, Any]]:
+def evaluate(folder: Path, documents: int, rope: str, suffix: str) -> list[dict[str, Any]]:
     """Return the perplexities of every model, as tools/evaluate.py has them."""
     models = {"base": ("base", {})}
     if rope not in TRAINED:  # those have no angles without weights of their own
         changes = {"rope_interpolation": rope, "rope_factor": T / N}
         models["base, interpolated"] = ("base", changes)
-    models |= {"PoSE": ("pose", {}), "CREAM": ("cream", {})}
+    models |= {"PoSE": (f"pose{suffix}", {}), "CREAM": (f"cream{suffix}", {})}
     return [
         jobs.perplexities(folder, run, name, LENGTHS, documents, DOCUMENT_TOKENS, changes)
         for name, (run, changes) in models.items()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import socket
@@ -51,15 +53,40 @@ _ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*lm loss: (\S+)")
 def pretrain(folder: Path, name: str, steps: int, flags: list[str]) -> None:
     """Run Megatron's trainer on two ranks; its output goes to ``folder/name.log``.
 
+    A run that was trained to its end with the same flags, text and first weights is not repeated.
+
     Raises:
         SystemExit: training failed; the end of the log is printed.
     """
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", str(_free_port()), "-m", "megatron_cream.pretrain", "--cpu"),
+    arguments = [
+        *("-m", "megatron_cream.pretrain", "--cpu"),
         *(*MODEL, *TRAINING, "--data-path", str(folder / "train"), "--train-iters", str(steps)),
         *("--lr-warmup-iters", str(max(1, steps // 20)), "--save", str(folder / name)),
         *("--save-interval", str(steps), "--no-save-optim", *flags),
+    ]
+    mark, made_of = folder / f"{name}.json", _made_of(folder, arguments)
+    if mark.exists() and mark.read_text() == made_of:
+        print(f"train {name}: {folder / name} is there")
+        return
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    _train(folder, name, steps, arguments)
+    mark.write_text(made_of)
+
+
+def _made_of(folder: Path, arguments: list[str]) -> str:
+    """Return what decides a run's result, as JSON."""
+    text = hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()
+    first, flag = None, "--pretrained-checkpoint"
+    if flag in arguments:
+        first = Path(arguments[arguments.index(flag) + 1] + ".json").read_text()
+    return json.dumps({"arguments": arguments, "text": text, "first": first}, indent=2) + "\n"
+
+
+def _train(folder: Path, name: str, steps: int, arguments: list[str]) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-port", str(_free_port()), *arguments),
     ]
     log = folder / f"{name}.log"
     lines = [" ".join(command)]
@@ -114,11 +141,11 @@ def perplexities(
     return score_perplexity(options, open_model(options))
 
 
-def export(folder: Path, run: str) -> str:
+def export(folder: Path, run: str, name: str) -> str:
     """Write a run's model for transformers, its tokenizer beside it; return lines that load it."""
     from megatron_cream.checkpoint.exporting import export_checkpoint
 
-    output = folder / "extended"
+    output = folder / name
     shutil.rmtree(output, ignore_errors=True)
     export_checkpoint(str(folder / run), str(output), quiet=True)
     shutil.copytree(folder / "tokenizer", output, dirs_exist_ok=True)
