@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_cream.data.index import read_index
 from megatron_cream.data.preprocess import PreprocessConfig, preprocess
-from megatron_cream.data.text import find_inputs, read_documents
+from megatron_cream.data.reading import read_documents
+from megatron_cream.data.text import find_inputs
 from megatron_cream.data.tokenizers import train_bpe
 
 HELD_OUT = 8  # every eighth document

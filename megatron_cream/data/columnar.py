@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.data import giant, records
-from megatron_cream.data.reading import Record
-from megatron_cream.data.records import BadRecord, Fields
+from megatron_cream.data.records import BadRecord, Fields, Record
 from megatron_cream.data.text import PARQUET
 
 _BATCH_BYTES = 8 << 20

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from megatron_cream.data import giant, records
 from megatron_cream.data.compression import open_stream
-from megatron_cream.data.records import BadRecord, Fields, Line, Text
-from megatron_cream.data.text import ARROW, JSONL, PARQUET
+from megatron_cream.data.records import BadRecord, Fields, Line, Record, Text
+from megatron_cream.data.text import ARROW, JSONL, PARQUET, format_of
 
 _BLOCK_BYTES = 4 << 20
 _AFTER_END_BYTES = 1 << 18
@@ -33,22 +33,6 @@ class Piece:
     format: str
     start: int = 0
     end: int | None = None
-
-
-class Record(NamedTuple):
-    """A document, or why there is none.
-
-    Attributes:
-        text: its text, to be read before the next record is asked for; None with an error.
-        error: what is wrong with the record.
-        number: of its line or row, counted from 1 in its piece; 0 for a whole file.
-        offset: where the next record starts: expanded bytes from the start of the piece, or rows.
-    """
-
-    text: Text | None
-    error: BadRecord | None
-    number: int
-    offset: int
 
 
 def place(piece: Piece, number: int) -> str:
@@ -100,6 +84,42 @@ def read_piece(
             yield _read_text(stream)
 
 
+def read_documents(
+    path: Path, json_key: str = "text", on_bytes: Callable[[int], object] = lambda count: None
+) -> Iterator[str]:
+    """Yield the documents of one file: one per JSONL line or row, or the whole of a plain one.
+
+    Blank JSONL lines are passed over and a byte order mark at the start of the file is removed;
+    nothing else is changed, line ends included.
+
+    Args:
+        path: the file; its suffix (before that of a compression) says how it is read.
+        json_key: the key of a JSONL object, or the column, that holds the text.
+        on_bytes: called with the number of bytes after each read from disk.
+
+    Raises:
+        ValueError: not UTF-8, a broken line or a broken compressed stream, naming file and place.
+        OSError: the file cannot be read.
+    """
+    whole = Piece(str(path), format_of(path))
+    for record in read_piece(whole, Fields((json_key,)), on_bytes=on_bytes):
+        if record.error is not None:
+            raise ValueError(f"{place(whole, record.number)}: {record.error}") from record.error
+        yield record.text if isinstance(record.text, str) else "".join(record.text)
+
+
+def text_of(line: Line, fields: Fields) -> Text:
+    """Return the text of one line of JSONL; pieces of a giant one may still raise.
+
+    Raises:
+        BadRecord: the line is not an object with strings under ``fields``, or its text holds NUL
+            or half a surrogate pair, which no tokenizer takes.
+    """
+    if len(line) > records.GIANT_BYTES:
+        return giant.giant_text(line, fields)
+    return records.check_text(records.join_fields(records.parse(line), fields))
+
+
 def _read_text(stream: BinaryIO) -> Record:
     data = stream.read(records.GIANT_BYTES + 1)
     if len(data) > records.GIANT_BYTES:
@@ -127,7 +147,7 @@ def _read_jsonl(
         if not line or (line[0] in _BLANK and bytes(line).isspace()):
             continue
         try:
-            yield Record(records.text_of(line, fields), None, number, end - piece.start)
+            yield Record(text_of(line, fields), None, number, end - piece.start)
         except BadRecord as exc:
             yield Record(None, exc, number, end - piece.start)
 

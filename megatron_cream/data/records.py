@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import orjson
@@ -42,26 +42,28 @@ class BadRecord(ValueError):
         self.kind = kind
 
 
+class Record(NamedTuple):
+    """A document, or why there is none.
+
+    Attributes:
+        text: its text, to be read before the next record is asked for; None with an error.
+        error: what is wrong with the record.
+        number: of its line or row, counted from 1 in its piece; 0 for a whole file.
+        offset: where the next record starts: expanded bytes from the start of the piece, or rows.
+    """
+
+    text: Text | None
+    error: BadRecord | None
+    number: int
+    offset: int
+
+
 @dataclass(frozen=True)
 class Fields:
     """Which keys of an object hold the text, and what is put between several of them."""
 
     names: tuple[str, ...] = ("text",)
     separator: str = "\n\n"
-
-
-def text_of(line: Line, fields: Fields) -> Text:
-    """Return the text of one line of JSONL; pieces of a giant one may still raise.
-
-    Raises:
-        BadRecord: the line is not an object with strings under ``fields``, or its text holds NUL
-            or half a surrogate pair, which no tokenizer takes.
-    """
-    if len(line) > GIANT_BYTES:
-        from megatron_cream.data.giant import giant_text
-
-        return giant_text(line, fields)
-    return check_text(join_fields(parse(line), fields))
 
 
 def check_text(text: str) -> str:

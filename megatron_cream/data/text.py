@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files a job reads, what is in them, and their documents one at a time."""
+"""Which files a job reads, and what is in them."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,33 +87,6 @@ def format_of(path: Path, given: str | None = None) -> str:
 def is_compressed(path: Path) -> bool:
     """Say whether a file is expanded while it is read."""
     return path != STDIN and suffixes(path)[1] != ""
-
-
-def read_documents(
-    path: Path, json_key: str = "text", on_bytes: Callable[[int], object] = lambda count: None
-) -> Iterator[str]:
-    """Yield the documents of one file: one per JSONL line or row, or the whole of a plain one.
-
-    Blank JSONL lines are passed over and a byte order mark at the start of the file is removed;
-    nothing else is changed, line ends included.
-
-    Args:
-        path: the file; its suffix (before that of a compression) says how it is read.
-        json_key: the key of a JSONL object, or the column, that holds the text.
-        on_bytes: called with the number of bytes after each read from disk.
-
-    Raises:
-        ValueError: not UTF-8, a broken line or a broken compressed stream, naming file and place.
-        OSError: the file cannot be read.
-    """
-    from megatron_cream.data.reading import Piece, place, read_piece
-    from megatron_cream.data.records import Fields
-
-    whole = Piece(str(path), format_of(path))
-    for record in read_piece(whole, Fields((json_key,)), on_bytes=on_bytes):
-        if record.error is not None:
-            raise ValueError(f"{place(whole, record.number)}: {record.error}") from record.error
-        yield record.text if isinstance(record.text, str) else "".join(record.text)
 
 
 def _matches(path: Path) -> list[Path]:

@@ -19,8 +19,8 @@ from megatron_cream.data.cuts import (
 from megatron_cream.data.fast import FastTokenizer
 from megatron_cream.data.parts import HASH_BYTES, PartWriter, finished_parts
 from megatron_cream.data.plan import Job
-from megatron_cream.data.reading import Record, lines_before, place, read_piece
-from megatron_cream.data.records import BadRecord, Text
+from megatron_cream.data.reading import lines_before, place, read_piece
+from megatron_cream.data.records import BadRecord, Record, Text
 from megatron_cream.data.tokenizers import Tokenizer
 from megatron_cream.data.verify import CheckedTokenizer, excerpt
 

@@ -13,8 +13,8 @@ import numpy as np
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.documents import read_documents
+from megatron_cream.data.reading import read_documents as read_texts
 from megatron_cream.data.text import find_inputs
-from megatron_cream.data.text import read_documents as read_texts
 from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.prompts import Prompt

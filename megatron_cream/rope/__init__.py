@@ -9,6 +9,7 @@ PositionRotaryEmbedding  position ids [b, s] to float32 angles [s, b, 1, d] (nee
 install_rotary           puts it into a built GPTModel                     (needs torch, megatron)
 """
 
+from importlib import import_module
 from typing import Any
 
 from megatron_cream.rope.base import RopeScaling
@@ -29,13 +30,11 @@ __all__ = [
     "scaling_from_hf",
 ]
 
-_NEEDS_MEGATRON = ("PositionRotaryEmbedding", "install_rotary")
+_NEEDS_MEGATRON = {"PositionRotaryEmbedding": "rotary", "install_rotary": "install"}
 
 
 def __getattr__(name: str) -> Any:
     # Tools that only need a formula must not wait for torch and megatron to be imported.
     if name in _NEEDS_MEGATRON:
-        from megatron_cream.rope import rotary
-
-        return getattr(rotary, name)
+        return getattr(import_module(f"megatron_cream.rope.{_NEEDS_MEGATRON[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,43 +19,6 @@ from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
 
-def serve_per_token_angles() -> None:
-    """Have Megatron's attention rotate by angles of every token of every sample. Idempotent.
-
-    Symbol: ``megatron.core.transformer.attention.apply_rotary_pos_emb``, the name through which
-    self-attention of GPTModel and HybridModel rotates queries and keys. Angles that are the same
-    for all samples go to Megatron's own function, unchanged.
-
-    Raises:
-        ImportError: the symbol moved in this version of Megatron.
-    """
-    from megatron.core.transformer import attention
-
-    own = getattr(attention, "apply_rotary_pos_emb", None)
-    if own is None:
-        raise ImportError(
-            "megatron.core.transformer.attention.apply_rotary_pos_emb is gone: it may have "
-            "changed in your version of megatron-core; megatron_cream is made for 0.19.2"
-        )
-    if getattr(own, "serves_per_token_angles", False):
-        return
-
-    def apply(t: Tensor, freqs: Tensor, config: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if freqs.dim() == 2:  # frequencies that are trained, and positions
-            from megatron_cream.rope.clex.rotate import turn
-
-            return turn(t, freqs, config)
-        mscale = kwargs.get("mscale", 1.0)
-        # Megatron leaves the fused kernel for a factor; a single sample's angles are its rows'.
-        scaled_rows = mscale != 1.0 and t.dim() == 4 and t.shape[1] == 1
-        if freqs.dim() == 4 and (freqs.shape[1] > 1 or scaled_rows):
-            return rotate(t, freqs, config, mscale)
-        return own(t, freqs, config, *args, **kwargs)
-
-    apply.serves_per_token_angles = True
-    attention.apply_rotary_pos_emb = apply
-
-
 def rotate(t: Tensor, angles: Tensor, config: Any, mscale: float = 1.0) -> Tensor:
     """Rotate ``t`` by angles of its own tokens, fused where ``config.apply_rope_fusion`` is on.
 

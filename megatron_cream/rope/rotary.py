@@ -2,13 +2,11 @@
 """A rotary embedding that turns by the positions of the step's own tokens.
 
 Megatron's ``RotaryEmbedding`` is given a length, caches by it and never sees ``position_ids``.
-This one takes its place as ``model.rotary_pos_emb`` after the model is built, and a forward
-pre-hook hands it the position ids that the model is called with.
+This one takes its place (see ``install``) and is handed those that the model is called with.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor, nn
 
 from megatron_cream.rope.base import RopeScaling
-from megatron_cream.rope.fused import serve_per_token_angles
 
 
 class PositionRotaryEmbedding(RotaryEmbedding):
@@ -158,103 +155,3 @@ def _inv_freq(scaling: RopeScaling, device: torch.device | str | None) -> Tensor
     if powers.is_meta:  # a layout that is only counted
         return powers
     return torch.from_numpy(scaling.rounded(powers.cpu().numpy())).to(powers.device)
-
-
-def carry_in_softmax(config: Any, scaling: RopeScaling) -> bool:
-    """Put the attention factor m into ``config.softmax_scale`` if that is the same; say if it was.
-
-    Cos and sin of queries and keys times m make logits m ** 2 times as large. Where every
-    dimension of a head is rotated a softmax scale of m ** 2 / sqrt(d) does just that, and the
-    fused kernel, which has no factor, stays. To be called before the model is built.
-
-    Args:
-        config: Megatron's transformer config.
-    """
-    factor = scaling.attention_factor
-    if factor == 1.0 or scaling.dim != config.kv_channels:
-        return False
-    scale = config.softmax_scale  # muP has one of its own
-    plain = 1.0 / math.sqrt(config.kv_channels) if scale is None else scale
-    config.softmax_scale = plain * factor * factor
-    return True
-
-
-def install_rotary(
-    model: nn.Module, scaling: RopeScaling, *, attention_factor_in_softmax: bool = False
-) -> PositionRotaryEmbedding:
-    """Replace ``model.rotary_pos_emb`` and have it follow the ``position_ids`` of every call.
-
-    Args:
-        model: a built, unwrapped GPTModel or HybridModel chunk on any pipeline stage.
-        scaling: how positions become angles.
-        attention_factor_in_softmax: what ``carry_in_softmax`` answered for the model's config; if
-            False the attention factor is applied to the rotated dimensions.
-
-    Raises:
-        ValueError: the model has no rotary embedding of Megatron's ``rope`` kind, or rotates
-            another number of dimensions than ``scaling``.
-    """
-    stock = getattr(model, "rotary_pos_emb", None)
-    if not isinstance(stock, RotaryEmbedding):
-        raise ValueError(
-            f"the model's rotary embedding is {type(stock).__name__}: positions reach angles only "
-            "through RoPE, --position-embedding-type rope"
-        )
-    dim = 2 * stock.inv_freq.numel()
-    if dim != scaling.dim:
-        raise ValueError(f"the interpolation has dim {scaling.dim}, the model rotates {dim}")
-    rotary = _kind(scaling)(
-        scaling,
-        rotary_interleaved=stock.rotary_interleaved,
-        device=stock.inv_freq.device,
-        cp_group=stock.cp_group,
-    )
-    model.rotary_pos_emb = rotary
-    if not attention_factor_in_softmax:
-        _scale_rotated(model, scaling.attention_factor)
-    rotary.attention_factor_in_softmax = attention_factor_in_softmax
-    serve_per_token_angles()
-    model.register_forward_pre_hook(_hand_over_position_ids, with_kwargs=True)
-    return rotary
-
-
-def _kind(scaling: RopeScaling) -> type[PositionRotaryEmbedding]:
-    if scaling.name != "clex":
-        return PositionRotaryEmbedding
-    from megatron_cream.rope.clex.rotary import ClexRotaryEmbedding
-
-    return ClexRotaryEmbedding
-
-
-def _scale_rotated(model: nn.Module, factor: float) -> None:
-    """Have every attention layer apply the attention factor with its rotation.
-
-    Attribute: ``Attention._yarn_concentration_factor``, what Megatron multiplies cos and sin by.
-    It derives it from ``yarn_*`` settings, which cannot say every value.
-
-    Raises:
-        ImportError: the attribute moved in this version of Megatron.
-    """
-    from megatron.core.transformer.attention import Attention
-
-    for module in model.modules():
-        if isinstance(module, Attention):
-            if not hasattr(module, "_yarn_concentration_factor"):
-                raise ImportError(
-                    "megatron.core.transformer.attention.Attention._yarn_concentration_factor is "
-                    "gone: it may have changed in your version of megatron-core; megatron_cream "
-                    "is made for 0.19.2"
-                )
-            module._yarn_concentration_factor = factor
-
-
-def _hand_over_position_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    inference = kwargs.get("inference_context") or kwargs.get("inference_params")
-    rotary = model.rotary_pos_emb
-    if rotary.attention_factor_in_softmax and inference and not inference.is_static_batching():
-        raise RuntimeError(
-            f"the attention factor {rotary.scaling.attention_factor:g} is in the softmax scale, "
-            "which Megatron's dynamic batching ignores: use a static inference context"
-        )
-    rotary.set_position_ids(position_ids, plain=inference is not None)

@@ -12,7 +12,7 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 
 from megatron_cream.checkpoint.saved import SETTINGS_KEY, starts_without_clex
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.rope.rotary import carry_in_softmax, install_rotary
+from megatron_cream.rope.install import carry_in_softmax, install_rotary
 from megatron_cream.rope.scaling import RopeScaling
 from megatron_cream.training import hybrid
 from megatron_cream.training.arguments import rotary_dim

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cream.data import giant, reading, records
-from megatron_cream.data.reading import Piece, lines_before, read_piece
-from megatron_cream.data.records import BadRecord, Fields, text_of
+from megatron_cream.data.reading import Piece, lines_before, read_piece, text_of
+from megatron_cream.data.records import BadRecord, Fields
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200)
 PARSERS = ["orjson", "json"]

@@ -19,9 +19,8 @@ import pytest
 
 from megatron_cream.data import records
 from megatron_cream.data.folder import WorkFolder
-from megatron_cream.data.reading import Piece, read_piece
+from megatron_cream.data.reading import Piece, read_documents, read_piece
 from megatron_cream.data.records import Fields
-from megatron_cream.data.text import read_documents
 from megatron_cream.data.tokenizers import train_bpe
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_cream.data.text import find_inputs, read_documents
+from megatron_cream.data.reading import read_documents
+from megatron_cream.data.text import find_inputs
 
 DOCUMENTS = ["first\r\nline\n", "κόσμε <b>", "", "a\u2028b\u0085c"]
 

@@ -97,7 +97,7 @@ class TestAttentionFactorOnRotatedDimensions:
         from megatron.core.models.common.embeddings import rope_utils
         from megatron.core.transformer import attention
 
-        from megatron_cream.rope.fused import serve_per_token_angles
+        from megatron_cream.rope.install import serve_per_token_angles
 
         def kernel(t, freqs, interleaved=False):
             attention.kernel_calls += 1
