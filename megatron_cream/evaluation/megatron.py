@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_cream.checkpoint.loading import ONE_PROCESS, Layout, load_model
@@ -48,7 +49,8 @@ class MegatronModel:
             )
         loaded = load_model(path, extension, layout)
         self.name, self.layout, self.args = path, layout, loaded.args
-        self.module, self.extension = loaded.module, loaded.extension
+        # The wrapper of a 16-bit model would make all its logits float32.
+        self.module, self.extension = unwrap_model(loaded.module), loaded.extension
         self.window = loaded.extension.target_length
         self.vocabulary = loaded.args.vocab_size or loaded.args.padded_vocab_size
         self.primary = torch.distributed.get_rank() == 0

@@ -5,10 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from support.arguments import arguments
 from support.calls import call
 from support.evaluation import scored_lines
 from support.runs import write_dataset
+from transformers import AutoModelForCausalLM
+
+from megatron_cream.evaluation.store import read_result
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
 CASES = {"lengths": [384], "cases": 3, "seeds": 2}
@@ -67,6 +71,24 @@ def test_one_process(checkpoint, from_hf, text, tmp_path):
     run(arguments(checkpoint=checkpoint, data=text, documents=3, output=f"{tmp_path}/perplexity"))
     for part in ("cases", "perplexity"):
         agree(lines(tmp_path / part), lines(from_hf / part))
+
+
+@pytest.mark.usefixtures("cpu_megatron")
+def test_bfloat16(small_hf, text, tmp_path):
+    """A 16-bit model is wrapped in Megatron; it rounds elsewhere than transformers does."""
+    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.evaluation.run import run
+
+    model = AutoModelForCausalLM.from_pretrained(small_hf, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "import"), quiet=True)
+    words = {"data": text, "documents": 3}
+    run(arguments(hf=str(tmp_path / "hf"), dtype="bfloat16", output=f"{tmp_path}/1", **words))
+    run(arguments(checkpoint=str(tmp_path / "import"), output=f"{tmp_path}/2", **words))
+    wanted, found = (read_result(tmp_path / part)["lengths"] for part in "12")
+    assert len(found) > 0
+    for left, right in zip(found, wanted, strict=True):
+        assert left["perplexity"] == pytest.approx(right["perplexity"], rel=0.01)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
