@@ -7,6 +7,7 @@
 VENV ?= .venv
 INPUT ?=
 ROPE ?= linear
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -16,7 +17,7 @@ demo: setup
 	$(BIN)/python examples/demo/demo.py --rope $(ROPE) $(if $(INPUT),--input $(INPUT))
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
