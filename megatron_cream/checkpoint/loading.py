@@ -64,6 +64,7 @@ _UNUSED = {
     "recompute_method": None,
     "recompute_num_layers": None,
     "tp_comm_overlap": False,
+    "te_cross_entropy": False,  # logits are what is asked for
     "decoder_first_pipeline_num_layers": None,
     "decoder_last_pipeline_num_layers": None,
     # Where the run started from is not what is loaded.
@@ -84,6 +85,8 @@ _ON_CPU = {
     "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     "moe_grouped_gemm": False,
+    "use_te_activation_func": False,
+    "fused_residual_rmsnorm": False,
 }
 
 

@@ -5,6 +5,7 @@ entry       what every way to start a run shares
 arguments   our flags, and what they are checked for before a GPU is asked for
 checks      files, datasets and checkpoints, likewise
 hooks       what is put into Megatron's model config
+cross_entropy  Transformer Engine's kernel for it, which Megatron's own flag does not give
 hybrid      which HybridModel patterns can be trained, and their layers on a CPU
 data        datasets for every pipeline stage
 step        forward step and loss

@@ -11,6 +11,7 @@ from megatron_cream.positions.cream import GAUSSIANS
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED
 from megatron_cream.rope.options import add_options, options_from_args, read_base
+from megatron_cream.training import cross_entropy
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -48,6 +49,11 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     add("--label-rule", choices=LABEL_RULES, default="true-next", help="targets at chunk borders")
     add("--sample-unit", choices=SAMPLE_UNITS, default="document", help="what a sample reads from")
+    add(
+        cross_entropy.FLAG,
+        action="store_true",
+        help="cross entropy by Transformer Engine's kernel, version 2.19 or later",
+    )
     add("--cpu", action="store_true", help="run Megatron's trainer on a machine with no GPU")
     return parser
 
@@ -202,6 +208,7 @@ def refuse_unsupported(args: Namespace) -> None:
             f"--dataloader-type is {args.dataloader_type!r}: it must be 'single', so that every "
             "pipeline stage counts samples alike"
         )
+    cross_entropy.refuse_unserved(args)
     if args.sample_unit == "packed-documents":
         _refuse_unpackable(args)
 

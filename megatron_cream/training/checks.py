@@ -19,6 +19,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import read_index, read_metadata
 from megatron_cream.data.sources import make_sources
 from megatron_cream.data.span_dataset import no_sources_message, split_strategy
+from megatron_cream.training import cross_entropy
 
 DEFAULT_SPLIT = "969,30,1"  # Megatron's
 
@@ -34,6 +35,7 @@ def check_packages(args: Namespace) -> None:
             "--inprocess-restart is given: it needs the package nvidia-resiliency-ext, without "
             "which Megatron would train as if it were not"
         )
+    cross_entropy.refuse_absent(args)
 
 
 def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:

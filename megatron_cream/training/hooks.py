@@ -14,7 +14,7 @@ from megatron_cream.checkpoint.saved import SETTINGS_KEY, starts_without_clex
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.rope.install import carry_in_softmax, install_rotary
 from megatron_cream.rope.scaling import RopeScaling
-from megatron_cream.training import hybrid
+from megatron_cream.training import cross_entropy, hybrid
 from megatron_cream.training.arguments import rotary_dim
 
 
@@ -50,6 +50,7 @@ def hook_into(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
         **(config.extra_checkpoint_metadata or {}),
         SETTINGS_KEY: extension.to_dict(),
     }
+    cross_entropy.serve(config.transformer, args)
     hybrid.serve_local_layers(config, args)
     return config
 

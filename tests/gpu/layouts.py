@@ -80,6 +80,7 @@ PP2 = ("--pipeline-model-parallel-size", "2")
 VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")  # makes middle stages of two GPUs
 CP2 = ("--context-parallel-size", "2")
 SHARDED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+TE_LOSS = ("--te-cross-entropy",)
 UNFUSED = ("--no-rope-fusion",)
 OTHER_ANGLES = ("--rope-factor", "16")
 PACKED = ("--sample-unit", "packed-documents", "--micro-batch-size", "1")
@@ -87,9 +88,11 @@ LAYOUTS = {
     "1 GPU": Layout(1, role="reference"),
     "1 GPU, unfused RoPE": Layout(1, UNFUSED),
     "1 GPU, micro-batch 1": Layout(1, ("--micro-batch-size", "1")),
+    "1 GPU, TE cross entropy": Layout(1, TE_LOSS),
     "1 GPU, fp8": Layout(1, ("--fp8-format", "hybrid"), FP8),
     "DP2, distributed optimizer": Layout(2, ("--use-distributed-optimizer",)),
     "TP2, sequence parallel": Layout(2, TP2),
+    "TP2, TE cross entropy": Layout(2, (*TP2, *TE_LOSS)),
     "PP2": Layout(2, PP2),
     "PP2, virtual stages": Layout(2, (*PP2, *VIRTUAL)),
     "PP2, then DP2 from its checkpoint": Layout(2, (*PP2, *SHARDED), then=SHARDED),

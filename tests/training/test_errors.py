@@ -71,6 +71,12 @@ def refused(monkeypatch, capsys, dataset):
         (["--dataloader-type", "cyclic"], ["--dataloader-type", "cyclic", "single"]),
         (["--sequence-parallel"], ["--sequence-parallel", "--cpu"]),
         (["--inprocess-restart"], ["--inprocess-restart", "nvidia-resiliency-ext"]),
+        (["--te-cross-entropy"], ["--te-cross-entropy", "--cpu"]),
+        (["--te-cross-entropy", "--fp16"], ["--fp16", "--te-cross-entropy"]),
+        (
+            ["--te-cross-entropy", "--cross-entropy-loss-fusion"],
+            ["--cross-entropy-loss-fusion", "--te-cross-entropy", "left out"],
+        ),
         (["--async-save", "--use-persistent-ckpt-worker"], ["--async-save", "--cpu"]),
         (["--context-parallel-size", "2"], ["--context-parallel-size", "2", "--cpu"]),
         (["--load", "nowhere", "--finetune"], ["--load", "nowhere", "checkpoint"]),
@@ -82,6 +88,16 @@ def test_flags(refused, extra, parts):
     message = refused(*extra)
     for part in parts:
         assert part in message
+
+
+def test_cross_entropy_without_its_kernel(monkeypatch):
+    from types import SimpleNamespace
+
+    from megatron_cream.training import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--te-cross-entropy .* 2\.19 .* is not installed"):
+        cross_entropy.refuse_absent(SimpleNamespace(te_cross_entropy=True, cpu=False))
 
 
 def test_unknown_strategy_is_refused_by_the_parser(monkeypatch, capsys, dataset):
