@@ -4,7 +4,9 @@
     python tools/benchmark_ode.py --scales 16 64
 
 Same rule, same steps, same float64, in turns on one thread; medians in milliseconds, the ratio, and
-the largest relative difference of solution and gradient. Needs torchdiffeq.
+the largest relative difference of solution and gradient. Where there is a GPU, another column has
+the same solution and gradient of weights that are there, from the call to the end of its work, in
+the same turns. Needs torchdiffeq.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from megatron_cream.rope.clex import on_gpu
 from megatron_cream.rope.clex.ode import Field, grid, solve
+
+Result = tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +42,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     field = Field(args.dim, 10000.0, act=args.act)
-    print("| T / N0 | torchdiffeq, ms | ours, ms | ratio | difference |\n|---|---|---|---|---|")
+    heads = ["T / N0", "torchdiffeq, ms", "ours, ms", "ratio", "difference"]
+    if torch.cuda.is_available():
+        print(f"GPU: {torch.cuda.get_device_name()}\n")
+        heads.insert(3, "ours on the GPU, ms")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for count in args.scales:
         print(_row(field, [float(t) for t in range(1, count + 1)], args.turns))
     return 0
@@ -78,26 +88,57 @@ def ours(
     return solved.log_stretch, solved.pull_back(upstream)
 
 
+def ours_on_gpu(
+    field: Field, weights: Tensor, scales: list[float], upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the same of tensors on a GPU, when it is done."""
+    solved = on_gpu.solve(field, weights, scales)
+    gradient = solved.pull_back(upstream)
+    torch.cuda.synchronize()
+    return solved.log_stretch, gradient
+
+
 def _row(field: Field, scales: list[float], turns: int) -> str:
     rng = np.random.default_rng(1)
     weights = field.initial().double().numpy()
     down = field.split(weights)[1]
     down[:] = rng.normal(scale=0.02, size=down.shape)
     upstream = rng.normal(size=(len(scales), field.dim // 2))
-    times: dict[str, list[float]] = {"theirs": [], "ours": []}
-    found = {}
-    for turn in range(-1, turns):  # the first warms up
-        for name, run in (("theirs", recorded), ("ours", ours)):
-            began = time.perf_counter()
-            found[name] = run(field, weights, scales, upstream)
-            if turn >= 0:
-                times[name].append(1e3 * (time.perf_counter() - began))
-    theirs, own = (statistics.median(times[name]) for name in ("theirs", "ours"))
+    runs: dict[str, Callable[[], Result]] = {
+        "theirs": lambda: recorded(field, weights, scales, upstream),
+        "ours": lambda: ours(field, weights, scales, upstream),
+    }
+    if torch.cuda.is_available():
+        there, upstream_there = (torch.from_numpy(array).cuda() for array in (weights, upstream))
+        runs["on the GPU"] = lambda: ours_on_gpu(field, there, scales, upstream_there)
+    times, found = _measure(runs, turns)
     difference = max(
         np.linalg.norm(b - a) / np.linalg.norm(a)
-        for a, b in zip(found["theirs"], found["ours"], strict=True)
+        for name in runs
+        for a, b in zip(found["theirs"], map(_on_host, found[name]), strict=True)
     )
-    return f"| {scales[-1]:g} | {theirs:.2f} | {own:.2f} | {theirs / own:.1f} | {difference:.1e} |"
+    cells = [f"{scales[-1]:g}", *(f"{times[name]:.2f}" for name in runs)]
+    cells += [f"{times['theirs'] / times['ours']:.1f}", f"{difference:.1e}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _on_host(values: np.ndarray | Tensor) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, Tensor) else values
+
+
+def _measure(
+    runs: dict[str, Callable[[], Result]], turns: int
+) -> tuple[dict[str, float], dict[str, Result]]:
+    """Return the median milliseconds of each run, in turns, and what it found."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    found = {}
+    for turn in range(-1, turns):  # the first warms up, and compiles
+        for name, run in runs.items():
+            began = time.perf_counter()
+            found[name] = run()
+            if turn >= 0:
+                times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in times.items()}, found
 
 
 if __name__ == "__main__":

@@ -124,8 +124,8 @@ def _step(
     if clex:
         from megatron_cream.rope.clex.gradients import weights_gradient
 
-        # To the device, as the trainer does: the step ends when it is there.
-        weights_gradient(model.rotary_pos_emb.table, float(len(scales))).cuda()
+        weights_gradient(model.rotary_pos_emb.table, float(len(scales)))
+        model.rotary_pos_emb.table.forget()
     for parameter in model.parameters():
         parameter.grad = None
 

@@ -16,8 +16,7 @@ export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" CUDA_DEVICE_MAX_CONNECTIONS
 
 MACHINE_ARGS=(
     --bf16 --use-distributed-optimizer --manual-gc --manual-gc-interval 100
-    # Nothing is compiled, neither for --cross-entropy-loss-fusion: in so few steps it takes longer
-    # than it saves.
+    # Compiling takes longer than it saves in so few steps, so no --cross-entropy-loss-fusion either.
     --disable-jit-fuser
 )
 
@@ -61,7 +60,7 @@ if [ "${1:-}" != --smoke ] && ! "$PYTHON" -c "import fused_weight_gradient_mlp_c
     MACHINE_ARGS+=(--no-gradient-accumulation-fusion)
 fi
 
-# Its cross entropy is compiled in a second, but was not to be trained with before 2.19.
+# Its cross entropy kernel is ready in a second; before 2.19 it was not one to train with.
 if [ "${1:-}" != --smoke ] && "$PYTHON" -c "
 import sys
 from megatron_cream.training.cross_entropy import why_absent

@@ -4,6 +4,8 @@
 scaling    the settings, the scales t that training draws, which one serves a length   (numpy)
 runge_kutta  steps of the ODE and their exact reverse                         (numpy)
 ode        the vector field and its solution on a grid of scales               (torch)
+on_gpu     the same solution and its reverse on a GPU, for training            (torch)
+kernels    all steps of either in one launch                                  (triton)
 frozen     trained weights at one scale as LongRoPE's lists, for serving
 table      frequencies of a step, at all scales
 rotate     the rotation with a gradient for the frequencies

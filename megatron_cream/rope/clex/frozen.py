@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 WEIGHTS = "rotary_pos_emb.weights"
 """Name of the weights in a checkpoint."""
 
+NOT_FINITE = (
+    "CLEX's weights make frequencies that are not finite: train with a lower --lr, a smaller "
+    "--clip-grad or --rope-options act=tanh"
+)
+
 
 def read_weights(stored: StoredTensors) -> Tensor:
     """Return the weights ``[size]`` of a checkpoint, in their own type.
@@ -64,10 +69,7 @@ def solve_weights(field: Field, weights: Tensor, scales: list[float]) -> Solved:
     """
     solved = solve(field, weights.detach().to("cpu", torch.float64, copy=True).numpy(), scales)
     if not np.isfinite(solved.log_stretch).all():
-        raise RuntimeError(
-            "CLEX's weights make frequencies that are not finite: train with a lower --lr, a "
-            "smaller --clip-grad or --rope-options act=tanh"
-        )
+        raise RuntimeError(NOT_FINITE)
     return solved
 
 

@@ -24,6 +24,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
+from megatron_cream.rope.clex.frozen import NOT_FINITE
 from megatron_cream.rope.clex.rotary import ClexRotaryEmbedding
 from megatron_cream.rope.clex.table import ScaleTable
 
@@ -81,28 +82,41 @@ def finalizer(before: Callable[..., None] | None) -> Callable[..., None]:
 def finish(model: list[nn.Module], divisor: Tensor | float) -> None:
     """Write the gradient of the weights into ``main_grad`` of all chunks of this rank.
 
+    A table that was solved on a GPU is checked here, at the end of its step: earlier, the host
+    would have to wait for it.
+
     Args:
         model: Megatron's wrapped model chunks.
         divisor: what gradients are divided by.
 
     Raises:
-        RuntimeError: a gradient that is not finite, where Megatron checks the others.
+        RuntimeError: the weights made no finite frequencies, or a gradient is not finite where
+            Megatron checks the others.
     """
     rotaries = [_rotary(chunk) for chunk in model]
-    gradient = weights_gradient(rotaries[0].table, divisor)
-    if model[0].ddp_config.check_for_nan_in_grad and not torch.isfinite(gradient).all():
+    table = rotaries[0].table
+    gradient = weights_gradient(table, divisor)
+    checks = [table.finite()]
+    if model[0].ddp_config.check_for_nan_in_grad:
+        checks.append(torch.isfinite(gradient).all())
+    passed = torch.stack(checks).tolist()  # the only wait for the device
+    if not passed[0]:
+        raise RuntimeError(NOT_FINITE)
+    if not all(passed):
         raise RuntimeError("found NaN or Inf in the gradient of CLEX's weights")
+    table.forget()
     for rotary in rotaries:
         rotary.weights.main_grad.copy_(gradient)
 
 
 def weights_gradient(table: ScaleTable, divisor: Tensor | float) -> Tensor:
-    """Return the weights' gradient ``[size]`` over all ranks, on the CPU; the table is used up."""
+    """Return the weights' float64 gradient ``[size]`` over all ranks, on the table's device.
+
+    The table is used up: whoever asks has it ``forget``.
+    """
     total = table.gradient()
     torch.distributed.all_reduce(total)
-    gradient = table.pull_back(total / divisor)
-    table.forget()
-    return gradient
+    return table.pull_back(total / divisor)
 
 
 def _rotary(chunk: nn.Module) -> ClexRotaryEmbedding:

@@ -9,7 +9,8 @@ n(t) = c - e ln alpha(t), and CLEX adds a trained term to its slope (arXiv:2310.
 
 dn / dt is known, so only w = ln theta - n is integrated: dw / dt = act((2 n + w) W_up) W_down with
 w(1) = 0. Weights of zero then give NTK exactly, whatever the step, where integrating all of it is
-2e-5 off at the published step of 0.01. Float64 on the host: the state is d / 2 numbers.
+2e-5 off at the published step of 0.01. Numpy's float64: the state is d / 2 numbers. On a GPU
+``on_gpu`` takes the same steps, for training.
 
 The grid has every scale that is asked for. n moves as ln alpha, fastest at t = 1: an interval from
 n to n + 1 is cut into the fewest equal steps that are at most ``step * (2 n - 1)``.

@@ -3,8 +3,8 @@
 
 Kutta's 3/8 rule, which torchdiffeq calls ``rk4``, to rounding: the tests compare the two. The state
 is d / 2 numbers, so that a step costs what its calls cost; recorded by autograd, as torchdiffeq
-does, a solution and its gradient take six times as long (``tools/benchmark_ode.py``), all of it on
-the host while a GPU waits. The reverse is that of the steps, not of the ODE, as autograd's is.
+does, a solution and its gradient take six times as long (``tools/benchmark_ode.py``). The reverse
+is that of the steps, not of the ODE, as autograd's is.
 """
 
 from __future__ import annotations
