@@ -105,10 +105,21 @@ def serve_parser() -> None:
         args_defaults: dict[str, Any] | None = None,
     ) -> Namespace:
         with entry.one_line_errors():
-            return entry.parse(own, extra_args_provider, ignore_unknown_args, args_defaults)
+            args = entry.parse(own, extra_args_provider, ignore_unknown_args, args_defaults)
+            _refuse_restart(args)
+            return args
 
     parse_and_validate_args.adds_our_flags = True
     arguments.parse_and_validate_args = parse_and_validate_args
+
+
+def _refuse_restart(args: Namespace) -> None:
+    # Such a script hands the trainer alone to be called again, when its arguments are gone.
+    if args.inprocess_restart:
+        raise ValueError(
+            "--inprocess-restart is given: in a script of Megatron 0.19.2 it fails to restart for "
+            "ever; leave it out, or train with megatron_cream.pretrain"
+        )
 
 
 def serve_trainer() -> Callable[..., Any]:

@@ -12,6 +12,7 @@ an existing training script with our positions instead, see ``megatron_cream.lau
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 from megatron_cream.training import entry
 
@@ -36,9 +37,19 @@ def prepare() -> Namespace:
 
 
 def train(args: Namespace) -> None:
-    """Hand over to Megatron's ``pretrain``."""
+    """Hand over to Megatron's ``pretrain``, once or as often as --inprocess-restart asks for."""
+    if args.inprocess_restart:
+        from megatron_cream.training import restart
+
+        restart.run(start, args)
+    else:
+        start(args)
+
+
+def start(args: Namespace, **more: Any) -> None:
+    """Call Megatron's ``pretrain``, which takes ``more`` as it is."""
     from megatron.core.enums import ModelType
-    from megatron.training import inprocess_restart, pretrain
+    from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_cream.training import hooks
@@ -47,15 +58,12 @@ def train(args: Namespace) -> None:
 
     config = hooks.stock_config(args)
     entry.ready(args, config)
-    store = None
-    if args.inprocess_restart:
-        pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     pretrain(
         pretrain_cfg_container_from_args(args, config),
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
-        store=store,
+        **more,
     )
 
 

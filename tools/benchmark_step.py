@@ -124,8 +124,10 @@ def _step(
     if clex:
         from megatron_cream.rope.clex.gradients import weights_gradient
 
-        weights_gradient(model.rotary_pos_emb.table, float(len(scales)))
-        model.rotary_pos_emb.table.forget()
+        table = model.rotary_pos_emb.table
+        weights_gradient(table, float(len(scales)))
+        table.finite().item()  # the trainer looks at it once a step
+        table.forget()
     for parameter in model.parameters():
         parameter.grad = None
 

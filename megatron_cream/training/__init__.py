@@ -9,6 +9,7 @@ cross_entropy  Transformer Engine's kernel for it, which Megatron's own flag doe
 hybrid      which HybridModel patterns can be trained, and their layers on a CPU
 data        datasets for every pipeline stage
 step        forward step and loss
+restart     --inprocess-restart, of the whole start of a run
 report      the block printed at start
 scalars     ours in TensorBoard and Weights & Biases
 cpu         Megatron's trainer on a machine with no GPU

@@ -17,6 +17,7 @@ from typing import Any
 
 FLAG = "--te-cross-entropy"
 
+
 def refuse_unserved(args: Namespace) -> None:
     """Refuse flags that do not go with ours.
 

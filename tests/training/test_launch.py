@@ -214,6 +214,18 @@ def test_flags_of_what_is_swapped_are_refused(extra, monkeypatch, flags):
         pretrain.prepare()
 
 
+def test_restart_inside_the_process_is_refused():
+    from argparse import Namespace
+
+    from megatron_cream import launch
+
+    launch._refuse_restart(Namespace(inprocess_restart=False))
+    with pytest.raises(
+        ValueError, match="^--inprocess-restart is given: .*megatron_cream.pretrain"
+    ):
+        launch._refuse_restart(Namespace(inprocess_restart=True))
+
+
 @pytest.fixture
 def stock(request):
     """A script of Megatron-LM's."""
