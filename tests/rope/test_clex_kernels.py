@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,25 @@ def test_solution_and_gradient_are_the_hosts(name, interpreted):
     expected = solved.pull_back(upstream)
     most = 1e-12 * np.abs(expected).max()
     np.testing.assert_allclose(interpreted[f"{name}, gradient"], expected, rtol=0, atol=most)
+
+
+@pytest.mark.parametrize(("kernel", "carried"), [("forward", 5), ("reverse", 4)])
+def test_compiler_keeps_what_a_loop_hands_on(kernel, carried):
+    """It has taken a register for a constant, which the interpreter cannot show."""
+    triton = pytest.importorskip("triton", reason="comes with torch on Linux")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_cream.rope.clex import kernels
+
+    function = getattr(kernels, kernel)
+    fixed = {n: v for n, v in kernels.sizes(Field(128, 10000.0)).items() if n.isupper()}
+    types = {name: "*fp64" for name in function.arg_names if name not in fixed}
+    types |= {"stages": "i32", **dict.fromkeys(fixed, "constexpr")}
+    source = ASTSource(fn=function, signature=types, constexprs=fixed)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    (registers,) = re.findall(r"scf\.for .* iter_args\((.*?)\)", compiled.asm["ttir"])
+    assert registers.count("=") == carried
 
 
 @pytest.mark.parametrize("name", ["trained", "at the limits"])
