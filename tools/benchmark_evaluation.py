@@ -68,6 +68,12 @@ def warm_up(model: HuggingFaceModel) -> None:
     """Run something short through both sides' kernels."""
     tokens = torch.zeros(1, 64, dtype=torch.int64)
     next(model.run(iter([Pass(tokens, torch.tensor([63]), torch.zeros(1, 1).long(), 2, 16)])))
+    ours = model.module.config._attn_implementation
+    model.module.set_attn_implementation("sdpa")
+    model.module.generate(
+        tokens.to(model.device), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+    )
+    model.module.set_attn_implementation(ours)
 
 
 def measure(

@@ -17,7 +17,7 @@ export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" CUDA_DEVICE_MAX_CONNECTIONS
 MACHINE_ARGS=(
     --bf16 --use-distributed-optimizer --manual-gc --manual-gc-interval 100
     # Compiling takes longer than it saves in so few steps, so no --cross-entropy-loss-fusion either.
-    --disable-jit-fuser --no-bias-swiglu-fusion --use-te-activation-func
+    --disable-jit-fuser
 )
 
 if [ "${1:-}" = --smoke ]; then

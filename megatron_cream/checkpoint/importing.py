@@ -162,11 +162,16 @@ class _Rows:
 _WITHOUT_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.mlp.router")
 
 
+# Modules without weights that are asked for all the same.
+_BESIDE = {"decoder.layers.mlp.linear_fc1": ("decoder.layers.mlp.activation_func",)}
+
+
 def _objects(shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return what Megatron keeps beside tensors, by the name it has on the disk.
 
-    The loader asks for the "extra state" of every linear layer, and with Transformer Engine of
-    every norm. It is None, as Megatron saves it without fp8.
+    The loader asks for the "extra state" of every linear layer, with Transformer Engine of every
+    norm, and with --use-te-activation-func of what is between a feed-forward's two. It is None, as
+    Megatron saves it without fp8.
     """
     objects: dict[str, Any] = {
         "common_state/shard_0_1": {
@@ -180,7 +185,8 @@ def _objects(shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype) 
         if kind == "weight" and module not in _WITHOUT_STATE:
             offset = ".".join(map(str, place or (0,)))
             size = ".".join(map(str, shape.leading(row) or (1,)))
-            objects[f"{module}._extra_state/shard_{offset}_{size}"] = None
+            for name in (module, *_BESIDE.get(module, ())):
+                objects[f"{name}._extra_state/shard_{offset}_{size}"] = None
     return objects
 
 

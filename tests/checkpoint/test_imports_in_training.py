@@ -93,6 +93,24 @@ def test_every_layout_starts_from_it_and_comes_back(name, tmp_path, text):
     assert models.same_bits(source, tmp_path / "exported")
 
 
+def test_states_that_only_some_implementations_ask_for(tmp_path):
+    """The loader of a GPU's modules ends a run for one that is missing."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.saved import latest_checkpoint
+
+    source = models.make(tmp_path / "source", "Llama")
+    import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
+    folder = latest_checkpoint(str(tmp_path / "imported"))
+    keys = set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    for module in ("mlp.linear_fc1", "mlp.activation_func", "self_attention.linear_qkv"):
+        for layer in range(layers):
+            assert f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}" in keys
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in keys
+
+
 def test_vocabulary_is_padded_and_unpadded_in_half_precision(tmp_path, text):
     """120 tokens, 128 rows on two tensor-parallel ranks, distributed optimizer, bfloat16."""
     from megatron_cream.checkpoint.exporting import export_checkpoint
