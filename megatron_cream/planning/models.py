@@ -15,6 +15,7 @@ from megatron_cream.checkpoint.config_json import shape_from_config
 from megatron_cream.checkpoint.families import FAMILIES
 from megatron_cream.checkpoint.flags import kind_flags, size_flags
 from megatron_cream.checkpoint.shape import ModelShape
+from megatron_cream.rope.huggingface import scaling_from_hf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,20 +145,24 @@ def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
     """Return the model that a Hugging Face ``config.json`` describes.
 
     Raises:
-        ValueError: a model that cannot be built, or one that the closed forms do not hold for.
+        ValueError: a model that cannot be built, or one that the closed forms do not hold for, or
+            an unknown interpolation.
         KeyError: the field of its window is missing.
     """
     shape = shape_from_config(config)
     _refuse_unplanned(shape)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = scaling_from_hf(config)
+    released_with = {
+        "rope_type": scaling.name,
+        "rope_factor": scaling.factor,
+        "rope_original": scaling.original_length,
+    }
     return BaseModel(
         **{field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)},
         name=name,
         trained_length=config["max_position_embeddings"],
-        theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        rope_type=rope.get("rope_type", rope.get("type", "default")),
-        rope_factor=float(rope.get("factor", 1.0)),
-        rope_original=rope.get("original_max_position_embeddings", 0),
+        theta=scaling.base,
+        **({} if scaling.name == "none" else released_with),
     )
 
 
