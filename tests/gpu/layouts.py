@@ -84,6 +84,7 @@ TE_LOSS = ("--te-cross-entropy",)
 UNFUSED = ("--no-rope-fusion",)
 OTHER_ANGLES = ("--rope-factor", "16")
 PACKED = ("--sample-unit", "packed-documents", "--micro-batch-size", "1")
+CLEX = ("--rope-interpolation", "clex", "--position-strategy", "randpos")
 LAYOUTS = {
     "1 GPU": Layout(1, role="reference"),
     "1 GPU, unfused RoPE": Layout(1, UNFUSED),
@@ -107,6 +108,12 @@ LAYOUTS = {
     "packed, CP2": Layout(2, (*PACKED, *CP2)),
     "packed, CP2, unfused RoPE": Layout(2, (*PACKED, *CP2, *UNFUSED)),
     "packed, other angles": Layout(1, (*PACKED, *OTHER_ANGLES), role="angles"),
+    "CLEX, 1 GPU": Layout(1, CLEX, role="reference"),
+    "CLEX, DP2, distributed optimizer": Layout(2, (*CLEX, "--use-distributed-optimizer")),
+    "CLEX, TP2, sequence parallel": Layout(2, (*CLEX, *TP2)),
+    "CLEX, PP2": Layout(2, (*CLEX, *PP2)),
+    "CLEX, CP2": Layout(2, (*CLEX, *CP2)),
+    "CLEX, other positions": Layout(1, (*CLEX, "--position-seed", "7"), role="angles"),
 }
 
 
