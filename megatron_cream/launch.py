@@ -30,6 +30,7 @@ def main() -> None:
     with entry.one_line_errors():
         script = find_script(sys.argv[1:])
         del sys.argv[1]
+        refuse_restart(sys.argv[1:])
         entry.stand_in_if_asked()
         # As python itself does, and before megatron's import: the script finds what stands beside
         # it, in a clone of Megatron-LM also the megatron it belongs to.
@@ -63,6 +64,19 @@ def find_script(words: list[str]) -> Path:
     if not script.is_file():
         raise FileNotFoundError(f"script {script}: it must be an existing Python file")
     return script.resolve()
+
+
+def refuse_restart(flags: list[str]) -> None:
+    """Refuse --inprocess-restart: a script has the trainer alone called again, without arguments.
+
+    Raises:
+        ValueError: it is among the script's flags.
+    """
+    if "--inprocess-restart" in flags:
+        raise ValueError(
+            "--inprocess-restart is given: in a script of Megatron 0.19.2 it fails to restart for "
+            "ever; leave it out, or train with megatron_cream.pretrain"
+        )
 
 
 def refuse_other_releases() -> None:
@@ -105,21 +119,10 @@ def serve_parser() -> None:
         args_defaults: dict[str, Any] | None = None,
     ) -> Namespace:
         with entry.one_line_errors():
-            args = entry.parse(own, extra_args_provider, ignore_unknown_args, args_defaults)
-            _refuse_restart(args)
-            return args
+            return entry.parse(own, extra_args_provider, ignore_unknown_args, args_defaults)
 
     parse_and_validate_args.adds_our_flags = True
     arguments.parse_and_validate_args = parse_and_validate_args
-
-
-def _refuse_restart(args: Namespace) -> None:
-    # Such a script hands the trainer alone to be called again, when its arguments are gone.
-    if args.inprocess_restart:
-        raise ValueError(
-            "--inprocess-restart is given: in a script of Megatron 0.19.2 it fails to restart for "
-            "ever; leave it out, or train with megatron_cream.pretrain"
-        )
 
 
 def serve_trainer() -> Callable[..., Any]:

@@ -13,7 +13,6 @@ here is everything from the arguments on, and each attempt has its own copy of t
 import copy
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
 
 Start = Callable[..., None]
 
@@ -32,15 +31,14 @@ def run(start: Start, args: Namespace) -> None:
     untouched = copy.deepcopy(args)
 
     def attempt(call: CallWrapper = None) -> None:
-        again = call.iteration > 0
-        own = _set_again(untouched) if again else args
+        own = _set_again(untouched) if call.iteration else args
         start(own, store=store, inprocess_call_wrapper=call)
 
     wrapped, store = inprocess_restart.maybe_wrap_for_inprocess_restart(attempt)
     wrapped()
 
 
-def _set_again(untouched: Namespace) -> Any:
+def _set_again(untouched: Namespace) -> Namespace:
     from megatron.training.global_vars import set_global_variables
 
     args = copy.deepcopy(untouched)

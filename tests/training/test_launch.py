@@ -108,12 +108,16 @@ def test_scripts_that_cannot_be_served(name, script, tmp_path, flags):
     assert line.startswith(f"error: script {path}: {message}")
 
 
-def test_bad_flag_ends_in_one_line(script, tmp_path, flags):
-    bad = [*flags, "--target-length", "90"]
-    run = ranks.train(tmp_path / "run", bad, wait=False, script=script())
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [(["--target-length", "90"], "--target-length"), (["--inprocess-restart"], "for ever")],
+    ids=["ours", "restart"],
+)
+def test_bad_flag_ends_in_one_line(bad, named, script, tmp_path, flags):
+    run = ranks.train(tmp_path / "run", [*flags, *bad], wait=False, script=script())
     assert run.status == [2]
     (line,) = run.lines("error: ")
-    assert "--target-length" in line
+    assert bad[0] in line and named in line
     assert not run.lines("own flag")
 
 
@@ -212,18 +216,6 @@ def test_flags_of_what_is_swapped_are_refused(extra, monkeypatch, flags):
     monkeypatch.setattr("sys.argv", ["pretrain", *cpu.FLAGS, "--cpu", *flags, *extra])
     with pytest.raises(ValueError, match=f"^{extra[0]} is .*: it must be left out, "):
         pretrain.prepare()
-
-
-def test_restart_inside_the_process_is_refused():
-    from argparse import Namespace
-
-    from megatron_cream import launch
-
-    launch._refuse_restart(Namespace(inprocess_restart=False))
-    with pytest.raises(
-        ValueError, match="^--inprocess-restart is given: .*megatron_cream.pretrain"
-    ):
-        launch._refuse_restart(Namespace(inprocess_restart=True))
 
 
 @pytest.fixture
