@@ -6,7 +6,7 @@
 #   examples/quickstart/run.sh --smoke      # a random model, this repository's docs, two CPU cores
 #   examples/quickstart/run.sh --dry-run    # what the third command will be, without a GPU
 #
-# As it stands: SmolLM2-135M from 8192 to 32768 tokens with CREAM in 130 steps of 131072 tokens on
+# As it stands: SmolLM2-135M from 8192 to 32768 tokens with CREAM and YaRN in 130 steps of 131072 tokens on
 # one GPU. Every name in capitals can be set from outside. Commands that are done are not repeated.
 set -euo pipefail
 
@@ -16,8 +16,9 @@ export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" CUDA_DEVICE_MAX_CONNECTIONS
 
 MACHINE_ARGS=(
     --bf16 --use-distributed-optimizer --manual-gc --manual-gc-interval 100
-    # Compiling takes longer than it saves in so few steps, so no --cross-entropy-loss-fusion either.
-    --disable-jit-fuser
+    # Compiling takes longer than it saves in so few steps: Transformer Engine's SwiGLU is ready, and
+    # --cross-entropy-loss-fusion is left out.
+    --disable-jit-fuser --no-bias-swiglu-fusion --use-te-activation-func
 )
 
 if [ "${1:-}" = --smoke ]; then
@@ -30,12 +31,14 @@ if [ "${1:-}" = --smoke ]; then
 fi
 
 WORK=${WORK:-runs/quickstart}
+BASE=${BASE:-$WORK/base}
+DATA=${DATA:-$WORK/text}
 GPUS=${GPUS:-1}
 WINDOW=${WINDOW:-8192}
 TARGET=${TARGET:-32768}
 LENGTHS=${LENGTHS:-4K 8K 16K 32K}
 METHOD=${METHOD:-cream}
-ROPE=${ROPE:-linear}
+ROPE=${ROPE:-yarn}
 STEPS=${STEPS:-130}
 MICRO_BATCH=${MICRO_BATCH:-8}
 GLOBAL_BATCH=${GLOBAL_BATCH:-16}
@@ -76,8 +79,8 @@ train_args() {
         --seq-length "$WINDOW" --max-position-embeddings "$WINDOW"
         --target-length "$TARGET" --original-length "$WINDOW"
         --position-strategy "$METHOD" --rope-interpolation "$ROPE"
-        --data-path "$WORK/text" --split "100,0,0" --no-create-attention-mask-in-dataloader
-        --pretrained-checkpoint "$WORK/base" --save "$WORK/run" --load "$WORK/run"
+        --data-path "$DATA" --split "100,0,0" --no-create-attention-mask-in-dataloader
+        --pretrained-checkpoint "$BASE" --save "$WORK/run" --load "$WORK/run"
         --save-interval "$STEPS" --eval-iters 0 --eval-interval "$STEPS"
         --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
         --train-iters "$STEPS" --lr "$LR" --min-lr 0 --lr-decay-style linear
@@ -102,17 +105,17 @@ fi
 : "${HF:?is not set: it must be a Hugging Face folder, or a name on the hub}"
 : "${TEXT:?is not set: it must be files or folders of text to train on}"
 : "${HELD_OUT:?is not set: it must be a file or a folder of text to evaluate on}"
-MODEL_ARGS+=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$WORK/base/hf")
+MODEL_ARGS+=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$BASE/hf")
 train_args
 read -r -a TEXT_PATHS <<<"$TEXT"
 read -r -a LENGTH_LIST <<<"$LENGTHS"
 mkdir -p "$WORK"
 
-step "$WORK/base" "$PYTHON" "$HERE/tools/convert_checkpoint.py" import --hf "$HF" --output "$WORK/base"
+step "$BASE" "$PYTHON" "$HERE/tools/convert_checkpoint.py" import --hf "$HF" --output "$BASE"
 
-step "$WORK/text.idx" "$PYTHON" "$HERE/tools/preprocess_data.py" --input "${TEXT_PATHS[@]}" \
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$WORK/base/hf" \
-    --min-tokens "$WINDOW" --workers "${WORKERS:-2}" --output-prefix "$WORK/text"
+step "$DATA.idx" "$PYTHON" "$HERE/tools/preprocess_data.py" --input "${TEXT_PATHS[@]}" \
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$BASE/hf" \
+    --min-tokens "$WINDOW" --workers "${WORKERS:-2}" --output-prefix "$DATA"
 
 step "$WORK/run/latest_checkpointed_iteration.txt" \
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" \
@@ -122,5 +125,5 @@ step "$WORK/extended" "$PYTHON" "$HERE/tools/convert_checkpoint.py" export \
     --checkpoint "$WORK/run" --output "$WORK/extended"
 
 step "$WORK/perplexity/result.json" "$PYTHON" "$HERE/tools/evaluate.py" perplexity --hf "$WORK/extended" \
-    --data "$HELD_OUT" --documents "${DOCUMENTS:-8}" --lengths "${LENGTH_LIST[@]}" \
-    --output "$WORK/perplexity"
+    --name "${NAME:-extended}" --data "$HELD_OUT" --documents "${DOCUMENTS:-8}" \
+    --lengths "${LENGTH_LIST[@]}" --output "$WORK/perplexity"

@@ -12,6 +12,7 @@ all tasks of a model     heat map of task and length
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEAT_MAPS = ("needle", "passkey")
+_PAGE = 13  # inches; a wider picture is too small to read where a page shows it
 _HITS = ("hit", "hit_low", "hit_high")
 
 
@@ -157,13 +159,17 @@ def _places(result: Result, named: bool) -> Line:
 
 
 def _depths(title: str, results: Sequence[Result]) -> Figure:
-    """Depth by length, one map a run."""
-    columns = len(lengths_of(results))
-    figure = _figure(title, len(results) * (1.6 + 0.62 * columns), _height(results))
-    maps = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
-    for axes, result in zip(maps, results, strict=True):
-        _place_map(axes, result, "depth of the needle" if axes is maps[0] else "")
-        words = _cell_words([result]) if len(results) == 1 else result["name"]
+    """Depth by length, one map a run, in rows that fit a page."""
+    count, width = len(results), 1.6 + 0.62 * len(lengths_of(results))
+    rows = ceil(count / max(1, int(_PAGE / width)))
+    columns = ceil(count / rows)
+    figure = _figure(title, columns * width, rows * _height(results))
+    places = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in places.flat[count:]:
+        axes.remove()
+    for i, (axes, result) in enumerate(zip(places.flat, results, strict=False)):
+        _place_map(axes, result, "" if i % columns else "depth of the needle")
+        words = _cell_words([result]) if count == 1 else result["name"]
         axes.set_title(words, loc="left", fontsize=SMALL, color=MUTED, pad=16)
     return figure
 

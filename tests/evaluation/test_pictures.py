@@ -162,6 +162,19 @@ def test_maps_of_several_runs_have_the_beginning_on_top():
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["base", "CREAM"]
 
 
+def test_maps_of_many_runs_are_in_rows_that_fit_a_page():
+    names = [f"model {i}" for i in range(7)]
+    figure = picture([result_of("needle", name) for name in names])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == names
+    assert figure.get_figwidth() <= 13
+    figure.draw_without_rendering()
+    maps = [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(maps, 2))
+    assert len({round(box.y0) for box in maps}) == 3
+    lefts = [axes.get_ylabel() != "" for axes in figure.axes]
+    assert lefts == [True, False, False, True, False, False, True]
+
+
 def test_middle_third_is_marked():
     runs = [result_of("kv-retrieval", name) for name in ("base", "CREAM")]
     one_length = [result_of("kv-retrieval", lengths=(1024,))]

@@ -10,12 +10,12 @@ import sys
 import pytest
 from support.launch import ROOT
 
-RUN = ROOT / "examples" / "quickstart" / "run.sh"
+QUICKSTART = ROOT / "examples" / "quickstart"
 
 
-def start(*arguments, **variables):
+def start(*arguments, script="run.sh", **variables):
     return subprocess.run(
-        ["bash", str(RUN), *arguments],
+        ["bash", str(QUICKSTART / script), *arguments],
         env={**os.environ, "PYTHON": sys.executable, **variables},
         capture_output=True,
         text=True,
@@ -48,7 +48,7 @@ def test_it_ends_in_a_model_of_the_longer_window(smoke):
     before = json.loads((work / "tiny" / "config.json").read_text())
     after = json.loads((work / "extended" / "config.json").read_text())
     assert (before["max_position_embeddings"], after["max_position_embeddings"]) == (64, 256)
-    assert after["rope_parameters"]["rope_type"] == "linear"
+    assert after["rope_parameters"]["rope_type"] == "yarn"
     assert after["rope_parameters"]["factor"] == 4
     result = json.loads((work / "perplexity" / "result.json").read_text())
     assert "256" in json.dumps(result)
@@ -74,4 +74,41 @@ def test_what_must_be_given(missing, tmp_path):
     given = {"HF": "m", "TEXT": "t", "HELD_OUT": "h"}
     done = start(WORK=str(tmp_path / "work"), **{**given, missing: ""})
     assert done.returncode != 0 and f"{missing}: is not set: it must be" in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.fixture(scope="module")
+def compared(smoke, tmp_path_factory):
+    """compare.sh over a way that is trained already."""
+    done = smoke[0]
+    work = tmp_path_factory.mktemp("compared")
+    way = work / "cream-yarn-1e-3"
+    way.mkdir()
+    for name in ("run", "extended"):
+        (way / name).symlink_to(done / name)
+    for name in ("base", "text.idx"):
+        (work / name).symlink_to(done / name)
+    given = {"HF": str(done / "tiny"), "TEXT": str(ROOT / "docs"), "WORK": str(work)}
+    given |= {"HELD_OUT": str(ROOT / "README.md"), "DOCUMENTS": "1", "DTYPE": "float32"}
+    way = "cream:yarn:1e-3"
+    return work, start(way, script="compare.sh", LENGTHS="192 256", **given)
+
+
+def test_ways_are_compared_with_the_model_before(compared):
+    work, done = compared
+    assert done.returncode == 0, done.stderr[-4000:]
+    for task in ("perplexity", "passkey", "needle"):
+        folder = work / "compare" / task
+        assert {"picture.png", "table.md"} <= {path.name for path in folder.iterdir()}
+        rows = (folder / "table.md").read_text().splitlines()
+        assert [row.split("|")[1].strip() for row in rows[-2:]] == ["before", "cream-yarn-1e-3"]
+
+
+@pytest.mark.parametrize("way", ["", "cream:yarn", "cream:yarn:1e-4:2", "cream yarn 1e-4"])
+def test_what_a_way_must_be(way, tmp_path):
+    ways = [way] if way else []
+    given = {"HF": "m", "TEXT": "t", "HELD_OUT": "h", "WORK": str(tmp_path / "work")}
+    done = start(*ways, script="compare.sh", **given)
+    assert done.returncode == 2 and "must be METHOD:ROPE:LR" in done.stderr
+    assert way in done.stderr
     assert not (tmp_path / "work").exists()

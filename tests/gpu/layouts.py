@@ -18,103 +18,46 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
 
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from rows import FLAGS, GRADIENT, LAYOUTS, STARTS, Layout  # noqa: E402
 from support.ranks import read_losses  # noqa: E402
 from support.runs import write_dataset  # noqa: E402
 
-FLAGS = [
-    *("--num-layers", "4", "--hidden-size", "512", "--num-attention-heads", "8"),
-    *("--group-query-attention", "--num-query-groups", "4"),
-    *("--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear"),
-    *("--seq-length", "512", "--max-position-embeddings", "512", "--target-length", "4096"),
-    *("--position-embedding-type", "rope", "--no-create-attention-mask-in-dataloader"),
-    *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "10", "--bf16"),
-    *("--lr", "1e-3", "--min-lr", "1e-4", "--eval-iters", "0", "--eval-interval", "100"),
-    *("--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"),
-    *("--make-vocab-size-divisible-by", "64", "--num-workers", "0", "--log-interval", "1"),
-    *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", "0.05"),
-    "--no-gradient-accumulation-fusion",
-]
-
-BF16 = 0.02  # of losses near 7; rounding of bf16 sums in another order
-FP8 = 0.2
 RUNS_AT_ONCE = 4
-Result = tuple[dict[int, float], str]
+NO_GRADIENT = torch.zeros(0)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A row: GPUs, Megatron's flags, and how far its losses may be from the reference's.
+class Result:
+    """What a run left: losses by iteration, log, and the first gradient of CLEX's weights."""
 
-    Attributes:
-        then: flags after iteration 5, from a checkpoint.
-        role: ``reference`` of the rows up to the next one, or ``angles``, which says how far
-            losses are apart when text is the same and angles are not.
-    """
-
-    gpus: int
-    flags: tuple[str, ...] = ()
-    tolerance: float = BF16
-    then: tuple[str, ...] | None = None
-    role: str = ""
+    losses: dict[int, float]
+    log: str
+    gradient: torch.Tensor = NO_GRADIENT
 
 
 @dataclass(frozen=True)
 class Row:
-    """A layout and the largest difference of its losses."""
+    """A layout, the largest difference of its losses and, under CLEX, that of its gradient.
+
+    Attributes:
+        gradient: of the first gradient of CLEX's weights, relative to its norm.
+    """
 
     name: str
     difference: float
     layout: Layout
     kernel: str
+    gradient: float | None = None
 
     def line(self) -> str:
         """Return the row in Markdown."""
         allowed = "" if self.layout.role else self.layout.tolerance
-        return f"| {self.name} | {self.difference:.5f} | {allowed} | {self.kernel} |"
-
-
-TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
-PP2 = ("--pipeline-model-parallel-size", "2")
-VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "1")  # makes middle stages of two GPUs
-CP2 = ("--context-parallel-size", "2")
-SHARDED = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
-TE_LOSS = ("--te-cross-entropy",)
-UNFUSED = ("--no-rope-fusion",)
-OTHER_ANGLES = ("--rope-factor", "16")
-PACKED = ("--sample-unit", "packed-documents", "--micro-batch-size", "1")
-CLEX = ("--rope-interpolation", "clex", "--position-strategy", "randpos")
-LAYOUTS = {
-    "1 GPU": Layout(1, role="reference"),
-    "1 GPU, unfused RoPE": Layout(1, UNFUSED),
-    "1 GPU, micro-batch 1": Layout(1, ("--micro-batch-size", "1")),
-    "1 GPU, TE cross entropy": Layout(1, TE_LOSS),
-    "1 GPU, fp8": Layout(1, ("--fp8-format", "hybrid"), FP8),
-    "DP2, distributed optimizer": Layout(2, ("--use-distributed-optimizer",)),
-    "TP2, sequence parallel": Layout(2, TP2),
-    "TP2, TE cross entropy": Layout(2, (*TP2, *TE_LOSS)),
-    "PP2": Layout(2, PP2),
-    "PP2, virtual stages": Layout(2, (*PP2, *VIRTUAL)),
-    "PP2, then DP2 from its checkpoint": Layout(2, (*PP2, *SHARDED), then=SHARDED),
-    "CP2": Layout(2, CP2),
-    "CP2, unfused RoPE": Layout(2, (*CP2, *UNFUSED)),
-    "other angles": Layout(1, OTHER_ANGLES, role="angles"),
-    "packed documents, 1 GPU": Layout(1, PACKED, role="reference"),
-    "packed, unfused RoPE": Layout(1, (*PACKED, *UNFUSED)),
-    "packed, TP2, sequence parallel": Layout(2, (*PACKED, *TP2)),
-    "packed, PP2": Layout(2, (*PACKED, *PP2)),
-    "packed, PP2, virtual stages": Layout(2, (*PACKED, *PP2, *VIRTUAL)),
-    "packed, CP2": Layout(2, (*PACKED, *CP2)),
-    "packed, CP2, unfused RoPE": Layout(2, (*PACKED, *CP2, *UNFUSED)),
-    "packed, other angles": Layout(1, (*PACKED, *OTHER_ANGLES), role="angles"),
-    "CLEX, 1 GPU": Layout(1, CLEX, role="reference"),
-    "CLEX, DP2, distributed optimizer": Layout(2, (*CLEX, "--use-distributed-optimizer")),
-    "CLEX, TP2, sequence parallel": Layout(2, (*CLEX, *TP2)),
-    "CLEX, PP2": Layout(2, (*CLEX, *PP2)),
-    "CLEX, CP2": Layout(2, (*CLEX, *CP2)),
-    "CLEX, other positions": Layout(1, (*CLEX, "--position-seed", "7"), role="angles"),
-}
+        gradient = "" if self.gradient is None else f"{self.gradient:.4f}"
+        return f"| {self.name} | {self.difference:.5f} | {allowed} | {gradient} | {self.kernel} |"
 
 
 def train(folder: Path, name: str, gpus: int, flags: list[str]) -> Result:
@@ -134,7 +77,30 @@ def train(folder: Path, name: str, gpus: int, flags: list[str]) -> Result:
     (own / "log").write_text(log)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{log[-4000:]}")
-    return read_losses(own, gpus), log
+    clex = own / "rank0.clex"
+    gradient = torch.load(clex) if clex.exists() else NO_GRADIENT
+    return Result(read_losses(own, gpus), log, gradient)
+
+
+def choose(gpus: int, part: str = "") -> dict[str, Layout]:
+    """Return the layouts with ``part`` in their names, and what each is compared with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    groups: list[dict[str, Layout]] = []
+    for name, layout in LAYOUTS.items():
+        if layout.role == "reference":
+            groups.append({})
+        if layout.gpus <= gpus and (part in name or layout.role):
+            groups[-1][name] = layout
+    found = {}
+    for group in groups:
+        if any(part in name and not layout.role for name, layout in group.items()):
+            found |= group
+    if not found:
+        raise ValueError(f"no layout of {gpus} GPU(s) has {part!r} in its name")
+    return found
 
 
 def table(folder: Path, gpus: int, part: str = "") -> list[Row]:
@@ -145,39 +111,46 @@ def table(folder: Path, gpus: int, part: str = "") -> list[Row]:
     # Some longer than T, some shorter than a sample, none too short for packed CREAM.
     lengths = [6000, 200, 300, 450] * 20
     data = ["--data-path", write_dataset(folder / "data", lengths, vocabulary=1000)]
-    first = ["--train-iters", "1", "--save", str(folder / "initial"), "--save-interval", "1"]
-    train(folder, "initial", 1, [*data, *first])
-    start = [*data, "--pretrained-checkpoint", str(folder / "initial")]
-    chosen = {
-        name: layout
-        for name, layout in LAYOUTS.items()
-        if layout.gpus <= gpus and (part in name or layout.role)
-    }
+    chosen = choose(gpus, part)
+    for name in {layout.start: None for layout in chosen.values()}:
+        flags = STARTS[name]
+        save = ["--save", str(folder / name), "--save-interval", flags[-1]]
+        train(folder, f"{name} weights", 1, [*data, *flags, *save])
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
         runs = {
-            name: pool.submit(_run, folder, name, layout, start) for name, layout in chosen.items()
+            name: pool.submit(_run, folder, name, layout, data) for name, layout in chosen.items()
         }
         rows = []
         for name, layout in chosen.items():
-            losses, log = runs[name].result()
+            result = runs[name].result()
             if layout.role == "reference":
-                reference = losses
-            rows.append(Row(name, _difference(losses, reference), layout, _kernel(log)))
+                reference = result
+            rows.append(_row(name, layout, result, reference))
             print(rows[-1].line(), flush=True)
     return rows
 
 
-def _run(folder: Path, name: str, layout: Layout, start: list[str]) -> Result:
+def _run(folder: Path, name: str, layout: Layout, data: list[str]) -> Result:
+    start = [*data, "--pretrained-checkpoint", str(folder / layout.start)]
     if layout.then is None:
         return train(folder, name, layout.gpus, [*start, *layout.flags])
     saved = folder / "half"
     save = ["--save", str(saved), "--load", str(saved), "--save-interval", "5"]
     half = [*start, *save, *layout.flags, "--exit-interval", "5"]
-    before, _ = train(folder, f"{name} before", layout.gpus, half)
-    after, log = train(folder, f"{name} after", layout.gpus, [*start, *save, *layout.then])
-    if set(before) & set(after):
-        raise RuntimeError(f"trained twice: {sorted(set(before) & set(after))}")
-    return before | after, log
+    before = train(folder, f"{name} before", layout.gpus, half).losses
+    after = train(folder, f"{name} after", layout.gpus, [*start, *save, *layout.then])
+    if set(before) & set(after.losses):
+        raise RuntimeError(f"trained twice: {sorted(set(before) & set(after.losses))}")
+    return Result(before | after.losses, after.log)
+
+
+def _row(name: str, layout: Layout, result: Result, reference: Result) -> Row:
+    gradient = None
+    if reference.gradient.numel():
+        gradient = (result.gradient - reference.gradient).norm() / reference.gradient.norm()
+        gradient = gradient.item()
+    difference = _difference(result.losses, reference.losses)
+    return Row(name, difference, layout, _kernel(result.log), gradient)
 
 
 def _difference(a: dict[int, float], b: dict[int, float]) -> float:
@@ -192,28 +165,41 @@ def _kernel(log: str) -> str:
 
 def main() -> int:
     """Print the table; exit status 1 if a layout is further away than it may be."""
-    import torch
-
     gpus = torch.cuda.device_count()
     if not gpus:
         print("error: there is no GPU: these layouts run Megatron's GPU kernels", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        rows = table(Path(folder), gpus, *sys.argv[1:2])
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = table(Path(folder), gpus, *sys.argv[1:2])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"\n{torch.cuda.get_device_name()} x {gpus}, bf16, 10 iterations\n")
-    print("| layout | largest difference of a loss | allowed | RoPE |\n|---|---|---|---|")
+    print("| layout | largest difference of a loss | allowed | of CLEX's gradient | RoPE |")
+    print("|---|---|---|---|---|")
     print("\n".join(row.line() for row in rows))
     return int(bool(too_far(rows)))
 
 
 def too_far(rows: list[Row]) -> list[str]:
     """Return the rows that differ by more than they may, or by as much as other angles do."""
-    angles = min(row.difference for row in rows if row.layout.role == "angles")
-    return [
-        row.line()
-        for row in rows
-        if not row.layout.role and row.difference > min(row.layout.tolerance, angles)
-    ]
+    found, group = [], []
+    for row in rows:
+        if row.layout.role == "angles":
+            found += [each.line() for each in group if _is_too_far(each, row)]
+            group = []
+        elif not row.layout.role:
+            group.append(row)
+    if group:
+        raise RuntimeError(f"no row of other angles follows {group[-1].name}")
+    return found
+
+
+def _is_too_far(row: Row, angles: Row) -> bool:
+    if row.gradient is not None and not row.gradient < min(GRADIENT, angles.gradient):
+        return True
+    return not row.difference < min(row.layout.tolerance, angles.difference)
 
 
 if __name__ == "__main__":

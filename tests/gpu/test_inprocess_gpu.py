@@ -24,7 +24,7 @@ RESTART = ["--inprocess-restart", "--inprocess-granularity", "rank"]
 
 
 def train(folder, script, flags):
-    from layouts import FLAGS
+    from rows import FLAGS
 
     folder.mkdir()
     save = ["--save", str(folder / "saved"), "--load", str(folder / "saved")]

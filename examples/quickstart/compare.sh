@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Extends one model in several ways and compares what the results can do.
+#
+#   HF=SmolLM2-135M TEXT=books/train HELD_OUT=books/validation \
+#       examples/quickstart/compare.sh cream:linear:4e-4 cream:yarn:4e-4 pose:yarn:4e-4
+#
+# A way is METHOD:ROPE:LR: run.sh's five commands in WORK/METHOD-ROPE-LR, then passkey and needle at
+# every length, ten depths by three seeds. The model as it was is "before". A table and a picture a
+# task end up in WORK/compare. Every name in capitals that run.sh knows can be set. What is done is
+# not repeated: once base and text are there, several GPUs can take ways of their own
+# (CUDA_VISIBLE_DEVICES), and a last call with all ways compares them.
+set -euo pipefail
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+PYTHON=${PYTHON:-python}
+WORK=${WORK:-runs/methods}
+LENGTHS=${LENGTHS:-4K 8K 16K 32K}
+DTYPE=${DTYPE:-bfloat16}
+: "${HF:?is not set: it must be a Hugging Face folder}"
+: "${HELD_OUT:?is not set: it must be a file or a folder of text to evaluate on}"
+if [ $# = 0 ]; then
+    echo "error: no way is given: each must be METHOD:ROPE:LR, as cream:yarn:4e-4" >&2
+    exit 2
+fi
+NAMES=(before)
+for way in "$@"; do
+    if ! [[ $way =~ ^[a-z]+:[a-z0-9-]+:[0-9.e-]+$ ]]; then
+        echo "error: a way is $way: it must be METHOD:ROPE:LR, as cream:yarn:4e-4" >&2
+        exit 2
+    fi
+    NAMES+=("${way//:/-}")
+done
+export PYTHON LENGTHS DOCUMENTS=${DOCUMENTS:-8} BASE=$WORK/base DATA=$WORK/text
+export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
+read -r -a LENGTH_LIST <<<"$LENGTHS"
+
+# score TASK MODEL NAME [FLAGS]; one that was stopped goes on from its cases.
+score() {
+    [ -e "$WORK/$3/$1/result.json" ] ||
+        "$PYTHON" "$HERE/tools/evaluate.py" "$1" --hf "$2" --name "$3" --dtype "$DTYPE" \
+            --lengths "${LENGTH_LIST[@]}" --output "$WORK/$3/$1" "${@:4}"
+}
+
+# Two small tasks have room on one GPU.
+retrieve() {
+    score needle "$@" --cases 10 --seeds 3 &
+    score passkey "$@" --cases 10 --seeds 3
+    wait $!
+}
+
+score perplexity "$HF" before --data "$HELD_OUT" --documents "$DOCUMENTS"
+retrieve "$HF" before
+for way in "$@"; do
+    name=${way//:/-}
+    IFS=: read -r METHOD ROPE LR <<<"$way"
+    METHOD=$METHOD ROPE=$ROPE LR=$LR NAME=$name WORK=$WORK/$name \
+        "$HERE/examples/quickstart/run.sh"
+    retrieve "$WORK/$name/extended" "$name"
+done
+
+for task in perplexity passkey needle; do
+    runs=()
+    for name in "${NAMES[@]}"; do
+        runs+=("$WORK/$name/$task")
+    done
+    "$PYTHON" "$HERE/tools/evaluate.py" compare "${runs[@]}" --output "$WORK/compare/$task"
+done
