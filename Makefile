@@ -6,7 +6,7 @@
 # make package  wheel and sdist, in build/dist
 VENV ?= .venv
 INPUT ?=
-ROPE ?= linear
+ROPE ?= yarn
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -3,7 +3,7 @@
 
     make demo                  # the Python standard library as text
     make demo INPUT=my/texts   # files or folders of your own
-    make demo ROPE=yarn        # another interpolation than linear: ntk, yarn, clex ...
+    make demo ROPE=linear      # another interpolation than yarn: linear, ntk, clex ...
 
 Trains a tokenizer and a small GPT at N = 256 tokens, extends it to T = 2048 with CREAM and with
 PoSE while still training at 256, compares perplexities on held-out documents, and exports the
@@ -32,6 +32,7 @@ from megatron_cream.evaluation.tables import joined_table  # noqa: E402
 from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED  # noqa: E402
 
 N, T = 256, 2048
+ROPE = "yarn"
 LENGTHS = (256, 512, 1024, 2048)
 VOCABULARY = 1024
 BASE_STEPS, EXTENSION_STEPS = 800, 80
@@ -43,7 +44,7 @@ def main() -> None:
     """Run the demo from text to table."""
     args = parse_args()
     started = time.monotonic()
-    folder, suffix = Path(args.output), "" if args.rope == "linear" else f"-{args.rope}"
+    folder, suffix = Path(args.output), "" if args.rope == ROPE else f"-{args.rope}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         data = corpus.prepare(args.input, folder, VOCABULARY, N, DOCUMENT_TOKENS)
@@ -82,7 +83,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", nargs="*", help="text files, JSONL files or folders")
     parser.add_argument("--output", default="runs/demo", help="folder for everything it makes")
     names = [name for name in (*SCALINGS, *TRAINED) if name not in (*_UNSUITED, *EVALUATION_ONLY)]
-    parser.add_argument("--rope", choices=names, default="linear", help="interpolation")
+    parser.add_argument("--rope", choices=names, default=ROPE, help="interpolation")
     return parser.parse_args()
 
 

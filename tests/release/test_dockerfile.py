@@ -149,7 +149,7 @@ def test_demo_would_start_without_another_set_up(image, clean_environment):
     done = subprocess.run(
         words, cwd=folder, env=clean_environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == ".venv/bin/python examples/demo/demo.py --rope linear"
+    assert done.stdout.strip() == ".venv/bin/python examples/demo/demo.py --rope yarn"
 
 
 def test_image_has_no_rubbish(image):
