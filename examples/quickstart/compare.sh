@@ -18,22 +18,14 @@ WORK=${WORK:-runs/methods}
 LENGTHS=${LENGTHS:-4K 8K 16K 32K}
 DTYPE=${DTYPE:-bfloat16}
 : "${HF:?is not set: it must be a Hugging Face folder}"
+: "${TEXT:?is not set: it must be files or folders of text to train on}"
 : "${HELD_OUT:?is not set: it must be a file or a folder of text to evaluate on}"
-if [ $# = 0 ]; then
-    echo "error: no way is given: each must be METHOD:ROPE:LR, as cream:yarn:4e-4" >&2
-    exit 2
-fi
-NAMES=(before)
-for way in "$@"; do
-    if ! [[ $way =~ ^[a-z]+:[a-z0-9-]+:[0-9.e-]+$ ]]; then
-        echo "error: a way is $way: it must be METHOD:ROPE:LR, as cream:yarn:4e-4" >&2
-        exit 2
-    fi
-    NAMES+=("${way//:/-}")
-done
 export PYTHON LENGTHS DOCUMENTS=${DOCUMENTS:-8} BASE=$WORK/base DATA=$WORK/text
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 read -r -a LENGTH_LIST <<<"$LENGTHS"
+
+# A way that cannot be trained is refused before the first one is.
+"$PYTHON" "$HERE/examples/quickstart/ways.py" "$@"
 
 # score TASK MODEL NAME [FLAGS]; one that was stopped goes on from its cases.
 score() {
@@ -60,9 +52,9 @@ for way in "$@"; do
 done
 
 for task in perplexity passkey needle; do
-    runs=()
-    for name in "${NAMES[@]}"; do
-        runs+=("$WORK/$name/$task")
+    runs=("$WORK/before/$task")
+    for way in "$@"; do
+        runs+=("$WORK/${way//:/-}/$task")
     done
     "$PYTHON" "$HERE/tools/evaluate.py" compare "${runs[@]}" --output "$WORK/compare/$task"
 done

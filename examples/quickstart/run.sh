@@ -6,8 +6,9 @@
 #   examples/quickstart/run.sh --smoke      # a random model, this repository's docs, two CPU cores
 #   examples/quickstart/run.sh --dry-run    # what the third command will be, without a GPU
 #
-# As it stands: SmolLM2-135M from 8192 to 32768 tokens with CREAM and YaRN in 130 steps of 131072 tokens on
-# one GPU. Every name in capitals can be set from outside. Commands that are done are not repeated.
+# As it stands: SmolLM2-135M from 8192 to 32768 tokens with CREAM and YaRN in 130 steps of 131072
+# tokens on one GPU. Every name in capitals can be set from outside. Commands that are done are not
+# repeated.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)

@@ -69,10 +69,11 @@ def test_nothing_is_done_twice(smoke):
     assert "$" not in again.stderr
 
 
+@pytest.mark.parametrize("script", ["run.sh", "compare.sh"])
 @pytest.mark.parametrize("missing", ["HF", "TEXT", "HELD_OUT"])
-def test_what_must_be_given(missing, tmp_path):
+def test_what_must_be_given(missing, script, tmp_path):
     given = {"HF": "m", "TEXT": "t", "HELD_OUT": "h"}
-    done = start(WORK=str(tmp_path / "work"), **{**given, missing: ""})
+    done = start(script=script, WORK=str(tmp_path / "work"), **{**given, missing: ""})
     assert done.returncode != 0 and f"{missing}: is not set: it must be" in done.stderr
     assert not (tmp_path / "work").exists()
 
@@ -104,11 +105,19 @@ def test_ways_are_compared_with_the_model_before(compared):
         assert [row.split("|")[1].strip() for row in rows[-2:]] == ["before", "cream-yarn-1e-3"]
 
 
-@pytest.mark.parametrize("way", ["", "cream:yarn", "cream:yarn:1e-4:2", "cream yarn 1e-4"])
-def test_what_a_way_must_be(way, tmp_path):
-    ways = [way] if way else []
+@pytest.mark.parametrize(
+    ("ways", "said"),
+    [
+        ([], "no way is given: each must be METHOD:ROPE:LR"),
+        (["cream:yarn"], "a way is 'cream:yarn': it must be METHOD:ROPE:LR"),
+        (["cream:yarn:1e-4", "dream:yarn:1e-4"], "METHOD of dream:yarn:1e-4 is 'dream'"),
+        (["cream:dynamic:1e-4"], "ROPE of cream:dynamic:1e-4 is 'dynamic': it must be one of"),
+        (["cream:yarn:4"], "LR of cream:yarn:4 is '4': it must be a number above 0 and below 1"),
+        (["cream:yarn:1e-4"] * 2, "the way cream:yarn:1e-4 is given twice"),
+    ],
+)
+def test_what_a_way_must_be(ways, said, tmp_path):
     given = {"HF": "m", "TEXT": "t", "HELD_OUT": "h", "WORK": str(tmp_path / "work")}
     done = start(*ways, script="compare.sh", **given)
-    assert done.returncode == 2 and "must be METHOD:ROPE:LR" in done.stderr
-    assert way in done.stderr
+    assert done.returncode == 2 and f"error: {said}" in done.stderr
     assert not (tmp_path / "work").exists()

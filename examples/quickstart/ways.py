@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check the ways that compare.sh is given: METHOD:ROPE:LR, each a run of its own."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_cream.positions import STRATEGIES
+from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED
+
+_FORM = "METHOD:ROPE:LR, as cream:yarn:4e-4"
+# These change no angle or need more settings than a way has.
+_NOT_HERE = ("none", "rope-theta", "longrope", *EVALUATION_ONLY)
+
+
+def check(ways: list[str]) -> None:
+    """Check that every way can be trained.
+
+    Raises:
+        ValueError: there is none, or one cannot be trained or is given twice.
+    """
+    if not ways:
+        raise ValueError(f"no way is given: each must be {_FORM}")
+    ropes = [name for name in (*SCALINGS, *TRAINED) if name not in _NOT_HERE]
+    for way in ways:
+        parts = way.split(":")
+        if len(parts) != 3:
+            raise ValueError(f"a way is {way!r}: it must be {_FORM}")
+        _check_one_of("METHOD", parts[0], way, list(STRATEGIES))
+        _check_one_of("ROPE", parts[1], way, ropes)
+        _check_rate(parts[2], way)
+        if ways.count(way) > 1:
+            raise ValueError(f"the way {way} is given twice: each must be a run of its own")
+
+
+def _check_one_of(part: str, found: str, way: str, known: list[str]) -> None:
+    if found not in known:
+        raise ValueError(f"{part} of {way} is {found!r}: it must be one of {', '.join(known)}")
+
+
+def _check_rate(found: str, way: str) -> None:
+    try:
+        usable = 0 < float(found) < 1
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"LR of {way} is {found!r}: it must be a number above 0 and below 1")
+
+
+if __name__ == "__main__":
+    try:
+        check(sys.argv[1:])
+    except ValueError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
