@@ -74,7 +74,7 @@ def _add_model(add: Callable[..., Any]) -> None:
     add("--tensor-model-parallel-size", type=int, default=1)
     add("--pipeline-model-parallel-size", type=int, default=1)
     add("--context-parallel-size", type=int, default=1, help="on GPUs")
-    add("--rope-interpolation", help="evaluate with another one than the checkpoint's own")
+    add("--rope-interpolation", help="evaluate with another one than the model's own")
     add("--rope-factor", type=float, help="its factor")
     add_options(add)
     add("--cpu", action="store_true", help="run on a machine with no GPU")

@@ -31,13 +31,13 @@ if [ "${1:-}" = --smoke ]; then
     [ -d "$HF" ] || "$PYTHON" "$HERE/examples/quickstart/tiny_model.py" --output "$HF" --text "$TEXT"
 fi
 
+# shellcheck source=lengths.sh
+source "$HERE/examples/quickstart/lengths.sh"
+
 WORK=${WORK:-runs/quickstart}
 BASE=${BASE:-$WORK/base}
 DATA=${DATA:-$WORK/text}
 GPUS=${GPUS:-1}
-WINDOW=${WINDOW:-8192}
-TARGET=${TARGET:-32768}
-LENGTHS=${LENGTHS:-4K 8K 16K 32K}
 METHOD=${METHOD:-cream}
 ROPE=${ROPE:-yarn}
 STEPS=${STEPS:-130}
@@ -126,5 +126,5 @@ step "$WORK/extended" "$PYTHON" "$HERE/tools/convert_checkpoint.py" export \
     --checkpoint "$WORK/run" --output "$WORK/extended"
 
 step "$WORK/perplexity/result.json" "$PYTHON" "$HERE/tools/evaluate.py" perplexity --hf "$WORK/extended" \
-    --name "${NAME:-extended}" --data "$HELD_OUT" --documents "${DOCUMENTS:-8}" \
+    --name "${NAME:-extended}" --data "$HELD_OUT" --documents "$DOCUMENTS" \
     --lengths "${LENGTH_LIST[@]}" --output "$WORK/perplexity"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the ways that compare.sh is given: METHOD:ROPE:LR, each a run of its own."""
+"""Check the ways that compare.sh is given: METHOD:ROPE:LR, each a run of its own.
+
+Prints the interpolations among them that can be evaluated without training.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,8 @@ def _check_rate(found: str, way: str) -> None:
 if __name__ == "__main__":
     try:
         check(sys.argv[1:])
+        ropes = dict.fromkeys(way.split(":")[1] for way in sys.argv[1:])
+        print(*(rope for rope in ropes if rope not in TRAINED))
     except ValueError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)

@@ -28,6 +28,7 @@ class HuggingFaceModel:
         path: folder with config.json and weights.
         dtype: a name of ``DTYPES``; as saved unless given.
         device: where it runs; a GPU where there is one unless given.
+        rope: fields of config.json that take the place of its own.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -38,12 +39,18 @@ class HuggingFaceModel:
 
     primary = True
 
-    def __init__(self, path: str, dtype: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        dtype: str | None = None,
+        device: str | None = None,
+        rope: dict[str, Any] | None = None,
+    ) -> None:
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"--hf is {path}: it must be a folder with a config.json")
         self.name = path
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.module = _load(path, DTYPES.get(dtype, "auto")).to(self.device).eval()
+        self.module = _load(path, DTYPES.get(dtype, "auto"), rope or {}).to(self.device).eval()
         config = self.module.config.get_text_config()
         for key in _BEHIND_OUTPUT:
             if getattr(config, key, None) not in (None, 1.0):
@@ -52,6 +59,8 @@ class HuggingFaceModel:
         self.vocabulary = config.vocab_size
         self.shares_context = _takes_ours(self.module, config)
         self.settings = {"dtype": str(self.module.dtype).removeprefix("torch.")}
+        if rope is not None:
+            self.settings["rope"] = rope["rope_parameters"]
 
     def set_length(self, length: int) -> None:
         """Nothing to do: transformers looks at the position ids of each call."""
@@ -92,15 +101,20 @@ def _keep_one(seen: list[Tensor], hidden: Tensor) -> tuple[Tensor]:
     return (hidden[:, -1:],)
 
 
-def _load(path: str, dtype: Any) -> Any:
+def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as exc:
         raise ImportError(
             "--hf needs transformers: pip install megatron_cream[hf]", name="transformers"
         ) from exc
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if rope:
+            config = type(config).from_dict(config.to_dict() | rope)
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=True
+        )
     except (OSError, KeyError) as exc:
         raise ValueError(f"--hf is {path}: transformers cannot load it ({exc})") from exc
 

@@ -3,31 +3,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments
 from megatron_cream.data.documents import read_documents
 from megatron_cream.data.reading import read_documents as read_texts
 from megatron_cream.data.text import find_inputs
 from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.evaluation.other_rope import changed_extension, changed_fields
 from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.rope.options import options_from_args
 
 _KEPT = "hf"  # where tools/convert_checkpoint.py keeps a model's tokenizer
-_ROPE_FLAGS = {
-    "--rope-interpolation": "rope_interpolation",
-    "--rope-factor": "rope_factor",
-    "--rope-theta": "rope_theta",
-    "--rope-options": "rope_options",
-    "--rope-factors-file": "rope_factors_file",
-}
 
 
 def open_model(args: Namespace) -> Model:
@@ -46,33 +37,9 @@ def open_model(args: Namespace) -> Model:
             args.context_parallel_size,
         )
         return MegatronModel(args.checkpoint, changed_extension(args), layout)
-    given = [flag for flag, name in _ROPE_FLAGS.items() if getattr(args, name) is not None]
-    if given:
-        raise ValueError(f"{given[0]} is given with --hf: a Hugging Face model has its own RoPE")
     from megatron_cream.evaluation.huggingface import HuggingFaceModel
 
-    return HuggingFaceModel(args.hf, args.dtype)
-
-
-def changed_extension(args: Namespace) -> ExtensionConfig | None:
-    """Return the settings to evaluate with where they are not the checkpoint's own."""
-    changes = {
-        field: value
-        for field in ("rope_interpolation", "rope_factor", "rope_theta")
-        if (value := getattr(args, field)) is not None
-    }
-    if options := options_from_args(args):
-        changes["rope_options"] = options
-    saved = saved_arguments(args.checkpoint) if changes else None
-    extension = saved_extension(saved) if saved is not None else None
-    if extension is None:
-        return None
-    if changes.get("rope_interpolation", extension.rope_interpolation) != (
-        extension.rope_interpolation
-    ):
-        # What belongs to the checkpoint's own interpolation means nothing to another.
-        changes = {"rope_options": {}, "rope_theta": None, **changes}
-    return dataclasses.replace(extension, **changes)
+    return HuggingFaceModel(args.hf, args.dtype, rope=changed_fields(args))
 
 
 def fingerprint(path: str) -> str:

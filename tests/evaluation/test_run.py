@@ -169,8 +169,8 @@ BAD = {
     "--lengths has 64: needle needs at least": ["needle", "--hf", "HF", "--lengths", "64"],
     "--data is missing": ["perplexity", "--hf", "HF", "--lengths", "64"],
     "--data is EMPTY": ["perplexity", "--hf", "HF", "--lengths", "64", "--data", "EMPTY"],
-    "--rope-factor is given with --hf": [
-        *("needle", "--hf", "HF", "--lengths", "900", "--rope-factor", "2"),
+    "--rope-factor is not given": [
+        *("needle", "--hf", "HF", "--lengths", "900", "--rope-interpolation", "yarn"),
     ],
     "RUN is nowhere": ["compare", "nowhere"],
 }

@@ -78,6 +78,9 @@ def test_what_must_be_given(missing, script, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+LENGTHS = {"WINDOW": "64", "TARGET": "256", "LENGTHS": "192 256"}
+
+
 @pytest.fixture(scope="module")
 def compared(smoke, tmp_path_factory):
     """compare.sh over a way that is trained already."""
@@ -92,7 +95,7 @@ def compared(smoke, tmp_path_factory):
     given = {"HF": str(done / "tiny"), "TEXT": str(ROOT / "docs"), "WORK": str(work)}
     given |= {"HELD_OUT": str(ROOT / "README.md"), "DOCUMENTS": "1", "DTYPE": "float32"}
     way = "cream:yarn:1e-3"
-    return work, start(way, script="compare.sh", LENGTHS="192 256", **given)
+    return work, start(way, script="compare.sh", **LENGTHS, **given)
 
 
 def test_ways_are_compared_with_the_model_before(compared):
@@ -102,7 +105,8 @@ def test_ways_are_compared_with_the_model_before(compared):
         folder = work / "compare" / task
         assert {"picture.png", "table.md"} <= {path.name for path in folder.iterdir()}
         rows = (folder / "table.md").read_text().splitlines()
-        assert [row.split("|")[1].strip() for row in rows[-2:]] == ["before", "cream-yarn-1e-3"]
+        names = [row.split("|")[1].strip() for row in rows[-3:]]
+        assert names == ["before", "untrained-yarn", "cream-yarn-1e-3"]
 
 
 @pytest.mark.parametrize(

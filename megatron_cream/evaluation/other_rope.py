@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another RoPE than the model's own, as the command line asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
+from megatron_cream.config import ExtensionConfig, rope_settings
+from megatron_cream.rope import TRAINED, hf_rope_fields, scaling_from_hf
+from megatron_cream.rope.options import options_from_args
+
+# These have no factor, or say all without one.
+_NO_FACTOR = ("none", "rope-theta", "longrope")
+
+
+def changed_extension(args: Namespace) -> ExtensionConfig | None:
+    """Return the settings to evaluate --checkpoint with where they are not its own.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    changes = _changes(args)
+    saved = saved_arguments(args.checkpoint) if changes else None
+    extension = saved_extension(saved) if saved is not None else None
+    return None if extension is None else _changed(extension, changes)
+
+
+def changed_fields(args: Namespace) -> dict[str, Any] | None:
+    """Return the fields of config.json to evaluate --hf with where they are not its own.
+
+    The window is that of the model before any interpolation, times --rope-factor.
+
+    Raises:
+        ValueError: settings that do not go together, or a config.json that cannot be changed.
+    """
+    changes, path = _changes(args), Path(args.hf) / "config.json"
+    if not changes or not path.is_file():  # a folder without one is refused where it is loaded
+        return None
+    config = json.loads(path.read_text("utf-8"))
+    if "text_config" in config:
+        raise ValueError(
+            f"--hf is {args.hf}: its config.json has a text_config, whose RoPE cannot be changed "
+            "here; leave out the flags of RoPE"
+        )
+    if (name := changes.get("rope_interpolation")) in TRAINED:
+        raise ValueError(
+            f"--rope-interpolation is {name} with --hf: its angles are trained; evaluate a "
+            "checkpoint that was, or its export"
+        )
+    own = scaling_from_hf(config)
+    settings = {"target_length": own.original_length, **rope_settings(own)}
+    extension = _changed(ExtensionConfig(train_length=own.original_length, **settings), changes)
+    window = round(own.original_length * extension.rope_factor)
+    scaling = dataclasses.replace(extension, target_length=window).scaling(own.dim)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return hf_rope_fields(scaling, window, head_dim)
+
+
+def _changes(args: Namespace) -> dict[str, Any]:
+    changes = {
+        field: value
+        for field in ("rope_interpolation", "rope_factor", "rope_theta")
+        if (value := getattr(args, field)) is not None
+    }
+    if options := options_from_args(args):
+        changes["rope_options"] = options
+    return changes
+
+
+def _changed(extension: ExtensionConfig, changes: dict[str, Any]) -> ExtensionConfig:
+    name = changes.get("rope_interpolation", extension.rope_interpolation)
+    if name != extension.rope_interpolation:
+        # What belongs to the model's own interpolation means nothing to another.
+        changes = {"rope_options": {}, "rope_theta": None, **changes}
+    found = dataclasses.replace(extension, **changes)
+    if name == "none" and found.rope_factor != 1:
+        raise ValueError(
+            f"--rope-factor is {found.rope_factor:g}: without an interpolation it changes nothing; "
+            "name one with --rope-interpolation"
+        )
+    if found.rope_factor == 1 and "rope_factor" not in changes and name not in _NO_FACTOR:
+        raise ValueError(
+            f"--rope-factor is not given: the model's own is 1, with which {name} changes nothing; "
+            "it must be how many times longer its window becomes"
+        )
+    return found
