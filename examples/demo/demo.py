@@ -29,7 +29,7 @@ import jobs  # noqa: E402
 import picture  # noqa: E402
 
 from megatron_cream.evaluation.tables import joined_table  # noqa: E402
-from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED  # noqa: E402
+from megatron_cream.rope import EVALUATION_ONLY, NOT_BY_FACTOR, SCALINGS, TRAINED  # noqa: E402
 
 N, T = 256, 2048
 ROPE = "yarn"
@@ -82,12 +82,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="*", help="text files, JSONL files or folders")
     parser.add_argument("--output", default="runs/demo", help="folder for everything it makes")
-    names = [name for name in (*SCALINGS, *TRAINED) if name not in (*_UNSUITED, *EVALUATION_ONLY)]
+    names = [name for name in (*SCALINGS, *TRAINED) if name not in _UNSUITED]
     parser.add_argument("--rope", choices=names, default=ROPE, help="interpolation")
     return parser.parse_args()
 
 
-_UNSUITED = ("none", "rope-theta", "longrope")  # no extension, or in need of more settings
+_UNSUITED = (*NOT_BY_FACTOR, *EVALUATION_ONLY)
 
 
 def train(folder: Path, rope: str, suffix: str) -> None:

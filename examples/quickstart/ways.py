@@ -9,11 +9,10 @@ from __future__ import annotations
 import sys
 
 from megatron_cream.positions import STRATEGIES
-from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED
+from megatron_cream.rope import EVALUATION_ONLY, NOT_BY_FACTOR, SCALINGS, TRAINED
 
 _FORM = "METHOD:ROPE:LR, as cream:yarn:4e-4"
-# These change no angle or need more settings than a way has.
-_NOT_HERE = ("none", "rope-theta", "longrope", *EVALUATION_ONLY)
+_NOT_HERE = (*NOT_BY_FACTOR, *EVALUATION_ONLY)
 
 
 def check(ways: list[str]) -> None:

@@ -11,11 +11,8 @@ from typing import Any
 
 from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig, rope_settings
-from megatron_cream.rope import TRAINED, hf_rope_fields, scaling_from_hf
+from megatron_cream.rope import NOT_BY_FACTOR, TRAINED, hf_rope_fields, scaling_from_hf
 from megatron_cream.rope.options import options_from_args
-
-# These have no factor, or say all without one.
-_NO_FACTOR = ("none", "rope-theta", "longrope")
 
 
 def changed_extension(args: Namespace) -> ExtensionConfig | None:
@@ -83,7 +80,7 @@ def _changed(extension: ExtensionConfig, changes: dict[str, Any]) -> ExtensionCo
             f"--rope-factor is {found.rope_factor:g}: without an interpolation it changes nothing; "
             "name one with --rope-interpolation"
         )
-    if found.rope_factor == 1 and "rope_factor" not in changes and name not in _NO_FACTOR:
+    if found.rope_factor == 1 and "rope_factor" not in changes and name not in NOT_BY_FACTOR:
         raise ValueError(
             f"--rope-factor is not given: the model's own is 1, with which {name} changes nothing; "
             "it must be how many times longer its window becomes"

@@ -15,10 +15,17 @@ from typing import Any
 from megatron_cream.rope.base import RopeScaling
 from megatron_cream.rope.composed import compose
 from megatron_cream.rope.huggingface import hf_rope_fields, scaling_from_hf
-from megatron_cream.rope.scaling import EVALUATION_ONLY, SCALINGS, TRAINED, make_scaling
+from megatron_cream.rope.scaling import (
+    EVALUATION_ONLY,
+    NOT_BY_FACTOR,
+    SCALINGS,
+    TRAINED,
+    make_scaling,
+)
 
 __all__ = [
     "EVALUATION_ONLY",
+    "NOT_BY_FACTOR",
     "SCALINGS",
     "TRAINED",
     "PositionRotaryEmbedding",

@@ -37,6 +37,9 @@ TRAINED: dict[str, type[RopeScaling]] = {"clex": ClexScaling}
 EVALUATION_ONLY = ("dynamic",)
 """Their angles change with each sequence's length: a model is not trained with them."""
 
+NOT_BY_FACTOR = ("none", "rope-theta", "longrope")
+"""A factor alone does not say these: they have none, or need more settings."""
+
 
 def make_scaling(
     name: str,
