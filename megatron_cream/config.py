@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_cream.errors import UserError
 from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
 from megatron_cream.positions.scaled import Scaled
 from megatron_cream.rope import RopeScaling, compose, make_scaling
@@ -78,11 +79,11 @@ class ExtensionConfig:
 
     def __post_init__(self) -> None:
         if self.label_rule not in LABEL_RULES:
-            raise ValueError(
+            raise UserError(
                 f"label_rule (--label-rule) is {self.label_rule!r}: it must be one of {LABEL_RULES}"
             )
         if self.sample_unit not in SAMPLE_UNITS:
-            raise ValueError(
+            raise UserError(
                 f"sample_unit (--sample-unit) is {self.sample_unit!r}: it must be one of "
                 f"{SAMPLE_UNITS}"
             )
@@ -146,13 +147,13 @@ class ExtensionConfig:
             return
         reached = self.target_length / self.original_length
         if reached <= 1 or self.rope_factor != reached:
-            raise ValueError(
+            raise UserError(
                 f"rope_factor (--rope-factor) is {self.rope_factor:g}: --rope-interpolation clex "
                 f"draws scales up to --target-length / --original-length = {reached:g}, it must be "
                 "that, and more than 1"
             )
         if self.sample_unit == "packed-documents":
-            raise ValueError(
+            raise UserError(
                 "sample_unit (--sample-unit) is 'packed-documents': --rope-interpolation clex has "
                 "a scale a sample; it must be one of 'document', 'window', 'packed'"
             )
@@ -160,12 +161,12 @@ class ExtensionConfig:
     def _check_theta(self) -> None:
         wanted = self.rope_interpolation == "rope-theta"
         if wanted and self.rope_theta is None:
-            raise ValueError(
+            raise UserError(
                 "rope_theta (--rope-theta) is missing: --rope-interpolation rope-theta needs the "
                 "new theta"
             )
         if self.rope_theta is not None and self.rope_interpolation == "none":
-            raise ValueError(
+            raise UserError(
                 f"rope_theta (--rope-theta) is {self.rope_theta:g}: with --rope-interpolation none "
                 "the model keeps its own; leave it out, or use --rope-interpolation rope-theta"
             )

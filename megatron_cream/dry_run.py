@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 
-from megatron_cream.training.entry import one_line_errors
+from megatron_cream.errors import UserError, one_line_errors
 
 
 def main() -> None:
@@ -30,11 +30,11 @@ def world_size() -> int:
     """Return the number of GPUs that WORLD_SIZE names; 1 without it.
 
     Raises:
-        ValueError: it is not a positive whole number.
+        UserError: it is not a positive whole number.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"WORLD_SIZE is {text!r}: it must be the number of GPUs, at least 1")
+        raise UserError(f"WORLD_SIZE is {text!r}: it must be the number of GPUs, at least 1")
     return int(text)
 
 

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_cream.errors import UserError
+
 MODULES = (
     "megatron_cream.positions",
     "megatron_cream.rope",
@@ -95,5 +97,5 @@ def _train(prefix: Path, folder: Path) -> list[float]:
         said = (done.stdout + done.stderr).splitlines()
         why = [line for line in said if line.startswith("error:")] or said[-30:]
         text = "\n".join(why)
-        raise RuntimeError(f"two training steps on a CPU: losses {losses}\n{text}")
+        raise UserError(f"two training steps on a CPU: losses {losses}\n{text}")
     return losses

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
 from megatron_cream.training import entry
 
 _RELEASE = (0, 19)  # of megatron-core, major and minor
@@ -27,7 +28,7 @@ _RELEASE = (0, 19)  # of megatron-core, major and minor
 
 def main() -> None:
     """Run the script that the command line names; bad input ends in one line and status 2."""
-    with entry.one_line_errors():
+    with one_line_errors():
         script = find_script(sys.argv[1:])
         del sys.argv[1]
         refuse_restart(sys.argv[1:])
@@ -40,9 +41,9 @@ def main() -> None:
     trainer = serve_trainer()
     sys.argv[0] = str(script)
     runpy.run_path(str(script), run_name="__main__")
-    with entry.one_line_errors():
+    with one_line_errors():
         if not trainer.calls:
-            raise ValueError(
+            raise UserError(
                 f"script {script}: it ended without a call of megatron.training.pretrain, so "
                 "nothing was trained; it must call that function under __name__ == '__main__'"
             )
@@ -52,11 +53,11 @@ def find_script(words: list[str]) -> Path:
     """Return the script that the first word of the command line names.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
         FileNotFoundError: it is not a file.
     """
     if not words or words[0].startswith("-"):
-        raise ValueError(
+        raise UserError(
             "the first argument must be the script to start: torchrun ... -m megatron_cream.launch "
             "pretrain_gpt.py <its flags>"
         )
@@ -70,10 +71,10 @@ def refuse_restart(flags: list[str]) -> None:
     """Refuse --inprocess-restart: a script has the trainer alone called again, without arguments.
 
     Raises:
-        ValueError: it is among the script's flags.
+        UserError: it is among the script's flags.
     """
     if "--inprocess-restart" in flags:
-        raise ValueError(
+        raise UserError(
             "--inprocess-restart is given: in a script of Megatron 0.19.2 it fails to restart for "
             "ever; leave it out, or train with megatron_cream.pretrain"
         )
@@ -85,13 +86,13 @@ def refuse_other_releases() -> None:
     pip sees to it for an installed one; a clone beside the script comes before that.
 
     Raises:
-        ValueError: naming where it was found.
+        UserError: naming where it was found.
     """
     from megatron.core import package_info
 
     found = (package_info.MAJOR, package_info.MINOR)
     if found != _RELEASE:
-        raise ValueError(
+        raise UserError(
             f"megatron-core is {package_info.__shortversion__}, from {package_info.__file__}: it "
             f"must be {'.'.join(map(str, _RELEASE))}; use the script of that release of Megatron-LM"
         )
@@ -118,7 +119,7 @@ def serve_parser() -> None:
         ignore_unknown_args: bool = False,
         args_defaults: dict[str, Any] | None = None,
     ) -> Namespace:
-        with entry.one_line_errors():
+        with one_line_errors():
             return entry.parse(own, extra_args_provider, ignore_unknown_args, args_defaults)
 
     parse_and_validate_args.adds_our_flags = True
@@ -146,7 +147,7 @@ def serve_trainer() -> Callable[..., Any]:
     def pretrain(*args: Any, **kwargs: Any) -> Any:
         pretrain.calls += 1
         call = inspect.signature(own).bind(*args, **kwargs)
-        with entry.one_line_errors():
+        with one_line_errors():
             swap(call.arguments)
         return own(*call.args, **call.kwargs)
 
@@ -158,7 +159,7 @@ def serve_trainer() -> Callable[..., Any]:
 def _own(module: Any, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if function is None:
-        raise ImportError(
+        raise MissingPackageError(
             f"{module.__name__}.{name} is gone: it may have changed in your version of "
             "megatron-core; megatron_cream is made for 0.19.2"
         )
@@ -172,7 +173,7 @@ def swap(call: dict[str, Any]) -> None:
         call: the arguments of the call by name; changed in place.
 
     Raises:
-        ValueError: the script parsed its flags past us, or has no model config to hook into.
+        UserError: the script parsed its flags past us, or has no model config to hook into.
     """
     from megatron.training import get_args
 
@@ -182,12 +183,12 @@ def swap(call: dict[str, Any]) -> None:
 
     args = get_args()
     if not hasattr(args, SETTINGS_KEY):
-        raise ValueError(
+        raise UserError(
             f"script {sys.argv[0]}: it must parse its flags with megatron.training.arguments"
             ".parse_and_validate_args, through which ours are added and checked"
         )
     if call.get("model_provider") is not None or call["cfg_container"].model is None:
-        raise ValueError(
+        raise UserError(
             f"script {sys.argv[0]}: it must give pretrain a model config (gpt_config_from_args or "
             "hybrid_config_from_args) and no model_provider, or positions would not reach the model"
         )

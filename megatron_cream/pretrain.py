@@ -14,12 +14,13 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from megatron_cream.errors import one_line_errors
 from megatron_cream.training import entry
 
 
 def main() -> None:
     """Parse, check and train; bad input ends in one line and exit status 2."""
-    with entry.one_line_errors():
+    with one_line_errors():
         entry.stand_in_if_asked()
         args = prepare()
     train(args)

@@ -17,6 +17,7 @@ import time
 
 import torch
 
+from megatron_cream.errors import one_line_errors
 from megatron_cream.evaluation.cases import Haystack, Kit
 from megatron_cream.evaluation.generation import NEW_TOKENS, generated_hit
 from megatron_cream.evaluation.huggingface import HuggingFaceModel
@@ -107,7 +108,7 @@ def measure(
 def main(argv: list[str]) -> int:
     """Run the benchmark; bad input ends in one line and exit status 2."""
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         model = HuggingFaceModel(args.hf, args.dtype)
         args.checkpoint = None
         if args.threads:
@@ -119,9 +120,6 @@ def main(argv: list[str]) -> int:
             for length in args.lengths:
                 rows.append(measure(args, model, prompt, task, length))
                 print(" ".join(rows[-1]), file=sys.stderr)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
     print(markdown(rows))
     return 0
 

@@ -30,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cream.errors import UserError, one_line_errors
+
 TOOL = Path(__file__).with_name("preprocess_data.py")
 OURS, STAND_IN, STOCK, FAST = "megatron_cream", "stand-in", "Megatron", "Megatron, gigatoken"
 
@@ -80,7 +82,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Side]:
     """Run all sides in turn.
 
     Raises:
-        ValueError: a side whose output differs from the others'.
+        UserError: a side whose output differs from the others'.
         ChildProcessError: a side that fails.
     """
     sides = _sides(args)
@@ -260,7 +262,7 @@ def _run(side: Side, source: str, prefix: str) -> tuple[float, float]:
 def _compare(one: str, other: str) -> None:
     for suffix in (".bin", ".idx"):
         if not filecmp.cmp(one + suffix, other + suffix, shallow=False):
-            raise ValueError(f"{one}{suffix} and {other}{suffix} differ: nothing to compare")
+            raise UserError(f"{one}{suffix} and {other}{suffix} differ: nothing to compare")
 
 
 def _median(values: list[float]) -> float:
@@ -273,7 +275,7 @@ def main(argv: list[str]) -> int:
     if args.stand_in is not None:
         stand_in(args)
         return 0
-    try:
+    with one_line_errors():
         for path in filter(None, (args.input, args.tokenizer_model, args.megatron)):
             if not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: not found")
@@ -285,10 +287,7 @@ def main(argv: list[str]) -> int:
         print("our CPU seconds:", stages(args, sides[OURS]))
         slowest = _median(list(sides.values())[1].cpu) / _median(sides[OURS].cpu)
         if slowest < args.at_least:
-            raise ValueError(f"{slowest:.1f} times as fast, needs --at-least {args.at_least}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            raise UserError(f"{slowest:.1f} times as fast, needs --at-least {args.at_least}")
     return 0
 
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cream.errors import one_line_errors
 from megatron_cream.health import check_install
 
 
@@ -22,12 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            lines = check_install(Path(folder))
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        lines = check_install(Path(folder))
     print("\n".join(lines))
     return 0
 

@@ -16,6 +16,8 @@ import re
 import sys
 import warnings
 
+from megatron_cream.errors import UserError, one_line_errors
+
 _TYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -43,7 +45,7 @@ def shard_bytes(text: str) -> int:
     """Return bytes for a size like 500MB."""
     found = re.fullmatch(r"(\d+)\s*([KMG]B)", text.strip(), re.IGNORECASE)
     if not found or int(found[1]) == 0:
-        raise ValueError(f"--max-shard-size is {text!r}: it must be a size such as 500MB or 5GB")
+        raise UserError(f"--max-shard-size is {text!r}: it must be a size such as 500MB or 5GB")
     return int(found[1]) * _UNITS[found[2].upper()]
 
 
@@ -53,11 +55,8 @@ def main(argv: list[str]) -> int:
     # Megatron says on import which GPU packages are missing: none is needed here.
     warnings.filterwarnings("ignore", category=UserWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
+    with one_line_errors():
         print(convert(args))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -21,6 +21,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron_cream.errors import UserError, one_line_errors
+
 TASKS = (
     *("passkey", "needle", "longchat-lines", "kv-retrieval", "niah-multikey"),
     *("variable-tracking", "common-words", "frequent-words"),
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace) -> str:
 
         return compare(args.runs, args.output)
     if (args.checkpoint is None) == (args.hf is None):
-        raise ValueError("--checkpoint or --hf: exactly one of them must be given")
+        raise UserError("--checkpoint or --hf: exactly one of them must be given")
     if args.task == "all" and args.data is None:
         args.tasks.remove("perplexity")
     if args.cpu and args.checkpoint is not None:
@@ -133,11 +135,8 @@ def main(argv: list[str]) -> int:
     # process has their core, make a pass take several times as long on a machine that is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         printed = run(args)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
     if printed:
         print(printed)
     return 0

@@ -15,6 +15,7 @@ import sys
 
 from megatron_cream.data.inspection import check, describe, document_text
 from megatron_cream.data.tokenizers import TOKENIZERS
+from megatron_cream.errors import one_line_errors
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     add("--check", action="store_true", help="read all of it")
     args = parser.parse_args(argv)
     thresholds = tuple(n for n in (args.seq_length, args.target_length) if n is not None)
-    try:
+    with one_line_errors():
         if args.document is not None:
             model = (args.tokenizer_type, args.tokenizer_model)
             print(document_text(args.prefix, args.document, *model, args.tokens))
@@ -41,9 +42,6 @@ def main(argv: list[str]) -> int:
             print(describe(args.prefix, thresholds))
         if args.check:
             print(check(args.prefix))
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
     return 0
 
 

@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from megatron_cream.data.merge import merge_datasets
+from megatron_cream.errors import one_line_errors
 
 
 def main(argv: list[str]) -> int:
@@ -25,11 +26,8 @@ def main(argv: list[str]) -> int:
     add("--overwrite", action="store_true", help="replace the files of an earlier run")
     args = parser.parse_args(argv)
     prefixes = [name.removesuffix(".idx").removesuffix(".bin") for name in args.input]
-    try:
+    with one_line_errors():
         print(merge_datasets(prefixes, args.output_prefix, overwrite=args.overwrite))
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
     return 0
 
 

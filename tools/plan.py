@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.planning.command import argv as run_argv
 from megatron_cream.planning.command import run_flags, script
 from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
@@ -110,16 +111,16 @@ def run(args: argparse.Namespace) -> None:
 
 def _refuse(args: argparse.Namespace) -> None:
     if args.target_length < args.seq_length:
-        raise ValueError(
+        raise UserError(
             f"--target-length is {args.target_length}: it must be at least --seq-length "
             f"{args.seq_length}"
         )
     if args.mfu > 1:
-        raise ValueError(f"--mfu is {args.mfu:g}: it must be at most 1, a share of the peak")
+        raise UserError(f"--mfu is {args.mfu:g}: it must be at most 1, a share of the peak")
     if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json is {args.json}: its folder does not exist")
+        raise UserError(f"--json is {args.json}: its folder does not exist")
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
-        raise ValueError(
+        raise UserError(
             f"--gpus is {args.gpus}: it must be a multiple of --gpus-per-node {args.gpus_per_node}"
         )
 
@@ -128,7 +129,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
     known = GPUS[args.gpu]
     memory = (args.gpu_memory or known.memory) - args.reserve
     if memory <= 0:
-        raise ValueError(f"--reserve is {args.reserve:g}: it must be less than --gpu-memory")
+        raise UserError(f"--reserve is {args.reserve:g}: it must be less than --gpu-memory")
     gpu = Gpu(
         memory=args.gpu_memory or known.memory,
         tflops=args.peak_tflops or known.tflops,
@@ -155,18 +156,15 @@ def _full_length(
     work = Workload(args.target_length, args.global_batch_size, args.micro_batch_size)
     try:
         return propose(shape, cluster, work), ""
-    except ValueError as error:
+    except UserError as error:
         return None, str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         run(args)
-    except (ValueError, OSError, RuntimeError) as exc:
-        print("error:", " ".join(str(exc).split()), file=sys.stderr)
-        return 2
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.evaluation.position_plots import draw, require_matplotlib
 from megatron_cream.evaluation.position_report import describe
 from megatron_cream.positions import STRATEGIES, Strategy, coverage, make_strategy
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     require_matplotlib()
     output = args.output or Path(f"positions-{args.strategy}.png")
     if not output.parent.is_dir():
-        raise ValueError(f"--output is {output}: its folder does not exist")
+        raise UserError(f"--output is {output}: its folder does not exist")
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     strategy = make_strategy(args.strategy, args.train_length, args.target_length, **given)
     samples = default_samples(strategy) if args.samples is None else args.samples
@@ -83,11 +84,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status."""
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         run(args)
-    except (ValueError, OSError, ImportError) as exc:
-        print("error:", " ".join(str(exc).split()), file=sys.stderr)
-        return 2
     return 0
 
 

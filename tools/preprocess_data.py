@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_cream.errors import one_line_errors
+
 # Read by numpy when it is loaded: threads that nothing here uses would keep workers from forking.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -110,10 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Without a handler a termination would leave worker processes to find out by themselves.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        stats = preprocess(config, say=_say)
-    except (ValueError, OSError) as exc:
-        print("error:", " ".join(str(exc).split()), file=sys.stderr)
-        return 2
+        with one_line_errors():
+            stats = preprocess(config, say=_say)
     except KeyboardInterrupt:
         print("error: interrupted; start again to continue", file=sys.stderr)
         return 128 + signal.SIGINT

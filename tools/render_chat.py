@@ -17,6 +17,7 @@ import argparse
 import sys
 
 from megatron_cream.data.chat import render_files
+from megatron_cream.errors import one_line_errors
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -35,13 +36,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Run the tool; bad input ends in one line and exit status 2."""
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         written, skipped = render_files(
             args.input, args.output, args.tokenizer_model, args.on_error == "skip"
         )
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
     print(f"{args.output}: {written} conversations, {skipped} skipped")
     return 0
 

@@ -14,6 +14,7 @@ from megatron_cream.data.preprocess import PreprocessConfig, preprocess
 from megatron_cream.data.reading import read_documents
 from megatron_cream.data.text import find_inputs
 from megatron_cream.data.tokenizers import train_bpe
+from megatron_cream.errors import UserError
 
 HELD_OUT = 8  # every eighth document
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -42,7 +43,7 @@ def prepare(
         longest: tokens a held-out document must have to be evaluated on.
 
     Raises:
-        ValueError, FileNotFoundError: text that cannot be read or is too short.
+        UserError, FileNotFoundError: text that cannot be read or is too short.
     """
     texts = list(_documents(inputs))
     parts = {
@@ -52,7 +53,7 @@ def prepare(
     size = sum(map(len, texts)) / 1e6
     print(f"text: {len(texts)} documents, {size:.1f} M characters from {_source(inputs)}")
     if not all(parts.values()):
-        raise ValueError(f"INPUT holds {len(texts)} documents: it must hold at least 2")
+        raise UserError(f"INPUT holds {len(texts)} documents: it must hold at least 2")
     train_bpe(parts["train"], vocabulary, folder / "tokenizer")
     for part, documents in parts.items():
         lines = (json.dumps({"text": text}) for text in documents)
@@ -70,7 +71,7 @@ def prepare(
         print(f"{part}: {stats.documents} documents, {stats.tokens} tokens")
     lengths = read_index(folder / "held-out").lengths
     if lengths.max() < longest:
-        raise ValueError(
+        raise UserError(
             f"INPUT's longest held-out document has {lengths.max()} tokens: evaluating at the "
             f"target length needs {longest}"
         )

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.errors import one_line_errors
+
 # The demo is about two CPU cores, also on a machine that has a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -46,10 +48,8 @@ def main() -> None:
     started = time.monotonic()
     folder, suffix = Path(args.output), "" if args.rope == ROPE else f"-{args.rope}"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with one_line_errors():
         data = corpus.prepare(args.input, folder, VOCABULARY, N, DOCUMENT_TOKENS)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
     train(folder, args.rope, suffix)
     results = evaluate(folder, data.documents_for(DOCUMENTS), args.rope, suffix)
     record = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.positions import STRATEGIES
 from megatron_cream.rope import EVALUATION_ONLY, NOT_BY_FACTOR, SCALINGS, TRAINED
 
@@ -19,25 +20,25 @@ def check(ways: list[str]) -> None:
     """Check that every way can be trained.
 
     Raises:
-        ValueError: there is none, or one cannot be trained or is given twice.
+        UserError: there is none, or one cannot be trained or is given twice.
     """
     if not ways:
-        raise ValueError(f"no way is given: each must be {_FORM}")
+        raise UserError(f"no way is given: each must be {_FORM}")
     ropes = [name for name in (*SCALINGS, *TRAINED) if name not in _NOT_HERE]
     for way in ways:
         parts = way.split(":")
         if len(parts) != 3:
-            raise ValueError(f"a way is {way!r}: it must be {_FORM}")
+            raise UserError(f"a way is {way!r}: it must be {_FORM}")
         _check_one_of("METHOD", parts[0], way, list(STRATEGIES))
         _check_one_of("ROPE", parts[1], way, ropes)
         _check_rate(parts[2], way)
         if ways.count(way) > 1:
-            raise ValueError(f"the way {way} is given twice: each must be a run of its own")
+            raise UserError(f"the way {way} is given twice: each must be a run of its own")
 
 
 def _check_one_of(part: str, found: str, way: str, known: list[str]) -> None:
     if found not in known:
-        raise ValueError(f"{part} of {way} is {found!r}: it must be one of {', '.join(known)}")
+        raise UserError(f"{part} of {way} is {found!r}: it must be one of {', '.join(known)}")
 
 
 def _check_rate(found: str, way: str) -> None:
@@ -46,14 +47,11 @@ def _check_rate(found: str, way: str) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise ValueError(f"LR of {way} is {found!r}: it must be a number above 0 and below 1")
+        raise UserError(f"LR of {way} is {found!r}: it must be a number above 0 and below 1")
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         check(sys.argv[1:])
-        ropes = dict.fromkeys(way.split(":")[1] for way in sys.argv[1:])
-        print(*(rope for rope in ropes if rope not in TRAINED))
-    except ValueError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+    ropes = dict.fromkeys(way.split(":")[1] for way in sys.argv[1:])
+    print(*(rope for rope in ropes if rope not in TRAINED))

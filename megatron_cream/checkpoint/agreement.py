@@ -9,6 +9,7 @@ import torch
 from megatron_cream.checkpoint.families import IGNORED
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.weights import DTYPES, HfWeights
+from megatron_cream.errors import UserError
 
 _COMPARED_BYTES = 64 << 20  # at a time
 
@@ -17,19 +18,19 @@ def check_weights(weights: HfWeights, shape: ModelShape, dtype: torch.dtype | No
     """Compare the weights with the table of the family; return the type they have.
 
     Raises:
-        ValueError: a tensor that is missing, of another shape than config.json says, that the
+        UserError: a tensor that is missing, of another shape than config.json says, that the
             family has no place for, or of another type than the rest where ``dtype`` is None.
     """
     expected = _expected(shape)
     missing = sorted(expected.keys() - weights.tensors.keys())
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{weights.folder} lacks {len(missing)} tensors that its config.json asks for: "
             f"{_few(missing)}"
         )
     for name, size in expected.items():
         if weights.tensors[name].shape != size:
-            raise ValueError(
+            raise UserError(
                 f"{weights.folder}: {name} has shape {list(weights.tensors[name].shape)}, by "
                 f"config.json it must have {list(size)}"
             )
@@ -37,7 +38,7 @@ def check_weights(weights: HfWeights, shape: ModelShape, dtype: torch.dtype | No
     if rest == ["lm_head.weight"] and shape.tied:
         _check_tied(weights)
     elif rest:
-        raise ValueError(
+        raise UserError(
             f"{weights.folder} has {len(rest)} tensors that {shape.architecture} has no place "
             f"for: {_few(sorted(rest))}"
         )
@@ -58,13 +59,13 @@ def _one_type(weights: HfWeights, names: list[str], dtype: torch.dtype | None) -
         by_type.setdefault(weights.tensors[name].dtype, []).append(name)
     unknown = by_type.keys() - DTYPES.keys()
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{weights.folder}: {by_type[min(unknown)][0]} has type {min(unknown)}: it must be one "
             f"of {tuple(DTYPES)}"
         )
     if len(by_type) > 1 and dtype is None:
         kinds = ", ".join(f"{len(n)} {kind} ({n[0]})" for kind, n in sorted(by_type.items()))
-        raise ValueError(
+        raise UserError(
             f"{weights.folder} has tensors of several types: {kinds}; say with --dtype which one "
             "the checkpoint shall have"
         )
@@ -83,7 +84,7 @@ def _check_tied(weights: HfWeights) -> None:
         weights.read_rows("lm_head.weight", start, stop, rows[1])
         same = same and np.array_equal(*rows)
     if not same:
-        raise ValueError(
+        raise UserError(
             f"{weights.folder}: tie_word_embeddings is true in config.json, but lm_head.weight "
             "differs from model.embed_tokens.weight"
         )

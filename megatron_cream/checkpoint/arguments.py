@@ -15,6 +15,7 @@ from megatron_cream.checkpoint.flags import described_shape, kind_flags, size_fl
 from megatron_cream.checkpoint.saved import SETTINGS_KEY
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 
 PADDING = 128
 """Megatron's --make-vocab-size-divisible-by: any tensor-parallel size up to it divides."""
@@ -68,7 +69,7 @@ def shape_from_arguments(args: Namespace, architecture: str | None = None) -> Mo
         architecture: what the model is to be called; by default the one whose features it has.
 
     Raises:
-        ValueError: a model that no family describes, naming the flag.
+        UserError: a model that no family describes, naming the flag.
     """
     _refuse_unlike_llama(args)
     shape = described_shape(args, architecture)
@@ -97,7 +98,7 @@ def _refuse_unlike_llama(args: Namespace) -> None:
     for attribute, needed, flag in _LIKE_LLAMA:
         value = getattr(args, attribute, needed)
         if value != needed and not (needed is False and value is None):
-            raise ValueError(
+            raise UserError(
                 f"{flag} of the checkpoint is {value!r}: it must be {needed!r} for a Hugging Face "
                 f"model of the families {tuple(FAMILIES)}"
             )
@@ -117,7 +118,7 @@ def _check_features(shape: ModelShape) -> None:
     }
     for flag, (has, needs) in features.items():
         if has != needs:
-            raise ValueError(
+            raise UserError(
                 f"{flag} of the checkpoint is {'on' if has else 'off'}: a {shape.architecture} "
                 f"needs it {'on' if needs else 'off'}"
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_cream.checkpoint.families import FAMILIES, Family
 from megatron_cream.checkpoint.shape import ModelShape
+from megatron_cream.errors import UserError
 
 WINDOWED = ("mistral", "mixtral")
 """Model types whose config.json may limit attention to a sliding window."""
@@ -16,11 +17,11 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     """Read config.json.
 
     Raises:
-        ValueError: an architecture or a setting that is not served, or a missing value.
+        UserError: an architecture or a setting that is not served, or a missing value.
     """
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"architectures in config.json is {config.get('architectures')}: it must be one of "
             f"{tuple(FAMILIES)}"
         )
@@ -30,7 +31,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     hidden = _integer(config, "hidden_size")
     groups = _integer(config, "num_key_value_heads", heads)
     if heads % groups:
-        raise ValueError(
+        raise UserError(
             f"num_key_value_heads in config.json is {groups}: it must divide the {heads} "
             "num_attention_heads"
         )
@@ -96,10 +97,10 @@ def _refuse_unserved(config: dict[str, Any], family: Family) -> None:
     for key, served in _SERVED:
         value = config.get(key, served[0])
         if value not in served:
-            raise ValueError(f"{key} in config.json is {value!r}: it must be {served[0]!r}")
+            raise UserError(f"{key} in config.json is {value!r}: it must be {served[0]!r}")
     biases = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if biases != (False, False) and not (family.biases and biases == (True, True)):
-        raise ValueError(
+        raise UserError(
             f"attention_bias and mlp_bias in config.json are {biases[0]} and {biases[1]}: "
             "Megatron has biases on all linear layers, on queries, keys and values alone (qwen2), "
             "or on none"
@@ -114,7 +115,7 @@ def _window(config: dict[str, Any], family: Family) -> int | None:
 
 def _needed(config: dict[str, Any], key: str) -> Any:
     if config.get(key) is None:
-        raise ValueError(f"{key} in config.json is missing: the model cannot be built without it")
+        raise UserError(f"{key} in config.json is missing: the model cannot be built without it")
     return config[key]
 
 
@@ -124,5 +125,5 @@ def _integer(config: dict[str, Any], key: str, default: int | None = None) -> in
     if value is None:
         _needed(config, key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} in config.json is {value!r}: it must be a positive integer")
+        raise UserError(f"{key} in config.json is {value!r}: it must be a positive integer")
     return value

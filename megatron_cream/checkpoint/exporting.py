@@ -30,6 +30,7 @@ from megatron_cream.checkpoint.source import (
 from megatron_cream.checkpoint.staging import staged
 from megatron_cream.checkpoint.stored import StoredTensors
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 from megatron_cream.rope import RopeScaling, hf_rope_fields
 
 SHARD_BYTES = 5_000_000_000
@@ -69,7 +70,7 @@ def export_checkpoint(
         quiet: no progress bar.
 
     Raises:
-        ValueError, FileNotFoundError: a checkpoint that cannot be exported, before anything is
+        UserError, FileNotFoundError: a checkpoint that cannot be exported, before anything is
             written.
         OSError: the disk is full, or fails; nothing is kept.
     """
@@ -115,7 +116,7 @@ def _shape(
     """Return what the model is, by the saved arguments, config.json and the weights alike.
 
     Raises:
-        ValueError: they disagree.
+        UserError: they disagree.
     """
     wanted = shape_from_config(config) if config else None
     shape = shape_from_arguments(args, wanted and wanted.architecture)
@@ -124,13 +125,13 @@ def _shape(
         shape = dataclasses.replace(shape, vocabulary=wanted.vocabulary)
         differences = dataclasses.replace(shape, window=wanted.window).differences(wanted)
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint and {source}/config.json are of different models (checkpoint != "
                 f"config.json): {'; '.join(differences)}"
             )
     rows = stored.shape(EMBEDDING)[0] if EMBEDDING in stored else 0
     if rows < shape.vocabulary:
-        raise ValueError(
+        raise UserError(
             f"{EMBEDDING} of the checkpoint has {rows} rows: the vocabulary has "
             f"{shape.vocabulary} tokens"
         )
@@ -141,7 +142,7 @@ def _plain_extension(args: Namespace) -> ExtensionConfig:
     """Return the settings of a model that Megatron trained without ours: its own plain RoPE."""
     for attribute, flag in _MEGATRON_ROPE:
         if getattr(args, attribute, None):
-            raise ValueError(
+            raise UserError(
                 f"{flag} of the checkpoint is {getattr(args, attribute)}: without megatron_cream's "
                 "settings in a checkpoint its RoPE must be plain"
             )

@@ -16,6 +16,7 @@ from megatron_cream.checkpoint.families import Row, ranges
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.shards import ShardWriter, TensorPlan
 from megatron_cream.checkpoint.stored import StoredTensors
+from megatron_cream.errors import UserError
 
 BLOCK_BYTES = 64 << 20
 """Most bytes that are read before they are written; two blocks are in memory."""
@@ -66,7 +67,7 @@ def parts_of(
         dtype: type to write; None for the one each is stored in.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor, or has it in another shape than the model's.
+        UserError: the checkpoint lacks a tensor, or has it in another shape than the model's.
     """
     for row, place in shape.places():
         shapes = [shape.part_shape(part) for part in row.parts]
@@ -94,7 +95,7 @@ def _locate(
         of_layer = name.replace("decoder.layers.", f"decoder.layers.{place[0]}.") if place else name
         if of_layer in stored:
             return of_layer, place[1:]
-    raise ValueError(f"checkpoint {stored.folder} lacks {row.key}: a {shape.architecture} has it")
+    raise UserError(f"checkpoint {stored.folder} lacks {row.key}: a {shape.architecture} has it")
 
 
 def _check_shape(
@@ -105,7 +106,7 @@ def _check_shape(
     if row.parts[0].shape[0] == "v":  # padded, for tensor parallelism
         wanted = (max(wanted[0], found[0]), *wanted[1:])
     if found != wanted:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {stored.folder}: {key} has shape {list(found)}, by its arguments it must "
             f"have {list(wanted)}"
         )

@@ -29,6 +29,7 @@ from megatron_cream.checkpoint.staging import staged
 from megatron_cream.checkpoint.torch_dist import Chunk, write_torch_dist
 from megatron_cream.checkpoint.weights import DTYPES, HfWeights
 from megatron_cream.config import ExtensionConfig, rope_settings
+from megatron_cream.errors import UserError
 from megatron_cream.rope import scaling_from_hf
 
 CHUNK_BYTES = 64 << 20
@@ -57,7 +58,7 @@ def import_checkpoint(
         quiet: no progress bar.
 
     Raises:
-        ValueError, FileNotFoundError: a source that cannot be imported, before anything is written.
+        UserError, FileNotFoundError: a source that cannot be imported, before anything is written.
         OSError: the disk is full, or fails; nothing is kept.
     """
     source = find_source(hf)
@@ -87,16 +88,16 @@ def base_extension(config: dict[str, Any], shape: ModelShape) -> ExtensionConfig
     """Return the settings of the model as it is: its window, and how its angles are made.
 
     Raises:
-        ValueError: a window or angles that config.json does not say or that are not served.
+        UserError: a window or angles that config.json does not say or that are not served.
     """
     window = config.get("max_position_embeddings")
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(
+        raise UserError(
             f"max_position_embeddings in config.json is {window!r}: it must be a positive integer"
         )
     scaling = scaling_from_hf(config)
     if scaling.dim != shape.head_dim:
-        raise ValueError(
+        raise UserError(
             f"partial_rotary_factor in config.json has {scaling.dim} dimensions of a head rotated: "
             f"{shape.architecture} rotates all {shape.head_dim}"
         )

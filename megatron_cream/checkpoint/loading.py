@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 from megatron_cream.training.hooks import model_config
 from megatron_cream.training.hybrid import without_stages
 
@@ -94,11 +95,11 @@ def initialize(layout: Layout) -> None:
     """Set Megatron's parallel state up: for this process alone, or for torchrun's. Idempotent.
 
     Raises:
-        ValueError: torchrun started another number of processes than the layout has.
+        UserError: torchrun started another number of processes than the layout has.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks != layout.ranks:
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size {layout.tensor} x --pipeline-model-parallel-size "
             f"{layout.pipeline} x --context-parallel-size {layout.context} is {layout.ranks}: "
             f"torchrun started {ranks} processes, --nproc-per-node must be {layout.ranks}"
@@ -139,14 +140,14 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no torch_dist checkpoint.
-        ValueError: it carries no settings of ours and ``extension`` is not given.
+        UserError: it carries no settings of ours and ``extension`` is not given.
     """
     args = saved_arguments(path)
     if args is None:
         raise FileNotFoundError(f"--checkpoint is {path}: it must hold a torch_dist checkpoint")
     extension = extension or saved_extension(args)
     if extension is None:
-        raise ValueError(
+        raise UserError(
             f"--checkpoint is {path}: it was not trained by megatron_cream, so it does not say "
             "how its positions are interpolated"
         )
@@ -181,7 +182,7 @@ def _refuse_untrained(path: str, args: Namespace, extension: ExtensionConfig) ->
     if not extension.draws_scales:
         return
     if before is None or not before.draws_scales:
-        raise ValueError(
+        raise UserError(
             f"--rope-interpolation is 'clex': its weights are trained, and --checkpoint {path} has "
             "none; train it with --rope-interpolation clex"
         )

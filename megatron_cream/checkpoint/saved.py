@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 
 SETTINGS_KEY = "megatron_cream"
 """Attribute of the arguments that Megatron saves with a checkpoint; holds our settings."""
@@ -21,7 +22,7 @@ def latest_checkpoint(path: str) -> Path | None:
     ``path`` is what Megatron was given as --save, or one ``iter_...`` folder in it.
 
     Raises:
-        ValueError: the folder that Megatron's tracker file names is missing or not whole.
+        UserError: the folder that Megatron's tracker file names is missing or not whole.
     """
     root = Path(path)
     tracker = root / _TRACKER
@@ -30,7 +31,7 @@ def latest_checkpoint(path: str) -> Path | None:
     name = tracker.read_text().strip()
     folder = root / ("release" if name == "release" else f"iter_{int(name):07d}")
     if not (folder / "metadata.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path}: {_TRACKER} names {folder.name}, which is missing or not whole"
         )
     return folder
@@ -104,7 +105,7 @@ def keep_vocabulary(args: Namespace) -> None:
     A tokenizer may have fewer than the model; the rows of the rest would be lost on the way.
 
     Raises:
-        ValueError: the run's vocabulary is smaller, padding included.
+        UserError: the run's vocabulary is smaller, padding included.
     """
     saved = _started_from(args)
     size = getattr(saved, "vocab_size", None)
@@ -112,7 +113,7 @@ def keep_vocabulary(args: Namespace) -> None:
         return
     args.vocab_size = args.vocab_size or size
     if (args.padded_vocab_size or args.vocab_size) < size:
-        raise ValueError(
+        raise UserError(
             f"--padded-vocab-size is {args.padded_vocab_size}: the checkpoint that the run starts "
             f"from has {size} tokens, it must be at least that; --use-checkpoint-args takes it over"
         )
@@ -122,7 +123,7 @@ def refuse_other_model(path: str, saved: Namespace, args: Namespace) -> None:
     """Refuse flags that build another model of the same shapes than a checkpoint is of.
 
     Raises:
-        ValueError: naming each flag, with both values.
+        UserError: naming each flag, with both values.
     """
     differences = [
         f"{flag} {getattr(saved, name)} != {getattr(args, name)}"
@@ -130,7 +131,7 @@ def refuse_other_model(path: str, saved: Namespace, args: Namespace) -> None:
         if getattr(saved, name, None) is not None and getattr(saved, name) != getattr(args, name)
     ]
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{path} is of another model than the flags say (checkpoint != now): "
             f"{'; '.join(differences)}. Give the same, or --use-checkpoint-args"
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments
 from megatron_cream.checkpoint.weights import INDEX
+from megatron_cream.errors import UserError
 
 RELEASE = "release"
 """What Megatron calls a checkpoint that is the start of training, without an iteration."""
@@ -69,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not a JSON object.
+        UserError: it is not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -77,9 +78,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return config
 
 

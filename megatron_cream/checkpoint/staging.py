@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_cream.errors import UserError
+
 _PARTIAL = ".partial"
 
 
@@ -24,18 +26,18 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
         needed_bytes: what will be written, to be refused before work starts if it does not fit.
 
     Raises:
-        ValueError: ``output`` holds something already, or the disk has too little space.
+        UserError: ``output`` holds something already, or the disk has too little space.
         OSError: the disk became full meanwhile, or failed; the message names ``output``.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output is {output}: it exists; it must be a new or an empty folder")
+        raise UserError(f"--output is {output}: it exists; it must be a new or an empty folder")
     partial = output.with_name(output.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < needed_bytes:
-            raise ValueError(
+            raise UserError(
                 f"--output is {output}: its disk has {free / 1e9:.2f} GB free, "
                 f"{needed_bytes / 1e9:.2f} GB are needed"
             )

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cream.checkpoint.weights import read_exactly
+from megatron_cream.errors import UserError
 
 _ENTRY = "/data/0"
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
@@ -37,7 +38,7 @@ class StoredTensors:
 
     Raises:
         FileNotFoundError: a file that the checkpoint names is missing.
-        ValueError: the folder holds no checkpoint of this format, or a file that is cut off.
+        UserError: the folder holds no checkpoint of this format, or a file that is cut off.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +78,7 @@ class StoredTensors:
             leading: an index along each of the first axes, () for the tensor itself.
 
         Raises:
-            ValueError: a file is cut off, or the chunks do not cover what is asked for.
+            UserError: a file is cut off, or the chunks do not cover what is asked for.
         """
         covered = 0
         for chunk in self._tensors[key].chunks:
@@ -89,7 +90,7 @@ class StoredTensors:
                     target = out[begin - start : end - start]
                     covered += self._read_chunk(key, chunk, inner, begin - first, target)
         if covered != out.size:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {self.folder}: {key} has {covered} bytes where {out.size} are needed"
             )
 
@@ -133,11 +134,11 @@ class StoredTensors:
             # A chunk with other strides would have its bytes in another order.
             tensor = torch.load(section.rewound(), map_location="meta", weights_only=True)
         except (zipfile.BadZipFile, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.folder / path}: {key} cannot be read ({error})") from None
+            raise UserError(f"{self.folder / path}: {key} cannot be read ({error})") from None
         stored = tensor.shape == chunk.sizes and tensor.dtype == self.dtype(key)
         plain = entry.file_size == tensor.nbytes and entry.compress_type == zipfile.ZIP_STORED
         if info.transform_descriptors or not (stored and plain and tensor.is_contiguous()):
-            raise ValueError(f"{self.folder / path}: {key} is stored in a way that is not served")
+            raise UserError(f"{self.folder / path}: {key} is stored in a way that is not served")
         header = section.at(entry.header_offset, _LOCAL_HEADER)
         names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         return path, info.offset + entry.header_offset + _LOCAL_HEADER + names
@@ -157,7 +158,7 @@ class StoredTensors:
             if not file.is_file():
                 raise FileNotFoundError(f"checkpoint {self.folder} lacks its file {path}")
             if file.stat().st_size < end:
-                raise ValueError(
+                raise UserError(
                     f"{file} has {file.stat().st_size} bytes, .metadata says {end}: it is cut off"
                 )
 
@@ -176,7 +177,7 @@ def _read_metadata(folder: Path) -> Metadata:
     try:
         return FileSystemReader(folder).read_metadata()
     except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise ValueError(f"{folder / '.metadata'} cannot be read: {error}") from None
+        raise UserError(f"{folder / '.metadata'} cannot be read: {error}") from None
 
 
 class _Section(io.RawIOBase):

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_cream.errors import UserError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -52,7 +54,7 @@ class HfWeights:
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
-        ValueError: a file that is cut off or does not hold what the index says.
+        UserError: a file that is cut off or does not hold what the index says.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +66,7 @@ class HfWeights:
         """Read rows ``[start, stop)`` of a tensor into uint8 ``out`` of exactly their size.
 
         Raises:
-            ValueError: the file ends before them.
+            UserError: the file ends before them.
         """
         tensor = self.tensors[name]
         offset = tensor.offset + start * tensor.row_bytes
@@ -83,14 +85,14 @@ def read_exactly(descriptor: int, offset: int, out: np.ndarray, path: Path) -> N
     """Fill uint8 ``out`` from a file at ``offset``.
 
     Raises:
-        ValueError: the file ends before that.
+        UserError: the file ends before that.
     """
     view = memoryview(out)
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
-            raise ValueError(f"{path} ends at byte {offset + done}: it is cut off")
+            raise UserError(f"{path} ends at byte {offset + done}: it is cut off")
         done += count
 
 
@@ -112,7 +114,7 @@ def _open_folder(folder: Path) -> dict[str, StoredTensor]:
     files = {name: _open_file(folder / name) for name in sorted(set(weight_map.values()))}
     for tensor, file in weight_map.items():
         if tensor not in files[file]:
-            raise ValueError(f"{folder / file} lacks {tensor}, which {INDEX} says it has")
+            raise UserError(f"{folder / file} lacks {tensor}, which {INDEX} says it has")
     return {tensor: files[file][tensor] for tensor, file in weight_map.items()}
 
 
@@ -123,7 +125,7 @@ def _read_index(index: Path) -> dict[str, str]:
             return weight_map
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
+    raise UserError(f"{index} is not an index of safetensors files: it has no weight_map")
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
@@ -136,17 +138,17 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
             dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
             first, last = entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path}: the header's entry for {name} cannot be read") from None
+            raise UserError(f"{path}: the header's entry for {name} cannot be read") from None
         if dtype in DTYPES:
             needed = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
             if last - first != needed:
-                raise ValueError(
+                raise UserError(
                     f"{path}: {name} has {last - first} bytes, {dtype} {list(shape)} needs {needed}"
                 )
         tensors[name] = StoredTensor(path, dtype, shape, start + first)
         end = max(end, start + last)
     if size < end:
-        raise ValueError(f"{path} has {size} bytes, its header says {end}: it is cut off")
+        raise UserError(f"{path} has {size} bytes, its header says {end}: it is cut off")
     return tensors
 
 
@@ -155,11 +157,11 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
         if 8 + length > size or length > _MOST_HEADER_BYTES:
-            raise ValueError(f"{path} is cut off within its header, or no safetensors file")
+            raise UserError(f"{path} is cut off within its header, or no safetensors file")
         try:
             header = json.loads(file.read(length))
         except ValueError:
             header = None
     if not isinstance(header, dict):
-        raise ValueError(f"{path} has a header that is not JSON: it is no safetensors file")
+        raise UserError(f"{path} has a header that is not JSON: it is no safetensors file")
     return header, 8 + length

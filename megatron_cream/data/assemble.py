@@ -12,6 +12,7 @@ import numpy as np
 from megatron_cream.data.index import write_index
 from megatron_cream.data.parts import Part
 from megatron_cream.data.statistics import Lengths
+from megatron_cream.errors import UserError
 
 _BUCKET_BYTES = 256 << 20
 _COPY_BYTES = 64 << 20
@@ -175,6 +176,6 @@ def _copy(source: int, out: int, offset: int, left: int, path: str) -> None:
             # Not every file system can; a full one says so again here.
             done = os.sendfile(out, source, offset, min(left, _COPY_BYTES))
         if not done:
-            raise ValueError(f"{path}: ends {left} bytes early")
+            raise UserError(f"{path}: ends {left} bytes early")
         offset += done
         left -= done

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_cream.data.tokenizer_types import HuggingFaceTokenizer
+from megatron_cream.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 # Every byte value needs an id, or some text would have none, and so does END_OF_TEXT.
@@ -26,13 +27,13 @@ def train_bpe(
         The tokenizer, loaded from `output_dir`.
 
     Raises:
-        ValueError: a `vocab_size` that cannot hold every byte and the special token.
+        UserError: a `vocab_size` that cannot hold every byte and the special token.
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < MIN_BPE_VOCAB_SIZE:
-        raise ValueError(f"vocab_size {vocab_size}: needs {MIN_BPE_VOCAB_SIZE} or more")
+        raise UserError(f"vocab_size {vocab_size}: needs {MIN_BPE_VOCAB_SIZE} or more")
     model = Model(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()

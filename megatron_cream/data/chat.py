@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.errors import UserError
+
 # Who speaks, in the ShareGPT format's words.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
@@ -25,25 +27,25 @@ def messages_of(record: Any) -> list[dict[str, str]]:
             ``{"conversations": [{"from", "value"}, ...]}``.
 
     Raises:
-        ValueError: it is neither, or somebody unknown speaks.
+        UserError: it is neither, or somebody unknown speaks.
     """
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         messages, who, what = record["messages"], "role", "content"
     elif isinstance(record, dict) and isinstance(record.get("conversations"), list):
         messages, who, what = record["conversations"], "from", "value"
     else:
-        raise ValueError("it must have a list, messages or conversations")
+        raise UserError("it must have a list, messages or conversations")
     if not messages:
-        raise ValueError("its list of messages is empty")
+        raise UserError("its list of messages is empty")
     return [_message(message, who, what) for message in messages]
 
 
 def _message(message: Any, who: str, what: str) -> dict[str, str]:
     if not isinstance(message, dict) or not isinstance(message.get(what), str):
-        raise ValueError(f"each message must have a text, {what}")
+        raise UserError(f"each message must have a text, {what}")
     role = message.get(who)
     if role not in _ROLES:
-        raise ValueError(f"{who} of a message is {role!r}: it must be one of {', '.join(_ROLES)}")
+        raise UserError(f"{who} of a message is {role!r}: it must be one of {', '.join(_ROLES)}")
     return {"role": _ROLES[role], "content": message[what]}
 
 
@@ -51,7 +53,7 @@ class ChatTemplate:
     """The chat template of a Hugging Face tokenizer.
 
     Raises:
-        ValueError: the tokenizer has none.
+        UserError: the tokenizer has none.
         OSError: there is no tokenizer.
     """
 
@@ -60,7 +62,7 @@ class ChatTemplate:
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         if not self.tokenizer.chat_template:
-            raise ValueError(
+            raise UserError(
                 f"--tokenizer-model is {folder}: it must have a chat template, as the tokenizers "
                 "of chat models do"
             )
@@ -69,14 +71,14 @@ class ChatTemplate:
         """Return the text of a whole conversation.
 
         Raises:
-            ValueError: the template refuses it, two users in a row say.
+            UserError: the template refuses it, two users in a row say.
         """
         from jinja2 import TemplateError
 
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
         except TemplateError as error:
-            raise ValueError(f"the chat template does not take it: {error}") from None
+            raise UserError(f"the chat template does not take it: {error}") from None
 
 
 def documents(
@@ -89,7 +91,7 @@ def documents(
         skip: go on at a conversation that cannot be rendered.
 
     Raises:
-        ValueError: naming the file and the line.
+        UserError: naming the file and the line.
     """
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -98,7 +100,7 @@ def documents(
             yield template.render(messages_of(json.loads(line)))
         except ValueError as error:
             if not skip:
-                raise ValueError(f"{name}, line {number}: {error}; --on-error skip") from None
+                raise UserError(f"{name}, line {number}: {error}; --on-error skip") from None
             yield None
 
 
@@ -106,7 +108,7 @@ def render_files(inputs: list[str], output: str, folder: str, skip: bool) -> tup
     """Write ``output``, one ``{"text": ...}`` a line; return conversations written and skipped.
 
     Raises:
-        ValueError: a conversation that cannot be rendered, or none that can; nothing is kept.
+        UserError: a conversation that cannot be rendered, or none that can; nothing is kept.
         OSError: a file that cannot be read or written.
     """
     template = ChatTemplate(folder)
@@ -122,7 +124,7 @@ def render_files(inputs: list[str], output: str, folder: str, skip: bool) -> tup
                         if text is not None:
                             out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         if not written:
-            raise ValueError(f"--input: {skipped} conversations, and none that can be rendered")
+            raise UserError(f"--input: {skipped} conversations, and none that can be rendered")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from megatron_cream.data.text import (
     format_of,
 )
 from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
     """Return the job that the settings ask for.
 
     Raises:
-        ValueError: a setting that cannot work.
+        UserError: a setting that cannot work.
         FileNotFoundError: an input, a model or a folder that is not there.
     """
     _check_values(config)
@@ -110,7 +111,7 @@ def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
     files = []
     for path in inputs.files:
         if os.path.realpath(path) in targets:
-            raise ValueError(f"--output-prefix {prefix}: {path} is an input, needs another prefix")
+            raise UserError(f"--output-prefix {prefix}: {path} is an input, needs another prefix")
         files.append(InputFile.of(path, _checked_format(config, path)))
     job = Job(
         prefix=prefix,
@@ -149,13 +150,13 @@ def _check_values(config: PreprocessConfig) -> None:
     )
     for flag, value in counts:
         if value is not None and value < 1:
-            raise ValueError(f"{flag} {value}: needs 1 or more")
+            raise UserError(f"{flag} {value}: needs 1 or more")
     if config.max_tokens is not None and config.max_tokens < config.min_tokens:
-        raise ValueError(
+        raise UserError(
             f"--max-tokens {config.max_tokens}: needs at least --min-tokens, {config.min_tokens}"
         )
     if config.long_documents == "drop" and config.max_tokens is None:
-        raise ValueError("--long-documents drop: needs --max-tokens")
+        raise UserError("--long-documents drop: needs --max-tokens")
     choices = (
         ("--long-documents", config.long_documents, ("split", "drop")),
         ("--on-error", config.on_error, ("fail", "skip")),
@@ -165,12 +166,12 @@ def _check_values(config: PreprocessConfig) -> None:
     for flag, value, allowed in choices:
         if value not in allowed:
             names = ", ".join(name for name in allowed if name)
-            raise ValueError(f"{flag} {value}: needs one of {names}")
+            raise UserError(f"{flag} {value}: needs one of {names}")
     index, count = config.shard
     if not 0 <= index < count:
-        raise ValueError(f"--shard {index}/{count}: needs 0/{count} to {count - 1}/{count}")
+        raise UserError(f"--shard {index}/{count}: needs 0/{count} to {count - 1}/{count}")
     if not config.fields().names:
-        raise ValueError("--json-key: needs at least one name")
+        raise UserError("--json-key: needs at least one name")
     _check_standard_input(config)
     if config.ray is not None:
         from megatron_cream.data.on_ray import import_ray
@@ -182,23 +183,23 @@ def _check_standard_input(config: PreprocessConfig) -> None:
     if str(STDIN) not in config.input:
         return
     if config.workers > 1 or config.ray is not None or config.shard[1] > 1:
-        raise ValueError(
+        raise UserError(
             "--input -: standard input is read by one process, needs --workers 1 without --shard "
             "and --ray"
         )
     if config.input_format in (PARQUET, ARROW):
-        raise ValueError(f"--input -: cannot be {config.input_format}, needs jsonl or text")
+        raise UserError(f"--input -: cannot be {config.input_format}, needs jsonl or text")
 
 
 def _check_output(config: PreprocessConfig, prefix: str) -> None:
     where = f"--output-prefix {config.output_prefix}"
     folder, name = os.path.split(config.output_prefix)
     if not name:
-        raise ValueError(f"{where}: names a folder, needs FOLDER/NAME")
+        raise UserError(f"{where}: names a folder, needs FOLDER/NAME")
     if not os.path.isdir(folder or "."):
         raise FileNotFoundError(f"{where}: no folder {folder}, needs one that exists")
     if not os.access(folder or ".", os.W_OK | os.X_OK):
-        raise ValueError(f"{where}: folder {folder or '.'} needs to be writable")
+        raise UserError(f"{where}: folder {folder or '.'} needs to be writable")
     if not is_whole(os.path.join(prefix + ".parts", "data")):
         check_absent(prefix, config.overwrite)
 
@@ -211,7 +212,7 @@ def _check_special(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
     for flag, asked, kind, token in wanted:
         if asked and token is None:
             model = config.tokenizer_model or tokenizer.name
-            raise ValueError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
+            raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
 
 
 def _checked_format(config: PreprocessConfig, path: Path) -> str:

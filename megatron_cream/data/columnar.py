@@ -11,6 +11,7 @@ from typing import Any
 from megatron_cream.data import giant, records
 from megatron_cream.data.records import BadRecord, Fields, Record
 from megatron_cream.data.text import PARQUET
+from megatron_cream.errors import UserError
 
 _BATCH_BYTES = 8 << 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -20,12 +21,12 @@ def import_pyarrow(path: str) -> Any:
     """Return the pyarrow package.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
     try:
         import pyarrow.parquet
     except ImportError as exc:
-        raise ValueError(
+        raise UserError(
             f"--input {path}: needs the pyarrow package, run `pip install pyarrow`"
         ) from exc
     return pyarrow
@@ -35,7 +36,7 @@ def check_columns(path: str, format: str, fields: Fields) -> None:
     """Refuse a file that has no column of text under each of ``fields``, or is not whole.
 
     Raises:
-        ValueError: naming the file and what is wrong.
+        UserError: naming the file and what is wrong.
     """
     pa = import_pyarrow(path)
     with _broken(pa, path, format), _Source(path, format) as source:
@@ -43,14 +44,14 @@ def check_columns(path: str, format: str, fields: Fields) -> None:
     text = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
     for name in fields.names:
         if schema.get_field_index(name) < 0:
-            raise ValueError(
+            raise UserError(
                 f"{path}: --json-key {name}: no such column, needs one of {', '.join(schema.names)}"
             )
         found = schema.field(name).type
         if pa.types.is_dictionary(found):
             found = found.value_type
         if found not in text:
-            raise ValueError(f"{path}: --json-key {name}: a column of {found}, needs text")
+            raise UserError(f"{path}: --json-key {name}: a column of {found}, needs text")
 
 
 def read_rows(
@@ -63,7 +64,7 @@ def read_rows(
     """Yield the rows of a file after the first ``offset``.
 
     Raises:
-        ValueError: broken data, naming the file.
+        UserError: broken data, naming the file.
         OSError: the file cannot be read.
     """
     pa = import_pyarrow(path)
@@ -164,4 +165,4 @@ class _broken:
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
         if isinstance(exc, self._pa.ArrowException):
-            raise ValueError(f"{self._where} ({exc})") from exc
+            raise UserError(f"{self._where} ({exc})") from exc

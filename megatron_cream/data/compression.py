@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_cream.errors import UserError
+
 COMPRESSED_SUFFIXES = frozenset({".gz", ".xz", ".zst"})
 
 # Small, because one compressed piece is expanded whole before any of it is handed out.
@@ -34,12 +36,12 @@ def import_zstandard(path: Path) -> Any:
     """Return the zstandard package.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
     try:
         import zstandard
     except ImportError as exc:
-        raise ValueError(
+        raise UserError(
             f"--input {path}: needs the zstandard package, run `pip install zstandard`"
         ) from exc
     return zstandard
@@ -56,7 +58,7 @@ def open_stream(
         on_bytes: called with the number of bytes after each read from disk.
 
     Raises:
-        ValueError: broken or truncated compressed data, on entry or while reading.
+        UserError: broken or truncated compressed data, on entry or while reading.
         OSError: the file cannot be read.
     """
     with open(0 if str(path) == "-" else path, "rb", buffering=0) as raw:
@@ -64,7 +66,7 @@ def open_stream(
         try:
             yield _decompressed(file, path)
         except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, _BrokenStream) as exc:
-            raise ValueError(f"{path}: byte {file.count}: broken compressed data ({exc})") from exc
+            raise UserError(f"{path}: byte {file.count}: broken compressed data ({exc})") from exc
 
 
 class _BrokenStream(Exception):

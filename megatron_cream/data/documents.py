@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_cream.data.index import read_index
+from megatron_cream.errors import UserError
 
 
 def read_documents(prefix: str, count: int, tokens: int) -> list[np.ndarray]:
@@ -14,13 +15,13 @@ def read_documents(prefix: str, count: int, tokens: int) -> list[np.ndarray]:
     The documents are spread evenly over those that are long enough, in order.
 
     Raises:
-        ValueError: fewer than ``count`` documents are long enough.
+        UserError: fewer than ``count`` documents are long enough.
     """
     index = read_index(prefix)
     eligible = np.flatnonzero(index.lengths >= tokens)
     if len(eligible) < count:
         longest = int(index.lengths.max())
-        raise ValueError(
+        raise UserError(
             f"--data is {prefix}: {len(eligible)} of its documents have {tokens} tokens (the "
             f"longest has {longest}), --documents asks for {count}; take fewer or shorter ones "
             "(--document-tokens)"

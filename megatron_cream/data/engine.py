@@ -11,6 +11,7 @@ from megatron_cream.data.records import BadRecord, Fields
 from megatron_cream.data.text import STDIN
 from megatron_cream.data.tokenizers import ByteLevelTokenizer, Tokenizer
 from megatron_cream.data.verify import EXCERPT_CHARACTERS, first_difference, hard_texts
+from megatron_cream.errors import UserError
 
 ENGINES = ("auto", "fast", "reference")
 _LIBRARIES = {
@@ -31,12 +32,12 @@ def choose_engine(
         texts: documents to compare both on, beside texts that are known to be hard.
 
     Raises:
-        ValueError: ``fast`` is wanted, and not installed, not possible or not exact.
+        UserError: ``fast`` is wanted, and not installed, not possible or not exact.
     """
     library = _LIBRARIES[reference.name]
     if wanted == "reference" or isinstance(reference, ByteLevelTokenizer):
         if wanted == "fast":
-            raise ValueError(f"--engine fast: {reference.name} has none, needs --engine auto")
+            raise UserError(f"--engine fast: {reference.name} has none, needs --engine auto")
         return None, f"tokenizing with {library}"
     try:
         fast = FastTokenizer(fast_source(reference), lambda: reference)
@@ -46,7 +47,7 @@ def choose_engine(
     if isinstance(difference, int):
         return fast, f"tokenizing with gigatoken, compared with {library} on {difference} texts"
     if wanted == "fast":
-        raise ValueError(f"--engine fast: {difference}; needs --engine reference or auto")
+        raise UserError(f"--engine fast: {difference}; needs --engine reference or auto")
     return None, f"tokenizing with {library}: {difference}"
 
 

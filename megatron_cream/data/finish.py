@@ -18,19 +18,20 @@ from megatron_cream.data.parts import LISTED_ERRORS, Part, finished_parts
 from megatron_cream.data.plan import Job
 from megatron_cream.data.reading import lines_before, place
 from megatron_cream.data.statistics import median
+from megatron_cream.errors import UserError
 
 
 def finish(config: PreprocessConfig, job: Job, units: list[int], folder: WorkFolder) -> None:
     """Make the files of the dataset, at ``folder.staged``, out of all parts.
 
     Raises:
-        ValueError: a part is missing, a bad record is one too many, or no document is left.
+        UserError: a part is missing, a bad record is one too many, or no document is left.
         OSError: they cannot be written.
     """
     dtype = np.dtype(job.dtype)
     parts = [part for unit in units for part in finished_parts(folder.path, unit, dtype)]
     if len({part.unit for part in parts if part.note.next is None}) != len(units):
-        raise ValueError(f"--output-prefix {job.prefix}: {folder.path} lost parts, start again")
+        raise UserError(f"--output-prefix {job.prefix}: {folder.path} lost parts, start again")
     counts = _counts(job, parts)
     head, tail = int(job.bos is not None), int(job.eod is not None)
     segments = [part_segment(part, job.max_split, head, tail) for part in parts]
@@ -40,7 +41,7 @@ def finish(config: PreprocessConfig, job: Job, units: list[int], folder: WorkFol
     lengths, documents = assemble(folder.staged, dtype, segments, kept, config.thresholds())
     if not documents and job.shard[1] == 1:
         folder.remove()
-        raise ValueError(_nothing_left(config, counts))
+        raise UserError(_nothing_left(config, counts))
     shard: dict[str, Any] = {}
     if job.shard[1] > 1:
         shard = {"shard": list(job.shard), "job": job.digest(), "thresholds": lengths.thresholds}
@@ -62,7 +63,7 @@ def _counts(job: Job, parts: list[Part]) -> Counts:
         counts.longest = max(counts.longest, note.longest)
     counts.list_errors(_listed(job, parts))
     if counts.errors and job.on_error == "fail":
-        raise ValueError(": ".join(counts.listed[0]))
+        raise UserError(": ".join(counts.listed[0]))
     return counts
 
 

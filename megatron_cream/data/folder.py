@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from megatron_cream.data.plan import Job
 from megatron_cream.data.publish import MARK, is_whole, write_whole
+from megatron_cream.errors import UserError
 
 _JOB, _LOCK, _STAGED = "job.json", "lock", "data"
 
@@ -66,7 +67,7 @@ class WorkFolder:
             restart: whether what another job left is deleted.
 
         Raises:
-            ValueError: it holds parts of another job.
+            UserError: it holds parts of another job.
         """
         path = self.path / _JOB
         if not path.exists() or restart:
@@ -124,7 +125,7 @@ def _refuse_other(
     prefix: str, folder: Path, found: dict[str, Any], wanted: dict[str, Any]
 ) -> NoReturn:
     name = next(name for name in wanted if found.get(name) != wanted[name])
-    raise ValueError(
+    raise UserError(
         f"--output-prefix {prefix}: {folder} holds an unfinished job with another {name} "
         f"({_short(found.get(name))}, this one {_short(wanted[name])}); needs the same settings "
         "to continue, or --restart"

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.errors import UserError
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
 _DTYPES = {
@@ -104,7 +106,7 @@ def read_index(prefix: str | os.PathLike[str], *, empty: bool = False) -> Datase
 
     Raises:
         FileNotFoundError: ``.idx`` or ``.bin`` is missing.
-        ValueError: either is not of this format, or shorter than the index says.
+        UserError: either is not of this format, or shorter than the index says.
     """
     prefix = os.fspath(prefix)
     idx, bin_path = Path(prefix + ".idx"), Path(prefix + ".bin")
@@ -119,10 +121,10 @@ def read_index(prefix: str | os.PathLike[str], *, empty: bool = False) -> Datase
         header = file.read(_HEADER.size)
     magic, version, code, sequences, documents = _parse_header(idx, header)
     if magic != _MAGIC or version != 1 or code not in _DTYPES:
-        raise ValueError(f"{idx} is not a Megatron index (magic {magic!r}, version {version})")
+        raise UserError(f"{idx} is not a Megatron index (magic {magic!r}, version {version})")
     expected = _HEADER.size + 12 * sequences + 8 * documents
     if size < expected:
-        raise ValueError(f"{idx} is truncated: it has {size} bytes and needs {expected}")
+        raise UserError(f"{idx} is truncated: it has {size} bytes and needs {expected}")
     buffer = np.memmap(idx, mode="r", dtype=np.uint8)
     lengths = buffer[_HEADER.size : _HEADER.size + 4 * sequences].view("<i4")
     at = _HEADER.size + 4 * sequences
@@ -142,14 +144,14 @@ def read_metadata(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def _parse_header(idx: Path, header: bytes) -> tuple[Any, ...]:
     if len(header) < _HEADER.size:
-        raise ValueError(f"{idx} is truncated: it ends inside its header")
+        raise UserError(f"{idx} is truncated: it ends inside its header")
     return _HEADER.unpack(header)
 
 
 def _check_bin(path: Path, dtype: np.dtype, lengths: np.ndarray, pointers: np.ndarray) -> None:
     if not len(lengths):
-        raise ValueError(f"{path} holds no documents")
+        raise UserError(f"{path} holds no documents")
     expected = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
     size = path.stat().st_size
     if size < expected:
-        raise ValueError(f"{path} is truncated: it has {size} bytes and its index needs {expected}")
+        raise UserError(f"{path} is truncated: it has {size} bytes and its index needs {expected}")

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_cream.data.index import DatasetIndex, read_index, read_metadata
 from megatron_cream.data.statistics import blocks, draw_histogram, measure, median
 from megatron_cream.data.tokenizers import load_tokenizer
+from megatron_cream.errors import UserError
 
 _BLOCK_TOKENS = 1 << 24
 
@@ -19,7 +20,7 @@ def describe(prefix: str, thresholds: tuple[int, ...] = ()) -> str:
     """Return statistics and the length histogram of a dataset, as lines.
 
     Raises:
-        ValueError: a damaged or truncated file.
+        UserError: a damaged or truncated file.
         FileNotFoundError: a missing one.
     """
     index, note = read_index(prefix), read_metadata(prefix)
@@ -41,7 +42,7 @@ def check(prefix: str) -> str:
     """Read the whole dataset and return a line that says it is sound.
 
     Raises:
-        ValueError: the index and the file do not fit, or a token is outside the vocabulary.
+        UserError: the index and the file do not fit, or a token is outside the vocabulary.
         FileNotFoundError: a file is missing.
     """
     index, note = read_index(prefix), read_metadata(prefix)
@@ -49,13 +50,13 @@ def check(prefix: str) -> str:
     size = Path(prefix + ".bin").stat().st_size
     tokens = int(index.lengths.sum(dtype=np.int64))
     if size != tokens * index.dtype.itemsize:
-        raise ValueError(
+        raise UserError(
             f"{prefix}.bin has {size} bytes and its index accounts for "
             f"{tokens * index.dtype.itemsize}"
         )
     largest = _largest_token(prefix, index)
     if note is not None and largest >= note["vocab_size"]:
-        raise ValueError(
+        raise UserError(
             f"{prefix}.bin holds token {largest}, needs all below vocab_size {note['vocab_size']}"
         )
     return f"sound: {tokens} tokens in {len(index.lengths)} sequences, largest id {largest}"
@@ -73,15 +74,15 @@ def document_text(
         tokens: 0 for all.
 
     Raises:
-        ValueError: there is no such document, or no word of the tokenizer.
+        UserError: there is no such document, or no word of the tokenizer.
     """
     index, note = read_index(prefix), read_metadata(prefix)
     documents = len(index.documents) - 1
     if not 0 <= number < documents:
-        raise ValueError(f"--document {number}: needs 0 to {documents - 1}")
+        raise UserError(f"--document {number}: needs 0 to {documents - 1}")
     if tokenizer_type is None:
         if note is None:
-            raise ValueError(f"--tokenizer-type: needed, there is no {prefix}.json that names it")
+            raise UserError(f"--tokenizer-type: needed, there is no {prefix}.json that names it")
         tokenizer_type, tokenizer_model = note["tokenizer_type"], note["tokenizer_model"]
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
     first, end = index.documents[number], index.documents[number + 1]
@@ -101,12 +102,12 @@ def _check_pointers(index: DatasetIndex) -> None:
         wrong = np.flatnonzero(index.pointers[at : at + len(sizes)] != expected)
         if (lengths < 0).any() or len(wrong):
             where = at + (int(wrong[0]) if len(wrong) else 0)
-            raise ValueError(f"{index.prefix}.idx: sequence {where} does not follow the one before")
+            raise UserError(f"{index.prefix}.idx: sequence {where} does not follow the one before")
         byte += int(sizes.sum())
         at += len(sizes)
     borders = index.documents
     if borders[0] != 0 or borders[-1] != len(index.lengths) or (np.diff(borders) < 0).any():
-        raise ValueError(f"{index.prefix}.idx: its documents do not cover its sequences")
+        raise UserError(f"{index.prefix}.idx: its documents do not cover its sequences")
 
 
 def _largest_token(prefix: str, index: DatasetIndex) -> int:
@@ -117,7 +118,7 @@ def _largest_token(prefix: str, index: DatasetIndex) -> int:
         for block in (data[start : start + _BLOCK_TOKENS] for start in starts)
     ]
     if min(low for low, _ in extremes) < 0:
-        raise ValueError(f"{prefix}.bin holds a negative token")
+        raise UserError(f"{prefix}.bin holds a negative token")
     return max(high for _, high in extremes)
 
 

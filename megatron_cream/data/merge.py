@@ -19,6 +19,7 @@ from megatron_cream.data.note import DUPLICATES, Counts, make_note
 from megatron_cream.data.parts import HASH_BYTES
 from megatron_cream.data.publish import check_absent, finish_publishing, publish
 from megatron_cream.data.statistics import Lengths, median
+from megatron_cream.errors import UserError
 
 _OF_A_JOB = ("shard", "job", "thresholds")
 _SAME = ("tokenizer_type", "vocab_size", "eod_id", "bos_id", "appended_eod", "prepended_bos")
@@ -50,7 +51,7 @@ class Source:
         path = self.prefix + ".hashes"
         found = np.fromfile(path, dtype=f"V{HASH_BYTES}")
         if len(found) != len(self.index.documents) - 1:
-            raise ValueError(f"{path}: has {len(found)} hashes, needs one for each document")
+            raise UserError(f"{path}: has {len(found)} hashes, needs one for each document")
         return found
 
 
@@ -61,7 +62,7 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
     are put in order, and duplicates across them are dropped where the job asked for it.
 
     Raises:
-        ValueError: datasets that do not go together, a missing shard, a damaged dataset.
+        UserError: datasets that do not go together, a missing shard, a damaged dataset.
         OSError: a file that is missing, exists or cannot be written.
     """
     place = os.path.dirname(output) or "."
@@ -85,7 +86,7 @@ def _read(prefixes: Sequence[str]) -> list[Source]:
     first = sources[0]
     for source in sources[1:]:
         if source.index.dtype != first.index.dtype:
-            raise ValueError(
+            raise UserError(
                 f"--input {source.prefix}: holds {source.index.dtype}, needs "
                 f"{first.index.dtype} as {first.prefix}"
             )
@@ -99,7 +100,7 @@ def _check_notes(first: Source, other: Source) -> None:
         return
     for key in _SAME:
         if first.note[key] != other.note[key]:
-            raise ValueError(
+            raise UserError(
                 f"--input {other.prefix}: has {key} {other.note[key]!r}, needs "
                 f"{first.note[key]!r} as {first.prefix}"
             )
@@ -111,14 +112,14 @@ def _in_order(shards: list[Source], given: int) -> list[Source]:
     jobs = {shard.note["job"] for shard in shards}
     numbers = sorted(shard.note["shard"][0] for shard in shards)
     if len(jobs) > 1 or len(shards) != given:
-        raise ValueError(
+        raise UserError(
             "--input: shards go together with all other shards of the same job (the same settings "
             "and input files), and nothing else"
         )
     if numbers != list(range(count)):
         missing = sorted(set(range(count)) - set(numbers))
         what = f"without {missing}" if missing else "with one given twice"
-        raise ValueError(f"--input: shards {numbers} of {count}, {what}, needs each of them once")
+        raise UserError(f"--input: shards {numbers} of {count}, {what}, needs each of them once")
     return sorted(shards, key=lambda shard: shard.note["shard"][0])
 
 
@@ -132,7 +133,7 @@ def _write(sources: list[Source], staged: str) -> None:
     dtype = sources[0].index.dtype
     lengths, documents = assemble(staged, dtype, segments, kept, thresholds)
     if not documents:
-        raise ValueError("--input: the datasets hold no document together, needs one that does")
+        raise UserError("--input: the datasets hold no document together, needs one that does")
     if not whole:
         return
     counts = Counts()

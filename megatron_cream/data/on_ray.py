@@ -11,18 +11,19 @@ from typing import Any
 
 from megatron_cream.data.plan import Job
 from megatron_cream.data.units import UnitEncoder
+from megatron_cream.errors import UserError
 
 
 def import_ray() -> Any:
     """Return the ray package.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
     try:
         import ray
     except ImportError as exc:
-        raise ValueError("--ray: needs the ray package, run `pip install 'ray'`") from exc
+        raise UserError("--ray: needs the ray package, run `pip install 'ray'`") from exc
     return ray
 
 
@@ -36,7 +37,7 @@ def run_on_ray(job: Job, units: list[int], address: str, on_bytes: Callable[[int
         on_bytes: called with bytes read from disk, a unit at a time.
 
     Raises:
-        ValueError, OSError: what a unit raised; the others are cancelled.
+        UserError, OSError: what a unit raised; the others are cancelled.
         ConnectionError: there is no cluster at ``address``.
     """
     ray = import_ray()

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_cream.errors import UserError
+
 
 @dataclass(frozen=True)
 class Bins:
@@ -38,11 +40,11 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     """Put documents of ``lengths`` tokens, ``[documents]``, into bins of ``capacity`` tokens.
 
     Raises:
-        ValueError: a length is less than 1 or more than the capacity.
+        UserError: a length is less than 1 or more than the capacity.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(
+        raise UserError(
             f"lengths are {lengths.min()} to {lengths.max()}: they must be from 1 to {capacity}"
         )
     values, counts = np.unique(lengths, return_counts=True)

@@ -29,6 +29,7 @@ from megatron_cream.data.statistics import draw_histogram
 from megatron_cream.data.text import STDIN, TextInputs
 from megatron_cream.data.tokenizers import Tokenizer
 from megatron_cream.data.workers import one_thread, run_units
+from megatron_cream.errors import UserError
 
 __all__ = ["PreprocessConfig", "PreprocessStats", "preprocess"]
 
@@ -108,7 +109,7 @@ def preprocess(
         say: called with a line for a person at each step that is worth one.
 
     Raises:
-        ValueError: a setting that cannot work, broken input, or no document left.
+        UserError: a setting that cannot work, broken input, or no document left.
         OSError: a file that is missing or exists, cannot be read or written, a full disk, another
             process at the same output, or a worker that died (`ChildProcessError`).
     """
@@ -198,7 +199,7 @@ def _check_unchanged(job: Job) -> None:
     """Refuse parts of a file that became another one while it was read."""
     for file in job.files:
         if file != InputFile.of(Path(file.path), file.format):
-            raise ValueError(
+            raise UserError(
                 f"--input {file.path}: changed while it was read, needs to stay as it is; start "
                 "again with --restart"
             )

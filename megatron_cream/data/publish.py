@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 
+from megatron_cream.errors import UserError
+
 # In the order they are put in place: megatron finds a dataset by its .idx. The hashes are there
 # for shards of a job that drops duplicates only.
 SUFFIXES = (".bin", ".hashes", ".json", ".idx")
@@ -21,7 +23,7 @@ def check_absent(prefix: str, overwrite: bool) -> None:
     for suffix in SUFFIXES:
         path = prefix + suffix
         if os.path.lexists(path) and not overwrite:
-            raise ValueError(
+            raise UserError(
                 f"--output-prefix {prefix}: {path} exists, needs a new prefix or --overwrite"
             )
 

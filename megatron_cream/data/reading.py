@@ -12,6 +12,7 @@ from megatron_cream.data import giant, records
 from megatron_cream.data.compression import open_stream
 from megatron_cream.data.records import BadRecord, Fields, Line, Record, Text
 from megatron_cream.data.text import ARROW, JSONL, PARQUET, format_of
+from megatron_cream.errors import UserError
 
 _BLOCK_BYTES = 4 << 20
 _AFTER_END_BYTES = 1 << 18
@@ -69,7 +70,7 @@ def read_piece(
     """Yield the records of ``piece``, from ``offset``, where ``number`` ones had been read.
 
     Raises:
-        ValueError: broken compressed or columnar data.
+        UserError: broken compressed or columnar data.
         OSError: the file cannot be read.
     """
     if piece.format in (PARQUET, ARROW):
@@ -98,13 +99,13 @@ def read_documents(
         on_bytes: called with the number of bytes after each read from disk.
 
     Raises:
-        ValueError: not UTF-8, a broken line or a broken compressed stream, naming file and place.
+        UserError: not UTF-8, a broken line or a broken compressed stream, naming file and place.
         OSError: the file cannot be read.
     """
     whole = Piece(str(path), format_of(path))
     for record in read_piece(whole, Fields((json_key,)), on_bytes=on_bytes):
         if record.error is not None:
-            raise ValueError(f"{place(whole, record.number)}: {record.error}") from record.error
+            raise UserError(f"{place(whole, record.number)}: {record.error}") from record.error
         yield record.text if isinstance(record.text, str) else "".join(record.text)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.positions import Strategy
 
 PACK_MULTIPLE = 16
@@ -67,7 +68,7 @@ def make_sources(
         strategy: says how many tokens a sample takes, and from how many it chooses.
 
     Raises:
-        ValueError: ``packed`` documents do not follow each other in the file.
+        UserError: ``packed`` documents do not follow each other in the file.
     """
     starts = np.asarray(document_starts, dtype=np.int64)
     lengths = np.asarray(document_lengths, dtype=np.int64)
@@ -83,7 +84,7 @@ def make_sources(
 
 def _one_stream(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(starts) > 1 and not np.array_equal(starts[:-1] + lengths[:-1], starts[1:]):
-        raise ValueError(
+        raise UserError(
             "sample_unit (--sample-unit) is 'packed': the documents of this dataset do not follow "
             "each other in its .bin file; use 'window' or write it with tools/preprocess_data.py"
         )

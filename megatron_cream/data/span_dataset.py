@@ -21,6 +21,7 @@ from megatron.core.datasets.utils import Split
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.sources import fewest_tokens, make_sources
 from megatron_cream.data.span_reader import SpanReader
+from megatron_cream.errors import UserError
 from megatron_cream.positions import Layout, Strategy, philox
 from megatron_cream.positions.scaled import Scaled
 
@@ -45,9 +46,9 @@ class SpanDatasetConfig(BlendedMegatronDatasetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.extension is None:
-            raise ValueError("SpanDatasetConfig needs extension, an ExtensionConfig")
+            raise UserError("SpanDatasetConfig needs extension, an ExtensionConfig")
         if self.eod_mask_loss and self.eod_id is None:
-            raise ValueError(
+            raise UserError(
                 "eod_mask_loss (--eod-mask-loss) needs an end-of-document token: a dataset written "
                 "with --append-eod, or a tokenizer that has one"
             )
@@ -66,7 +67,7 @@ class SpanDataset(MegatronDataset):
     ``position_ids`` (int64 ``[N]``) and ``loss_mask`` (float32 ``[N]``).
 
     Raises:
-        ValueError: no document of the split is long enough for a sample.
+        UserError: no document of the split is long enough for a sample.
     """
 
     config: SpanDatasetConfig
@@ -92,7 +93,7 @@ class SpanDataset(MegatronDataset):
             self.strategy,
         )
         if not len(self.sources) and num_samples != 0:
-            raise ValueError(no_sources_message(dataset_path, index_split.name, self))
+            raise UserError(no_sources_message(dataset_path, index_split.name, self))
         self.reader = SpanReader(
             dataset,
             self.sources,

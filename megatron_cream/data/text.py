@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cream.data.compression import COMPRESSED_SUFFIXES, import_zstandard, suffixes
+from megatron_cream.errors import UserError
 
 STDIN = Path("-")
 JSONL, TEXT, PARQUET, ARROW = "jsonl", "text", "parquet", "arrow"
@@ -50,7 +51,7 @@ def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
 
     Raises:
         FileNotFoundError: a path that does not exist, or a pattern without a file.
-        ValueError: nothing to read, something that is not a regular file, an empty compressed
+        UserError: nothing to read, something that is not a regular file, an empty compressed
             file, or a `.zst` file without the `zstandard` package.
     """
     files: list[Path] = []
@@ -67,12 +68,12 @@ def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
     if not files:
         given = " ".join(map(str, paths)) or "(nothing)"
         kinds = " ".join(sorted(FOLDER_SUFFIXES))
-        raise ValueError(
+        raise UserError(
             f"--input {given}: no files to read ({skipped} of other kinds left out), "
             f"needs at least one of {kinds}, plain or .gz, .xz or .zst"
         )
     if files.count(STDIN) > 1:
-        raise ValueError("--input - -: standard input can be read once only")
+        raise UserError("--input - -: standard input can be read once only")
     sizes = [_checked_size(path) for path in files]
     return TextInputs(tuple(files), skipped, sum(sizes))
 
@@ -118,13 +119,13 @@ def _checked_size(path: Path) -> int:
     if path == STDIN:
         return 0
     if not path.is_file():
-        raise ValueError(f"--input {path}: not a regular file, needs a file or a folder")
+        raise UserError(f"--input {path}: not a regular file, needs a file or a folder")
     content, compression = suffixes(path)
     if compression == ".zst":
         import_zstandard(path)
     if compression and _FORMAT_OF.get(content) in (PARQUET, ARROW):
-        raise ValueError(f"--input {path}: needs a {content} file that is not compressed again")
+        raise UserError(f"--input {path}: needs a {content} file that is not compressed again")
     size = path.stat().st_size
     if compression in COMPRESSED_SUFFIXES and size == 0:
-        raise ValueError(f"--input {path}: is empty, needs a whole {compression} file")
+        raise UserError(f"--input {path}: is empty, needs a whole {compression} file")
     return size

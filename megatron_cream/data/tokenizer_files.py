@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.errors import UserError
+
 
 def check_model(path: Path, needed: str) -> None:
     """Raise FileNotFoundError, naming what is ``needed``, where there is no file."""
@@ -16,14 +18,14 @@ def read_tokenizer_json(path: Path) -> Any:
     """Return the library's tokenizer without the truncation and padding that the file may ask for.
 
     Raises:
-        ValueError: a file that cannot be parsed.
+        UserError: a file that cannot be parsed.
     """
     from tokenizers import Tokenizer as Model
 
     try:
         model = Model.from_file(str(path))
     except Exception as exc:  # the library raises bare Exception for everything it cannot parse
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model {path}: not readable, needs a tokenizer.json ({exc})"
         ) from exc
     model.no_truncation()
@@ -38,5 +40,5 @@ def special_token(path: Path, key: str) -> str | None:
     try:
         token = json.loads(path.read_text("utf-8")).get(key)
     except (ValueError, AttributeError) as exc:
-        raise ValueError(f"--tokenizer-model {path}: needs a JSON object ({exc})") from exc
+        raise UserError(f"--tokenizer-model {path}: needs a JSON object ({exc})") from exc
     return token.get("content") if isinstance(token, dict) else token

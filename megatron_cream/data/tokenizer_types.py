@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.data.tokenizer_files import check_model, read_tokenizer_json, special_token
+from megatron_cream.errors import UserError
 
 
 class ByteLevelTokenizer:
@@ -28,11 +29,11 @@ class ByteLevelTokenizer:
         """Text of the bytes; eod is left out, and bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: an id outside 0 to 256.
+            UserError: an id outside 0 to 256.
         """
         array = np.asarray(ids, dtype=np.int64)
         if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
-            raise ValueError(f"ids {array.min()} to {array.max()}: needs 0 to 256")
+            raise UserError(f"ids {array.min()} to {array.max()}: needs 0 to 256")
         return array[array != self.eod].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
@@ -49,7 +50,7 @@ class HuggingFaceTokenizer:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be parsed, or a special token that is not in the vocabulary.
+        UserError: a file that cannot be parsed, or a special token that is not in the vocabulary.
     """
 
     name = "HuggingFaceTokenizer"
@@ -103,7 +104,7 @@ class HuggingFaceTokenizer:
             if token is not None:
                 found = self._tokenizer.token_to_id(token)
                 if found is None:
-                    raise ValueError(
+                    raise UserError(
                         f"--tokenizer-model {folder}: {name} has {key} {token!r}, "
                         "needs a token that tokenizer.json holds"
                     )
@@ -116,7 +117,7 @@ class SentencePieceTokenizer:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is not a SentencePiece model.
+        UserError: a file that is not a SentencePiece model.
     """
 
     name = "SentencePieceTokenizer"
@@ -129,7 +130,7 @@ class SentencePieceTokenizer:
         try:
             self._processor.Load(str(model))
         except (RuntimeError, OSError) as exc:
-            raise ValueError(
+            raise UserError(
                 f"--tokenizer-model {model}: not readable, needs a SentencePiece .model ({exc})"
             ) from exc
         self.vocab_size = self._processor.get_piece_size()

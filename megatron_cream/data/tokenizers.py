@@ -13,6 +13,7 @@ from megatron_cream.data.tokenizer_types import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
 )
+from megatron_cream.errors import UserError
 
 __all__ = [
     "TOKENIZERS",
@@ -58,17 +59,17 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None = Non
     """Load a tokenizer by the name of its type.
 
     Raises:
-        ValueError: an unknown type, or a model that is not given, not wanted or broken.
+        UserError: an unknown type, or a model that is not given, not wanted or broken.
         FileNotFoundError: a model file that does not exist.
     """
     if tokenizer_type not in TOKENIZERS:
-        raise ValueError(f"--tokenizer-type {tokenizer_type}: needs one of {', '.join(TOKENIZERS)}")
+        raise UserError(f"--tokenizer-type {tokenizer_type}: needs one of {', '.join(TOKENIZERS)}")
     if tokenizer_type == ByteLevelTokenizer.name:
         if tokenizer_model is not None:
-            raise ValueError(
+            raise UserError(
                 f"--tokenizer-model {tokenizer_model}: {tokenizer_type} needs it left out"
             )
         return ByteLevelTokenizer()
     if tokenizer_model is None:
-        raise ValueError(f"--tokenizer-model (not given): {tokenizer_type} needs a path")
+        raise UserError(f"--tokenizer-model (not given): {tokenizer_type} needs a path")
     return TOKENIZERS[tokenizer_type](tokenizer_model)

@@ -23,6 +23,7 @@ from megatron_cream.data.reading import lines_before, place, read_piece
 from megatron_cream.data.records import BadRecord, Record, Text
 from megatron_cream.data.tokenizers import Tokenizer
 from megatron_cream.data.verify import CheckedTokenizer, excerpt
+from megatron_cream.errors import UserError
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
@@ -67,7 +68,7 @@ class UnitEncoder:
         """Write the parts of ``unit`` that are not finished yet.
 
         Raises:
-            ValueError: a bad record with ``on_error`` ``fail``, broken data, or ids that differ
+            UserError: a bad record with ``on_error`` ``fail``, broken data, or ids that differ
                 from the reference's.
             OSError: a file that cannot be read or written.
         """
@@ -105,7 +106,7 @@ class UnitEncoder:
             part.add(record.text)
         except BadRecord as exc:
             if self.job.on_error == "fail":
-                raise ValueError(f"{self._where(unit, piece, record.number)}: {exc}") from exc
+                raise UserError(f"{self._where(unit, piece, record.number)}: {exc}") from exc
             part.writer.count_error(piece, record.number, exc.kind, str(exc))
 
     def _where(self, unit: int, piece: int, number: int) -> str:

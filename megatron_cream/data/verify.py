@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_cream.data.fast import FastTokenizer
 from megatron_cream.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_cream.errors import UserError
 
 EXCERPT_CHARACTERS = 1 << 13
 """Long texts are compared by an excerpt: the reference takes a second for a megabyte."""
@@ -75,12 +76,12 @@ class CheckedTokenizer:
         """Ids of each text.
 
         Raises:
-            ValueError: they are not those of the reference.
+            UserError: they are not those of the reference.
         """
         rows = self.fast.encode(texts)
         for ours, theirs in zip(rows, self.fast.reference.encode(texts), strict=True):
             if not np.array_equal(ours, theirs):
-                raise ValueError(
+                raise UserError(
                     f"--engine fast: gigatoken differs from the reference tokenizer: "
                     f"{_how(self.fast, ours, theirs)}; needs --engine reference"
                 )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.filler import prose
 from megatron_cream.evaluation.prompts import Prompt
 
@@ -116,11 +117,11 @@ class Kit:
             least: smallest number of pieces that makes a case.
 
         Raises:
-            ValueError: not even ``least`` pieces fit.
+            UserError: not even ``least`` pieces fit.
         """
         smallest = self._size(draw(least))
         if smallest > length:
-            raise ValueError(
+            raise UserError(
                 f"--lengths has {length}: {name} needs at least {smallest} tokens with this "
                 "tokenizer, prompt and number of cases"
             )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.store import read_result
 from megatron_cream.evaluation.tables import joined_table
 
@@ -23,7 +24,7 @@ def compare(runs: Sequence[str], output: str | None) -> str:
 
     Raises:
         FileNotFoundError: a run that is not finished.
-        ValueError: runs of different tasks, or of different cases.
+        UserError: runs of different tasks, or of different cases.
     """
     results = [read_result(run) for run in runs]
     for run, result in zip(runs, results, strict=True):
@@ -44,7 +45,7 @@ def compare(runs: Sequence[str], output: str | None) -> str:
 def _check(first: str, wanted: dict[str, Any], run: str, found: dict[str, Any]) -> None:
     for key in _SAME:
         if wanted.get(key) != found.get(key):
-            raise ValueError(
+            raise UserError(
                 f"RUN {run} has {key} {found.get(key)}: {first} has {wanted.get(key)}; runs to "
                 "compare must have the same cases"
             )

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_cream.errors import UserError
+
 
 def _phrases(text: str) -> list[str]:
     return text.replace("\n", " ").strip().split(", ")
@@ -99,11 +101,11 @@ def names(rng: np.random.Generator, count: int) -> list[str]:
     """Return different names such as ``amber-lantern``.
 
     Raises:
-        ValueError: there are not so many.
+        UserError: there are not so many.
     """
     most = len(ADJECTIVES) * len(NOUNS)
     if count > most:
-        raise ValueError(
+        raise UserError(
             f"{count} different names are needed: there are {most}; take a shorter case"
         )
     chosen = rng.permutation(most)[:count]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.evaluation.attention import attend, tails
 from megatron_cream.evaluation.passes import Pass, Scores
 from megatron_cream.evaluation.vocabulary import score_rows
@@ -32,7 +33,7 @@ class HuggingFaceModel:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a folder that transformers cannot read, or logits that are changed behind the
+        UserError: a folder that transformers cannot read, or logits that are changed behind the
             output layer.
         ImportError: transformers is not installed.
     """
@@ -54,7 +55,7 @@ class HuggingFaceModel:
         config = self.module.config.get_text_config()
         for key in _BEHIND_OUTPUT:
             if getattr(config, key, None) not in (None, 1.0):
-                raise ValueError(f"--hf is {path}: its config.json has {key}, which is not scored")
+                raise UserError(f"--hf is {path}: its config.json has {key}, which is not scored")
         self.window = config.max_position_embeddings
         self.vocabulary = config.vocab_size
         self.shares_context = _takes_ours(self.module, config)
@@ -105,7 +106,7 @@ def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as exc:
-        raise ImportError(
+        raise MissingPackageError(
             "--hf needs transformers: pip install megatron_cream[hf]", name="transformers"
         ) from exc
     try:
@@ -116,7 +117,7 @@ def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
             path, config=config, dtype=dtype, local_files_only=True
         )
     except (OSError, KeyError) as exc:
-        raise ValueError(f"--hf is {path}: transformers cannot load it ({exc})") from exc
+        raise UserError(f"--hf is {path}: transformers cannot load it ({exc})") from exc
 
 
 def _takes_ours(module: Any, config: Any) -> bool:
@@ -142,7 +143,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Transformers' interface: ``[b, h, n, d]`` in, ``[b, n, h, d]`` out."""
     if mask is not None or options.get("sliding_window") or options.get("softcap"):
-        raise ValueError(
+        raise UserError(
             f"{type(module).__name__} asks for a mask, a window or a soft cap, which is not scored"
         )
     scale = options.get("scaling") or query.shape[-1] ** -0.5

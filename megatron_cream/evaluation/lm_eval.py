@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.evaluation.passes import Pass
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as exc:
-    raise ImportError(
+    raise MissingPackageError(
         "megatron_cream.evaluation.lm_eval needs lm-eval: pip install megatron_cream[lm-eval]",
         name="lm_eval",
     ) from exc
@@ -43,7 +44,7 @@ class MegatronCreamLM(TemplateLM):
         cpu: run on a machine with no GPU.
 
     Raises:
-        ValueError, FileNotFoundError: a checkpoint or tokenizer that cannot be used.
+        UserError, FileNotFoundError: a checkpoint or tokenizer that cannot be used.
     """
 
     backend = "causal"
@@ -81,7 +82,7 @@ class MegatronCreamLM(TemplateLM):
         check_vocabulary(self.tokens, self.model)
         self.max_length = int(max_length or self.model.window)
         if self.tokens.eod is None and self.tokens.bos is None:
-            raise ValueError("--model_args: the tokenizer must have a token that begins a text")
+            raise UserError("--model_args: the tokenizer must have a token that begins a text")
         self._rank = 0 if self.model.primary else 1
         self._world_size = 1
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_cream.checkpoint.loading import ONE_PROCESS, Layout, load_model
 from megatron_cream.checkpoint.saved import latest_checkpoint
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.attention import attend, tails
 from megatron_cream.evaluation.passes import Pass, Scores
 from megatron_cream.evaluation.vocabulary import score_rows
@@ -43,7 +44,7 @@ class MegatronModel:
     ) -> None:
         cpu = getattr(torch.cuda, "_stood_in_by_cpu", False)
         if layout.context > 1 and cpu:
-            raise ValueError(
+            raise UserError(
                 f"--context-parallel-size is {layout.context} with --cpu: it must be 1, ring "
                 "attention needs Transformer Engine and GPUs"
             )

@@ -14,6 +14,7 @@ from megatron_cream.data.documents import read_documents
 from megatron_cream.data.reading import read_documents as read_texts
 from megatron_cream.data.text import find_inputs
 from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.other_rope import changed_extension, changed_fields
 from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.prompts import Prompt
@@ -25,7 +26,7 @@ def open_model(args: Namespace) -> Model:
     """Load the model of --checkpoint or --hf.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: a model that cannot be scored.
+        UserError, FileNotFoundError, ImportError: a model that cannot be scored.
     """
     if args.hf is None:
         from megatron_cream.checkpoint.loading import Layout
@@ -61,7 +62,7 @@ def open_tokenizer(args: Namespace) -> tuple[Tokenizer, str | None]:
     checkpoint keeps, or the one that a trained checkpoint says it was trained with.
 
     Raises:
-        ValueError, FileNotFoundError: none there, or one that cannot be read.
+        UserError, FileNotFoundError: none there, or one that cannot be read.
     """
     if args.tokenizer_type is not None:
         return load_tokenizer(args.tokenizer_type, args.tokenizer_model), args.tokenizer_model
@@ -75,7 +76,7 @@ def open_tokenizer(args: Namespace) -> tuple[Tokenizer, str | None]:
     trained = None if args.hf else _trained_with(args.checkpoint)
     if trained is not None:
         return load_tokenizer(*trained), trained[1]
-    raise ValueError(
+    raise UserError(
         f"--tokenizer-type is not given: there is no tokenizer.json or tokenizer.model in "
         f"{places[0]}; name the tokenizer as in tools/preprocess_data.py"
     )
@@ -98,7 +99,7 @@ def open_prompt(args: Namespace, model: Model) -> Prompt:
     """Return the tokenizer in the asked style, if it is the model's.
 
     Raises:
-        ValueError: the tokenizer has another number of tokens than the model.
+        UserError: the tokenizer has another number of tokens than the model.
     """
     tokenizer, source = open_tokenizer(args)
     check_vocabulary(tokenizer, model)
@@ -111,11 +112,11 @@ def check_vocabulary(tokenizer: Tokenizer, model: Model) -> None:
     A model may have some rows more than its tokenizer has tokens (Qwen's have), never fewer.
 
     Raises:
-        ValueError: naming both sizes.
+        UserError: naming both sizes.
     """
     most, size = model.vocabulary, tokenizer.vocab_size
     if size > most or size < 0.9 * most - 1024:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model has {size} tokens, {model.name} has {most}: it must be the "
             "tokenizer that the model was trained with"
         )
@@ -127,7 +128,7 @@ def open_documents(args: Namespace, model: Model, tokens: int) -> list[np.ndarra
     It is an indexed dataset, or text that the model's tokenizer encodes.
 
     Raises:
-        ValueError, FileNotFoundError: no such data, or too little of it, or not the model's tokens.
+        UserError, FileNotFoundError: no such data, or too little of it, or not the model's tokens.
     """
     if Path(f"{args.data}.idx").exists() or not Path(args.data).exists():
         documents = read_documents(args.data, args.documents, tokens)
@@ -135,7 +136,7 @@ def open_documents(args: Namespace, model: Model, tokens: int) -> list[np.ndarra
         documents = _encode_texts(args, model, tokens)
     highest = max(int(document.max()) for document in documents)
     if highest >= model.vocabulary:
-        raise ValueError(
+        raise UserError(
             f"--data is {args.data}: it has token {highest}, the model's vocabulary has "
             f"{model.vocabulary}; it must be written with the model's tokenizer"
         )
@@ -154,7 +155,7 @@ def _encode_texts(args: Namespace, model: Model, tokens: int) -> list[np.ndarray
                 documents.append(ids[:tokens])
             if len(documents) == args.documents:
                 return documents
-    raise ValueError(
+    raise UserError(
         f"--data is {args.data}: {len(documents)} of its texts have {tokens} tokens (the longest "
         f"has {longest}), --documents asks for {args.documents}; take fewer or shorter ones "
         "(--document-tokens)"

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig, rope_settings
+from megatron_cream.errors import UserError
 from megatron_cream.rope import NOT_BY_FACTOR, TRAINED, hf_rope_fields, scaling_from_hf
 from megatron_cream.rope.options import options_from_args
 
@@ -19,7 +20,7 @@ def changed_extension(args: Namespace) -> ExtensionConfig | None:
     """Return the settings to evaluate --checkpoint with where they are not its own.
 
     Raises:
-        ValueError: settings that do not go together.
+        UserError: settings that do not go together.
     """
     changes = _changes(args)
     saved = saved_arguments(args.checkpoint) if changes else None
@@ -33,19 +34,19 @@ def changed_fields(args: Namespace) -> dict[str, Any] | None:
     The window is that of the model before any interpolation, times --rope-factor.
 
     Raises:
-        ValueError: settings that do not go together, or a config.json that cannot be changed.
+        UserError: settings that do not go together, or a config.json that cannot be changed.
     """
     changes, path = _changes(args), Path(args.hf) / "config.json"
     if not changes or not path.is_file():  # a folder without one is refused where it is loaded
         return None
     config = json.loads(path.read_text("utf-8"))
     if "text_config" in config:
-        raise ValueError(
+        raise UserError(
             f"--hf is {args.hf}: its config.json has a text_config, whose RoPE cannot be changed "
             "here; leave out the flags of RoPE"
         )
     if (name := changes.get("rope_interpolation")) in TRAINED:
-        raise ValueError(
+        raise UserError(
             f"--rope-interpolation is {name} with --hf: its angles are trained; evaluate a "
             "checkpoint that was, or its export"
         )
@@ -76,12 +77,12 @@ def _changed(extension: ExtensionConfig, changes: dict[str, Any]) -> ExtensionCo
         changes = {"rope_options": {}, "rope_theta": None, **changes}
     found = dataclasses.replace(extension, **changes)
     if name == "none" and found.rope_factor != 1:
-        raise ValueError(
+        raise UserError(
             f"--rope-factor is {found.rope_factor:g}: without an interpolation it changes nothing; "
             "name one with --rope-interpolation"
         )
     if found.rope_factor == 1 and "rope_factor" not in changes and name not in NOT_BY_FACTOR:
-        raise ValueError(
+        raise UserError(
             f"--rope-factor is not given: the model's own is 1, with which {name} changes nothing; "
             "it must be how many times longer its window becomes"
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.passes import Model, Pass
 
 _FIRST_BUCKET = 256
@@ -53,12 +54,12 @@ def windows(tokens: int, length: int, stride: int) -> list[Window]:
     one is moved back to end with the document, so that all have ``length`` inputs.
 
     Raises:
-        ValueError: a stride that skips targets, or a document too short for one window.
+        UserError: a stride that skips targets, or a document too short for one window.
     """
     if not 1 <= stride <= length:
-        raise ValueError(f"--stride is {stride}: it must be from 1 to the length {length}")
+        raise UserError(f"--stride is {stride}: it must be from 1 to the length {length}")
     if tokens < length + 1:
-        raise ValueError(f"a document of {tokens} tokens is too short for windows of {length}")
+        raise UserError(f"a document of {tokens} tokens is too short for windows of {length}")
     result, scored = [Window(0, length, length)], length
     while scored < tokens - 1:
         start = min(result[-1].start + stride, tokens - 1 - length)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_cream.errors import MissingPackageError
 from megatron_cream.evaluation.position_report import percent, range_name
 from megatron_cream.positions import Coverage, Layout, Strategy
 
@@ -26,7 +27,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as exc:
-        raise ImportError(
+        raise MissingPackageError(
             "a picture needs matplotlib: pip install megatron_cream[plot]", name="matplotlib"
         ) from exc
 

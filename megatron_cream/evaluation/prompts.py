@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cream.data.tokenizers import Tokenizer
+from megatron_cream.errors import MissingPackageError, UserError
 
 STYLES = ("base", "chat")
 _MARK = "MARK-OF-THE-CONTENT"
@@ -26,7 +27,7 @@ class Prompt:
         folder: where the tokenizer came from, with its chat template.
 
     Raises:
-        ValueError: no such style, no bos, or no chat template.
+        UserError: no such style, no bos, or no chat template.
         ImportError: jinja2 is not installed.
     """
 
@@ -39,9 +40,9 @@ class Prompt:
     ) -> None:
         self.tokenizer, self.style = tokenizer, style
         if style not in STYLES:
-            raise ValueError(f"--prompt is {style!r}: it must be one of {STYLES}")
+            raise UserError(f"--prompt is {style!r}: it must be one of {STYLES}")
         if bos and tokenizer.bos is None:
-            raise ValueError("--bos is given: the tokenizer has no token that begins a text")
+            raise UserError("--bos is given: the tokenizer has no token that begins a text")
         self.bos = _adds_bos(tokenizer) if bos is None else bos
         self._cache: dict[str, np.ndarray] = {}
         self._head, self._turn = "", ""
@@ -49,9 +50,7 @@ class Prompt:
             self._head, self._turn = render(chat_template(folder), tokenizer)
         self._anchor = tokenizer.encode([_ANCHOR])[0]
         if not len(self._anchor):
-            raise ValueError(
-                "the tokenizer has no token for a line break: cases are padded with it"
-            )
+            raise UserError("the tokenizer has no token for a line break: cases are padded with it")
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens int64 ``[n]`` of a piece of text.
@@ -89,7 +88,7 @@ def chat_template(folder: str | None) -> str:
     """Return the chat template of a tokenizer's folder.
 
     Raises:
-        ValueError: it has none.
+        UserError: it has none.
     """
     root = Path(folder or "")
     root = root if root.is_dir() else root.parent
@@ -100,7 +99,7 @@ def chat_template(folder: str | None) -> str:
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not template:
-        raise ValueError(
+        raise UserError(
             f"--prompt is chat: the tokenizer {folder} has no chat template, neither "
             "chat_template.jinja nor in tokenizer_config.json; use --prompt base"
         )
@@ -111,13 +110,15 @@ def render(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
     """Return what a chat template puts before a user's words, and between them and the answer.
 
     Raises:
-        ValueError: a template that cannot be rendered or changes the words.
+        UserError: a template that cannot be rendered or changes the words.
     """
     try:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as exc:
-        raise ImportError("--prompt chat needs jinja2: pip install jinja2", name="jinja2") from exc
+        raise MissingPackageError(
+            "--prompt chat needs jinja2: pip install jinja2", name="jinja2"
+        ) from exc
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     special = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
     words = {name: "" if i is None else tokenizer.decode([i]) for name, i in special.items()}
@@ -127,10 +128,10 @@ def render(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
             messages=messages, add_generation_prompt=True, **words
         )
     except TemplateError as exc:
-        raise ValueError(f"--prompt is chat: the chat template does not render ({exc})") from exc
+        raise UserError(f"--prompt is chat: the chat template does not render ({exc})") from exc
     head, mark, turn = text.partition(_MARK)
     if not mark or not turn:
-        raise ValueError("--prompt is chat: the chat template leaves out the user's words")
+        raise UserError("--prompt is chat: the chat template leaves out the user's words")
     return head, turn
 
 

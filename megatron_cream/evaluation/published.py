@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question
 from megatron_cream.evaluation.filler import spread
 from megatron_cream.evaluation.tasks.lines import kv_question
@@ -28,7 +29,7 @@ def read_cases(path: str) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty file, or one that is not JSONL.
+        UserError: an empty file, or one that is not JSONL.
     """
     file = Path(path)
     if not file.is_file():
@@ -37,9 +38,9 @@ def read_cases(path: str) -> list[dict[str, Any]]:
         with _OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8") as lines:
             found = [json.loads(line) for line in lines if line.strip()]
     except (json.JSONDecodeError, UnicodeDecodeError, lzma.LZMAError, OSError, EOFError) as exc:
-        raise ValueError(f"--cases-file is {path}: it must be a JSONL file ({exc})") from None
+        raise UserError(f"--cases-file is {path}: it must be a JSONL file ({exc})") from None
     if not found:
-        raise ValueError(f"--cases-file is {path}: it is empty")
+        raise UserError(f"--cases-file is {path}: it is empty")
     return found
 
 
@@ -75,10 +76,10 @@ def read_haystacks(task: str, path: str, kit: Kit, limit: int, places: int) -> l
     """Return the first ``limit`` cases of a file, key-value pairs at ``places`` gold places each.
 
     Raises:
-        ValueError: a task without published files, or a file of another task.
+        UserError: a task without published files, or a file of another task.
     """
     if task not in READERS:
-        raise ValueError(f"--cases-file is given: {task} has none; {', '.join(READERS)} have")
+        raise UserError(f"--cases-file is given: {task} has none; {', '.join(READERS)} have")
     count = places if task == "kv-retrieval" else 1
     try:
         drafts = [
@@ -89,7 +90,7 @@ def read_haystacks(task: str, path: str, kit: Kit, limit: int, places: int) -> l
     except (KeyError, ValueError, TypeError) as exc:
         if str(exc).startswith("--cases-file"):
             raise
-        raise ValueError(f"--cases-file is {path}: it is not of {task} ({exc!r})") from None
+        raise UserError(f"--cases-file is {path}: it is not of {task} ({exc!r})") from None
     cases = [kit.as_is(draft) for draft in drafts]
     longest = max(len(context) + len(tail.tokens) for context, tail in cases)
     return [

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation import published
 from megatron_cream.evaluation.opening import open_model
 from megatron_cream.evaluation.passes import Model
@@ -24,7 +25,7 @@ def run(args: Namespace) -> str:
     With --output every task has a folder: OUTPUT itself for one task, OUTPUT/TASK for several.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: input that cannot be scored.
+        UserError, FileNotFoundError, ImportError: input that cannot be scored.
     """
     check(args)
     model = open_model(args)
@@ -49,7 +50,7 @@ def check(args: Namespace) -> None:
     """Refuse what needs no model to be refused.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: naming the flag.
+        UserError, FileNotFoundError, ImportError: naming the flag.
     """
     args.lengths = sorted(set(args.lengths))
     for flag, value in (
@@ -58,14 +59,14 @@ def check(args: Namespace) -> None:
         *([("--most-tokens", args.most_tokens)] if args.most_tokens is not None else []),
     ):
         if value < 1:
-            raise ValueError(f"{flag} has {value}: it must be at least 1")
+            raise UserError(f"{flag} has {value}: it must be at least 1")
     if args.shots < 0:
-        raise ValueError(f"--shots is {args.shots}: it must be 0 or more")
+        raise UserError(f"--shots is {args.shots}: it must be 0 or more")
     if "perplexity" in args.tasks and args.data is None:
-        raise ValueError("--data is missing: perplexity needs an indexed dataset or text")
+        raise UserError("--data is missing: perplexity needs an indexed dataset or text")
     if args.cases_file is not None:
         if args.most_tokens is not None:
-            raise ValueError(
+            raise UserError(
                 f"--most-tokens is {args.most_tokens} with --cases-file: it must be left out, "
                 "--seeds says how many of the file's cases are taken"
             )
@@ -88,9 +89,9 @@ def parse_length(word: str) -> int:
     """Return tokens of ``4096`` or ``4K``.
 
     Raises:
-        ValueError: another form.
+        UserError: another form.
     """
     found = re.fullmatch(r"(\d+)([kK]?)", word)
     if not found:
-        raise ValueError(f"{word!r} is not a number of tokens such as 4096 or 4K")
+        raise UserError(f"{word!r} is not a number of tokens such as 4096 or 4K")
     return int(found[1]) * (1024 if found[2] else 1)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.errors import UserError
+
 SETTINGS, CASES, RESULT = "settings.json", "cases.jsonl", "result.json"
 
 
@@ -19,7 +21,7 @@ class Store:
         primary: whether this process writes; the others read.
 
     Raises:
-        ValueError: the folder has a run of other settings, or something else.
+        UserError: the folder has a run of other settings, or something else.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Store:
         if path.is_file():
             _compare(json.loads(path.read_text("utf-8")), self.settings, self.folder)
         elif self.folder.exists() and (self.folder.is_file() or any(self.folder.iterdir())):
-            raise ValueError(
+            raise UserError(
                 f"--output is {self.folder}: it must be a new folder, or that of a run to continue"
             )
         elif self.primary:
@@ -86,7 +88,7 @@ def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if keys:
         differences = ", ".join(f"{key} {before.get(key)} != {now.get(key)}" for key in keys)
-        raise ValueError(
+        raise UserError(
             f"--output is {folder}: it has a run of other settings ({differences}); take another "
             "folder, or the same settings to continue it"
         )

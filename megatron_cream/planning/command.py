@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from megatron_cream.errors import UserError
 from megatron_cream.planning.layout import Layout, Workload
 from megatron_cream.planning.models import BaseModel, megatron_flags
 
@@ -16,7 +17,7 @@ def run_flags(
     """Return the flags of ``megatron_cream.pretrain`` by theme; paths are shell variables.
 
     Raises:
-        ValueError: a base model whose own RoPE cannot be named by flags alone.
+        UserError: a base model whose own RoPE cannot be named by flags alone.
     """
     size, kind, rotary = megatron_flags(shape)
     length = str(work.seq_length)
@@ -74,14 +75,14 @@ def rope_flags(shape: BaseModel, target: int) -> list[str]:
     """Return our flags for RoPE at ``target`` tokens, from the window the model has.
 
     Raises:
-        ValueError: the model was released with an interpolation that has no flags of its own.
+        UserError: the model was released with an interpolation that has no flags of its own.
     """
     if shape.rope_type == "llama3":
         factor = shape.rope_factor * max(1.0, target / shape.trained_length)
         flags = ["--rope-interpolation", "llama3", "--rope-factor", f"{factor:g}"]
         return [*flags, "--original-length", str(shape.rope_original)]
     if shape.rope_type != "default":
-        raise ValueError(
+        raise UserError(
             f"MODEL is {shape.name}: its config.json has rope_type {shape.rope_type!r}, it must be "
             "'default' or 'llama3'; for others give --rope-base-config to the training run itself"
         )

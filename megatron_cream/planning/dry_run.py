@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 from megatron_cream.planning import fake_world
 from megatron_cream.planning.arguments import layout_from_args, shape_from_args, why_not_estimated
 from megatron_cream.planning.memory import stage_parameters
@@ -48,7 +49,7 @@ def dry_run(argv: Sequence[str], world_size: int) -> DryRun:
     """Parse flags of ``megatron_cream.pretrain``, build three stages, draw a step's positions.
 
     Raises:
-        ValueError: naming the flag, or the stage and what it holds.
+        UserError: naming the flag, or the stage and what it holds.
         RuntimeError: this process has process groups, or a GPU in use.
     """
     fake_world.prepare()
@@ -67,7 +68,7 @@ def dry_run(argv: Sequence[str], world_size: int) -> DryRun:
 
 def _check(args: Namespace, extension: ExtensionConfig, view: RankView, last: int) -> None:
     if view.embedding != (view.stage == 0) or view.output != (view.stage == last):
-        raise ValueError(
+        raise UserError(
             f"stage {view.stage} of {last + 1} has embedding: {view.embedding}, output layer: "
             f"{view.output}; the first stage must have the one, the last the other"
         )
@@ -78,7 +79,7 @@ def _check(args: Namespace, extension: ExtensionConfig, view: RankView, last: in
     parameters = stage_parameters(shape, layout, view.stage)
     parameters += _trained_frequencies(extension, _rotary_dim(args))
     if list(view.layers) != layers or view.parameters != parameters:
-        raise ValueError(
+        raise UserError(
             f"stage {view.stage} has {view.parameters} parameters in layers {view.layers}: it "
             f"must have {parameters} in {layers}"
         )
@@ -94,9 +95,9 @@ def _trained_frequencies(extension: ExtensionConfig, dim: int) -> int:
 def _check_positions(index: int, layout: Layout) -> None:
     ids = layout.position_ids
     if len(ids) != layout.train_length or (np.diff(ids) < 1).any():
-        raise ValueError(f"sample {index} has {len(ids)} positions that do not all increase")
+        raise UserError(f"sample {index} has {len(ids)} positions that do not all increase")
     if ids[0] < 0 or ids[-1] >= layout.target_length:
-        raise ValueError(
+        raise UserError(
             f"sample {index} stands at {ids[0]}..{ids[-1]}: it must stay below --target-length "
             f"{layout.target_length}"
         )

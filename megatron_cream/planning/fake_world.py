@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 
 NOT_BUILT = {
     "sequence_parallel": False,
@@ -70,26 +71,25 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
     Data and checkpoints are not looked at.
 
     Raises:
-        ValueError: naming the flag that Megatron or we refuse.
+        UserError: naming the flag that Megatron or we refuse.
     """
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     from megatron_cream.training import arguments, cpu, hybrid
+    from megatron_cream.training.megatron import megatrons_refusals
 
     with _command_line([*argv, *cpu.FLAGS, "--fake-process-group"], world_size) as output:
         try:
             args = parse_args(arguments.add_arguments)
         except SystemExit:
-            raise ValueError(_last_line(output)) from None
+            raise UserError(_last_line(output)) from None
         _refuse(args)
         arguments.refuse_unsupported(args)
         hybrid.refuse_pattern(args)
         extension = arguments.extension_from_args(args)
-        try:
+        with megatrons_refusals():
             validate_args(args)
-        except AssertionError as error:
-            raise ValueError(f"Megatron refuses these flags: {error}") from None
         if args.padded_vocab_size is None:  # what loading the tokenizer would set
             args.padded_vocab_size = calculate_padded_vocab_size(
                 args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
@@ -99,11 +99,11 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
 
 def _refuse(args: Namespace) -> None:
     if args.use_checkpoint_args:
-        raise ValueError(
+        raise UserError(
             "--use-checkpoint-args is given: no checkpoint is read here, give the model's flags"
         )
     if args.vocab_size is None and args.padded_vocab_size is None:
-        raise ValueError("--vocab-size is missing: it must be given, no tokenizer is loaded here")
+        raise UserError("--vocab-size is missing: it must be given, no tokenizer is loaded here")
 
 
 @contextlib.contextmanager

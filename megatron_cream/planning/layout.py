@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_cream.checkpoint.shape import ModelShape
+from megatron_cream.errors import UserError
 
 VOCAB_MULTIPLE = 128
 """Megatron's --make-vocab-size-divisible-by; it pads to that times the tensor parallel size."""
@@ -72,12 +73,12 @@ class Layout:
         """Return the layers of each pipeline stage, counted from 0, as Megatron splits them.
 
         Raises:
-            ValueError: they cannot be split so.
+            UserError: they cannot be split so.
         """
         ends = [n for n in (self.first_layers, self.last_layers) if n is not None]
         middle, left = self.pipeline - len(ends), layers - sum(ends)
         if left < 0 or (left % middle if middle else left):
-            raise ValueError(
+            raise UserError(
                 f"{layers} layers cannot be split over {self.pipeline} pipeline stages: "
                 f"{left} layers for {middle} stages after the uneven ones"
             )

@@ -15,6 +15,7 @@ from megatron_cream.checkpoint.config_json import shape_from_config
 from megatron_cream.checkpoint.families import FAMILIES
 from megatron_cream.checkpoint.flags import kind_flags, size_flags
 from megatron_cream.checkpoint.shape import ModelShape
+from megatron_cream.errors import UserError
 from megatron_cream.rope.huggingface import scaling_from_hf
 
 
@@ -101,7 +102,7 @@ def find_model(name: str) -> BaseModel:
     Names are taken as people type them: ``meta-llama/Llama-2-7b-hf`` is ``llama-2-7b``.
 
     Raises:
-        ValueError: an unknown name, naming what is known, or a config.json that cannot be served.
+        UserError: an unknown name, naming what is known, or a config.json that cannot be served.
         FileNotFoundError: a folder without a config.json.
     """
     folder = Path(name)
@@ -113,7 +114,7 @@ def find_model(name: str) -> BaseModel:
         return MODELS[plain]
     near = difflib.get_close_matches(plain, MODELS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(
+    raise UserError(
         f"MODEL is {name!r}: {hint}it must be a folder with a config.json or one of "
         f"{', '.join(MODELS)}"
     )
@@ -136,16 +137,16 @@ def _from_folder(folder: Path) -> BaseModel:
         config = json.loads(path.read_text())
         return model_from_hf(config, folder.resolve().name)
     except KeyError as error:
-        raise ValueError(f"{path} has no {error}: it must describe a model's shape") from None
+        raise UserError(f"{path} has no {error}: it must describe a model's shape") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
     """Return the model that a Hugging Face ``config.json`` describes.
 
     Raises:
-        ValueError: a model that cannot be built, or one that the closed forms do not hold for, or
+        UserError: a model that cannot be built, or one that the closed forms do not hold for, or
             an unknown interpolation.
         KeyError: the field of its window is missing.
     """
@@ -169,17 +170,17 @@ def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
 def _refuse_unplanned(shape: ModelShape) -> None:
     if shape.experts:
         dense = [name for name, family in FAMILIES.items() if not family.experts]
-        raise ValueError(
+        raise UserError(
             f"architecture in config.json is {shape.architecture}: it must be one of "
             f"{', '.join(dense)}"
         )
     if shape.window is not None:
-        raise ValueError(
+        raise UserError(
             f"sliding_window in config.json is {shape.window}: it must be off, tokens further "
             "apart never see each other"
         )
     if shape.linear_bias:
-        raise ValueError("attention_bias in config.json is True: it must be off")
+        raise UserError("attention_bias in config.json is True: it must be off")
 
 
 def megatron_flags(model: BaseModel) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_cream.errors import UserError
 from megatron_cream.planning.cost import Gpu, Step, model_flops, step_time
 from megatron_cream.planning.layout import Layout, Workload, layouts
 from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
@@ -59,14 +60,14 @@ def propose(
     """Return the layout with the shortest step among those that fit the memory.
 
     Raises:
-        ValueError: none divides evenly, or none fits; names what would.
+        UserError: none divides evenly, or none fits; names what would.
     """
     plans = _plans(shape, cluster, work, fixed)
     if not plans:
-        raise ValueError(_nothing_divides(shape, cluster, work, fixed))
+        raise UserError(_nothing_divides(shape, cluster, work, fixed))
     fitting = [plan for plan in plans if plan.memory.total <= cluster.memory * GIB]
     if not fitting:
-        raise ValueError(_nothing_fits(shape, cluster, work, fixed, plans))
+        raise UserError(_nothing_fits(shape, cluster, work, fixed, plans))
     # Ties go to the layout that splits the model less.
     return min(fitting, key=lambda p: (p.step.total, p.layout.tensor * p.layout.pipeline))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 from megatron_cream.planning import fake_world
 
 
@@ -66,7 +67,7 @@ def check_stages(argv: Sequence[str], world_size: int) -> StagesCheck:
     holds as many.
 
     Raises:
-        ValueError: naming the flag, or the rank and what it holds.
+        UserError: naming the flag, or the rank and what it holds.
         RuntimeError: this process has process groups, or a GPU in use.
     """
     fake_world.prepare()
@@ -86,7 +87,7 @@ def rank_view(args: Namespace, extension: ExtensionConfig, rank: int) -> RankVie
     """Build what ``rank`` builds, on the meta device, and look at it.
 
     Raises:
-        ValueError: its rotary embedding is not ours, or not of these flags.
+        UserError: its rotary embedding is not ours, or not of these flags.
     """
     from megatron.core import mpu
 
@@ -136,29 +137,29 @@ def _check_rotary(chunk: Any, args: Namespace, extension: ExtensionConfig, rank:
 
     rotary = getattr(chunk, "rotary_pos_emb", None)
     if not isinstance(rotary, PositionRotaryEmbedding):
-        raise ValueError(f"rank {rank} rotates by {type(rotary).__name__}: positions are ignored")
+        raise UserError(f"rank {rank} rotates by {type(rotary).__name__}: positions are ignored")
     if rotary.scaling != extension.scaling(rotary_dim(args)):
-        raise ValueError(f"rank {rank} rotates by {rotary.scaling}: the flags say otherwise")
+        raise UserError(f"rank {rank} rotates by {rotary.scaling}: the flags say otherwise")
 
 
 def _check_layers(views: Sequence[RankView], whole: RankView) -> None:
     """Compare the stages with the whole model.
 
     Raises:
-        ValueError: a layer is missing or built twice, or a table is where it should not be.
+        UserError: a layer is missing or built twice, or a table is where it should not be.
     """
     last = max(view.stage for view in views)
     for view in views:
         if view.layers != views_of_stage(views, view.stage)[0].layers:
-            raise ValueError(f"rank {view.rank} has layers {view.layers}: its stage has others")
+            raise UserError(f"rank {view.rank} has layers {view.layers}: its stage has others")
         if view.embedding != (view.stage == 0) or view.output != (view.stage == last):
-            raise ValueError(
+            raise UserError(
                 f"rank {view.rank} of stage {view.stage} has embedding: {view.embedding}, output "
                 f"layer: {view.output}; the first stage must have the one, the last the other"
             )
     built = [n for stage in range(last + 1) for n in views_of_stage(views, stage)[0].layers]
     if sorted(built) != sorted(whole.layers):
-        raise ValueError(f"the stages have layers {sorted(built)}: the model has {whole.layers}")
+        raise UserError(f"the stages have layers {sorted(built)}: the model has {whole.layers}")
 
 
 def views_of_stage(views: Sequence[RankView], stage: int) -> list[RankView]:
@@ -169,7 +170,7 @@ def views_of_stage(views: Sequence[RankView], stage: int) -> list[RankView]:
 def _check_parameters(views: Sequence[RankView], whole: RankView) -> None:
     counted = sum(view.counted for view in views)
     if counted != whole.parameters:
-        raise ValueError(
+        raise UserError(
             f"{len(views)} ranks hold {counted} parameters of the model: it has {whole.parameters}"
         )
 
@@ -179,7 +180,7 @@ def _check_copy(views: Sequence[RankView]) -> None:
     *first, copy = views
     twins = views_of_stage(first, copy.stage)
     if (copy.parameters, copy.layers) not in {(v.parameters, v.layers) for v in twins}:
-        raise ValueError(
+        raise UserError(
             f"rank {copy.rank} holds {copy.parameters} parameters in layers {copy.layers}: the "
             f"first copy has {twins[-1].parameters} in {twins[-1].layers}"
         )

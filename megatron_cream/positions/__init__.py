@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_cream.errors import UserError
 from megatron_cream.positions.contiguous import Full, RandPos
 from megatron_cream.positions.coverage import Coverage, coverage
 from megatron_cream.positions.cream import Cream
@@ -37,10 +38,10 @@ def make_strategy(name: str, train_length: int, target_length: int, **options: A
         options: fields of the strategy's class, for instance ``sigma_relative=0.375``.
 
     Raises:
-        ValueError: an unknown name or option, or a value that cannot give a right layout.
+        UserError: an unknown name or option, or a value that cannot give a right layout.
     """
     if name not in STRATEGIES:
-        raise ValueError(
+        raise UserError(
             f"strategy (--position-strategy) is {name!r}: it must be one of {tuple(STRATEGIES)}"
         )
     cls = STRATEGIES[name]
@@ -48,5 +49,5 @@ def make_strategy(name: str, train_length: int, target_length: int, **options: A
     unknown = sorted(set(options) - known)
     if unknown:
         allowed = sorted(known - {"train_length", "target_length"})
-        raise ValueError(f"strategy {name!r} has no option {unknown[0]!r}: it takes {allowed}")
+        raise UserError(f"strategy {name!r} has no option {unknown[0]!r}: it takes {allowed}")
     return cls(train_length=train_length, target_length=target_length, **options)

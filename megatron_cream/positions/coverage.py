@@ -13,6 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.positions.layout import ChunkLayout, Layout, Span, Strategy
 
 
@@ -71,10 +72,10 @@ def coverage(strategy: Strategy, samples: int, seed: int = 1234) -> Coverage:
     O(samples * T log T).
 
     Raises:
-        ValueError: ``samples`` is below 1.
+        UserError: ``samples`` is below 1.
     """
     if samples < 1:
-        raise ValueError(f"samples (--samples) is {samples}: it must be at least 1")
+        raise UserError(f"samples (--samples) is {samples}: it must be at least 1")
     tally = Tally(strategy.target_length)
     for index in range(samples):
         tally.add(strategy.layout(seed, index))

@@ -31,6 +31,7 @@ from functools import cached_property
 from itertools import accumulate
 from numbers import Integral
 
+from megatron_cream.errors import UserError
 from megatron_cream.positions import philox
 from megatron_cream.positions.layout import ChunkLayout, Span, Strategy
 
@@ -80,7 +81,7 @@ class Cream(Strategy):
             heads = (int(h) if isinstance(h, Integral) else h for h in self.head_lengths)
             object.__setattr__(self, "head_lengths", tuple(heads))
         if self.gaussian not in GAUSSIANS:
-            raise ValueError(
+            raise UserError(
                 f"gaussian (--cream-gaussian) is {self.gaussian!r}: it must be one of {GAUSSIANS}"
             )
         self._check_sigma()
@@ -91,7 +92,7 @@ class Cream(Strategy):
         for field in ("sigma", "sigma_relative"):
             value, flag = getattr(self, field), "--cream-" + field.replace("_", "-")
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{field} ({flag}) is {value}: it must be a positive number")
+                raise UserError(f"{field} ({flag}) is {value}: it must be a positive number")
 
     def _check_head(self, head: int) -> None:
         fits = isinstance(head, int) and head >= 1 and 2 * head < self.train_length
@@ -99,7 +100,7 @@ class Cream(Strategy):
             largest = (self.train_length - 1) // 2
             source = "N // 3 or 4 * factor" if self.head_lengths is None else "as given"
             needs = f"from 1 to {largest}" if largest >= 1 else "at least 1, and N at least 3"
-            raise ValueError(
+            raise UserError(
                 f"head length {head} ({source}; head_lengths, --cream-head-lengths) does not fit: "
                 f"head, tail and at least one token between them share train_length (--seq-length)"
                 f" = {self.train_length} tokens, so it must be {needs}"
@@ -110,7 +111,7 @@ class Cream(Strategy):
         """Head lengths among which the coin chooses, in tokens."""
         if self.head_lengths is not None:
             if not self.head_lengths:
-                raise ValueError(
+                raise UserError(
                     "head_lengths (--cream-head-lengths) is empty: it must hold at least one length"
                 )
             return self.head_lengths
@@ -147,7 +148,7 @@ class Cream(Strategy):
             edges = [cdf(r - 0.5) for r in range(2, last + 2)]
         total = edges[-1] - edges[0]
         if total <= 0.0:
-            raise ValueError(f"sigma is {sigma}: too narrow to draw from at factor {self.factor}")
+            raise UserError(f"sigma is {sigma}: too narrow to draw from at factor {self.factor}")
         return [(b - a) / total for a, b in zip(edges, edges[1:], strict=False)]
 
     @cached_property

@@ -10,6 +10,8 @@ from typing import Self
 
 import numpy as np
 
+from megatron_cream.errors import UserError
+
 Span = tuple[int, int]
 """(offset, length) in tokens."""
 
@@ -42,10 +44,10 @@ class Layout(ABC):
         The lengths sum to ``train_length``, the spans lie inside the document and do not overlap.
 
         Raises:
-            ValueError: the document has fewer than ``train_length`` tokens.
+            UserError: the document has fewer than ``train_length`` tokens.
         """
         if document_length < self.train_length:
-            raise ValueError(
+            raise UserError(
                 f"document_length is {document_length}: a sample takes train_length "
                 f"(--seq-length) = {self.train_length} tokens of one document; drop shorter ones "
                 "(--min-tokens of tools/preprocess_data.py) or train on --sample-unit packed"
@@ -109,11 +111,11 @@ class Strategy(ABC):
                 raise TypeError(f"{field} is {value!r}: it must be a whole number of tokens")
             object.__setattr__(self, field, int(value))
         if self.train_length < 1:
-            raise ValueError(
+            raise UserError(
                 f"train_length (--seq-length) is {self.train_length}: it must be at least 1 token"
             )
         if self.target_length < self.train_length:
-            raise ValueError(
+            raise UserError(
                 f"target_length (--target-length) is {self.target_length}: it must be at least "
                 f"train_length (--seq-length) = {self.train_length}"
             )
@@ -137,7 +139,7 @@ class Strategy(ABC):
         """Return this strategy for samples of another length that reach the same T.
 
         Raises:
-            ValueError: ``train_length`` is below ``shortest_length`` or above T.
+            UserError: ``train_length`` is below ``shortest_length`` or above T.
         """
         return replace(self, train_length=train_length)
 

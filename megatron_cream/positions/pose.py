@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_cream.errors import UserError
 from megatron_cream.positions import philox
 from megatron_cream.positions.layout import ChunkLayout, Span, Strategy
 
@@ -64,20 +65,20 @@ class Pose(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.chunks, int) or not 1 <= self.chunks <= self.train_length:
-            raise ValueError(
+            raise UserError(
                 f"chunks (--pose-chunks) is {self.chunks}: it must be from 1 to train_length "
                 f"(--seq-length) = {self.train_length}"
             )
         if self.content not in CONTENTS:
-            raise ValueError(
+            raise UserError(
                 f"content (--pose-content) is {self.content!r}: it must be one of {CONTENTS}"
             )
         if self.lengths is not None and self.lengths not in LENGTHS:
-            raise ValueError(
+            raise UserError(
                 f"lengths (--pose-lengths) is {self.lengths!r}: it must be one of {LENGTHS}"
             )
         if self.lengths == "trainer" and self.chunks != 2:
-            raise ValueError(
+            raise UserError(
                 f"lengths (--pose-lengths) is 'trainer' with {self.chunks} chunks (--pose-chunks): "
                 "the published trainer cuts in 2; use 'paper'"
             )

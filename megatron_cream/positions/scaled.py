@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_cream.errors import UserError
 from megatron_cream.positions import make_strategy, philox
 from megatron_cream.positions.layout import Layout, Strategy
 
@@ -40,7 +41,7 @@ class Scaled(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.scales:
-            raise ValueError(
+            raise UserError(
                 f"target_length (--target-length) is {self.target_length}: no scale up to it holds "
                 f"{self.train_length} tokens (--seq-length)"
             )

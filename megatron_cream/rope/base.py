@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from megatron_cream.errors import UserError
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -47,15 +49,15 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
-            raise ValueError(f"dim is {self.dim}: the rotated dimensions must be even, at least 2")
+            raise UserError(f"dim is {self.dim}: the rotated dimensions must be even, at least 2")
         if not (math.isfinite(self.base) and self.base > 0):
-            raise ValueError(
+            raise UserError(
                 f"base (--rotary-base, --rope-theta) is {self.base}: it must be a positive number"
             )
         if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise ValueError(f"factor (--rope-factor) is {self.factor}: it must be at least 1")
+            raise UserError(f"factor (--rope-factor) is {self.factor}: it must be at least 1")
         if self.original_length < 1:
-            raise ValueError(
+            raise UserError(
                 f"original_length (--original-length) is {self.original_length}: it must be at "
                 "least 1 token"
             )
@@ -65,7 +67,7 @@ class RopeScaling:
     def _check_option(self, key: str, value: Any) -> None:
         if key not in self.OPTIONS:
             known = ", ".join(self.OPTIONS) or "no options"
-            raise ValueError(f"--rope-options has {key}: {self.name} takes {known}")
+            raise UserError(f"--rope-options has {key}: {self.name} takes {known}")
         default = self.OPTIONS[key]
         if isinstance(default, bool):
             fits, needed = isinstance(value, bool), "true or false"
@@ -76,7 +78,7 @@ class RopeScaling:
         else:
             fits, needed = _is_positive(value), "a positive number"
         if not fits:
-            raise ValueError(f"{key} (--rope-options) is {_short(value)}: it must be {needed}")
+            raise UserError(f"{key} (--rope-options) is {_short(value)}: it must be {needed}")
 
     def option(self, key: str) -> Any:
         """Return an option's value or its default."""

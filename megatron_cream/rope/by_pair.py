@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling, longrope_fields, rounded_list
 
 
@@ -25,7 +26,7 @@ class Llama3Scaling(RopeScaling):
         super().__post_init__()
         low, high = self.option("low_freq_factor"), self.option("high_freq_factor")
         if high <= low:
-            raise ValueError(
+            raise UserError(
                 f"high_freq_factor (--rope-options) is {high}: it must be more than "
                 f"low_freq_factor, {low}"
             )
@@ -73,12 +74,12 @@ class LongRopeScaling(RopeScaling):
         super().__post_init__()
         for key in ("short_factor", "long_factor"):
             if key not in self.options:
-                raise ValueError(
+                raise UserError(
                     f"{key} is missing: longrope needs {self.dim // 2} positive numbers, give a "
                     "JSON file with short_factor and long_factor as --rope-factors-file"
                 )
         if self.original_length < 2:
-            raise ValueError(
+            raise UserError(
                 f"original_length (--original-length) is {self.original_length}: longrope needs at "
                 "least 2 tokens"
             )

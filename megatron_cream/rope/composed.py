@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling, longrope_fields, rounded_list
 from megatron_cream.rope.uniform import LinearScaling, NtkScaling, ProportionalScaling
 
@@ -48,7 +49,7 @@ class ComposedScaling(RopeScaling):
         return f"{self.outer.summary}, on {self.inner.summary}"
 
     def settings(self) -> dict[str, Any]:
-        raise ValueError("a composed scaling has two settings: those of inner and of outer")
+        raise UserError("a composed scaling has two settings: those of inner and of outer")
 
     def rounded(self, powers: np.ndarray) -> np.ndarray:
         return rounded_list(self.divisors, powers)
@@ -61,21 +62,21 @@ def compose(inner: RopeScaling, outer: RopeScaling) -> RopeScaling:
     """Return ``outer`` on top of ``inner``.
 
     Raises:
-        ValueError: methods, bases or dimensions that do not go together.
+        UserError: methods, bases or dimensions that do not go together.
     """
     if not isinstance(outer, _ON_TOP) or isinstance(outer, ProportionalScaling):
-        raise ValueError(
+        raise UserError(
             f"--rope-interpolation is {outer.name!r}: on top of the base model's {inner.name} "
             "(--rope-base-config) it must be 'linear' or 'ntk'; the others describe all angles, "
             "so leave out --rope-base-config and count from the first window"
         )
     if inner.name == "dynamic":
-        raise ValueError(
+        raise UserError(
             "--rope-base-config has rope_type 'dynamic': angles that change with the length cannot "
             "be built on; name the interpolation from the first window instead"
         )
     if inner.base != outer.base:
-        raise ValueError(
+        raise UserError(
             f"base (--rotary-base, --rope-theta) is {outer.base:g}: the base model's "
             f"(--rope-base-config) rope_theta is {inner.base:g}, and it must stay that"
         )

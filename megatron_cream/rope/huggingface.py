@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling
 from megatron_cream.rope.scaling import SCALINGS, make_scaling
 
@@ -36,21 +37,21 @@ def scaling_from_hf(config: dict[str, Any]) -> RopeScaling:
     ``none`` with the larger base, ``yarn-pose`` as ``longrope``.
 
     Raises:
-        ValueError: a ``rope_type`` that is not known, or lacks what it needs.
+        UserError: a ``rope_type`` that is not known, or lacks what it needs.
     """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(
+        raise UserError(
             f"rope_parameters in config.json differ by layer type ({', '.join(rope)}): one "
             "rope_type must hold for all layers"
         )
     if kind not in _NAMES:
-        raise ValueError(f"rope_type in config.json is {kind!r}: it must be one of {tuple(_NAMES)}")
+        raise UserError(f"rope_type in config.json is {kind!r}: it must be one of {tuple(_NAMES)}")
     name = _NAMES[kind]
     for key in _REQUIRED.get(name, ()):
         if rope.get(key) is None:
-            raise ValueError(f"rope_type in config.json is {kind!r}: it needs {key!r} beside it")
+            raise UserError(f"rope_type in config.json is {kind!r}: it needs {key!r} beside it")
     original_length, factor = _window(config, rope, name)
     return make_scaling(
         name,

@@ -13,6 +13,7 @@ from typing import Any
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
+from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.rope.base import RopeScaling
 from megatron_cream.rope.clex.rotary import ClexRotaryEmbedding
 from megatron_cream.rope.clex.rotate import turn
@@ -51,18 +52,18 @@ def install_rotary(
             False the attention factor is applied to the rotated dimensions.
 
     Raises:
-        ValueError: the model has no rotary embedding of Megatron's ``rope`` kind, or rotates
+        UserError: the model has no rotary embedding of Megatron's ``rope`` kind, or rotates
             another number of dimensions than ``scaling``.
     """
     stock = getattr(model, "rotary_pos_emb", None)
     if not isinstance(stock, RotaryEmbedding):
-        raise ValueError(
+        raise UserError(
             f"the model's rotary embedding is {type(stock).__name__}: positions reach angles only "
             "through RoPE, --position-embedding-type rope"
         )
     dim = 2 * stock.inv_freq.numel()
     if dim != scaling.dim:
-        raise ValueError(f"the interpolation has dim {scaling.dim}, the model rotates {dim}")
+        raise UserError(f"the interpolation has dim {scaling.dim}, the model rotates {dim}")
     rotary = _kind(scaling)(
         scaling,
         rotary_interleaved=stock.rotary_interleaved,
@@ -96,7 +97,7 @@ def serve_per_token_angles() -> None:
 
     own = getattr(attention, "apply_rotary_pos_emb", None)
     if own is None:
-        raise ImportError(
+        raise MissingPackageError(
             "megatron.core.transformer.attention.apply_rotary_pos_emb is gone: it may have "
             "changed in your version of megatron-core; megatron_cream is made for 0.19.2"
         )
@@ -131,7 +132,7 @@ def _scale_rotated(model: nn.Module, factor: float) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             if not hasattr(module, "_yarn_concentration_factor"):
-                raise ImportError(
+                raise MissingPackageError(
                     "megatron.core.transformer.attention.Attention._yarn_concentration_factor is "
                     "gone: it may have changed in your version of megatron-core; megatron_cream "
                     "is made for 0.19.2"

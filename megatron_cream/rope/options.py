@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.clex.scaling import ACTIVATIONS
 from megatron_cream.rope.huggingface import scaling_from_hf
 
@@ -42,22 +43,22 @@ def parse_options(words: list[str] | None) -> dict[str, Any]:
     """Return ``{key: value}`` of ``KEY=VALUE`` words; values are numbers, true, false or ``WORDS``.
 
     Raises:
-        ValueError: a word of another form, or a key given twice.
+        UserError: a word of another form, or a key given twice.
     """
     options: dict[str, Any] = {}
     for word in words or ():
         key, equals, text = word.partition("=")
         if not (key and equals):
-            raise ValueError(f"--rope-options has {word!r}: it must be KEY=VALUE")
+            raise UserError(f"--rope-options has {word!r}: it must be KEY=VALUE")
         if key in options:
-            raise ValueError(f"--rope-options has {key} twice: once is enough")
+            raise UserError(f"--rope-options has {key} twice: once is enough")
         if text in WORDS.get(key, ()):
             options[key] = text
             continue
         try:
             options[key] = json.loads(text)
         except json.JSONDecodeError:
-            raise ValueError(
+            raise UserError(
                 f"--rope-options has {word!r}: the value must be a number, true or false"
             ) from None
     return options
@@ -73,7 +74,7 @@ def read_factors(path: str) -> dict[str, list[float]]:
     values = values.get("rope_parameters") or values.get("rope_scaling") or values
     missing = [key for key in FACTOR_LISTS if key not in values]
     if missing:
-        raise ValueError(f"--rope-factors-file is {path}: it must have {' and '.join(missing)}")
+        raise UserError(f"--rope-factors-file is {path}: it must have {' and '.join(missing)}")
     return {key: values[key] for key in FACTOR_LISTS}
 
 
@@ -86,7 +87,7 @@ def read_base(path: str) -> dict[str, Any]:
     try:
         return scaling_from_hf(_read_json("--rope-base-config", path)).settings()
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"--rope-base-config is {path}: it must be a model's config.json, and lacks {error}"
         ) from None
 
@@ -98,7 +99,7 @@ def _read_json(flag: str, path: str) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{flag} is {path}: there is no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{flag} is {path}: it must be a JSON file") from None
+        raise UserError(f"{flag} is {path}: it must be a JSON file") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{flag} is {path}: it must hold a JSON object")
+        raise UserError(f"{flag} is {path}: it must hold a JSON object")
     return values

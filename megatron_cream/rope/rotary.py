@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling
 
 
@@ -96,7 +97,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
 
         Raises:
             RuntimeError: no position ids were set since the last call.
-            ValueError: their number is not the number of tokens of the step.
+            UserError: their number is not the number of tokens of the step.
         """
         if self._plain:
             return self.plain_angles(max_seq_len, offset, cp_group)
@@ -116,7 +117,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         group = cp_group if cp_group is not None else self.cp_group
         ranks = group.size() if group is not None else 1
         if not packed_seq and position_ids.shape[-1] * ranks != max_seq_len:
-            raise ValueError(
+            raise UserError(
                 f"position_ids has shape {tuple(position_ids.shape)} on each of {ranks} "
                 f"context-parallel ranks: the step has {max_seq_len} tokens a sample"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling
 from megatron_cream.rope.by_pair import Llama3Scaling, LongRopeScaling
 from megatron_cream.rope.clex.scaling import ClexScaling
@@ -62,11 +63,11 @@ def make_scaling(
             ``low_freq_factor``, ``long_factor`` ...; None means its default.
 
     Raises:
-        ValueError: an unknown name, or a value outside what the method can serve.
+        UserError: an unknown name, or a value outside what the method can serve.
     """
     known = SCALINGS | TRAINED
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"interpolation (--rope-interpolation) is {name!r}: it must be one of {tuple(known)}"
         )
     given = {key: _plain(value) for key, value in options.items() if value is not None}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling
 
 
@@ -42,7 +43,7 @@ class ProportionalScaling(LinearScaling):
         super().__post_init__()
         share = self.option("partial_rotary_factor")
         if not 1 <= self._turning <= self.dim // 2:
-            raise ValueError(
+            raise UserError(
                 f"partial_rotary_factor (--rope-options) is {share}: of {self.dim} dimensions it "
                 "must leave at least one pair, and it must be at most 1"
             )
@@ -103,4 +104,4 @@ class DynamicScaling(RopeScaling):
 
 def _check_ntk_dim(dim: int) -> None:
     if dim < 4:
-        raise ValueError(f"dim is {dim}: NTK scaling needs at least 4 rotated dimensions")
+        raise UserError(f"dim is {dim}: NTK scaling needs at least 4 rotated dimensions")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling, longrope_fields, rounded_list
 
 
@@ -39,11 +40,11 @@ class YarnScaling(RopeScaling):
         super().__post_init__()
         fast, slow = self.option("beta_fast"), self.option("beta_slow")
         if fast <= slow:
-            raise ValueError(
+            raise UserError(
                 f"beta_fast (--rope-options) is {fast}: it must be more than beta_slow, {slow}"
             )
         if self.base <= 1:
-            raise ValueError(
+            raise UserError(
                 f"base (--rotary-base, --rope-theta) is {self.base}: {self.name} needs more than 1"
             )
 

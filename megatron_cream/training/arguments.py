@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 
 from megatron_cream.config import LABEL_RULES, POSITION_STRATEGIES, SAMPLE_UNITS, ExtensionConfig
 from megatron_cream.data.sources import PACK_MULTIPLE
+from megatron_cream.errors import UserError
 from megatron_cream.positions.cream import GAUSSIANS
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED
@@ -62,15 +63,15 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
     """Return the settings that parsed arguments make.
 
     Raises:
-        ValueError: lengths, strategy and interpolation that do not go together.
+        UserError: lengths, strategy and interpolation that do not go together.
     """
     if args.seq_length is None:
-        raise ValueError("--seq-length is missing: it is the trained window N in tokens")
+        raise UserError("--seq-length is missing: it is the trained window N in tokens")
     train = args.seq_length
     target = train if args.target_length is None else args.target_length
     original = train if args.original_length is None else args.original_length
     if original < 1:
-        raise ValueError(f"--original-length is {original}: it must be at least 1 token")
+        raise UserError(f"--original-length is {original}: it must be at least 1 token")
     factor = target / original if args.rope_factor is None else args.rope_factor
     extension = ExtensionConfig(
         train_length=train,
@@ -102,7 +103,7 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
 def _interpolation(args: Namespace, longer: bool) -> str:
     if args.rope_interpolation in EVALUATION_ONLY:
         able = ", ".join(name for name in SCALINGS if name not in EVALUATION_ONLY)
-        raise ValueError(
+        raise UserError(
             f"--rope-interpolation is {args.rope_interpolation!r}: its angles change with the "
             "length of every sequence, so it is for evaluation only (tools/evaluate.py); for "
             f"training it must be one of {able}"
@@ -187,24 +188,24 @@ def refuse_unsupported(args: Namespace) -> None:
     """Refuse Megatron settings that cannot serve positions of our own.
 
     Raises:
-        ValueError: naming the flag, its value and what to do.
+        UserError: naming the flag, its value and what to do.
     """
     if args.position_embedding_type != "rope":
-        raise ValueError(
+        raise UserError(
             f"--position-embedding-type is {args.position_embedding_type!r}: it must be 'rope', "
             "because positions reach the model only through rotary angles"
         )
     for attribute, bad, flag, advice in _REFUSED:
         value = getattr(args, attribute, None)
         if value if bad is True else value is not None:
-            raise ValueError(f"{flag} is {value}: it must be left out, {advice}")
+            raise UserError(f"{flag} is {value}: it must be left out, {advice}")
     if args.create_attention_mask_in_dataloader:
-        raise ValueError(
+        raise UserError(
             "--no-create-attention-mask-in-dataloader is missing: it must be given, the mask "
             "would take memory of the square of the length"
         )
     if args.dataloader_type not in (None, "single"):
-        raise ValueError(
+        raise UserError(
             f"--dataloader-type is {args.dataloader_type!r}: it must be 'single', so that every "
             "pipeline stage counts samples alike"
         )
@@ -217,28 +218,28 @@ def _refuse_unpackable(args: Namespace) -> None:
     """Refuse what attention over packed documents (thd) cannot serve."""
     unit = "--sample-unit is packed-documents"
     if args.micro_batch_size != 1:
-        raise ValueError(
+        raise UserError(
             f"--micro-batch-size is {args.micro_batch_size}: {unit}, so it must be 1; a longer "
             "--seq-length holds more documents"
         )
     if args.seq_length is not None and args.seq_length % PACK_MULTIPLE:
-        raise ValueError(
+        raise UserError(
             f"--seq-length is {args.seq_length}: {unit}, so it must be a multiple of "
             f"{PACK_MULTIPLE}"
         )
     if 2 * args.context_parallel_size > PACK_MULTIPLE:
-        raise ValueError(
+        raise UserError(
             f"--context-parallel-size is {args.context_parallel_size}: {unit}, each a multiple of "
             f"{PACK_MULTIPLE} tokens dealt out in 2 x CP parts, so it must be at most "
             f"{PACK_MULTIPLE // 2}"
         )
     if args.hybrid_layer_pattern is not None:
-        raise ValueError(
+        raise UserError(
             f"--hybrid-layer-pattern is {args.hybrid_layer_pattern!r}: {unit}, so it must be left "
             "out, state-space layers carry their state from one document into the next"
         )
     if args.cpu or args.transformer_impl != "transformer_engine":
-        raise ValueError(
+        raise UserError(
             f"{unit}, and --transformer-impl is {args.transformer_impl!r}: it must be "
             "'transformer_engine' on a GPU, whose attention keeps documents apart"
         )

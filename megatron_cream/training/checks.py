@@ -19,6 +19,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import read_index, read_metadata
 from megatron_cream.data.sources import make_sources
 from megatron_cream.data.span_dataset import no_sources_message, split_strategy
+from megatron_cream.errors import UserError
 from megatron_cream.training import cross_entropy
 
 DEFAULT_SPLIT = "969,30,1"  # Megatron's
@@ -28,10 +29,10 @@ def check_packages(args: Namespace) -> None:
     """Refuse what needs a package that is not installed here.
 
     Raises:
-        ValueError: naming the flag and the package.
+        UserError: naming the flag and the package.
     """
     if args.inprocess_restart and find_spec("nvidia_resiliency_ext") is None:
-        raise ValueError(
+        raise UserError(
             "--inprocess-restart is given: it needs the package nvidia-resiliency-ext, without "
             "which Megatron would train as if it were not"
         )
@@ -46,7 +47,7 @@ def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
     """
     wanted = _prefixes_by_split(args)
     if not wanted:
-        raise ValueError("--data-path is missing: it must name at least one indexed dataset")
+        raise UserError("--data-path is missing: it must name at least one indexed dataset")
     for prefix, splits in wanted.items():
         index = read_index(prefix)
         _check_vocabulary(args, prefix)
@@ -65,7 +66,7 @@ def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
             if not len(sources):
                 unit = extension.sample_unit
                 found = SimpleNamespace(sources=sources, strategy=strategy, unit=unit)
-                raise ValueError(no_sources_message(prefix, split.name, found))
+                raise UserError(no_sources_message(prefix, split.name, found))
 
 
 def _prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, float]]]:
@@ -88,7 +89,7 @@ def _check_vocabulary(args: Namespace, prefix: str) -> None:
     metadata = read_metadata(prefix)
     vocabulary = args.padded_vocab_size or args.vocab_size
     if metadata and vocabulary and metadata["vocab_size"] > vocabulary:
-        raise ValueError(
+        raise UserError(
             f"--vocab-size is {vocabulary}: dataset {prefix} was written with "
             f"{metadata['vocab_size']} tokens ({metadata['tokenizer_type']}); it must be at least "
             "that"
@@ -98,7 +99,7 @@ def _check_vocabulary(args: Namespace, prefix: str) -> None:
 def _check_end_of_document(args: Namespace, prefix: str) -> None:
     metadata = read_metadata(prefix)
     if args.eod_mask_loss and not (metadata and metadata["appended_eod"]):
-        raise ValueError(
+        raise UserError(
             f"--eod-mask-loss is given: dataset {prefix} must say which token ends a document; "
             "write it with tools/preprocess_data.py --append-eod"
         )
@@ -111,7 +112,7 @@ def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
     change them; that is what extending a model is.
 
     Raises:
-        ValueError: naming each setting that differs, with both values.
+        UserError: naming each setting that differs, with both values.
         FileNotFoundError: a new run is to start from weights that are not there.
     """
     saved = saved_arguments(args.load) if args.load else None
@@ -141,7 +142,7 @@ def _refuse_dropped_scaling(path: str, saved: Namespace, extension: ExtensionCon
     if before is None or before.rope_interpolation == "none" or extension.rope_base is not None:
         return
     if before.original_length < extension.original_length <= before.target_length:
-        raise ValueError(
+        raise UserError(
             f"--original-length is {extension.original_length}: the model in {path} reaches that "
             f"with {before.rope_interpolation} over {before.original_length} tokens, which would "
             f"be dropped; give its config.json as --rope-base-config, or interpolate anew with "
@@ -152,13 +153,13 @@ def _refuse_dropped_scaling(path: str, saved: Namespace, extension: ExtensionCon
 def _refuse_differences(path: str, saved: Namespace, extension: ExtensionConfig) -> None:
     before = saved_extension(saved)
     if before is None:
-        raise ValueError(
+        raise UserError(
             f"--load is {path}: that checkpoint was not trained by megatron_cream, so the run "
             "cannot be resumed; start a new one from its weights with --finetune"
         )
     differences = before.differences(extension)
     if differences:
-        raise ValueError(
+        raise UserError(
             f"--load is {path}: that checkpoint was trained with other settings (checkpoint != "
             f"now): {'; '.join(differences)}. Resume with the same, or start a new run from its "
             "weights with --finetune"
@@ -171,13 +172,13 @@ def _refuse_optimizer_layout(args: Namespace, saved: Namespace) -> None:
         return
     if args.use_distributed_optimizer != saved.use_distributed_optimizer:
         needs = "given" if saved.use_distributed_optimizer else "left out"
-        raise ValueError(
+        raise UserError(
             f"--use-distributed-optimizer is {args.use_distributed_optimizer}: checkpoint "
             f"{args.load} was saved with {saved.use_distributed_optimizer}, so it must be {needs}; "
             "or start the optimizer anew with --no-load-optim"
         )
     if args.use_distributed_optimizer and args.cpu:
-        raise ValueError(
+        raise UserError(
             f"--use-distributed-optimizer is given with --cpu, and --load is {args.load}: Megatron "
             "resumes it with a GPU's optimizers only; leave it out from the start, or start the "
             "optimizer anew with --no-load-optim"
@@ -186,7 +187,7 @@ def _refuse_optimizer_layout(args: Namespace, saved: Namespace) -> None:
         return
     for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(args, size) != getattr(saved, size):
-            raise ValueError(
+            raise UserError(
                 f"--{size.replace('_', '-')} is {getattr(args, size)}: checkpoint {args.load} was "
                 f"saved with {getattr(saved, size)}, and its distributed optimizer reads at that "
                 "only, because it was saved without --dist-ckpt-optim-fully-reshardable; resume "

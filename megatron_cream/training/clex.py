@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_cream.errors import UserError
+
 _GRADIENTS = "the gradient of clex's weights is written into Megatron's own gradient buffers"
 _ANGLES = "the rotation of clex is not captured"
 
@@ -21,11 +23,11 @@ def refuse_unserved(args: Namespace) -> None:
     """Refuse flags that do not go with --rope-interpolation clex.
 
     Raises:
-        ValueError: naming the flag, its value and what to do.
+        UserError: naming the flag, its value and what to do.
     """
     for attribute, fine, flag, why in _REFUSED:
         value = getattr(args, attribute, None)
         if value not in fine:
-            raise ValueError(
+            raise UserError(
                 f"{flag} is {value}: --rope-interpolation is 'clex', so it must be left out, {why}"
             )

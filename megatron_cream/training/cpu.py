@@ -18,6 +18,8 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_cream.errors import UserError
+
 FLAGS = [
     *("--transformer-impl", "local"),
     *("--distributed-backend", "gloo"),
@@ -61,7 +63,7 @@ def install() -> None:
     if getattr(torch.cuda, "_stood_in_by_cpu", False):
         return
     if torch.cuda.is_available():
-        raise RuntimeError(
+        raise UserError(
             f"--cpu is given and this machine has {torch.cuda.device_count()} GPU(s): leave out "
             "--cpu to use them, or hide them with CUDA_VISIBLE_DEVICES="
         )
@@ -80,13 +82,13 @@ def refuse_unserved(args: Any) -> None:
     """Refuse flags that need a GPU's kernels.
 
     Raises:
-        ValueError: naming the flag.
+        UserError: naming the flag.
     """
     for attribute, flag in _UNSERVED.items():
         if getattr(args, attribute, None):
-            raise ValueError(f"{flag} is given with --cpu: it needs GPUs; leave it out")
+            raise UserError(f"{flag} is given with --cpu: it needs GPUs; leave it out")
     if args.context_parallel_size > 1:
-        raise ValueError(
+        raise UserError(
             f"--context-parallel-size is {args.context_parallel_size} with --cpu: it must be 1, "
             "ring attention needs Transformer Engine and GPUs"
         )

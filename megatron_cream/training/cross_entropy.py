@@ -15,6 +15,8 @@ from argparse import Namespace
 from importlib.util import find_spec
 from typing import Any
 
+from megatron_cream.errors import UserError
+
 FLAG = "--te-cross-entropy"
 
 
@@ -22,32 +24,32 @@ def refuse_unserved(args: Namespace) -> None:
     """Refuse flags that do not go with ours.
 
     Raises:
-        ValueError: naming the flag, its value and what to do.
+        UserError: naming the flag, its value and what to do.
     """
     if not args.te_cross_entropy:
         return
     if args.cross_entropy_loss_fusion:
-        raise ValueError(
+        raise UserError(
             f"--cross-entropy-loss-fusion is given with {FLAG}: it must be left out, they are two "
             "kernels for one thing"
         )
     if args.fp16:
-        raise ValueError(f"--fp16 is given with {FLAG}: its kernel takes bfloat16 and float32")
+        raise UserError(f"--fp16 is given with {FLAG}: its kernel takes bfloat16 and float32")
 
 
 def refuse_absent(args: Namespace) -> None:
     """Refuse our flag where the kernel is not to be had.
 
     Raises:
-        ValueError: saying what it needs, and what is there instead.
+        UserError: saying what it needs, and what is there instead.
     """
     if not args.te_cross_entropy:
         return
     if args.cpu:
-        raise ValueError(f"{FLAG} is given with --cpu: it needs GPUs; leave it out")
+        raise UserError(f"{FLAG} is given with --cpu: it needs GPUs; leave it out")
     reason = why_absent()
     if reason is not None:
-        raise ValueError(f"{FLAG} is given: it needs {reason}")
+        raise UserError(f"{FLAG} is given: it needs {reason}")
 
 
 def why_absent() -> str | None:

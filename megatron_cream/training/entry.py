@@ -6,27 +6,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End bad input in one line on rank 0 and exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, RuntimeError, AssertionError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 def stand_in_if_asked() -> None:
@@ -56,6 +43,7 @@ def parse(
     from megatron.training.arguments import parse_args
 
     from megatron_cream.checkpoint.saved import SETTINGS_KEY, complete_arguments, keep_vocabulary
+    from megatron_cream.training.megatron import megatrons_refusals
 
     provider = _ours_after(extra_args_provider)
     defaults = args_defaults or {}
@@ -63,7 +51,8 @@ def parse(
     args = _with_defaults(parse_args(provider, ignore_unknown_args), defaults)
     from_checkpoint = args.use_checkpoint_args or defaults.get("use_checkpoint_args", False)
     extension = None if from_checkpoint else check(args)
-    args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
+    with megatrons_refusals():
+        args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
     if from_checkpoint:
         complete_arguments(args)
     extension = extension or check(args)

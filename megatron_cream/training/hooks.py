@@ -12,6 +12,7 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 
 from megatron_cream.checkpoint.saved import SETTINGS_KEY, starts_without_clex
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 from megatron_cream.rope.install import carry_in_softmax, install_rotary
 from megatron_cream.rope.scaling import RopeScaling
 from megatron_cream.training import cross_entropy, hybrid
@@ -33,10 +34,10 @@ def hook_into(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
     """Put our rotary and metadata into a GPT or Hybrid model config, and return it. Idempotent.
 
     Raises:
-        ValueError: another model's config, which has no place for hooks.
+        UserError: another model's config, which has no place for hooks.
     """
     if not hasattr(config, "pre_wrap_hooks"):
-        raise ValueError(
+        raise UserError(
             f"the model config is {type(config).__name__}: it must be Megatron's GPTModelConfig or "
             "HybridModelConfig, through whose hooks positions reach the model"
         )

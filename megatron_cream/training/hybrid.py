@@ -26,6 +26,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_cream.errors import UserError
+
 _LOCAL = {Symbols.ATTENTION, Symbols.MLP, Symbols.MOE, Symbols.PIPE}
 _UNROTATED = {Symbols.MLA: "MLA", Symbols.DS_ATTENTION: "sparse MLA"}
 
@@ -34,24 +36,24 @@ def refuse_pattern(args: Namespace) -> None:
     """Refuse a ``--hybrid-layer-pattern`` that positions do not reach, or that cannot be built.
 
     Raises:
-        ValueError: naming the pattern and the symbol in the way.
+        UserError: naming the pattern and the symbol in the way.
     """
     flag, pattern = _flag_and_pattern(args)
     if pattern is None:
         return
     for symbol, name in _UNROTATED.items():
         if symbol in pattern:
-            raise ValueError(
+            raise UserError(
                 f"{flag} is {pattern!r}: it must be without {symbol!r}, positions do not reach "
                 f"{name}; use {Symbols.ATTENTION!r}"
             )
     if Symbols.MTP_SEPARATOR in pattern:
-        raise ValueError(
+        raise UserError(
             f"{flag} is {pattern!r}: it must be without {Symbols.MTP_SEPARATOR!r}, multi-token "
             "prediction is not supported"
         )
     if Symbols.ATTENTION not in pattern:
-        raise ValueError(
+        raise UserError(
             f"{flag} is {pattern!r}: it must have attention, {Symbols.ATTENTION!r}; nothing else "
             "knows where a token stands"
         )
@@ -68,7 +70,7 @@ def _flag_and_pattern(args: Namespace) -> tuple[str, str | None]:
 def _refuse_without_kernels(flag: str, pattern: str) -> None:
     others = sorted(set(pattern) - _LOCAL)
     if others:
-        raise ValueError(
+        raise UserError(
             f"{flag} is {pattern!r} with --transformer-impl local (part of --cpu): layers "
             f"{' '.join(others)} need GPU kernels; only '*', '-' and 'E' can be built without"
         )
@@ -78,7 +80,7 @@ def serve_local_layers(config: Any, args: Namespace) -> None:
     """Have a Hybrid model config that asks for local layers, and names no ``--spec``, get them.
 
     Raises:
-        ValueError: its pattern has layers that there are no local ones of.
+        UserError: its pattern has layers that there are no local ones of.
     """
     pattern = getattr(config, "hybrid_layer_pattern", None)
     if pattern is None or args.transformer_impl != "local" or config.hybrid_stack_spec is not None:

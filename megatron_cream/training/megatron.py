@@ -4,6 +4,11 @@
 from __future__ import annotations
 
 import queue
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_cream.errors import MissingPackageError, UserError
 
 
 def answer_for_dataset_helpers() -> None:
@@ -19,7 +24,7 @@ def answer_for_dataset_helpers() -> None:
     from megatron.core.datasets import utils
 
     if not hasattr(utils, "compile_helpers"):
-        raise ImportError(
+        raise MissingPackageError(
             "megatron.core.datasets.utils.compile_helpers is gone: it may have changed in your "
             "version of megatron-core; megatron_cream is made for 0.19.2"
         )
@@ -44,9 +49,25 @@ def keep_save_results_here() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if not hasattr(filesystem_async, "_results_queue"):
-        raise ImportError(
+        raise MissingPackageError(
             f"{filesystem_async.__name__}._results_queue is gone: it may have changed in your "
             "version of megatron-core; megatron_cream is made for 0.19.2"
         )
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
+
+
+@contextmanager
+def megatrons_refusals() -> Iterator[None]:
+    """Turn what Megatron's own validation of flags raises into one line.
+
+    Raises:
+        UserError: with Megatron's reason; of an assertion without words, its source line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise UserError(f"Megatron refuses these flags: {reason}") from None

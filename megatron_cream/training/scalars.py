@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import MissingPackageError
 from megatron_cream.positions import Strategy
 from megatron_cream.positions.coverage import Tally
 from megatron_cream.training.report import most_samples
@@ -93,7 +94,7 @@ def write_scalars(args: Namespace, extension: ExtensionConfig) -> None:
         return
     own = getattr(training, "training_log", None)
     if own is None:
-        raise ImportError(
+        raise MissingPackageError(
             "megatron.training.training.training_log is gone: it may have changed in your version "
             "of megatron-core; megatron_cream is made for 0.19.2"
         )

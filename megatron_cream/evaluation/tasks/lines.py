@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question, rng
 from megatron_cream.evaluation.filler import names, spread
 
@@ -98,7 +99,7 @@ def _asking(
 
     def draw(count: int) -> Draft:
         if count > _MOST_LINES:
-            raise ValueError(f"a record of {count} lines is asked for: there are {_MOST_LINES}")
+            raise UserError(f"a record of {count} lines is asked for: there are {_MOST_LINES}")
         body = [line(*pair) for pair in pairs[:count]]
         if begin:  # a JSON object
             body = [begin + body[0], *body[1:]]

@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question, rng
 from megatron_cream.evaluation.filler import names
 
@@ -100,6 +101,6 @@ def _invented(draw: np.random.Generator, count: int) -> list[str]:
     """Different words of three syllables."""
     size = len(_SYLLABLES)
     if count > size**3:
-        raise ValueError(f"{count} invented words are needed: there are {size**3}")
+        raise UserError(f"{count} invented words are needed: there are {size**3}")
     chosen = draw.permutation(size**3)[:count]
     return ["".join(_SYLLABLES[n // size**i % size] for i in (2, 1, 0)) for n in chosen]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.by_pair import LongRopeScaling
 from megatron_cream.rope.clex.ode import Field, Solved, limits, solve
 from megatron_cream.rope.clex.scaling import ClexScaling
@@ -34,10 +35,10 @@ def read_weights(stored: StoredTensors) -> Tensor:
     """Return the weights ``[size]`` of a checkpoint, in their own type.
 
     Raises:
-        ValueError: it has none.
+        UserError: it has none.
     """
     if WEIGHTS not in stored:
-        raise ValueError(f"checkpoint {stored.folder} lacks {WEIGHTS}: a clex model has it")
+        raise UserError(f"checkpoint {stored.folder} lacks {WEIGHTS}: a clex model has it")
     (size,) = stored.shape(WEIGHTS)
     dtype = stored.dtype(WEIGHTS)
     values = np.empty((size, dtype.itemsize), dtype=np.uint8)
@@ -80,12 +81,12 @@ def freeze(scaling: ClexScaling, weights: Tensor, scale: float) -> LongRopeScali
         weights: ``[size]`` of any float type.
 
     Raises:
-        ValueError: weights of another shape than the settings say.
+        UserError: weights of another shape than the settings say.
         RuntimeError: as ``solve_weights``.
     """
     field = field_of(scaling)
     if weights.shape != (field.size,):
-        raise ValueError(
+        raise UserError(
             f"{WEIGHTS} has shape {tuple(weights.shape)}: clex with dim {field.dim} and "
             f"param_factor {field.width} has ({field.size},)"
         )

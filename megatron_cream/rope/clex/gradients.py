@@ -24,6 +24,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.clex.frozen import NOT_FINITE
 from megatron_cream.rope.clex.rotary import ClexRotaryEmbedding
 from megatron_cream.rope.clex.table import ScaleTable
@@ -39,14 +40,14 @@ def share(chunks: list[nn.Module], fresh: bool = False) -> list[nn.Module]:
         fresh: the checkpoint that the run starts from has no weights of CLEX.
 
     Raises:
-        ValueError: a chunk without attention, which could not tell when its gradients are done.
+        UserError: a chunk without attention, which could not tell when its gradients are done.
     """
     from megatron.core.transformer.attention import Attention
 
     first = mpu.get_pipeline_model_parallel_rank() * len(chunks)
     for i, chunk in enumerate(chunks):
         if not any(isinstance(module, Attention) for module in chunk.modules()):
-            raise ValueError(
+            raise UserError(
                 "--rope-interpolation is 'clex': a pipeline stage has no attention layer; every "
                 "stage must have one, change --pipeline-model-parallel-layout or its size"
             )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling
 
 ACTIVATIONS = ("tanh", "silu")
@@ -32,9 +33,9 @@ class ClexScaling(RopeScaling):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dim < 4:
-            raise ValueError(f"dim is {self.dim}: clex needs at least 4 rotated dimensions")
+            raise UserError(f"dim is {self.dim}: clex needs at least 4 rotated dimensions")
         if self.factor <= 1:
-            raise ValueError(
+            raise UserError(
                 f"factor (--rope-factor) is {self.factor:g}: clex needs more than 1, a "
                 "--target-length beyond --original-length"
             )
@@ -42,13 +43,13 @@ class ClexScaling(RopeScaling):
     def _check_option(self, key: str, value: Any) -> None:
         if key == "act":
             if value not in ACTIVATIONS:
-                raise ValueError(
+                raise UserError(
                     f"act (--rope-options) is {value!r}: it must be one of {ACTIVATIONS}"
                 )
             return
         super()._check_option(key, value)
         if key == "param_factor" and int(value) != value:
-            raise ValueError(f"param_factor (--rope-options) is {value}: it must be a whole number")
+            raise UserError(f"param_factor (--rope-options) is {value}: it must be a whole number")
 
     @property
     def scales(self) -> list[float]:
@@ -77,7 +78,7 @@ class ClexScaling(RopeScaling):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        raise ValueError(
+        raise UserError(
             "clex has its frequencies in the checkpoint's weights: freeze them at a scale "
             "(megatron_cream.rope.clex.frozen) to write them into a config.json"
         )
