@@ -19,7 +19,7 @@ class UserError(ValueError):
     """
 
 
-class MissingPackageError(UserError, ImportError):
+class MissingPackageError(ImportError, UserError):
     """An optional package is not installed, or an installed one is of another version."""
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_cream.errors import UserError, one_line_errors
-from megatron_cream.evaluation.position_plots import draw, require_matplotlib
+from megatron_cream.errors import one_line_errors
+from megatron_cream.evaluation.position_plots import draw, validate_picture_path
 from megatron_cream.evaluation.position_report import describe
 from megatron_cream.positions import STRATEGIES, Strategy, coverage, make_strategy
 from megatron_cream.positions.cream import GAUSSIANS
@@ -67,10 +67,8 @@ def default_samples(strategy: Strategy) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Print the report, write the picture and print its path."""
-    require_matplotlib()
     output = args.output or Path(f"positions-{args.strategy}.png")
-    if not output.parent.is_dir():
-        raise UserError(f"--output is {output}: its folder does not exist")
+    validate_picture_path(output)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     strategy = make_strategy(args.strategy, args.train_length, args.target_length, **given)
     samples = default_samples(strategy) if args.samples is None else args.samples

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_cream.errors import MissingPackageError
+from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.evaluation.position_report import percent, range_name
 from megatron_cream.positions import Coverage, Layout, Strategy
 
@@ -30,6 +30,23 @@ def require_matplotlib() -> None:
         raise MissingPackageError(
             "a picture needs matplotlib: pip install megatron_cream[plot]", name="matplotlib"
         ) from exc
+
+
+def validate_picture_path(path: Path) -> None:
+    """Check where a picture is to go, before any long work.
+
+    Raises:
+        UserError: its folder is missing, or matplotlib writes no such kind of file.
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if not path.parent.is_dir():
+        raise UserError(f"--output is {path}: its folder does not exist")
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise UserError(f"--output is {path}: it must end in one of .{', .'.join(known)}")
 
 
 def draw(strategy: Strategy, result: Coverage, layouts: list[Layout], output: Path) -> None:

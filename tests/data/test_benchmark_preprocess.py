@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.commands import exit_status
 
 from megatron_cream.data.preprocess import PreprocessConfig, preprocess
 from megatron_cream.data.tokenizers import train_bpe
@@ -77,5 +78,5 @@ def test_table_and_failures(benchmark, tmp_path, capsys):
     assert rows[-2] == "| Megatron | 180.00 | 1.00 | 90.00 | 60.0 | 45.0 | 80.00 | 50.00 | 1.00 |"
     assert rows[-1].endswith("| 3.0 | 3.0 | too little | 0.67 | 1.00 |")
     arguments = ["--input", str(tmp_path / "no"), "--tokenizer-type", "x", "--tokenizer-model", "y"]
-    assert benchmark.main(arguments) == 2
+    assert exit_status(benchmark.main, arguments) == 2
     assert "no: not found" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import exit_status
 
 from megatron_cream.data.chat import messages_of
 from megatron_cream.data.index import read_index
@@ -94,7 +95,7 @@ def test_a_bad_conversation_names_its_line_or_is_skipped(
     source = write(tmp_path / "in.jsonl", MESSAGES, record)
     output = tmp_path / "out.jsonl"
     flags = ["--input", source, "--output", str(output), "--tokenizer-model", str(tokenizer)]
-    assert tool.main(flags) == 2
+    assert exit_status(tool.main, flags) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {source}, line 2: ") and said in error
     assert list(tmp_path.iterdir()) == [Path(source)], "nothing half-written"
@@ -108,7 +109,7 @@ def test_a_tokenizer_without_template_is_refused(tool, tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", MESSAGES)
     out = str(tmp_path / "out.jsonl")
     flags = ["--input", source, "--output", out, "--tokenizer-model", str(tmp_path / "plain")]
-    assert tool.main(flags) == 2
+    assert exit_status(tool.main, flags) == 2
     assert "it must have a chat template" in capsys.readouterr().err
 
 

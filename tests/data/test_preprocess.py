@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from support.commands import exit_status
 
 from megatron_cream.data import units
 from megatron_cream.data.preprocess import PreprocessConfig
@@ -268,7 +269,7 @@ def tool():
 
 def test_tool_exit_status(tool, job, capsys):
     Path(job.input[0]).write_text("{broken\n")
-    assert tool.main(arguments(job)) == 2
+    assert exit_status(tool.main, arguments(job)) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {job.input[0]}: line 1: ")
     with pytest.raises(SystemExit) as caught:
         tool.main([*arguments(job), "--workers", "many"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.commands import exit_status
 
 from megatron_cream.evaluation.position_plots import draw
 from megatron_cream.evaluation.position_report import describe
@@ -162,7 +163,7 @@ def test_tool_takes_training_flags(tool, tmp_path, capsys):
 )
 def test_settings_that_do_not_fit_are_one_line(tool, tmp_path, capsys, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
-    assert tool.main([*LENGTHS, *flags]) == 2
+    assert exit_status(tool.main, [*LENGTHS, *flags]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -190,7 +191,7 @@ def test_flags_that_cannot_be_read_are_one_line(tool, capsys, flags, named):
 
 def test_missing_matplotlib_says_what_to_install(tool, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert tool.main([*LENGTHS, "--strategy", "cream"]) == 2
+    assert exit_status(tool.main, [*LENGTHS, "--strategy", "cream"]) == 2
     out, err = capsys.readouterr()
     assert "pip install megatron_cream[plot]" in err
     assert out == ""  # said before the counting, not after

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.arguments import arguments
+from support.commands import exit_status
 
 from megatron_cream.evaluation.cases import Haystack
 from megatron_cream.evaluation.compare import compare
@@ -143,10 +144,10 @@ def test_affordable_haystacks(most, taken):
 
 def test_threads_of_a_shared_machine_wait_asleep(tool, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    tool.main(["compare", "nowhere"])
+    assert exit_status(tool.main, ["compare", "nowhere"]) == 2
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    tool.main(["compare", "nowhere"])
+    assert exit_status(tool.main, ["compare", "nowhere"]) == 2
     assert os.environ["OMP_WAIT_POLICY"] == "active"
 
 
@@ -181,7 +182,7 @@ def test_bad_input_is_one_line(tool, small_hf, tmp_path, capsys, message):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     words = [{"HF": small_hf, "EMPTY": str(empty)}.get(word, word) for word in BAD[message]]
-    assert tool.main(words) == 2
+    assert exit_status(tool.main, words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message.replace("EMPTY", str(empty)) in error

@@ -105,7 +105,7 @@ def test_list_of_messages_has_those_that_functions_make(hook):
 
 def test_hook_needs_its_marker(hook):
     page = type("Page", (), {"file": type("File", (), {"src_path": "troubleshooting.md"})})
-    assert "ValueError" in hook.on_page_markdown(f"a {hook.MARKER} b", page)
+    assert "UserError" in hook.on_page_markdown(f"a {hook.MARKER} b", page)
     with pytest.raises(ValueError, match="every message"):
         hook.on_page_markdown("no marker", page)
 

@@ -190,8 +190,9 @@ def test_a_checkpoint_that_is_not_whole(refused, initial, tmp_path):
 def test_gpu_present_refuses_the_stand_in(monkeypatch):
     import torch
 
+    from megatron_cream.errors import UserError
     from megatron_cream.training import cpu
 
     monkeypatch.setattr(torch.cuda, "_stood_in_by_cpu", False)
-    with pytest.raises(RuntimeError, match="leave out --cpu"):
+    with pytest.raises(UserError, match="leave out --cpu"):
         cpu.install()
