@@ -7,6 +7,7 @@ import os
 import warnings
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
+from megatron_cream.checkpoint.unpickling import only_listed_globals
+from megatron_cream.checkpoint.whole import check
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.training.hooks import model_config
@@ -190,6 +193,12 @@ def _refuse_untrained(path: str, args: Namespace, extension: ExtensionConfig) ->
 
 def _load_weights(model: Any, path: str) -> None:
     folder = str(latest_checkpoint(path))
+    check(Path(folder), f"--checkpoint is {path}")
+    with only_listed_globals():  # and .metadata has just been looked at
+        _load_checked(model, folder)
+
+
+def _load_checked(model: Any, folder: str) -> None:
     metadata = dict(dist_checkpointing.load_content_metadata(folder) or {})
     metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
     with warnings.catch_warnings():

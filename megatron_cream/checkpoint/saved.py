@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
-import warnings
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_cream.checkpoint.iterations import (
+    FORMAT_FILE,
+    TRACKER,
+    folder_named,
+    read_tracker,
+    start_of,
+    without_tracker,
+)
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 
 SETTINGS_KEY = "megatron_cream"
 """Attribute of the arguments that Megatron saves with a checkpoint; holds our settings."""
-
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def latest_checkpoint(path: str) -> Path | None:
@@ -22,32 +27,51 @@ def latest_checkpoint(path: str) -> Path | None:
     ``path`` is what Megatron was given as --save, or one ``iter_...`` folder in it.
 
     Raises:
-        UserError: the folder that Megatron's tracker file names is missing or not whole.
+        UserError: the folder that Megatron's tracker file names is missing or not whole, the
+            tracker is damaged, or there are iterations and no tracker.
     """
     root = Path(path)
-    tracker = root / _TRACKER
-    if not tracker.is_file():
-        return root if (root / "metadata.json").is_file() else None
-    name = tracker.read_text().strip()
-    folder = root / ("release" if name == "release" else f"iter_{int(name):07d}")
-    if not (folder / "metadata.json").is_file():
+    if (root / FORMAT_FILE).is_file():
+        return root
+    name = read_tracker(root)
+    if name is None:
+        if error := without_tracker(root):
+            raise error
+        return None
+    folder = folder_named(root, name)
+    if not (folder / FORMAT_FILE).is_file():
+        from megatron_cream.checkpoint.whole import go_on_before
+
         raise UserError(
-            f"checkpoint {path}: {_TRACKER} names {folder.name}, which is missing or not whole"
+            f"checkpoint {path}: {TRACKER} names {folder.name}, which is missing or not whole; "
+            f"{go_on_before(folder, '--checkpoint')}"
         )
     return folder
 
 
 def saved_arguments(path: str) -> Namespace | None:
-    """Return the arguments saved with the latest checkpoint under ``path``, or None."""
-    folder = latest_checkpoint(path)
-    if folder is None:
-        return None
-    from megatron.core.dist_checkpointing import load_common_state_dict
+    """Return the arguments saved with the latest checkpoint under ``path``, or None.
 
-    with warnings.catch_warnings():
-        # It says that it reads in one process, which is what is wanted.
-        warnings.simplefilter("ignore", UserWarning)
-        return load_common_state_dict(str(folder)).get("args")
+    No code from the checkpoint runs.
+    """
+    folder = latest_checkpoint(path)
+    return None if folder is None else arguments_in(folder)
+
+
+def arguments_in(folder: Path) -> Namespace | None:
+    """Return the arguments saved with one iteration, or None where it has none.
+
+    Raises:
+        OSError, UserError: it is damaged, or names what Megatron does not write.
+    """
+    from megatron_cream.checkpoint.records import read_common, read_table
+
+    args = read_common(read_table(folder)).get("args")
+    if not isinstance(args, Namespace | None):
+        raise UserError(
+            f"checkpoint {folder} is damaged: its arguments are a {type(args).__name__}"
+        )
+    return args
 
 
 def saved_extension(args: Namespace) -> ExtensionConfig | None:
@@ -74,11 +98,8 @@ _MUST_AGREE = (
 
 def _started_from(args: Namespace) -> Namespace | None:
     """Return the arguments saved with the weights that a run starts from or resumes."""
-    for path in (args.load, args.pretrained_checkpoint):
-        saved = saved_arguments(path) if path else None
-        if saved is not None:
-            return saved
-    return None
+    start = start_of(args)
+    return None if start is None else arguments_in(start.folder)
 
 
 def starts_without_clex(args: Namespace) -> bool:

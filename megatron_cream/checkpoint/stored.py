@@ -11,25 +11,20 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
+from megatron_cream.checkpoint.records import Section, Table, read_table
 from megatron_cream.checkpoint.weights import read_exactly
 from megatron_cream.errors import UserError
 
 _ENTRY = "/data/0"
+_LOCAL_MAGIC = b"PK\3\4"
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 
 
@@ -43,20 +38,12 @@ class StoredTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        metadata = _read_metadata(folder)
-        self._tensors = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        # Without the index that torch numbers a rank's chunks by.
-        self._places = {
-            (index.fqn, tuple(index.offset or ())): info
-            for index, info in metadata.storage_data.items()
-        }
+        table = read_table(folder)
+        self._tensors, self._records = table.tensors, table.records
+        for problem in lacking_files(table):
+            raise problem
         self._files: dict[str, int] = {}
         self._starts: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}
-        self._check_files()
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
@@ -125,42 +112,18 @@ class StoredTensors:
 
     def _find_data(self, key: str, chunk: ChunkStorageMetadata) -> tuple[str, int]:
         """Return the file of a chunk, and where in it its bytes start."""
-        info = self._places[key, tuple(chunk.offsets)]
-        path = info.relative_path
-        section = _Section(self._descriptor(path), info.offset, info.length)
-        try:
-            with zipfile.ZipFile(section) as archive:
-                (entry,) = [i for i in archive.infolist() if i.filename.endswith(_ENTRY)]
-            # A chunk with other strides would have its bytes in another order.
-            tensor = torch.load(section.rewound(), map_location="meta", weights_only=True)
-        except (zipfile.BadZipFile, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.folder / path}: {key} cannot be read ({error})") from None
-        stored = tensor.shape == chunk.sizes and tensor.dtype == self.dtype(key)
-        plain = entry.file_size == tensor.nbytes and entry.compress_type == zipfile.ZIP_STORED
-        if info.transform_descriptors or not (stored and plain and tensor.is_contiguous()):
-            raise UserError(f"{self.folder / path}: {key} is stored in a way that is not served")
-        header = section.at(entry.header_offset, _LOCAL_HEADER)
-        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return path, info.offset + entry.header_offset + _LOCAL_HEADER + names
+        record = self._records[key, tuple(chunk.offsets)]
+        path = self.folder / record.file
+        section = Section(self._descriptor(record.file), record.start, record.length)
+        if record.transformed:
+            raise UserError(f"{path}: {key} is stored in a way that is not served")
+        start = data_start(section, chunk, self.dtype(key), f"{path}: {key}")
+        return record.file, record.start + start
 
     def _descriptor(self, path: str) -> int:
         if path not in self._files:
             self._files[path] = os.open(self.folder / path, os.O_RDONLY)
         return self._files[path]
-
-    def _check_files(self) -> None:
-        ends: dict[str, int] = {}
-        for info in self._places.values():
-            path = info.relative_path
-            ends[path] = max(ends.get(path, 0), info.offset + info.length)
-        for path, end in ends.items():
-            file = self.folder / path
-            if not file.is_file():
-                raise FileNotFoundError(f"checkpoint {self.folder} lacks its file {path}")
-            if file.stat().st_size < end:
-                raise UserError(
-                    f"{file} has {file.stat().st_size} bytes, .metadata says {end}: it is cut off"
-                )
 
     def close(self) -> None:
         """Close the files."""
@@ -169,51 +132,44 @@ class StoredTensors:
         self._files.clear()
 
 
-def _read_metadata(folder: Path) -> Metadata:
-    if not (folder / ".metadata").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no .metadata: it must be one iteration of a torch_dist checkpoint"
-        )
+def data_start(
+    section: Section, chunk: ChunkStorageMetadata, dtype: torch.dtype, place: str
+) -> int:
+    """Return where in the record of a chunk its bytes start.
+
+    Raises:
+        UserError: the record is damaged, or holds something else than this chunk, uncompressed and
+            in order.
+    """
     try:
-        return FileSystemReader(folder).read_metadata()
-    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise UserError(f"{folder / '.metadata'} cannot be read: {error}") from None
+        with zipfile.ZipFile(section) as archive:
+            (entry,) = [i for i in archive.infolist() if i.filename.endswith(_ENTRY)]
+        # A chunk with other strides would have its bytes in another order.
+        tensor = torch.load(section.rewound(), map_location="meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes may raise anything, see unpickling
+        raise UserError(f"{place} is damaged and cannot be read ({error})") from None
+    stored = isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (
+        chunk.sizes,
+        dtype,
+    )
+    plain = entry.compress_type == zipfile.ZIP_STORED
+    if not (stored and plain and entry.file_size == tensor.nbytes and tensor.is_contiguous()):
+        raise UserError(f"{place} is stored in a way that is not served")
+    header = section.at(entry.header_offset, _LOCAL_HEADER)
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    start = entry.header_offset + _LOCAL_HEADER + names
+    if header[:4] != _LOCAL_MAGIC or start + tensor.nbytes > section.seek(0, io.SEEK_END):
+        raise UserError(f"{place} is damaged and cannot be read (its bytes are not in the record)")
+    return start
 
 
-class _Section(io.RawIOBase):
-    """A stretch of an open file as a file of its own."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor, self._offset, self._length = descriptor, offset, length
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, out: Any) -> int:
-        view = memoryview(out).cast("B")
-        count = max(0, min(len(view), self._length - self._position))
-        done = os.preadv(self._descriptor, [view[:count]], self._offset + self._position)
-        self._position += done
-        return done
-
-    def at(self, position: int, count: int) -> bytes:
-        """Return ``count`` bytes from ``position``."""
-        self.seek(position)
-        return self.read(count)
-
-    def rewound(self) -> _Section:
-        """Return this section at its start."""
-        self.seek(0)
-        return self
+def lacking_files(table: Table) -> Iterator[OSError | UserError]:
+    """Yield an error for each file of a checkpoint that is missing or shorter than it must be."""
+    for name, end in sorted(table.ends().items()):
+        file = table.folder / name
+        if not file.is_file():
+            yield FileNotFoundError(f"checkpoint {table.folder} lacks its file {name}")
+        elif (size := file.stat().st_size) < end:
+            yield UserError(f"{file} has {size} bytes, .metadata says {end}: it is cut off")

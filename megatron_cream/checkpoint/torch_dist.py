@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from megatron_cream.checkpoint import checksums
+
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 _FILE_BYTES = 5_000_000_000  # several files, so that several readers find work
@@ -88,19 +90,25 @@ def write_torch_dist(
     plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
     by_index = {(chunk.key, chunk.offset): chunk for chunk in chunks}
     results = []
-    with _without_checksums():
-        for plan in plans:
+    # Of each file while the next is written: it is still in memory.
+    sums: dict[str, Future[checksums.Sum]] = {}
+    with _without_checksums(), ThreadPoolExecutor(1) as reader:
+        for number, plan in enumerate(plans):
             wanted = [item for item in plan.items if item.type is WriteItemType.SHARD]
             order = [by_index[item.index.fqn, tuple(item.index.offset)] for item in wanted]
             with _Source(order, objects, on_bytes) as source:
                 results.append(writer.write_data(plan, source).wait())
+            for path in folder.glob(f"__{number}_*"):
+                sums[path.name] = reader.submit(checksums.checksum, path)
     writer.finish(metadata, results)
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
+    small = {name: checksums.checksum(folder / name) for name in (".metadata", "metadata.json")}
+    checksums.write_sums(folder, 0, small | {name: sum_.result() for name, sum_ in sums.items()})
 
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Leave out checksums inside the records: no loader looks at them, and they halve the speed."""
+    """Leave out checksums inside the records: they halve the speed, and files have their own."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -14,7 +14,9 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_cream.checkpoint.saved import refuse_other_model, saved_arguments, saved_extension
+from megatron_cream.checkpoint.iterations import start_of
+from megatron_cream.checkpoint.saved import arguments_in, refuse_other_model, saved_extension
+from megatron_cream.checkpoint.starting import check_start
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import read_index, read_metadata
 from megatron_cream.data.sources import make_sources
@@ -106,34 +108,27 @@ def _check_end_of_document(args: Namespace, prefix: str) -> None:
 
 
 def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
-    """Compare our settings with those of the checkpoint that a run resumes from.
+    """Check the checkpoint that a run starts from, and compare our settings with its.
 
     Starting a new run from the weights of another (--finetune, --pretrained-checkpoint) may
     change them; that is what extending a model is.
 
     Raises:
-        UserError: naming each setting that differs, with both values.
-        FileNotFoundError: a new run is to start from weights that are not there.
+        UserError: naming each setting that differs, with both values; or what ``check_start``
+            finds.
+        FileNotFoundError: the run is to start from weights that are not there.
     """
-    saved = saved_arguments(args.load) if args.load else None
-    if saved is not None and not args.finetune:
+    check_start(args)
+    start = start_of(args)
+    if start is None:
+        return
+    saved = arguments_in(start.folder)
+    if start.flag == "--load" and not args.finetune:
         _refuse_differences(args.load, saved, extension)
         _refuse_optimizer_layout(args, saved)
-    # --load may be empty where a run saves to and resumes from one folder, and starts from
-    # --pretrained-checkpoint the first time.
-    weights = args.pretrained_checkpoint
-    if args.load and args.finetune and not weights and saved is None:
-        raise FileNotFoundError(
-            f"--load is {args.load}: with --finetune it must hold a torch_dist checkpoint"
-        )
-    if weights and saved_arguments(weights) is None:
-        raise FileNotFoundError(
-            f"--pretrained-checkpoint is {weights}: it must hold a torch_dist checkpoint"
-        )
-    start = weights or (args.load if args.finetune else None)
-    if start:
-        refuse_other_model(start, saved_arguments(start), args)
-        _refuse_dropped_scaling(start, saved_arguments(start), extension)
+    else:
+        refuse_other_model(str(start.root), saved, args)
+        _refuse_dropped_scaling(str(start.root), saved, extension)
 
 
 def _refuse_dropped_scaling(path: str, saved: Namespace, extension: ExtensionConfig) -> None:

@@ -43,6 +43,7 @@ def parse(
     from megatron.training.arguments import parse_args
 
     from megatron_cream.checkpoint.saved import SETTINGS_KEY, complete_arguments, keep_vocabulary
+    from megatron_cream.checkpoint.starting import check_start
     from megatron_cream.training.megatron import megatrons_refusals
 
     provider = _ours_after(extra_args_provider)
@@ -50,6 +51,8 @@ def parse(
     # Ours first: Megatron's own validation prints hundreds of lines that would bury an error.
     args = _with_defaults(parse_args(provider, ignore_unknown_args), defaults)
     from_checkpoint = args.use_checkpoint_args or defaults.get("use_checkpoint_args", False)
+    if from_checkpoint:
+        check_start(args)  # Megatron's validation reads it, without limits
     extension = None if from_checkpoint else check(args)
     with megatrons_refusals():
         args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
@@ -100,6 +103,7 @@ def ready(args: Namespace, config: Any) -> None:
 
     The last thing before ``megatron.training.pretrain``.
     """
+    from megatron_cream.checkpoint import checksums
     from megatron_cream.checkpoint.saved import SETTINGS_KEY
     from megatron_cream.training import hooks, report, scalars
     from megatron_cream.training.megatron import answer_for_dataset_helpers, keep_save_results_here
@@ -107,6 +111,7 @@ def ready(args: Namespace, config: Any) -> None:
     answer_for_dataset_helpers()
     if args.cpu:
         keep_save_results_here()
+    checksums.serve_saves()
     extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
     hooks.hook_into(config, args, extension)
     scalars.write_scalars(args, extension)

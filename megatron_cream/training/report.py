@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_cream.checkpoint.iterations import start_of
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.positions import Strategy, coverage
 from megatron_cream.rope import RopeScaling
@@ -33,10 +34,18 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
         "wavelengths": f"{shortest:.2f} to {longest:.0f} tokens",
         "rope kernel": "fused" if args.apply_rope_fusion else "unfused",
         "labels": f"{extension.label_rule}, samples from: {extension.sample_unit}",
+        "weights": _weights_line(args),
     }
     width = max(map(len, fields))
     lines = [f"  {name:<{width}}  {value}" for name, value in fields.items()]
     return "\n".join(["megatron_cream", *lines])
+
+
+def _weights_line(args: Namespace) -> str:
+    start = start_of(args)
+    if start is None:
+        return "random"
+    return f"{start.folder}; Megatron's loader runs what is in it: load those you trust only"
 
 
 def _attention_factor_line(args: Namespace, scaling: RopeScaling) -> str:

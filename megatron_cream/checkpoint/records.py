@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of a torch_dist checkpoint, ``.metadata``: which record of which file holds what.
+
+A global tensor lies in chunks over the files of all ranks that saved it, an object in one record.
+A record is what ``torch.save`` writes, a zip archive.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from megatron_cream.checkpoint.unpickling import METADATA, read_object, read_pickle
+from megatron_cream.errors import UserError
+
+Place = tuple[str, tuple[int, ...]]
+"""Key and offset of a chunk; () is the offset of an object."""
+
+COMMON = "common_state/shard_0_1"
+"""The object with what all ranks have in common, a run's arguments among it."""
+
+COMMON_FILE = "common.pt"
+"""Where older releases of Megatron keep it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A stretch of a file.
+
+    Attributes:
+        file: its name in the folder.
+        start: first byte.
+        length: bytes.
+        transformed: torch was asked to compress or encrypt it.
+    """
+
+    file: str
+    start: int
+    length: int
+    transformed: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """What ``.metadata`` says; every chunk and object has its record."""
+
+    folder: Path
+    tensors: dict[str, TensorStorageMetadata]
+    objects: tuple[str, ...]
+    records: dict[Place, Record]
+
+    def ends(self) -> dict[str, int]:
+        """Return the bytes that each file must have at least."""
+        ends: dict[str, int] = {}
+        for record in self.records.values():
+            end = record.start + record.length
+            ends[record.file] = max(ends.get(record.file, 0), end)
+        return ends
+
+    def read_object(self, name: str) -> Any:
+        """Return an object, without running code from the checkpoint.
+
+        Raises:
+            OSError: its file is missing.
+            UserError: it is damaged, or names what Megatron does not write.
+        """
+        record = self.records[name, ()]
+        path = self.folder / record.file
+        with path.open("rb") as file:
+            file.seek(record.start)
+            data = io.BytesIO(file.read(record.length))
+        return read_object(data, f"{path}: {name}")
+
+
+def read_table(folder: Path) -> Table:
+    """Read and check ``.metadata``, without running code from the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is damaged, or names what torch and Megatron do not write.
+    """
+    path = folder / METADATA
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {METADATA}: it must be one iteration of a torch_dist checkpoint"
+        )
+    state = path.stat()
+    return _read_table(folder, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)  # a start asks for it several times, and it may have 100 MB
+def _read_table(folder: Path, *_: int) -> Table:
+    path = folder / METADATA
+    metadata = read_pickle(path)
+    wrong = next(_wrong(metadata), None)
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: {wrong}")
+    entries = metadata.state_dict_metadata
+    table = Table(
+        folder,
+        {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)},
+        tuple(key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)),
+        # Without the index that torch numbers a rank's chunks by.
+        {(i.fqn, tuple(i.offset or ())): _record(s) for i, s in metadata.storage_data.items()},
+    )
+    lacking = next((place for place in _places(table) if place not in table.records), None)
+    if lacking is not None:
+        raise UserError(f"{path} is damaged: {lacking[0]} at {lacking[1]} has no record")
+    return table
+
+
+def read_common(table: Table) -> dict[str, Any]:
+    """Return what all ranks of the run had in common, without running code from the checkpoint.
+
+    Raises:
+        OSError, UserError: it is missing or damaged, or names what Megatron does not write.
+    """
+    path = table.folder / COMMON_FILE
+    if path.is_file():
+        found, place = [read_object(path, str(path))], str(path)
+    elif (COMMON, ()) in table.records:
+        found = table.read_object(COMMON)
+        place = f"{table.folder / table.records[COMMON, ()].file}: {COMMON}"
+    else:
+        raise UserError(f"{table.folder} has neither {COMMON_FILE} nor {COMMON} in its {METADATA}")
+    if not (isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict)):
+        raise UserError(f"{place} is damaged: it must be the common state of a run")
+    return found[0]
+
+
+def _record(info: Any) -> Record:
+    transformed = bool(getattr(info, "transform_descriptors", None))
+    return Record(info.relative_path, info.offset, info.length, transformed)
+
+
+def _places(table: Table) -> Iterator[Place]:
+    for key, entry in table.tensors.items():
+        for chunk in entry.chunks:
+            yield key, tuple(chunk.offsets)
+    for name in table.objects:
+        yield name, ()
+
+
+def _wrong(metadata: Any) -> Iterator[str]:
+    """Yield what does not fit together: a damaged pickle may still be read to its end."""
+    entries = getattr(metadata, "state_dict_metadata", None)
+    stored = getattr(metadata, "storage_data", None)
+    if not (isinstance(metadata, Metadata) and isinstance(entries, dict)):
+        yield "it is no table of a checkpoint"
+    elif not isinstance(stored, dict):
+        yield "it has no records"
+    else:
+        for key, entry in entries.items():
+            if not isinstance(key, str):
+                yield f"{key!r} is no name"
+            elif isinstance(entry, TensorStorageMetadata):
+                yield from _wrong_tensor(key, entry)
+            elif not isinstance(entry, BytesStorageMetadata):
+                yield f"{key} is neither a tensor nor an object"
+        for index, info in stored.items():
+            yield from _wrong_record(index, info, entries)
+
+
+def _wrong_tensor(key: str, entry: TensorStorageMetadata) -> Iterator[str]:
+    size, chunks = getattr(entry, "size", None), getattr(entry, "chunks", None)
+    dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+    if not (_sizes(size) and isinstance(chunks, list) and isinstance(dtype, torch.dtype)):
+        yield f"{key} has no size or type"
+        return
+    for chunk in chunks:
+        at, by = getattr(chunk, "offsets", None), getattr(chunk, "sizes", None)
+        fits = _sizes(at) and _sizes(by) and len(at) == len(by) == len(size)
+        if not fits or any(o + n > s for o, n, s in zip(at, by, size, strict=True)):
+            yield f"{key} has a chunk outside its size {list(size)}"
+            return
+    # Only buffers of an optimizer have gaps.
+    covered = sum(prod(chunk.sizes) for chunk in chunks)
+    if covered != prod(size) and not key.startswith("optimizer."):
+        yield f"{key} has {covered} elements in its chunks, by its size {prod(size)}"
+
+
+def _wrong_record(index: Any, info: Any, entries: dict[str, Any]) -> Iterator[str]:
+    key, at = getattr(index, "fqn", None), getattr(index, "offset", None)
+    known = isinstance(key, str) and key in entries and (at is None or _sizes(at))
+    if not (isinstance(index, MetadataIndex) and known):
+        yield f"it has a record of {key!r}, which it does not know"
+        return
+    name = getattr(info, "relative_path", None)
+    # A name with a folder in it would have another file read than one of the checkpoint.
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+        yield f"{key} is in the file {name!r}, which must be one in its folder"
+    elif "\0" in name or not _sizes([getattr(info, "offset", None), getattr(info, "length", None)]):
+        yield f"{key} has no place in {name!r}"
+
+
+def _sizes(values: Any) -> bool:
+    listed = isinstance(values, (tuple, list))
+    return listed and all(type(value) is int and 0 <= value < 2**62 for value in values)
+
+
+class Section(io.RawIOBase):
+    """A stretch of an open file as a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self._descriptor, self._offset, self._length = descriptor, offset, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, out: Any) -> int:
+        view = memoryview(out).cast("B")
+        count = max(0, min(len(view), self._length - self._position))
+        done = os.preadv(self._descriptor, [view[:count]], self._offset + self._position)
+        self._position += done
+        return done
+
+    def at(self, position: int, count: int) -> bytes:
+        """Return ``count`` bytes from ``position``."""
+        self.seek(position)
+        return self.read(count)
+
+    def rewound(self) -> Section:
+        """Return this section at its start."""
+        self.seek(0)
+        return self
