@@ -86,9 +86,10 @@ def without_tracker(root: Path) -> UserError | None:
     found = iterations(root)
     if not found or (root / TRACKER).is_file():
         return None
+    finished = [path for path in found if (path / FORMAT_FILE).is_file()]
     return UserError(
         f"{root} has {_named(root)} and no {TRACKER}, which names the one to take; write it: "
-        f"{write_tracker(found[-1])}"
+        f"{write_tracker((finished or found)[-1])}"
     )
 
 

@@ -7,7 +7,6 @@ import os
 import warnings
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from megatron.core import dist_checkpointing, mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
+from megatron_cream.checkpoint.saved import arguments_in, latest_checkpoint, saved_extension
 from megatron_cream.checkpoint.unpickling import only_listed_globals
 from megatron_cream.checkpoint.whole import check
 from megatron_cream.config import ExtensionConfig
@@ -143,11 +142,16 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no torch_dist checkpoint.
-        UserError: it carries no settings of ours and ``extension`` is not given.
+        UserError: it carries no settings of ours and ``extension`` is not given; it is damaged, or
+            names what Megatron does not write.
     """
-    args = saved_arguments(path)
-    if args is None:
+    folder = latest_checkpoint(path)
+    if folder is None:
         raise FileNotFoundError(f"--checkpoint is {path}: it must hold a torch_dist checkpoint")
+    check(folder, f"--checkpoint is {path}")
+    args = arguments_in(folder)
+    if args is None:
+        raise UserError(f"--checkpoint is {path}: {folder.name} says nothing of the model it is of")
     extension = extension or saved_extension(args)
     if extension is None:
         raise UserError(
@@ -175,7 +179,7 @@ def load_model(
         wrap_with_ddp=False,
         data_parallel_random_init=False,
     )
-    _load_weights(chunks[0], path)
+    _load_weights(chunks[0], str(folder))
     return LoadedModel(chunks[0].eval(), extension, args)
 
 
@@ -191,10 +195,8 @@ def _refuse_untrained(path: str, args: Namespace, extension: ExtensionConfig) ->
         )
 
 
-def _load_weights(model: Any, path: str) -> None:
-    folder = str(latest_checkpoint(path))
-    check(Path(folder), f"--checkpoint is {path}")
-    with only_listed_globals():  # and .metadata has just been looked at
+def _load_weights(model: Any, folder: str) -> None:
+    with only_listed_globals():  # .metadata was read with a list of its own before
         _load_checked(model, folder)
 
 
