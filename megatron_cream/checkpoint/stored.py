@@ -20,6 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_cream.checkpoint.records import Section, Table, read_table
+from megatron_cream.checkpoint.unpickling import damage_of
 from megatron_cream.checkpoint.weights import read_exactly
 from megatron_cream.errors import UserError
 
@@ -141,15 +142,11 @@ def data_start(
         UserError: the record is damaged, or holds something else than this chunk, uncompressed and
             in order.
     """
-    try:
+    with damage_of(place):
         with zipfile.ZipFile(section) as archive:
             (entry,) = [i for i in archive.infolist() if i.filename.endswith(_ENTRY)]
         # A chunk with other strides would have its bytes in another order.
         tensor = torch.load(section.rewound(), map_location="meta", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes may raise anything, see unpickling
-        raise UserError(f"{place} is damaged and cannot be read ({error})") from None
     stored = isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (
         chunk.sizes,
         dtype,

@@ -70,7 +70,7 @@ def read_pickle(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         UserError: it is damaged, or names something else than torch and Megatron write.
     """
-    with path.open("rb") as file, _damage_of(path):
+    with path.open("rb") as file, damage_of(path):
         return _Restricted(file, path).load()
 
 
@@ -98,7 +98,7 @@ def read_object(data: io.BytesIO | Path, place: str) -> Any:
     Raises:
         UserError: it is damaged, or names something that Megatron does not write.
     """
-    with _damage_of(place), torch.serialization.safe_globals(_listed()):
+    with damage_of(place), torch.serialization.safe_globals(_listed()):
         try:
             value = torch.load(_rewound(data), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
@@ -159,7 +159,7 @@ def _trusted() -> set[str]:
 
 
 def _foreign(place: object, names: list[str]) -> UserError:
-    few = ", ".join(sorted(names)[:3])
+    few = ",".join(sorted(names)[:3])
     return UserError(
         f"{place} names {few}, which neither torch nor Megatron writes into a checkpoint: reading "
         f"it would run code from whoever made it. If you trust it: {TRUSTED_VARIABLE}={few}"
@@ -174,8 +174,8 @@ def _refuse_hidden(value: Any, place: str) -> None:
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if isinstance(value, io.BytesIO):
         read_object(value, place)
-    elif isinstance(value, torch.Tensor) and value.numel():
-        with _damage_of(place):
+    elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel():
+        with damage_of(place):
             _Looked(io.BytesIO(value.numpy().tobytes()), place).load()
 
 
@@ -204,8 +204,8 @@ class _StandIn(dict):  # what a pickle may fill, and nothing else
 
 
 @contextmanager
-def _damage_of(place: object) -> Iterator[None]:
-    """Turn what damaged bytes raise into one line.
+def damage_of(place: object) -> Iterator[None]:
+    """Turn what damaged bytes raise into one line: a UserError with their place.
 
     That may be any exception, as Python's documentation of pickle says: damaged bytes are still
     instructions, carried out up to where they make no sense.
