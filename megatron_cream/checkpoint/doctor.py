@@ -20,7 +20,8 @@ from megatron_cream.checkpoint.iterations import (
     read_tracker,
     without_tracker,
 )
-from megatron_cream.checkpoint.records import Place, Section, Table, read_table
+from megatron_cream.checkpoint.records import Place, Table, read_table
+from megatron_cream.checkpoint.section import Section
 from megatron_cream.checkpoint.stored import data_start
 from megatron_cream.checkpoint.whole import problems
 from megatron_cream.errors import UserError

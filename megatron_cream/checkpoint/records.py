@@ -8,7 +8,6 @@ A record is what ``torch.save`` writes, a zip archive.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -210,42 +209,3 @@ def _wrong_record(index: Any, info: Any, entries: dict[str, Any]) -> Iterator[st
 def _sizes(values: Any) -> bool:
     listed = isinstance(values, (tuple, list))
     return listed and all(type(value) is int and 0 <= value < 2**62 for value in values)
-
-
-class Section(io.RawIOBase):
-    """A stretch of an open file as a file of its own."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor, self._offset, self._length = descriptor, offset, length
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, out: Any) -> int:
-        view = memoryview(out).cast("B")
-        count = max(0, min(len(view), self._length - self._position))
-        done = os.preadv(self._descriptor, [view[:count]], self._offset + self._position)
-        self._position += done
-        return done
-
-    def at(self, position: int, count: int) -> bytes:
-        """Return ``count`` bytes from ``position``."""
-        self.seek(position)
-        return self.read(count)
-
-    def rewound(self) -> Section:
-        """Return this section at its start."""
-        self.seek(0)
-        return self

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from megatron_cream.checkpoint.records import Section, Table, read_table
+from megatron_cream.checkpoint.records import Table, read_table
+from megatron_cream.checkpoint.section import Section
 from megatron_cream.checkpoint.unpickling import damage_of
 from megatron_cream.checkpoint.weights import read_exactly
 from megatron_cream.errors import UserError
