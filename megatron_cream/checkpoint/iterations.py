@@ -127,6 +127,7 @@ def start_of(args: Namespace) -> Start | None:
     else:
         return None
     name = read_tracker(root)
-    if args.ckpt_step and name != RELEASE:  # as Megatron has it
-        name = str(args.ckpt_step)
+    step = getattr(args, "ckpt_step", None)
+    if step and name != RELEASE:  # as Megatron has it
+        name = str(step)
     return None if name is None else Start(flag, root, folder_named(root, name))

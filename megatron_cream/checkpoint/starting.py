@@ -29,6 +29,8 @@ from megatron_cream.errors import UserError
 def check_start(args: Namespace) -> None:
     """Check --load, --pretrained-checkpoint and --save of a run. No code of a checkpoint runs.
 
+    Object storage (``msc://...``) is Megatron's to look at.
+
     Raises:
         UserError: there is nothing to load, what there is is damaged, or what another run saved
             would be overwritten.
@@ -44,7 +46,7 @@ def check_start(args: Namespace) -> None:
         _refuse_nothing_to_load(args)
     else:
         check(start.folder, f"{start.flag} is {start.root}", objects=primary)
-    if args.save:
+    if args.save and "://" not in args.save:
         _refuse_overwriting(args)
         if primary:
             _refuse_unwritable(Path(args.save))
@@ -98,7 +100,8 @@ def _refuse_nothing_to_load(args: Namespace) -> None:
         flag, path = "--load", args.load
     else:
         return
-    if args.non_persistent_ckpt_type is None or flag != "--load":
+    elsewhere = flag == "--load" and args.non_persistent_ckpt_type is not None
+    if not elsewhere and "://" not in path:
         raise FileNotFoundError(
             f"{flag} is {path}: it must hold a torch_dist checkpoint with its {TRACKER}, and the "
             "run would start from random weights"
