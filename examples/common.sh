@@ -15,12 +15,25 @@
 #   NODES, NODE_RANK, GPUS_PER_NODE, HEAD, PORT
 #   STEPS            any of: import train export
 #
-# USR1 or TERM saves a checkpoint and ends in status 75: start the same command again to go on.
+# USR1 or TERM saves a checkpoint and ends in status 75: start the same command again to go on. An
+# import or export has SIGNAL_SECONDS to finish; after that it is stopped, to be made anew.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python}
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+
+# From the first line on: Slurm signals all processes of a job, whatever each of them is at.
+SIGNALLED="" ON_SIGNAL=""
+signalled() {
+    [ -z "$SIGNALLED" ] || return 0
+    SIGNALLED=1
+    ${ON_SIGNAL:+"$ON_SIGNAL"}
+}
+trap signalled USR1 TERM
+
+# shellcheck source=torchrun.sh
+source "$HERE/examples/torchrun.sh"
 
 METHOD=${METHOD:-cream}
 ROPE=${ROPE:-linear}
@@ -29,6 +42,7 @@ BASE=${BASE:-checkpoints/$NAME}
 OUT=${OUT:-runs/$NAME-$TARGET_LENGTH-$METHOD-$ROPE}
 EXPORT=${EXPORT:-$OUT-hf}
 STEPS=${STEPS:-import train export}
+SIGNAL_SECONDS=${SIGNAL_SECONDS:-200}
 
 NODES=${NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
@@ -138,29 +152,90 @@ extend() {
         *) fail "STEPS is '$STEPS': it must be made of import, train and export" ;;
         esac
     done
-    if [[ $STEPS == *train* && -z ${DATA:-} ]]; then
+    # ALL_STEPS: what a launcher that starts one step at a time has before it.
+    if [[ ${ALL_STEPS:-$STEPS} == *train* && -z ${DATA:-} ]]; then
         fail "DATA is not set: it must be an indexed dataset (docs/data.md), without .bin"
     fi
     for step in $STEPS; do
+        if [ -n "$SIGNALLED" ]; then stop; fi
         "${step}_step" "$@"
     done
+}
+
+# A launcher that may start the run again looks for STOPPED_FILE, and not at exit statuses, which
+# tell of the node that ended worst.
+stop() {
+    say "stopped at iteration $(iteration) of $ITERATIONS: the same command goes on from there"
+    if [ "$NODE_RANK" = 0 ] && [ -n "${STOPPED_FILE:-}" ]; then
+        iteration >"$STOPPED_FILE"
+    fi
+    exit 75
 }
 
 import_step() {
     if has_checkpoint "$BASE"; then
         say "$BASE is there: it is not imported again"
     elif [ "$NODE_RANK" = 0 ]; then
-        "$PYTHON" "$HERE/tools/convert_checkpoint.py" import --hf "$HF" --output "$BASE"
+        convert import --hf "$HF" --output "$BASE"
     else
         say "waiting for node 0 to import $HF to $BASE"
         # The folder gets its name when it is whole.
-        until has_checkpoint "$BASE"; do sleep 10; done
+        until has_checkpoint "$BASE"; do
+            [ -z "$SIGNALLED" ] || stop
+            sleep 2 || true # it gets the signal as well
+        done
     fi
+    if [ -n "$SIGNALLED" ]; then stop; fi
 }
 
+# Of Megatron's own: a tracker, or the file of a folder that is one checkpoint.
 has_checkpoint() {
     [ -f "$1/latest_checkpointed_iteration.txt" ] || [ -f "$1/metadata.json" ]
 }
+
+# An import or export. Folders get their names when they are whole, so one that is stopped leaves
+# nothing that the next one would take for a checkpoint.
+convert() {
+    local status=0
+    TIMER=
+    child finish_soon "$PYTHON" "$HERE/tools/convert_checkpoint.py" "$@" || status=$?
+    [ -z "$TIMER" ] || kill "$TIMER" 2>/dev/null || true
+    if [ "$status" != 0 ] && [ -n "$SIGNALLED" ]; then stop; fi
+    return "$status"
+}
+
+finish_soon() {
+    say "a signal: this step has $SIGNAL_SECONDS seconds to finish"
+    (
+        trap '' USR1
+        sleep "$SIGNAL_SECONDS" &
+        # shellcheck disable=SC2064  # the number of this process, now
+        trap "kill $! 2>/dev/null; exit" TERM
+        wait $! && kill -TERM "$CHILD"
+    ) >/dev/null 2>&1 &
+    TIMER=$!
+}
+
+# child ON_SIGNAL COMMAND...: runs a command to its end and returns its status; ON_SIGNAL is called
+# at a signal. The command never sees USR1, which ends what does not handle it.
+child() {
+    local on_signal=$1
+    shift
+    (
+        trap '' USR1
+        trap - TERM
+        exec "$@"
+    ) &
+    CHILD=$!
+    ON_SIGNAL=$on_signal
+    [ -z "$SIGNALLED" ] || "$on_signal"
+    # A signal ends the wait, not the child.
+    until ended "$CHILD"; do wait "$CHILD" || true; done
+    ON_SIGNAL=
+    wait "$CHILD"
+}
+
+ended() { ! kill -0 "$1" 2>/dev/null; }
 
 train_step() {
     if finished; then
@@ -169,19 +244,21 @@ train_step() {
     fi
     apex_or_not
     all_args "$@"
-    local launch=(--standalone --nproc-per-node "$GPUS_PER_NODE")
-    if [ "$NODES" -gt 1 ]; then
-        launch=(
+    if [ "$NODES" = 1 ]; then
+        launch_on_one_node "$GPUS_PER_NODE"
+    else
+        LAUNCH_ARGS=(
             --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE"
             --master-addr "$HEAD" --master-port "$PORT"
         )
     fi
-    supervised "$PYTHON" -m torch.distributed.run "${launch[@]}" \
-        -m megatron_cream.pretrain "${ALL_ARGS[@]}"
-    if ! finished; then
-        say "stopped at iteration $(iteration) of $ITERATIONS: the same command goes on from there"
-        exit 75
-    fi
+    local status=0
+    child save_now "$PYTHON" -m torch.distributed.run "${LAUNCH_ARGS[@]}" \
+        -m megatron_cream.pretrain "${ALL_ARGS[@]}" || status=$?
+    # The signal may come before a worker can save, or end one whose peers are gone: go on later.
+    if [ -n "$SIGNALLED" ]; then stop; fi
+    if [ "$status" != 0 ]; then exit "$status"; fi
+    finished || stop # EXIT_MINUTES
 }
 
 iteration() { cat "$OUT/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
@@ -190,26 +267,16 @@ finished() { [ "$(iteration)" -ge "$ITERATIONS" ]; }
 
 # The output layer adds gradients up in a kernel of Apex, which NGC's images have.
 apex_or_not() {
-    if ! "$PYTHON" -c 'import fused_weight_gradient_mlp_cuda' 2>/dev/null; then
+    if ! (trap "" USR1 && exec "$PYTHON" -c "import fused_weight_gradient_mlp_cuda") 2>/dev/null; then
         say "Apex's fused_weight_gradient_mlp_cuda is not installed: --no-gradient-accumulation-fusion"
         GPU_ARGS+=(--no-gradient-accumulation-fusion)
     fi
 }
 
 # torchrun gives its workers 30 s after a TERM. A checkpoint may take longer, so a signal goes past
-# it to the workers, which save one, and torchrun ends when they do.
-supervised() {
-    local status=0
-    trap '' USR1
-    "$@" &
-    local pid=$!
-    # shellcheck disable=SC2064  # the number of this process, now
-    trap "pkill -TERM -P $pid || true" USR1 TERM
-    while kill -0 "$pid" 2>/dev/null; do
-        wait "$pid" && status=0 || status=$?
-    done
-    trap - USR1 TERM
-    return "$status"
+# it to the workers, which save one, and torchrun ends when they do. It may not have started them.
+save_now() {
+    until pkill -TERM -P "$CHILD" || ended "$CHILD"; do sleep 1 || true; done
 }
 
 export_step() {
@@ -219,5 +286,5 @@ export_step() {
         return
     fi
     finished || fail "$OUT is at iteration $(iteration): it must reach $ITERATIONS to be exported"
-    "$PYTHON" "$HERE/tools/convert_checkpoint.py" export --checkpoint "$OUT" --output "$EXPORT"
+    convert export --checkpoint "$OUT" --output "$EXPORT"
 }

@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import math
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+from megatron_cream import torchrun
 from megatron_cream.errors import UserError
 
 MODULES = (
@@ -86,11 +85,9 @@ def _write_dataset(folder: Path) -> Path:
 
 
 def _train(prefix: Path, folder: Path) -> list[float]:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
-        *("-m", "megatron_cream.pretrain", "--cpu", *TRAINING, "--data-path", str(prefix)),
-    ]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    training = ("--cpu", *TRAINING, "--data-path", str(prefix))
+    command = torchrun.command(1, "-m", "megatron_cream.pretrain", *training)
+    environment = torchrun.environment(CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     losses = [float(word) for word in _LOSS.findall(done.stdout)]
     if done.returncode or len(losses) != 2 or not all(map(math.isfinite, losses)):

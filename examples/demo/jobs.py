@@ -7,15 +7,14 @@ import hashlib
 import json
 import re
 import shutil
-import socket
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_cream import torchrun
 from megatron_cream.training import cpu
 
 MODEL = [
@@ -84,17 +83,19 @@ def _made_of(folder: Path, arguments: list[str]) -> str:
 
 
 def _train(folder: Path, name: str, steps: int, arguments: list[str]) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", str(_free_port()), *arguments),
-    ]
+    command = torchrun.command(2, *arguments)
     log = folder / f"{name}.log"
     lines = [" ".join(command)]
     with (
         log.open("w") as file,
         tqdm(total=steps, desc=f"train {name}", unit="step") as bar,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            env=torchrun.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         ) as process,
     ):
         file.write(lines[0] + "\n")
@@ -154,9 +155,3 @@ def export(folder: Path, run: str, name: str) -> str:
         f"    model = AutoModelForCausalLM.from_pretrained({str(output)!r})\n"
         f"    tokenizer = AutoTokenizer.from_pretrained({str(output)!r})"
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

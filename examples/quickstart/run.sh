@@ -33,6 +33,8 @@ fi
 
 # shellcheck source=lengths.sh
 source "$HERE/examples/quickstart/lengths.sh"
+# shellcheck source=../torchrun.sh
+source "$HERE/examples/torchrun.sh"
 
 WORK=${WORK:-runs/quickstart}
 BASE=${BASE:-$WORK/base}
@@ -111,6 +113,7 @@ train_args
 read -r -a TEXT_PATHS <<<"$TEXT"
 read -r -a LENGTH_LIST <<<"$LENGTHS"
 mkdir -p "$WORK"
+launch_on_one_node "$GPUS"
 
 step "$BASE" "$PYTHON" "$HERE/tools/convert_checkpoint.py" import --hf "$HF" --output "$BASE"
 
@@ -119,8 +122,7 @@ step "$DATA.idx" "$PYTHON" "$HERE/tools/preprocess_data.py" --input "${TEXT_PATH
     --min-tokens "$WINDOW" --workers "${WORKERS:-2}" --output-prefix "$DATA"
 
 step "$WORK/run/latest_checkpointed_iteration.txt" \
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" \
-    -m megatron_cream.pretrain "${TRAIN_ARGS[@]}"
+    "$PYTHON" -m torch.distributed.run "${LAUNCH_ARGS[@]}" -m megatron_cream.pretrain "${TRAIN_ARGS[@]}"
 
 step "$WORK/extended" "$PYTHON" "$HERE/tools/convert_checkpoint.py" export \
     --checkpoint "$WORK/run" --output "$WORK/extended"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from megatron_cream.errors import UserError
 from megatron_cream.planning.layout import Layout, Workload
 from megatron_cream.planning.models import BaseModel, megatron_flags
+from megatron_cream.torchrun import ONE_NODE
 
 WIDE = 8
 """T / N above which CREAM's published width leaves holes; docs/positions.md."""
@@ -111,7 +112,7 @@ def script(flags: dict[str, list[str]], gpus: int, gpus_per_node: int) -> str:
         launch += '--master-addr "$HEAD" --master-port 29500'
         where = f"# on each of {nodes} nodes: NODE counts them from 0, HEAD is the first one's name"
     else:
-        launch = f"--standalone --nproc-per-node {gpus}"
+        launch = f"{' '.join(ONE_NODE)} --nproc-per-node {gpus}"
         where = "# on one node"
     arrays = [f"{name}=({' '.join(map(_quote, theme))})" for name, theme in flags.items()]
     names = [f'"${{{name}[@]}}"' for name in flags]

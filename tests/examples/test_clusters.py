@@ -4,6 +4,7 @@
 import os
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -64,11 +65,16 @@ def test_a_sky_task_starts_the_script_of_its_environment(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs the batch script with commands of Slurm that keep their words and do as Slurm does."""
+    """Runs the batch script with commands of Slurm that keep their words and do as Slurm does.
+
+    A launch script that prints what it sees; with STOPS it says so to the batch script, too, and
+    ENDS is its exit status. tests/cluster has the real Slurm.
+    """
     tools = tmp_path / "bin"
     tools.mkdir()
     commands = {
         "scontrol": '[ "$1" = show ] && printf "node7\\nnode8\\n"; echo "scontrol $*" >>"$LOG"',
+        "scancel": 'echo "scancel $*" >>"$LOG"',
         # The task of the second node: what follows srun's own flags, and the container's.
         "srun": 'printf "%q " "$@" >>"$LOG"; echo >>"$LOG"\n'
         'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=1 "$@"',
@@ -77,7 +83,13 @@ def slurm(tmp_path):
         (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tools / name).chmod(0o755)
     target = tmp_path / "script.sh"
-    target.write_text('echo "$NODES $NODE_RANK $HEAD $PORT $*"\nexit "${ENDS:-0}"\n')
+    target.write_text(
+        'echo "$STEPS $NODES $NODE_RANK $HEAD $PORT ${GPUS_PER_NODE:-none} $*"\n'
+        '[ "${STOPS:-}" = "$STEPS" ] && echo 7 >"$STOPPED_FILE"\n'
+        '[ "${SIGNALLED_AT:-}" = "$STEPS" ] && kill -USR1 "$(cat pid)" && sleep 0.2\n'
+        '[ "${AT:-$STEPS}" = "$STEPS" ] || exit 0\n'
+        'exit "${ENDS:-0}"\n'
+    )
 
     def start(*arguments, **variables):
         log = tmp_path / "log"
@@ -90,18 +102,43 @@ def slurm(tmp_path):
             **variables,
         }
         done = subprocess.run(
-            ["bash", str(SLURM), *arguments], env=environment, capture_output=True, text=True
+            ["bash", "-c", f'echo $$ >pid; exec bash {SLURM} "$@"', "run", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
         )
         return done, shlex.split(log.read_text()) if log.exists() else []
 
     return start, str(target)
 
 
-def test_slurm_starts_one_script_a_node(slurm):
+def test_slurm_imports_and_exports_on_the_first_node_and_trains_on_all(slurm):
     start, script = slurm
-    done, _ = start(script, "--lr", "1e-5")
+    done, log = start(script, "--lr", "1e-5")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "2 1 node7 23456 --lr 1e-5\n"
+    rest = "2 1 node7 23456 none --lr 1e-5"
+    assert done.stdout == f"import {rest}\ntrain {rest}\nexport {rest}\n"
+    assert log.count("--nodes=1") == log.count("--nodelist=node7") == 2
+    assert log.count("--kill-on-bad-exit=0") == 3, "a node that ends ends no other"
+    done, _ = start(script, STEPS="train", HEAD="10.0.0.1")
+    assert done.stdout == "train 2 1 10.0.0.1 23456 none \n"
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "h100:8"}, "4"),
+        ({"SLURM_GPUS_PER_NODE": "h100:8"}, "8"),
+        ({"SLURM_GPUS_PER_NODE": "a100:4,v100:2"}, "6"),
+        ({"SLURM_GPUS_PER_NODE": "0"}, "none"),
+        ({"SLURM_GPUS_ON_NODE": "4", "GPUS_PER_NODE": "2"}, "2"),
+    ],
+)
+def test_slurm_says_how_many_gpus_a_node_has(slurm, given, gpus):
+    start, script = slurm
+    done, _ = start(script, STEPS="train", **given)
+    assert done.stdout == f"train 2 1 node7 23456 {gpus} \n"
 
 
 @pytest.mark.parametrize(
@@ -116,16 +153,45 @@ def test_slurm_starts_it_in_a_container(slurm, container, words):
     done, log = start(script, CONTAINER=container, IMAGE="an image", MOUNTS="/a:/b")
     assert done.returncode == 0, done.stderr
     assert set(words) <= set(log)
-    assert f"{os.getcwd()}:{os.getcwd()},/a:/b" in log
-    assert done.stdout.startswith("2 1 node7 23456")
+    here = Path(script).parent
+    assert f"{here}:{here},/a:/b" in log
+    assert done.stdout.startswith("import 2 1 node7 23456")
 
 
-def test_slurm_requeues_a_run_that_stopped_before_its_end_and_no_other(slurm):
+@pytest.mark.parametrize("step", ["import", "train", "export"])
+@pytest.mark.parametrize("status", ["75", "143", "0"])
+def test_slurm_requeues_what_node_0_says_stopped_whatever_other_nodes_end_with(slurm, step, status):
     start, script = slurm
-    done, log = start(script, ENDS="75")
+    done, log = start(script, STOPS=step, AT=step, ENDS=status)
     assert done.returncode == 75 and log[-2:] == ["requeue", "123456"]
-    done, log = start(script, ENDS="1")
-    assert done.returncode == 1 and log.count("requeue") == 1, "only the one before"
+    assert done.stdout.splitlines()[-1].startswith(step), "and starts no further step"
+    done, log = start(script)
+    assert done.returncode == 0 and log.count("requeue") == 1, "the note of last time is gone"
+
+
+@pytest.mark.parametrize("status", ["1", "2", "143"])
+def test_slurm_does_not_requeue_what_failed(slurm, status):
+    start, script = slurm
+    done, log = start(script, AT="train", ENDS=status)
+    assert done.returncode == int(status) and "requeue" not in log
+    assert "export" not in done.stdout
+
+
+@pytest.mark.parametrize(("at", "status"), [("import", "0"), ("import", "138"), ("train", "138")])
+def test_slurm_requeues_what_a_signal_met_unprepared(slurm, at, status):
+    """The batch script gets the signal, passes it on, and starts nothing new."""
+    start, script = slurm
+    done, log = start(script, SIGNALLED_AT=at, AT=at, ENDS=status)
+    assert done.returncode == 75 and log[-2:] == ["requeue", "123456"]
+    assert log[log.index("scancel") + 1 :][:2] == ["--signal=USR1", "123456"]
+    assert done.stdout.splitlines()[-1].startswith(at)
+
+
+def test_slurm_takes_another_nodes_older_view_for_no_failure(slurm):
+    start, script = slurm
+    done, log = start(script, AT="train", ENDS="75")
+    assert done.returncode == 0 and "requeue" not in log
+    assert "export" in done.stdout
 
 
 def test_slurm_refuses_what_it_cannot_start(slurm):
@@ -141,5 +207,5 @@ def test_slurm_refuses_what_it_cannot_start(slurm):
 
 def test_the_batch_script_asks_slurm_for_what_it_counts_on():
     asked = {line for line in SLURM.read_text().splitlines() if line.startswith("#SBATCH")}
-    for flag in ("--ntasks-per-node=1", "--signal=USR1@300", "--requeue", "--open-mode=append"):
+    for flag in ("--ntasks-per-node=1", "--signal=B:USR1@300", "--requeue", "--open-mode=append"):
         assert f"#SBATCH {flag}" in asked

@@ -149,7 +149,7 @@ def test_import_train_export_and_nothing_twice(tmp_path):
     train = launch.flags(calls[2][0])
     assert train["--data-path"] == ("books",)
     assert train["--lr"] == ("1e-5",), "flags of the command line come last"
-    assert train["--nproc-per-node"] == ("8",) and "--standalone" in train
+    assert train["--nproc-per-node"] == ("8",) and train["--local-addr"] == ("127.0.0.1",)
     assert launch.flags(calls[0][0])["--hf"] == ("meta-llama/Llama-2-7b-hf",)
     assert train["--pretrained-checkpoint"] == launch.flags(calls[0][0])["--output"]
     export = launch.flags(calls[3][0])

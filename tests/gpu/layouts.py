@@ -26,6 +26,8 @@ from rows import FLAGS, GRADIENT, LAYOUTS, STARTS, Layout  # noqa: E402
 from support.ranks import read_losses  # noqa: E402
 from support.runs import write_dataset  # noqa: E402
 
+from megatron_cream import torchrun  # noqa: E402
+
 RUNS_AT_ONCE = 4
 NO_GRADIENT = torch.zeros(0)
 
@@ -68,11 +70,11 @@ def train(folder: Path, name: str, gpus: int, flags: list[str]) -> Result:
     """
     own = folder / re.sub(r"[^a-z0-9]+", "-", name.lower())
     own.mkdir()
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(gpus), str(Path(__file__).with_name("rank.py")), str(own)),
-    ]
-    done = subprocess.run([*command, *FLAGS, *flags], capture_output=True, text=True, timeout=300)
+    rank = str(Path(__file__).with_name("rank.py"))
+    command = torchrun.command(gpus, rank, str(own), *FLAGS, *flags)
+    done = subprocess.run(
+        command, env=torchrun.environment(), capture_output=True, text=True, timeout=300
+    )
     log = done.stdout + done.stderr
     (own / "log").write_text(log)
     if done.returncode:

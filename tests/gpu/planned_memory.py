@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 from support.runs import write_dataset  # noqa: E402
 
+from megatron_cream import torchrun  # noqa: E402
 from megatron_cream.planning.command import argv, run_flags  # noqa: E402
 from megatron_cream.planning.cost import GPUS, measured_mfu, step_time  # noqa: E402
 from megatron_cream.planning.layout import Layout, Workload  # noqa: E402
@@ -53,13 +54,14 @@ def train(shape: BaseModel, layout: Layout, data: str) -> tuple[float, float]:
     del themes["CHECKPOINTS"]
     flags = [data if flag == "$DATA" else flag for flag in argv(themes)]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(layout.gpus), "-m", "megatron_cream.pretrain", *flags),
+        *torchrun.command(layout.gpus, "-m", "megatron_cream.pretrain", *flags),
         *("--eval-iters", "0", "--eval-interval", "100", "--log-interval", "1"),
         # Its kernel comes with Apex, which is not on PyPI.
         "--no-gradient-accumulation-fusion",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=torchrun.environment(), capture_output=True, text=True, timeout=300
+    )
     log = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"{shape.name} {layout} failed:\n{log[-4000:]}")

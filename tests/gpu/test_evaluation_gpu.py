@@ -3,7 +3,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ pytest.importorskip("transformers")
 from support import hf_models as models
 from support.runs import write_dataset
 
+from megatron_cream import torchrun
 from megatron_cream.checkpoint.importing import import_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
@@ -25,12 +25,13 @@ TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 def score(checkpoint, data, folder, ranks):
     """Return nll by case and the perplexities of a run on ``ranks`` context-parallel GPUs."""
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), str(TOOL), "perplexity", "--checkpoint", checkpoint),
+        *torchrun.command(ranks, str(TOOL), "perplexity", "--checkpoint", checkpoint),
         *("--data", data, "--documents", "3", "--lengths", "128", "512", "--output", str(folder)),
         *("--context-parallel-size", str(ranks)),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=torchrun.environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "result.json").read_text())["lengths"]
 

@@ -16,6 +16,7 @@ from megatron_cream.planning.command import argv, rope_flags, run_flags, script
 from megatron_cream.planning.layout import Layout, Workload
 from megatron_cream.planning.models import MODELS
 from megatron_cream.planning.report import _duration
+from megatron_cream.torchrun import ONE_NODE
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
 LAYOUT = Layout(8, 8, 1, 16)
@@ -136,7 +137,7 @@ def test_the_printed_script_gives_torchrun_the_planned_flags(tmp_path, gpus):
     got = done.stdout.splitlines()
     start = got.index("megatron_cream.pretrain") + 1
     assert got[start:] == [paths.get(flag.removeprefix("$"), flag) for flag in argv(flags)]
-    one = "--standalone --nproc-per-node 8"
+    one = " ".join([*ONE_NODE, "--nproc-per-node", "8"])
     many = "--nnodes 128 --node-rank 3 --nproc-per-node 8 --master-addr node0 --master-port 29500"
     assert " ".join(got[: start - 2]) == (one if gpus == 8 else many)
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))

@@ -130,6 +130,7 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
+        GLOO_SOCKET_IFNAME="lo",  # the host's own name need not resolve
     )
     if "support.preload" not in sys.modules:
         raise RuntimeError("the fork server did not import support.preload")

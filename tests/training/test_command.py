@@ -2,18 +2,20 @@
 """The command as a user types it, torchrun and all."""
 
 import subprocess
-import sys
 
 import pytest
 from support import ranks
+
+from megatron_cream import torchrun
 
 
 @pytest.fixture(scope="module")
 def command():
     def call(flags, processes=1):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        line = [sys.executable, *torchrun, str(processes), "-m", "megatron_cream.pretrain", "--cpu"]
-        return subprocess.run([*line, *flags], capture_output=True, text=True, timeout=240)
+        line = torchrun.command(processes, "-m", "megatron_cream.pretrain", "--cpu", *flags)
+        return subprocess.run(
+            line, env=torchrun.environment(), capture_output=True, text=True, timeout=240
+        )
 
     return call
 
