@@ -59,7 +59,7 @@ fi
 
 # All nodes end by themselves, each with its part of the checkpoint written. One that hangs after
 # another has ended is ended 15 minutes later.
-SRUN_ARGS=(--kill-on-bad-exit=0 --wait=900 --cpu-bind=none)
+SRUN_ARGS=(--kill-on-bad-exit=0 --wait=900)
 INSIDE=()
 case $CONTAINER in
 none) ;;

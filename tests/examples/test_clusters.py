@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What launchers of clusters start: their files parse, and their shell reaches a launch script."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import launch
+from support import crds, launch
 
 EXAMPLES = launch.ROOT / "examples"
 SLURM = EXAMPLES / "slurm" / "run.sh"
+CRDS = sorted(Path(__file__).with_name("crds").glob("*.json"))
 
 
 def load(path):
@@ -50,9 +52,72 @@ def test_a_pytorchjob_starts_the_same_pod_on_every_node(tmp_path):
     assert seen == ["8", "3", "head", "23456", "", "none\n"]
 
 
+def test_a_trainjob_starts_the_same_pod_on_every_node(tmp_path):
+    runtime, job = yaml.safe_load_all((EXAMPLES / "kubernetes" / "trainjob.yaml").read_text())
+    assert job["spec"]["runtimeRef"] == {
+        "kind": runtime["kind"],
+        "name": runtime["metadata"]["name"],
+    }
+    [node] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    label = node["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"]
+    assert label == "trainer" and node["name"] == "node", "Trainer looks for both"
+    pod = node["template"]["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "OnFailure", "status 75 as well"
+    [container] = pod["containers"]
+    mounted = {volume["name"] for volume in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    trainer = job["spec"]["trainer"]
+    assert trainer["numNodes"] == runtime["spec"]["mlPolicy"]["numNodes"] == 8
+    [gpus] = [each["value"] for each in trainer["env"] if each["name"] == "GPUS_PER_NODE"]
+    assert int(gpus) == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    shell = trainer["command"][2] + "; env | grep PET_"
+    torchrun = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "head", "MASTER_PORT": "29400"}
+    given = {f"PET_{name}": value for name, value in torchrun.items()}
+    seen = script_sees(shell, tmp_path, GPUS_PER_NODE=gpus, PET_NPROC_PER_NODE="auto", **given)
+    assert seen == ["8", "3", "head", "29400", "8", "none\n"]
+
+
+def documents(path):
+    return list(yaml.safe_load_all((EXAMPLES / "kubernetes" / path).read_text()))
+
+
+@pytest.mark.parametrize("path", CRDS, ids=lambda path: path.stem)
+def test_kubernetes_knows_every_field(path):
+    """By the real definitions, of the oldest and the newest Trainer v2."""
+    crd = json.loads(path.read_text())
+    manifest = "pytorchjob.yaml" if crd["kind"] == "PyTorchJob" else "trainjob.yaml"
+    [document] = [each for each in documents(manifest) if each["kind"] == crd["kind"]]
+    assert document["apiVersion"] == crd["apiVersion"]
+    assert crds.errors(crd["schema"], document) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda job: job["spec"]["trainer"].update(numnodes=8), "spec.trainer: numnodes is not"),
+        (lambda job: job["spec"]["trainer"].update(numNodes="8"), "'8' is not of type integer"),
+        (lambda job: job["spec"]["trainer"]["env"][0].pop("name"), "env.0: name is missing"),
+        (lambda job: job["spec"]["runtimeRef"].pop("name"), "runtimeRef: name is missing"),
+        (
+            lambda job: job["spec"]["trainer"]["resourcesPerNode"].update(
+                limits={"nvidia.com/gpu": "many"}
+            ),
+            "'many' is not of the form",
+        ),
+    ],
+)
+def test_kubernetes_would_refuse_a_mistake(change, said):
+    crd = json.loads((CRDS[0].parent / "trainjob-trainer-2.0.0.json").read_text())
+    _, job = documents("trainjob.yaml")
+    change(job)
+    assert said in "\n".join(crds.errors(crd["schema"], job))
+
+
 def test_a_sky_task_starts_the_script_of_its_environment(tmp_path):
     task = load("skypilot/run.yaml")
     assert (EXAMPLES.parent / task["envs"]["SCRIPT"]).is_file()
+    assert task["secrets"] == {"HF_TOKEN": ""}, "--secret HF_TOKEN gives it"
+    assert "uv venv --python 3.12" in task["setup"], "its images have an older Python"
     assert task["num_nodes"] == 8 and task["resources"]["accelerators"] == "H100:8"
     [store] = task["file_mounts"]
     places = [task["envs"][name] for name in ("DATA", "BASE", "OUT")]
