@@ -1,6 +1,8 @@
 # make demo   extend a small model's context window on real text, two CPU cores, ten minutes
 # make test   lint, format check and the CPU tests
 # make setup  only the virtual environment that all of these use
+# make test-slurm  examples/slurm on a real Slurm of two nodes on this host, three minutes
+# make image  the image for CPUs without a daemon, by buildah or podman
 # make check  whether the install works, half a minute
 # make docs   the documentation site, in build/site
 # make package  wheel and sdist, in build/dist
@@ -11,13 +13,23 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format check docs package setup lock
+.PHONY: demo test test-slurm image lint format check docs package setup lock
 
 demo: setup
 	$(BIN)/python examples/demo/demo.py --rope $(ROPE) $(if $(INPUT),--input $(INPUT))
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+# -rs: says why it was skipped, where Slurm is not installed.
+test-slurm: setup
+	$(BIN)/python -m pytest -rs -m slow tests/cluster
+
+# As an image of Docker's: hadolint knows the file, and OCI has no SHELL or HEALTHCHECK.
+image:
+	@builder=$$(command -v buildah || command -v podman) || \
+	  { echo "error: make image needs buildah or podman" >&2; exit 2; }; \
+	"$$builder" build --format docker --target cpu --tag megatron_cream:cpu .
 
 lint: setup
 	$(BIN)/ruff check .

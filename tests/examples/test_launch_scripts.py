@@ -158,6 +158,24 @@ def test_import_train_export_and_nothing_twice(tmp_path):
     assert done.returncode == 0 and len(calls) == 4, "all three were there already"
 
 
+@pytest.mark.parametrize("mark", ["latest_checkpointed_iteration.txt", "metadata.json"])
+def test_a_base_that_is_there_is_not_imported_again(mark, tmp_path):
+    """A folder of checkpoints, or one that is a single checkpoint."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / mark).touch()
+    done, calls = launch.run(SEVEN, tmp_path, DATA="d", STEPS="import train")
+    assert done.returncode == 0 and started(calls) == ["torch.distributed.run"]
+    done, calls = launch.run(SEVEN, tmp_path, DATA="d", STEPS="import", NODE_RANK="1", NODES="2")
+    assert done.returncode == 0, "other nodes find it as well, and wait for nothing"
+
+
+def test_a_base_that_is_something_else_is_imported(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "notes.txt").touch()
+    _, calls = launch.run(SEVEN, tmp_path, DATA="d", STEPS="import")
+    assert started(calls) == ["import"]
+
+
 @pytest.mark.parametrize("apex", ["", "1"])
 def test_apex_decides_one_flag(apex, tmp_path):
     done, calls = launch.run(SEVEN, tmp_path, DATA="d", STEPS="train", STUB_APEX=apex)
@@ -176,6 +194,13 @@ def test_a_run_that_stops_early_says_how_to_go_on_and_exports_nothing(tmp_path):
     assert done.returncode == 0 and started(calls)[2:] == ["torch.distributed.run", "export"]
 
 
+def wait_for(path, process):
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
 def test_a_signal_reaches_the_workers(number, tmp_path):
     """To the script's whole group, as Slurm sends USR1; or to it alone, as Kubernetes TERM."""
@@ -183,10 +208,7 @@ def test_a_signal_reaches_the_workers(number, tmp_path):
     process = subprocess.Popen(
         ["bash", str(SEVEN)], env=environment, stderr=subprocess.PIPE, start_new_session=True
     )
-    end = time.monotonic() + 60
-    while not (tmp_path / "out" / "ready").exists():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(tmp_path / "out" / "ready", process)
     if number == signal.SIGUSR1:
         os.killpg(process.pid, number)
     else:
@@ -194,6 +216,50 @@ def test_a_signal_reaches_the_workers(number, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert b"stopped at iteration 7 of 1000" in said
+
+
+@pytest.mark.parametrize("seconds", ["20", "0.4"], ids=["finishes", "is stopped"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+def test_a_signal_during_an_import(number, seconds, tmp_path):
+    """It finishes or is stopped in time; nothing new is begun, and node 0 says where it stopped."""
+    said = tmp_path / "stopped"
+    variables = {"DATA": "d", "STUB_IMPORT_SECONDS": "2", "SIGNAL_SECONDS": seconds}
+    environment = launch.environment(tmp_path, STOPPED_FILE=str(said), **variables)
+    process = subprocess.Popen(
+        ["bash", str(SEVEN)], env=environment, stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for(tmp_path / "calls", process)
+    if number == signal.SIGUSR1:
+        os.killpg(process.pid, number)  # Slurm: to every process
+    else:
+        process.send_signal(number)
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 75, errors
+    assert said.read_text().strip() == "0"
+    assert (tmp_path / "base").exists() == (seconds == "20")
+    done, calls = launch.run(SEVEN, tmp_path, DATA="d")
+    imports = 1 if seconds == "20" else 2
+    assert done.returncode == 0, done.stderr
+    assert started(calls) == ["import"] * imports + ["torch.distributed.run", "export"]
+
+
+def test_other_nodes_do_not_say_that_a_run_stopped(tmp_path):
+    said = tmp_path / "stopped"
+    for rank, expected in (("1", False), ("0", True)):
+        variables = {"NODES": "2", "NODE_RANK": rank, "STUB_REACHES": "300"}
+        done, _ = launch.run(
+            SEVEN, tmp_path, DATA="d", STEPS="train", STOPPED_FILE=str(said), **variables
+        )
+        assert done.returncode == 75 and said.exists() == expected
+    assert said.read_text().strip() == "300"
+
+
+def test_what_fails_is_not_taken_for_stopped(tmp_path):
+    said = tmp_path / "stopped"
+    done, _ = launch.run(
+        SEVEN, tmp_path, DATA="d", STUB_REACHES="300", STUB_FAILS="1", STOPPED_FILE=str(said)
+    )
+    assert done.returncode == 1 and not said.exists()
 
 
 def test_other_nodes_neither_import_nor_export(tmp_path):

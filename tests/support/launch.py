@@ -2,7 +2,8 @@
 """Launch scripts run with a stand-in for python, which keeps its arguments and does little.
 
 As a script it is that stand-in: ``STUB_LOG`` names the file for its calls, ``STUB_REACHES`` the
-iteration that a training run gets to, ``STUB_APEX`` says that Apex is there.
+iteration that a training run gets to, ``STUB_FAILS`` its exit status, ``STUB_IMPORT_SECONDS`` how
+long an import takes, ``STUB_APEX`` says that Apex is there.
 """
 
 import json
@@ -11,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -75,11 +77,13 @@ def main(words):
         return 0 if os.environ.get("STUB_APEX") else 1
     given = flags(words)
     if words[0].endswith("convert_checkpoint.py"):
+        time.sleep(float(os.environ.get("STUB_IMPORT_SECONDS", "0")))
         output = Path(given["--output"][0])
-        output.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
         (output / "latest_checkpointed_iteration.txt").write_text("release")
     elif "torch.distributed.run" in words:
         _train(Path(given["--save"][0]))
+        return int(os.environ.get("STUB_FAILS", "0"))
     return 0
 
 
