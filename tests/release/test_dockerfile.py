@@ -182,3 +182,31 @@ def test_dockerfile_is_linted(tmp_path):
     bad = tmp_path / "Dockerfile"
     bad.write_text("FROM python\nRUN cd /tmp && pip install numpy\n")
     assert lint(bad).returncode == 1
+
+
+def make_image(folder, *builders):
+    """``make image`` where only these builders are installed; they print their words."""
+    tools = folder / "bin"
+    tools.mkdir()
+    for name in ("sh", "make"):
+        (tools / name).symlink_to(shutil.which(name))
+    for name in builders:
+        (tools / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tools / name).chmod(0o755)
+    return subprocess.run(
+        ["make", "image"], cwd=ROOT, env={"PATH": str(tools)}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("builders", [("buildah", "podman"), ("podman",)])
+def test_an_image_is_built_without_a_daemon(builders, tmp_path):
+    done = make_image(tmp_path, *builders)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == [builders[0], "build"]
+    assert "--target cpu" in done.stdout and done.stdout.split()[-1] == "."
+
+
+def test_no_builder_is_one_line(tmp_path):
+    done = make_image(tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == "error: make image needs buildah or podman"
