@@ -217,13 +217,13 @@ finish_soon() {
 }
 
 # child ON_SIGNAL COMMAND...: runs a command to its end and returns its status; ON_SIGNAL is called
-# at a signal. The command never sees USR1, which ends what does not handle it.
+# at a signal. The command never sees USR1, which ends what does not handle it; Ctrl-C ends it.
 child() {
     local on_signal=$1
     shift
     (
         trap '' USR1
-        trap - TERM
+        trap - INT TERM
         exec "$@"
     ) &
     CHILD=$!

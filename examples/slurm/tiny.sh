@@ -34,7 +34,7 @@ TRAINING_ARGS=(
 GPU_ARGS=(--cpu --num-workers 0)
 
 if [ "$NODE_RANK" = 0 ] && [[ $STEPS == *import* ]]; then
-    [ -e "$HF/config.json" ] || "$PYTHON" "$HERE/examples/quickstart/tiny_model.py" \
+    [ -e "$HF/model.safetensors" ] || "$PYTHON" "$HERE/examples/quickstart/tiny_model.py" \
         --text "$HERE/docs" --output "$HF"
     [ -e "$DATA.idx" ] || "$PYTHON" "$HERE/tools/preprocess_data.py" --input "$HERE/docs" \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HF" --output-prefix "$DATA"

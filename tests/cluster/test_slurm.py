@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import slurm
+from support import slurm
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "examples" / "slurm" / "run.sh"
@@ -42,7 +40,7 @@ class Job:
         python.write_text(f'#!/bin/sh\nexec {sys.executable} {trainer} "$@"\n')
         python.chmod(0o755)
         (folder / "hf").mkdir()
-        (folder / "hf" / "config.json").touch()
+        (folder / "hf" / "model.safetensors").touch()
         (folder / "text.idx").touch()
         self.folder, self.log, self.signals = folder, folder / "job.log", 0
         self.environment = {**environment, "PYTHON": str(python), "WORK": str(folder), **variables}

@@ -243,6 +243,19 @@ def test_a_signal_during_an_import(number, seconds, tmp_path):
     assert started(calls) == ["import"] * imports + ["torch.distributed.run", "export"]
 
 
+def test_ctrl_c_ends_an_import(tmp_path):
+    environment = launch.environment(tmp_path, DATA="d", STUB_IMPORT_SECONDS="60")
+    process = subprocess.Popen(["bash", str(SEVEN)], env=environment, start_new_session=True)
+    wait_for(tmp_path / "calls", process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal: to every process
+    assert process.wait(20) in (130, -signal.SIGINT)
+    end = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+
+
 def test_other_nodes_do_not_say_that_a_run_stopped(tmp_path):
     said = tmp_path / "stopped"
     for rank, expected in (("1", False), ("0", True)):
