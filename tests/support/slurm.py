@@ -83,6 +83,9 @@ def cluster(folder: Path):
                 _wait(lambda: (folder / "munge.socket").exists(), "munged", folder)
         _wait(lambda: _idle(environment) == 2, "two idle nodes", folder)
         yield environment
+        # A job outlives its daemons.
+        subprocess.run(["scancel", "--user=root"], env=environment, timeout=30)
+        _wait(lambda: _idle(environment) == 2, "end of all jobs", folder)
     finally:
         for process in reversed(processes):
             process.terminate()
