@@ -89,6 +89,14 @@ def remove(folder: Path, kind: str) -> None:
     Raises:
         UserError: it is not this tool's own.
     """
+    empty(folder, kind)
+    if folder.exists():
+        unmark(folder)
+        folder.rmdir()
+
+
+def empty(folder: Path, kind: str) -> None:
+    """Delete all in a folder but its mark; absent and foreign ones as ``remove``."""
     check_usable(folder, kind, f"removing {folder}")
     if not folder.exists():
         return
@@ -99,8 +107,6 @@ def remove(folder: Path, kind: str) -> None:
             shutil.rmtree(entry.path)
         else:
             os.unlink(entry.path)
-    unmark(folder)
-    folder.rmdir()
 
 
 def refuse_inside(path: str | os.PathLike[str], folder: Path, where: str) -> None:

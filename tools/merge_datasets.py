@@ -8,18 +8,16 @@ Shards are checked to be all there and put in order; other datasets keep the ord
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from megatron_cream.data.command_line import Parser
 from megatron_cream.data.merge import merge_datasets
 from megatron_cream.errors import one_line_errors
 
 
 def main(argv: list[str]) -> int:
     """Write the dataset; bad input ends in one line and exit status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PREFIX", help="with or without .idx or .bin")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin .idx")

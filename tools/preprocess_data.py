@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron_cream.errors import one_line_errors
 
@@ -24,6 +23,7 @@ from megatron_cream.errors import one_line_errors
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # ruff: noqa: E402
+from megatron_cream.data.command_line import Parser
 from megatron_cream.data.engine import ENGINES
 from megatron_cream.data.plan import PART_BYTES
 from megatron_cream.data.preprocess import PreprocessConfig, preprocess
@@ -31,18 +31,9 @@ from megatron_cream.data.text import FORMATS
 from megatron_cream.data.tokenizers import TOKENIZERS
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def parse_args(argv: Sequence[str] | None = None) -> PreprocessConfig:
     """The job that the command line asks for; exits with status 2 on a flag it cannot read."""
-    parser = _Parser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, allow_abbrev=False)
     _add_input(parser.add_argument_group("input"))
     _add_tokens(parser.add_argument_group("tokens"))
     _add_documents(parser.add_argument_group("documents"))
@@ -58,41 +49,48 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, globs, or -")
     add("--input-format", choices=FORMATS, help="of all files (default: by their suffixes)")
-    add("--json-key", nargs="+", default=["text"], metavar="KEY", help="of the text (default text)")
-    add("--key-separator", default="\n\n", metavar="TEXT", help="between several keys' texts")
+    add(
+        "--json-key", nargs="+", default=["text"], metavar="KEY", help="of the text (default: text)"
+    )
+    join = "between several keys' texts (default: an empty line)"
+    add("--key-separator", default="\n\n", metavar="TEXT", help=join)
     add("--on-error", choices=("fail", "skip"), default="fail", help="at a bad record")
 
 
 def _add_tokens(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--tokenizer-type", required=True, choices=list(TOKENIZERS))
-    add("--tokenizer-model", metavar="PATH", help="tokenizer.json, its folder, or a .model file")
+    model = "tokenizer.json, its folder, or a .model file (default: none, for plain bytes)"
+    add("--tokenizer-type", required=True, choices=list(TOKENIZERS), help="how text becomes ids")
+    add("--tokenizer-model", metavar="PATH", help=model)
     add("--append-eod", action="store_true", help="end each document with the eod token")
     add("--prepend-bos", action="store_true", help="begin each document with the bos token")
-    add("--engine", choices=ENGINES, default="auto", help="gigatoken where exact (default: auto)")
-    add("--verify", type=int, default=8, metavar="N", help="documents to compare it on (8)")
+    add("--engine", choices=ENGINES, default="auto", help="auto takes gigatoken where exact")
+    add("--verify", type=int, default=8, metavar="N", help="documents to compare gigatoken on")
     add("--verify-all", action="store_true", help="compare every document")
 
 
 def _add_documents(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--min-tokens", type=int, default=1, metavar="N", help="drop shorter documents")
-    add("--max-tokens", type=int, metavar="N", help="split longer documents")
+    add("--max-tokens", type=int, metavar="N", help="split longer documents (default: no limit)")
     add("--long-documents", choices=("split", "drop"), default="split", help="over --max-tokens")
     add("--drop-duplicates", action="store_true", help="keep the first of equal documents")
-    add("--seq-length", type=int, metavar="N", help="report the share of documents as long")
-    add("--target-length", type=int, metavar="T", help="report the share of documents as long")
+    share = "report the share of documents as long (default: not reported)"
+    add("--seq-length", type=int, metavar="N", help=share)
+    add("--target-length", type=int, metavar="T", help=share)
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    ray = "run on a Ray cluster: auto, local, ray://host:port (default: on this machine)"
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin .idx .json")
-    add("--workers", type=int, default=1, metavar="W", help="processes (default: 1)")
-    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="part I, from 0, of N")
-    add("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, local, ray://host:port")
+    add("--workers", type=int, default=1, metavar="W", help="processes")
+    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="part I of N (default: 0/1)")
+    add("--ray", metavar="ADDRESS", help=ray)
     add("--overwrite", action="store_true", help="replace the files of an earlier run")
     add("--restart", action="store_true", help="forget what an unfinished job has done")
-    add("--part-bytes", type=int, default=PART_BYTES, help="text per part (default: 64 MiB)")
+    part = "text per part of the work, which never changes the result"
+    add("--part-bytes", type=int, default=PART_BYTES, metavar="BYTES", help=part)
 
 
 def _shard(text: str) -> tuple[int, int]:

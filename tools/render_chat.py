@@ -17,19 +17,19 @@ import argparse
 import sys
 
 from megatron_cream.data.chat import render_files
+from megatron_cream.data.command_line import Parser
 from megatron_cream.errors import one_line_errors
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="JSONL")
     add("--tokenizer-model", required=True, metavar="FOLDER", help="with the chat template")
     add("--output", required=True, metavar="FILE", help="JSONL with a text a line")
     add("--on-error", choices=("fail", "skip"), default="fail", help="at a bad conversation")
+    add("--overwrite", action="store_true", help="replace --output")
     return parser.parse_args(argv)
 
 
@@ -38,7 +38,11 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     with one_line_errors():
         written, skipped = render_files(
-            args.input, args.output, args.tokenizer_model, args.on_error == "skip"
+            args.input,
+            args.output,
+            args.tokenizer_model,
+            skip=args.on_error == "skip",
+            overwrite=args.overwrite,
         )
     print(f"{args.output}: {written} conversations, {skipped} skipped")
     return 0

@@ -8,6 +8,8 @@ into their ids. Nothing says which words are the user's: a run trains on all of 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def _message(message: Any, who: str, what: str) -> dict[str, str]:
     if not isinstance(message, dict) or not isinstance(message.get(what), str):
         raise UserError(f"each message must have a text, {what}")
     role = message.get(who)
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise UserError(f"{who} of a message is {role!r}: it must be one of {', '.join(_ROLES)}")
     return {"role": _ROLES[role], "content": message[what]}
 
@@ -60,7 +62,17 @@ class ChatTemplate:
     def __init__(self, folder: str) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f"--tokenizer-model is {folder}: there is no such folder; it must be that of a "
+                "Hugging Face tokenizer"
+            )
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # the library raises of any type for what it cannot read
+            raise UserError(
+                f"--tokenizer-model is {folder}: its tokenizer cannot be loaded ({error})"
+            ) from error
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"--tokenizer-model is {folder}: it must have a chat template, as the tokenizers "
@@ -82,11 +94,13 @@ class ChatTemplate:
 
 
 def documents(
-    lines: Iterable[str], template: ChatTemplate, name: str, skip: bool
+    lines: Iterable[bytes], template: ChatTemplate, name: str, skip: bool
 ) -> Iterator[str | None]:
     """Yield the document of each line of a JSONL file, None for one that is skipped.
 
     Args:
+        lines: UTF-8.
+        template: of the tokenizer.
         name: of the file, for errors.
         skip: go on at a conversation that cannot be rendered.
 
@@ -97,35 +111,62 @@ def documents(
         if not line.strip():
             continue
         try:
-            yield template.render(messages_of(json.loads(line)))
-        except ValueError as error:
+            text = template.render(messages_of(json.loads(line)))
+            text.encode()  # half a surrogate pair cannot be written
+            yield text
+        except (ValueError, RecursionError) as error:
             if not skip:
                 raise UserError(f"{name}, line {number}: {error}; --on-error skip") from None
             yield None
 
 
-def render_files(inputs: list[str], output: str, folder: str, skip: bool) -> tuple[int, int]:
+def render_files(
+    inputs: list[str], output: str, folder: str, skip: bool, overwrite: bool = False
+) -> tuple[int, int]:
     """Write ``output``, one ``{"text": ...}`` a line; return conversations written and skipped.
 
     Raises:
-        UserError: a conversation that cannot be rendered, or none that can; nothing is kept.
+        UserError: a conversation that cannot be rendered, none that can, or an output that is
+            there already or is an input; nothing is kept.
         OSError: a file that cannot be read or written.
     """
-    template = ChatTemplate(folder)
     path = Path(output)
-    partial = path.with_name(path.name + ".partial")
+    _check_output(path, inputs, overwrite)
+    template = ChatTemplate(folder)
+    # Under a name of its own, so that no file of the user's is taken for an unfinished one.
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     written = skipped = 0
     try:
-        with partial.open("w", encoding="utf-8") as out:
+        with open(handle, "w", encoding="utf-8") as out:
             for name in inputs:
-                with open(name, encoding="utf-8") as lines:
+                with open(name, "rb") as lines:
                     for text in documents(lines, template, name, skip):
                         written, skipped = written + (text is not None), skipped + (text is None)
                         if text is not None:
                             out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         if not written:
             raise UserError(f"--input: {skipped} conversations, and none that can be rendered")
-        partial.replace(path)
+        os.chmod(partial, 0o666 & ~_umask())
+        _check_output(path, inputs, overwrite)
+        os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
     return written, skipped
+
+
+def _check_output(path: Path, inputs: list[str], overwrite: bool) -> None:
+    for name in inputs:
+        if os.path.realpath(name) == os.path.realpath(path):
+            raise UserError(f"--output is {path}: it is an input; it must be another file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output is {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"--output is {path}: it is a folder; it must be a file")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"--output is {path}: it exists; give another name, or --overwrite")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

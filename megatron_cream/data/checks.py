@@ -10,21 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.data.engine import ENGINES
+from megatron_cream import ownership
 from megatron_cream.data.index import token_dtype
 from megatron_cream.data.plan import PART_BYTES, InputFile, Job, plan_units
-from megatron_cream.data.publish import SUFFIXES, check_absent, is_whole
+from megatron_cream.data.publish import SUFFIXES, check_prefix
 from megatron_cream.data.records import Fields
-from megatron_cream.data.text import (
-    ARROW,
-    FORMATS,
-    PARQUET,
-    STDIN,
-    TextInputs,
-    find_inputs,
-    format_of,
-)
+from megatron_cream.data.text import ARROW, PARQUET, STDIN, TextInputs, find_inputs, format_of
 from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.data.values import check_part_bytes, check_values
 from megatron_cream.errors import UserError
 
 
@@ -101,18 +94,26 @@ def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
         UserError: a setting that cannot work.
         FileNotFoundError: an input, a model or a folder that is not there.
     """
-    _check_values(config)
+    check_values(config)
     prefix = output_prefix(config)
-    _check_output(config, prefix)
+    check_prefix(prefix)
     tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
     _check_special(config, tokenizer)
+    if config.tokenizer_model is not None:
+        where = f"--output-prefix {prefix}"
+        ownership.refuse_inside(config.tokenizer_model, Path(prefix + ".parts"), where)
     inputs = find_inputs(config.input)
     targets = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
     files = []
     for path in inputs.files:
+        if path == STDIN:
+            files.append(InputFile.of(path, _checked_format(config, path)))
+            continue
         if os.path.realpath(path) in targets:
             raise UserError(f"--output-prefix {prefix}: {path} is an input, needs another prefix")
+        ownership.refuse_inside(path, Path(prefix + ".parts"), f"--output-prefix {prefix}")
         files.append(InputFile.of(path, _checked_format(config, path)))
+    check_part_bytes(config, sum(file.size for file in files))
     job = Job(
         prefix=prefix,
         files=tuple(files),
@@ -137,71 +138,6 @@ def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
         verify_all=config.verify < 0,
     )
     return job, tokenizer, inputs
-
-
-def _check_values(config: PreprocessConfig) -> None:
-    counts = (
-        ("--workers", config.workers),
-        ("--min-tokens", config.min_tokens),
-        ("--max-tokens", config.max_tokens),
-        ("--seq-length", config.seq_length),
-        ("--target-length", config.target_length),
-        ("--part-bytes", config.part_bytes),
-    )
-    for flag, value in counts:
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: needs 1 or more")
-    if config.max_tokens is not None and config.max_tokens < config.min_tokens:
-        raise UserError(
-            f"--max-tokens {config.max_tokens}: needs at least --min-tokens, {config.min_tokens}"
-        )
-    if config.long_documents == "drop" and config.max_tokens is None:
-        raise UserError("--long-documents drop: needs --max-tokens")
-    choices = (
-        ("--long-documents", config.long_documents, ("split", "drop")),
-        ("--on-error", config.on_error, ("fail", "skip")),
-        ("--engine", config.engine, ENGINES),
-        ("--input-format", config.input_format, (None, *FORMATS)),
-    )
-    for flag, value, allowed in choices:
-        if value not in allowed:
-            names = ", ".join(name for name in allowed if name)
-            raise UserError(f"{flag} {value}: needs one of {names}")
-    index, count = config.shard
-    if not 0 <= index < count:
-        raise UserError(f"--shard {index}/{count}: needs 0/{count} to {count - 1}/{count}")
-    if not config.fields().names:
-        raise UserError("--json-key: needs at least one name")
-    _check_standard_input(config)
-    if config.ray is not None:
-        from megatron_cream.data.on_ray import import_ray
-
-        import_ray()
-
-
-def _check_standard_input(config: PreprocessConfig) -> None:
-    if str(STDIN) not in config.input:
-        return
-    if config.workers > 1 or config.ray is not None or config.shard[1] > 1:
-        raise UserError(
-            "--input -: standard input is read by one process, needs --workers 1 without --shard "
-            "and --ray"
-        )
-    if config.input_format in (PARQUET, ARROW):
-        raise UserError(f"--input -: cannot be {config.input_format}, needs jsonl or text")
-
-
-def _check_output(config: PreprocessConfig, prefix: str) -> None:
-    where = f"--output-prefix {config.output_prefix}"
-    folder, name = os.path.split(config.output_prefix)
-    if not name:
-        raise UserError(f"{where}: names a folder, needs FOLDER/NAME")
-    if not os.path.isdir(folder or "."):
-        raise FileNotFoundError(f"{where}: no folder {folder}, needs one that exists")
-    if not os.access(folder or ".", os.W_OK | os.X_OK):
-        raise UserError(f"{where}: folder {folder or '.'} needs to be writable")
-    if not is_whole(os.path.join(prefix + ".parts", "data")):
-        check_absent(prefix, config.overwrite)
 
 
 def _check_special(config: PreprocessConfig, tokenizer: Tokenizer) -> None:

@@ -13,11 +13,12 @@ from megatron_cream.data.assemble import assemble, first_copies, part_segment, w
 from megatron_cream.data.checks import PreprocessConfig
 from megatron_cream.data.folder import WorkFolder
 from megatron_cream.data.index import read_index
-from megatron_cream.data.note import DUPLICATES, Counts, make_note
+from megatron_cream.data.metadata import check_fits, read_metadata
+from megatron_cream.data.note import DUPLICATES, FINGERPRINT, Counts, make_note
 from megatron_cream.data.parts import LISTED_ERRORS, Part, finished_parts
 from megatron_cream.data.plan import Job
 from megatron_cream.data.reading import lines_before, place
-from megatron_cream.data.statistics import median
+from megatron_cream.data.statistics import Lengths, median
 from megatron_cream.errors import UserError
 
 
@@ -44,13 +45,34 @@ def finish(config: PreprocessConfig, job: Job, units: list[int], folder: WorkFol
         raise UserError(_nothing_left(config, counts))
     shard: dict[str, Any] = {}
     if job.shard[1] > 1:
-        shard = {"shard": list(job.shard), "job": job.digest(), "thresholds": lengths.thresholds}
+        shard = {
+            "shard": list(job.shard),
+            "job": job.digest(),
+            "thresholds": lengths.thresholds,
+            "drop_duplicates": job.drop_duplicates,
+        }
         if kept is not None:
             write_hashes(folder.staged + ".hashes", segments, kept)
     middle = median(read_index(folder.staged, empty=True).lengths)
-    settings = {**config.noted(job), **shard}
+    settings = {**config.noted(job), FINGERPRINT: job.fingerprint(config.thresholds()), **shard}
     note = make_note(settings, lengths, documents, middle, counts)
     Path(folder.staged + ".json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def is_dataset_of(job: Job, thresholds: tuple[int, ...]) -> bool:
+    """Say whether the files at the job's prefix are what this job makes: all there, and whole."""
+    try:
+        note = read_metadata(job.prefix)
+        if note is None or tuple(note.get("shard", (0, 1))) != job.shard:
+            return False
+        wanted = job.fingerprint(thresholds)
+        complete = set(make_note({}, Lengths(), 0, 0.0, Counts())) <= set(note)
+        if wanted is None or note.get(FINGERPRINT) != wanted or not complete:
+            return False
+        check_fits(read_index(job.prefix, empty=True), note)
+    except (UserError, FileNotFoundError):
+        return False
+    return True
 
 
 def _counts(job: Job, parts: list[Part]) -> Counts:

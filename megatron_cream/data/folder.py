@@ -9,27 +9,37 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_cream import ownership
 from megatron_cream.data.plan import Job
-from megatron_cream.data.publish import MARK, is_whole, write_whole
+from megatron_cream.data.publish import is_whole, write_whole
 from megatron_cream.errors import UserError
 
-_JOB, _LOCK, _STAGED = "job.json", "lock", "data"
+PREPROCESSING, MERGING = "preprocessing", "merging"
+"""Kinds of jobs, as they stand in the mark of a folder."""
+
+_JOB, _STAGED = "job.json", "data"
 
 
 class WorkFolder:
     """``PREFIX.parts``, locked for this process until it is closed.
 
+    The lock is on the mark that says that this tool made the folder. The folder of the output is
+    made if it is missing.
+
     Args:
         prefix: the output.
+        kind: of the job, one of the constants above.
 
     Raises:
+        UserError: there is such a folder, and it is not of an unfinished job of this kind.
         BlockingIOError: another process has it.
         OSError: it cannot be made.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str, kind: str) -> None:
+        self.prefix, self.kind = prefix, kind
         self.path = Path(prefix + ".parts")
+        self._removed = False
         self._lock = self._locked()
 
     @property
@@ -42,22 +52,23 @@ class WorkFolder:
 
     def __exit__(self, *exc: object) -> None:
         """Keep what was finished; a folder without any of it goes."""
-        if self.path.is_dir() and not any(self.path.glob("*-*.json")) and not self.is_whole():
-            self.remove()
-        os.close(self._lock)
+        try:
+            if not self._removed and not any(self.path.glob("*-*.json")) and not self.is_whole():
+                self.remove()
+        finally:
+            os.close(self._lock)
 
     def let_go(self) -> None:
         """In a forked worker: close its copy of the lock, which is to end with this process."""
         os.close(self._lock)
 
     def is_whole(self) -> bool:
-        """Say whether a whole dataset is here, perhaps in part moved to its place already."""
+        """Say whether a whole dataset is here that was not, or in part, moved to its place."""
         return is_whole(self.staged)
 
     def is_of(self, job: Job) -> bool:
         """Say whether ``job`` is the one whose parts are here."""
-        path = self.path / _JOB
-        return path.exists() and json.loads(path.read_text()) == _settings(job)
+        return self._found() == _settings(job)
 
     def claim(self, job: Job, *, restart: bool) -> int:
         """Make the folder this job's; returns how many parts it has already.
@@ -69,12 +80,12 @@ class WorkFolder:
         Raises:
             UserError: it holds parts of another job.
         """
-        path = self.path / _JOB
-        if not path.exists() or restart:
-            self._clear()
-        elif not self.is_of(job):
-            _refuse_other(self.prefix, self.path, json.loads(path.read_text()), _settings(job))
-        write_whole(str(path), json.dumps(_settings(job)).encode())
+        found = None if restart else self._found()
+        if found is None:
+            ownership.empty(self.path, self.kind)
+        elif found != _settings(job):
+            _refuse_other(self.prefix, self.path, found, _settings(job))
+        write_whole(str(self.path / _JOB), json.dumps(_settings(job)).encode())
         for pattern in (f"{_STAGED}.*", "*.tmp"):
             for left in self.path.glob(pattern):
                 left.unlink(missing_ok=True)
@@ -82,39 +93,69 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete the folder; a new process may make it again at once."""
-        self._clear(keep=_STAGED + MARK)
-        (self.path / (_STAGED + MARK)).unlink(missing_ok=True)
-        (self.path / _LOCK).unlink(missing_ok=True)
-        self.path.rmdir()
+        ownership.remove(self.path, self.kind)
+        self._removed = True
 
     def drop_unit(self, unit: int) -> None:
         """Delete the parts of a unit whose input cannot be read a second time."""
         for path in self.path.glob(f"{unit:08d}-*"):
             path.unlink()
 
-    def _clear(self, keep: str = "") -> None:
-        for entry in self.path.iterdir():
-            if entry.name not in (_LOCK, keep):
-                entry.unlink()
+    def _found(self) -> dict[str, Any] | None:
+        """The settings of the job whose parts are here, None without one."""
+        path = self.path / _JOB
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(
+                f"--output-prefix {self.prefix}: {path} is damaged, needs --restart to begin anew"
+            )
+        return found
 
     def _locked(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        where = f"--output-prefix {self.prefix}"
         while True:
+            ownership.check_usable(self.path, self.kind, where)
             self.path.mkdir(exist_ok=True)
-            lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = self._opened_lock(where)
+            if lock is None:
+                continue
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The process before may have deleted the file between the two calls.
-                if os.path.samestat(os.fstat(lock), os.stat(self.path / _LOCK)):
-                    return lock
-            except FileNotFoundError:
-                pass
-            except BlockingIOError as exc:
+                # Once more: what is there now stays as it is, since nobody else has the lock.
+                ownership.check_usable(self.path, self.kind, where)
+                if ownership.marked_kind(self.path) != self.kind:
+                    ownership.mark(self.path, self.kind)
+            except BaseException:
                 os.close(lock)
-                raise BlockingIOError(
-                    f"--output-prefix {self.prefix}: another process is writing it "
-                    f"({self.path / _LOCK} is locked), needs it to end or another prefix"
-                ) from exc
+                raise
+            return lock
+
+    def _opened_lock(self, where: str) -> int | None:
+        """The mark, opened and locked; None where another process has deleted it meanwhile."""
+        mark = self.path / ownership.MARK_NAME
+        try:
+            lock = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.stat(mark)):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BlockingIOError as exc:
             os.close(lock)
+            raise BlockingIOError(
+                f"{where}: another process is writing it ({mark} is locked), needs it to end or "
+                "another prefix"
+            ) from exc
+        os.close(lock)
+        return None
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -124,11 +165,11 @@ def _settings(job: Job) -> dict[str, Any]:
 def _refuse_other(
     prefix: str, folder: Path, found: dict[str, Any], wanted: dict[str, Any]
 ) -> NoReturn:
-    name = next(name for name in wanted if found.get(name) != wanted[name])
+    name = next((name for name in wanted if found.get(name) != wanted[name]), "version")
     raise UserError(
         f"--output-prefix {prefix}: {folder} holds an unfinished job with another {name} "
-        f"({_short(found.get(name))}, this one {_short(wanted[name])}); needs the same settings "
-        "to continue, or --restart"
+        f"({_short(found.get(name))}, this one {_short(wanted.get(name))}); needs the same "
+        "settings to continue, or --restart"
     )
 
 

@@ -8,22 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.data.index import DatasetIndex, read_index, read_metadata
-from megatron_cream.data.statistics import blocks, draw_histogram, measure, median
+from megatron_cream.data.index import read_index
+from megatron_cream.data.metadata import check_fits, read_metadata
+from megatron_cream.data.statistics import draw_histogram, measure, median
+from megatron_cream.data.token_ids import check_tokens
 from megatron_cream.data.tokenizers import load_tokenizer
+from megatron_cream.data.values import check_count
 from megatron_cream.errors import UserError
 
-_BLOCK_TOKENS = 1 << 24
 
-
-def describe(prefix: str, thresholds: tuple[int, ...] = ()) -> str:
+def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
     """Return statistics and the length histogram of a dataset, as lines.
+
+    Args:
+        prefix: path of the dataset without suffix.
+        thresholds: ``--seq-length`` and ``--target-length``, to say which share is as long.
 
     Raises:
         UserError: a damaged or truncated file.
         FileNotFoundError: a missing one.
     """
+    for flag, value in zip(("--seq-length", "--target-length"), thresholds, strict=False):
+        check_count(flag, value, fewest=1)
     index, note = read_index(prefix), read_metadata(prefix)
+    check_fits(index, note)
+    thresholds = tuple(n for n in thresholds if n is not None)
     found = measure(index.lengths, thresholds)
     size = Path(prefix + ".bin").stat().st_size
     lines = [
@@ -38,28 +47,26 @@ def describe(prefix: str, thresholds: tuple[int, ...] = ()) -> str:
     return "\n".join(lines + _noted(note))
 
 
-def check(prefix: str) -> str:
+def check(prefix: str, vocab_size: int | None = None) -> str:
     """Read the whole dataset and return a line that says it is sound.
+
+    Args:
+        prefix: path of the dataset without suffix.
+        vocab_size: what all ids must be below; None for what ``PREFIX.json`` says, if there is one.
 
     Raises:
         UserError: the index and the file do not fit, or a token is outside the vocabulary.
         FileNotFoundError: a file is missing.
     """
     index, note = read_index(prefix), read_metadata(prefix)
-    _check_pointers(index)
-    size = Path(prefix + ".bin").stat().st_size
+    check_fits(index, note)
+    check_count("--vocab-size", vocab_size, fewest=1)
+    limits = [vocab_size, None if note is None else note["vocab_size"]]
+    largest = check_tokens(index, min((n for n in limits if n is not None), default=None))
     tokens = int(index.lengths.sum(dtype=np.int64))
-    if size != tokens * index.dtype.itemsize:
-        raise UserError(
-            f"{prefix}.bin has {size} bytes and its index accounts for "
-            f"{tokens * index.dtype.itemsize}"
-        )
-    largest = _largest_token(prefix, index)
-    if note is not None and largest >= note["vocab_size"]:
-        raise UserError(
-            f"{prefix}.bin holds token {largest}, needs all below vocab_size {note['vocab_size']}"
-        )
-    return f"sound: {tokens} tokens in {len(index.lengths)} sequences, largest id {largest}"
+    line = f"sound: {tokens} tokens in {len(index.lengths)} sequences, largest id {largest}"
+    unknown = note is None and vocab_size is None
+    return f"{line} (compared with no vocabulary, which --vocab-size gives)" if unknown else line
 
 
 def document_text(
@@ -74,9 +81,11 @@ def document_text(
         tokens: 0 for all.
 
     Raises:
-        UserError: there is no such document, or no word of the tokenizer.
+        UserError: there is no such document, no word of the tokenizer, or an id it has not.
     """
+    check_count("--tokens", tokens, fewest=0)
     index, note = read_index(prefix), read_metadata(prefix)
+    check_fits(index, note)
     documents = len(index.documents) - 1
     if not 0 <= number < documents:
         raise UserError(f"--document {number}: needs 0 to {documents - 1}")
@@ -91,35 +100,13 @@ def document_text(
     start = int(index.pointers[first]) // index.dtype.itemsize
     count = int(index.lengths[first:end].sum(dtype=np.int64))
     data = np.memmap(prefix + ".bin", mode="r", dtype=index.dtype)
-    return tokenizer.decode(data[start : start + min(count, tokens or count)])
-
-
-def _check_pointers(index: DatasetIndex) -> None:
-    byte = at = 0
-    for lengths in blocks(index.lengths):
-        sizes = lengths * index.dtype.itemsize
-        expected = byte + np.cumsum(sizes) - sizes
-        wrong = np.flatnonzero(index.pointers[at : at + len(sizes)] != expected)
-        if (lengths < 0).any() or len(wrong):
-            where = at + (int(wrong[0]) if len(wrong) else 0)
-            raise UserError(f"{index.prefix}.idx: sequence {where} does not follow the one before")
-        byte += int(sizes.sum())
-        at += len(sizes)
-    borders = index.documents
-    if borders[0] != 0 or borders[-1] != len(index.lengths) or (np.diff(borders) < 0).any():
-        raise UserError(f"{index.prefix}.idx: its documents do not cover its sequences")
-
-
-def _largest_token(prefix: str, index: DatasetIndex) -> int:
-    data = np.memmap(prefix + ".bin", mode="r", dtype=index.dtype)
-    starts = range(0, len(data), _BLOCK_TOKENS)
-    extremes = [
-        (int(block.min()), int(block.max()))
-        for block in (data[start : start + _BLOCK_TOKENS] for start in starts)
-    ]
-    if min(low for low, _ in extremes) < 0:
-        raise UserError(f"{prefix}.bin holds a negative token")
-    return max(high for _, high in extremes)
+    ids = np.array(data[start : start + min(count, tokens or count)])
+    if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        raise UserError(
+            f"{prefix}.bin holds ids {ids.min()} to {ids.max()} in document {number}, needs 0 to "
+            f"{tokenizer.vocab_size - 1}, those of the tokenizer"
+        )
+    return tokenizer.decode(ids)
 
 
 def _noted(note: dict[str, Any] | None) -> list[str]:

@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream import ownership
 from megatron_cream.data.assemble import Segment, assemble, first_copies
-from megatron_cream.data.folder import WorkFolder
-from megatron_cream.data.index import DatasetIndex, read_index, read_metadata
-from megatron_cream.data.note import DUPLICATES, Counts, make_note
+from megatron_cream.data.folder import MERGING, WorkFolder
+from megatron_cream.data.index import DatasetIndex, read_index
+from megatron_cream.data.metadata import check_fits, read_metadata
+from megatron_cream.data.note import DUPLICATES, FINGERPRINT, Counts, make_note
 from megatron_cream.data.parts import HASH_BYTES
-from megatron_cream.data.publish import check_absent, finish_publishing, publish
+from megatron_cream.data.publish import check_absent, check_prefix, finish_publishing, publish
 from megatron_cream.data.statistics import Lengths, median
+from megatron_cream.data.token_ids import check_tokens
 from megatron_cream.errors import UserError
 
-_OF_A_JOB = ("shard", "job", "thresholds")
+_OF_A_JOB = ("shard", "job", "thresholds", "drop_duplicates")
 _SAME = ("tokenizer_type", "vocab_size", "eod_id", "bos_id", "appended_eod", "prepended_bos")
 
 
@@ -49,10 +52,10 @@ class Source:
 
     def _hashes(self) -> np.ndarray:
         path = self.prefix + ".hashes"
-        found = np.fromfile(path, dtype=f"V{HASH_BYTES}")
-        if len(found) != len(self.index.documents) - 1:
-            raise UserError(f"{path}: has {len(found)} hashes, needs one for each document")
-        return found
+        size, needed = os.path.getsize(path), (len(self.index.documents) - 1) * HASH_BYTES
+        if size != needed:
+            raise UserError(f"{path} has {size} bytes, needs {needed}, a hash for each document")
+        return np.fromfile(path, dtype=f"V{HASH_BYTES}")
 
 
 def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> str:
@@ -65,10 +68,8 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
         UserError: datasets that do not go together, a missing shard, a damaged dataset.
         OSError: a file that is missing, exists or cannot be written.
     """
-    place = os.path.dirname(output) or "."
-    if not os.path.isdir(place):
-        raise FileNotFoundError(f"--output-prefix {output}: no folder {place}, needs one")
-    with WorkFolder(output) as folder:
+    _check_arguments(prefixes, output)
+    with WorkFolder(output, MERGING) as folder:
         if folder.is_whole():
             finish_publishing(folder.staged, output)
         check_absent(output, overwrite)
@@ -81,8 +82,20 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
     return f"documents: {len(index.documents) - 1}\ntokens: {tokens}\nwritten: {output}.bin .idx"
 
 
+def _check_arguments(prefixes: Sequence[str], output: str) -> None:
+    check_prefix(output)
+    where = f"--output-prefix {output}"
+    for prefix in prefixes:
+        if not os.path.basename(prefix):
+            raise UserError(f"--input {prefix!r}: names no dataset, needs its path without suffix")
+        if os.path.realpath(prefix + ".bin") == os.path.realpath(output + ".bin"):
+            raise UserError(f"{where}: {prefix} is an input, needs another prefix")
+        ownership.refuse_inside(prefix + ".bin", Path(output + ".parts"), where)
+
+
 def _read(prefixes: Sequence[str]) -> list[Source]:
-    sources = [Source(read_index(prefix, empty=True), read_metadata(prefix)) for prefix in prefixes]
+    """Return the datasets, checked whole: what is damaged must not go on under another name."""
+    sources = [_read_one(prefix) for prefix in prefixes]
     first = sources[0]
     for source in sources[1:]:
         if source.index.dtype != first.index.dtype:
@@ -92,7 +105,20 @@ def _read(prefixes: Sequence[str]) -> list[Source]:
             )
         _check_notes(first, source)
     sharded = [source for source in sources if source.note and "shard" in source.note]
-    return _in_order(sharded, len(sources)) if sharded else sources
+    sources = _in_order(sharded, len(sources)) if sharded else sources
+    for source in sources:
+        if len(source.index.lengths):
+            check_tokens(source.index, None if source.note is None else source.note["vocab_size"])
+    return sources
+
+
+def _read_one(prefix: str) -> Source:
+    source = Source(read_index(prefix, empty=True), read_metadata(prefix))
+    check_fits(source.index, source.note)
+    missing = {"shard", "job", "thresholds"} - set(source.note or ())
+    if source.note and "shard" in source.note and missing:
+        raise UserError(f"{prefix}.json has a shard and no {min(missing)}, needs both")
+    return source
 
 
 def _check_notes(first: Source, other: Source) -> None:
@@ -124,7 +150,7 @@ def _in_order(shards: list[Source], given: int) -> list[Source]:
 
 
 def _write(sources: list[Source], staged: str) -> None:
-    hashed = all(os.path.exists(source.prefix + ".hashes") for source in sources)
+    hashed = _have_hashes(sources)
     segments = [source.segment(hashed=hashed) for source in sources]
     kept = first_copies(segments) if hashed else None
     notes = [source.note for source in sources if source.note is not None]
@@ -148,9 +174,24 @@ def _write(sources: list[Source], staged: str) -> None:
     Path(staged + ".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _have_hashes(sources: list[Source]) -> bool:
+    """Whether duplicates are dropped: where the job of all shards asked for it."""
+    there = [os.path.exists(source.prefix + ".hashes") for source in sources]
+    asked = any(source.note and source.note.get("drop_duplicates") for source in sources)
+    if (asked or any(there)) and not all(there):
+        without = sources[there.index(False)].prefix
+        raise UserError(
+            f"--input {without}: there is no {without}.hashes, needs it to find duplicates across "
+            "shards, as --drop-duplicates asked"
+        )
+    return all(there)
+
+
 def _settings(notes: list[dict[str, Any]]) -> dict[str, Any]:
     """What the first note says of tokenizer and limits, those that all have in common."""
     made = set(make_note({}, Lengths(), 0, 0.0, Counts())) | set(_OF_A_JOB)
+    if "shard" not in notes[0]:  # datasets in a row are those of no job
+        made.add(FINGERPRINT)
     return {
         key: value if all(note.get(key) == value for note in notes) else None
         for key, value in notes[0].items()

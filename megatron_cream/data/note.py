@@ -11,6 +11,7 @@ from megatron_cream.data.statistics import Lengths
 
 FORMAT_VERSION = 1
 DUPLICATES = "duplicates"
+FINGERPRINT = "fingerprint"
 
 
 @dataclass

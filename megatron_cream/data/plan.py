@@ -121,8 +121,19 @@ class Job:
 
     def digest(self) -> str:
         """A name for ``settings``, the same for all shards of a job."""
-        text = json.dumps(self.settings(), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return _digest(self.settings())
+
+    def fingerprint(self, counted: tuple[int, ...]) -> str | None:
+        """A name for everything that decides a dataset and its note; None where nothing does.
+
+        Args:
+            counted: lengths that the documents are compared with.
+        """
+        if any(file.path == str(STDIN) for file in self.files):
+            return None
+        settings = self.settings() | {"on_error": self.on_error, "counted": counted}
+        # Neither the parts a job was cut into nor its shards change what comes out of it.
+        return _digest({name: settings[name] for name in settings if name != "part_bytes"})
 
     def own_units(self) -> list[int]:
         """The units of this shard: a stretch of all, with its share of the bytes."""
@@ -154,6 +165,11 @@ class Job:
     @cached_property
     def _sizes(self) -> dict[str, int]:
         return {file.path: file.size for file in self.files}
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def plan_units(files: tuple[InputFile, ...], part_bytes: int) -> tuple[tuple[Piece, ...], ...]:

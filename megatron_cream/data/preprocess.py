@@ -9,7 +9,6 @@ parts it has. Nothing here imports megatron.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import time
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from tqdm import tqdm
 
 from megatron_cream.data.checks import PreprocessConfig, check
 from megatron_cream.data.engine import choose_engine, first_texts
-from megatron_cream.data.finish import finish
-from megatron_cream.data.folder import WorkFolder
+from megatron_cream.data.finish import finish, is_dataset_of
+from megatron_cream.data.folder import PREPROCESSING, WorkFolder
+from megatron_cream.data.metadata import read_metadata
 from megatron_cream.data.plan import InputFile, Job
 from megatron_cream.data.publish import SUFFIXES, check_absent, finish_publishing, publish
 from megatron_cream.data.statistics import draw_histogram
@@ -46,6 +46,7 @@ class PreprocessStats:
         input_bytes: read from disk.
         seconds: this process took, without what was finished before it started.
         files: that were written.
+        finished_before: whether this very job had been done by an earlier process.
     """
 
     note: dict[str, Any]
@@ -53,6 +54,7 @@ class PreprocessStats:
     input_bytes: int
     seconds: float
     files: tuple[str, ...]
+    finished_before: bool = False
 
     @property
     def documents(self) -> int:
@@ -68,6 +70,10 @@ class PreprocessStats:
     def longest_document(self) -> int:
         """Tokens of the longest document written."""
         return self.note["longest_document"]
+
+    @property
+    def _speed(self) -> float:
+        return self.input_bytes / 1e6 / self.seconds
 
     def summary(self) -> str:
         """Lines for a person; MB/s is in bytes of input read, 10**6 to the MB."""
@@ -85,8 +91,8 @@ class PreprocessStats:
             f"median {note['median_document']:.1f}, longest {note['longest_document']}",
             draw_histogram(note["documents_by_length"]),
             f"documents of at least so many tokens: {', '.join(shares)}",
-            f"speed: {self.input_bytes / 1e6 / self.seconds:.2f} MB/s",
-            f"written: {' '.join(self.files)}",
+            "" if self.finished_before else f"speed: {self._speed:.2f} MB/s",
+            f"{'finished before' if self.finished_before else 'written'}: {' '.join(self.files)}",
         ]
         return "\n".join(line for line in lines if line and not line.endswith("tokens: "))
 
@@ -115,9 +121,10 @@ def preprocess(
     """
     started = time.perf_counter()
     job, tokenizer, inputs = check(config)
-    with WorkFolder(job.prefix) as folder, one_thread():
+    with WorkFolder(job.prefix, PREPROCESSING) as folder, one_thread():
         try:
-            if not _published_before(folder, job):
+            finished = _finished_before(folder, job, config)
+            if not finished:
                 check_absent(job.prefix, config.overwrite)
                 _make(config, job, tokenizer, inputs, folder, progress, say)
         except OSError as exc:
@@ -129,17 +136,19 @@ def preprocess(
             raise
         folder.remove()
     files = tuple(job.prefix + s for s in SUFFIXES if os.path.exists(job.prefix + s))
-    note = json.loads(Path(job.prefix + ".json").read_bytes())
+    note = read_metadata(job.prefix)
     seconds = time.perf_counter() - started
-    return PreprocessStats(note, inputs.skipped, inputs.total_bytes, seconds, files)
+    return PreprocessStats(note, inputs.skipped, inputs.total_bytes, seconds, files, finished)
 
 
-def _published_before(folder: WorkFolder, job: Job) -> bool:
-    """Finish what a killed process was moving into place; says whether that was this job's."""
-    if not folder.is_whole():
-        return False
-    finish_publishing(folder.staged, job.prefix)
-    return folder.is_of(job)
+def _finished_before(folder: WorkFolder, job: Job, config: PreprocessConfig) -> bool:
+    """Say whether this very job is done, after moving into place what a killed process left."""
+    if folder.is_whole():
+        own = folder.is_of(job)
+        finish_publishing(folder.staged, job.prefix)
+        if own:
+            return is_dataset_of(job, config.thresholds())
+    return not config.overwrite and is_dataset_of(job, config.thresholds())
 
 
 def _make(

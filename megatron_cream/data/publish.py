@@ -16,16 +16,48 @@ from megatron_cream.errors import UserError
 # for shards of a job that drops duplicates only.
 SUFFIXES = (".bin", ".hashes", ".json", ".idx")
 MARK = ".whole"
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
 
 
 def check_absent(prefix: str, overwrite: bool) -> None:
-    """Refuse a prefix that has any of the files already, unless they may be overwritten."""
-    for suffix in SUFFIXES:
-        path = prefix + suffix
-        if os.path.lexists(path) and not overwrite:
+    """Refuse a prefix that has any of the files already, unless they may be overwritten.
+
+    Only a dataset may be: a file of another kind that happens to have one of the names is kept.
+
+    Raises:
+        UserError: naming the file.
+    """
+    found = [prefix + suffix for suffix in SUFFIXES if os.path.lexists(prefix + suffix)]
+    if found and not overwrite:
+        raise UserError(
+            f"--output-prefix {prefix}: {found[0]} exists, needs a new prefix or --overwrite"
+        )
+    noted, indexed = _is_note(prefix + ".json"), _is_index(prefix + ".idx")
+    for path in found:
+        if not (noted if path.endswith(".json") else noted or indexed):
             raise UserError(
-                f"--output-prefix {prefix}: {path} exists, needs a new prefix or --overwrite"
+                f"--output-prefix {prefix}: {path} is not of a dataset, which is all that "
+                "--overwrite replaces, needs a new prefix, or that file to be moved away"
             )
+
+
+def check_prefix(prefix: str) -> None:
+    """Refuse an output that names no file, or a place where no folder can be made.
+
+    Raises:
+        UserError: naming ``--output-prefix`` and what it needs.
+    """
+    where = f"--output-prefix {prefix}"
+    folder, name = os.path.split(prefix)
+    if name in ("", ".", ".."):
+        raise UserError(f"{where}: names a folder, needs FOLDER/NAME")
+    there = folder or "."
+    while not os.path.lexists(there):
+        there = os.path.dirname(there) or "."
+    if not os.path.isdir(there):
+        raise UserError(f"{where}: {there} is not a folder, needs one to write to")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{where}: folder {there} needs to be writable")
 
 
 def publish(staged: str, prefix: str, overwrite: bool) -> tuple[str, ...]:
@@ -48,8 +80,9 @@ def publish(staged: str, prefix: str, overwrite: bool) -> tuple[str, ...]:
     try:
         finish_publishing(staged, prefix)
     except BaseException:
-        _restore(staged, prefix, new)
-        os.unlink(staged + MARK)
+        if is_whole(staged):
+            _restore(staged, prefix, new)
+            os.unlink(staged + MARK)
         raise
     return tuple(prefix + suffix for suffix in new)
 
@@ -60,9 +93,12 @@ def is_whole(staged: str) -> bool:
 
 
 def finish_publishing(staged: str, prefix: str) -> None:
-    """Move what is not in place yet of a whole dataset."""
-    with open(staged + MARK, "rb") as file:
-        new = json.load(file)
+    """Move what is not in place yet of a whole dataset, whose mark then goes.
+
+    Raises:
+        UserError: the mark is damaged.
+    """
+    new = _names_in(staged + MARK)
     # The old .idx goes first, so that it is never seen beside the new .bin.
     for suffix in reversed(SUFFIXES):
         in_place = suffix in new and not os.path.exists(staged + suffix)
@@ -72,6 +108,8 @@ def finish_publishing(staged: str, prefix: str) -> None:
         if os.path.exists(staged + suffix):
             os.rename(staged + suffix, prefix + suffix)
     _sync(os.path.dirname(prefix) or ".")
+    # From here on the dataset stands for itself, whatever comes of the folder it was made in.
+    os.unlink(staged + MARK)
 
 
 def write_whole(path: str, data: bytes) -> None:
@@ -82,6 +120,35 @@ def write_whole(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
     _sync(os.path.dirname(path) or ".")
+
+
+def _names_in(mark: str) -> list[str]:
+    try:
+        with open(mark, "rb") as file:
+            new = json.load(file)
+    except ValueError:
+        new = None
+    if not isinstance(new, list) or not set(map(str, new)) <= set(SUFFIXES):
+        raise UserError(f"{mark} is damaged, needs its folder to be removed")
+    return new
+
+
+def _is_note(path: str) -> bool:
+    """Whether a file is one that preprocessing or merging wrote beside a dataset."""
+    try:
+        with open(path, "rb") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "format_version" in content and "vocab_size" in content
+
+
+def _is_index(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(INDEX_MAGIC)) == INDEX_MAGIC
+    except OSError:
+        return False
 
 
 def _restore(staged: str, prefix: str, new: list[str]) -> None:

@@ -19,6 +19,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.data.index import read_index
 from megatron_cream.data.sources import fewest_tokens, make_sources
 from megatron_cream.data.span_reader import SpanReader
 from megatron_cream.errors import UserError
@@ -109,6 +110,7 @@ class SpanDataset(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: SpanDatasetConfig) -> IndexedDataset:
+        read_index(dataset_path)  # for its checks: Megatron maps whatever there is
         return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     @property

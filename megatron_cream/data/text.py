@@ -56,6 +56,8 @@ def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
     """
     files: list[Path] = []
     skipped = 0
+    if "" in map(str, paths):
+        raise UserError("--input '': names nothing, needs a file or a folder")
     for path in map(Path, paths):
         if path == STDIN:
             files.append(path)

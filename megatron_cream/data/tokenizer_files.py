@@ -28,6 +28,8 @@ def read_tokenizer_json(path: Path) -> Any:
         raise UserError(
             f"--tokenizer-model {path}: not readable, needs a tokenizer.json ({exc})"
         ) from exc
+    if not model.get_vocab():
+        raise UserError(f"--tokenizer-model {path}: has no vocabulary, needs one")
     model.no_truncation()
     model.no_padding()
     return model
@@ -39,6 +41,9 @@ def special_token(path: Path, key: str) -> str | None:
         return None
     try:
         token = json.loads(path.read_text("utf-8")).get(key)
-    except (ValueError, AttributeError) as exc:
+    except (ValueError, AttributeError, RecursionError) as exc:
         raise UserError(f"--tokenizer-model {path}: needs a JSON object ({exc})") from exc
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise UserError(f"--tokenizer-model {path}: has {key} {token!r}, needs a text")
+    return token

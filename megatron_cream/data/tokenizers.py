@@ -70,6 +70,6 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None = Non
                 f"--tokenizer-model {tokenizer_model}: {tokenizer_type} needs it left out"
             )
         return ByteLevelTokenizer()
-    if tokenizer_model is None:
+    if not tokenizer_model:
         raise UserError(f"--tokenizer-model (not given): {tokenizer_type} needs a path")
     return TOKENIZERS[tokenizer_type](tokenizer_model)

@@ -18,9 +18,11 @@ from megatron_cream.checkpoint.iterations import start_of
 from megatron_cream.checkpoint.saved import arguments_in, refuse_other_model, saved_extension
 from megatron_cream.checkpoint.starting import check_start
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.index import read_index, read_metadata
+from megatron_cream.data.index import DatasetIndex, read_index
+from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.data.sources import make_sources
 from megatron_cream.data.span_dataset import no_sources_message, split_strategy
+from megatron_cream.data.token_ids import check_token_sample
 from megatron_cream.errors import UserError
 from megatron_cream.training import cross_entropy
 
@@ -52,7 +54,7 @@ def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
         raise UserError("--data-path is missing: it must name at least one indexed dataset")
     for prefix, splits in wanted.items():
         index = read_index(prefix)
-        _check_vocabulary(args, prefix)
+        _check_vocabulary(args, index)
         _check_end_of_document(args, prefix)
         for split, (begin, end) in splits.items():
             if split is not Split.train and not args.eval_iters:
@@ -87,8 +89,10 @@ def _prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, fl
     return wanted
 
 
-def _check_vocabulary(args: Namespace, prefix: str) -> None:
+def _check_vocabulary(args: Namespace, index: DatasetIndex) -> None:
+    prefix = index.prefix
     metadata = read_metadata(prefix)
+    check_fits(index, metadata)
     vocabulary = args.padded_vocab_size or args.vocab_size
     if metadata and vocabulary and metadata["vocab_size"] > vocabulary:
         raise UserError(
@@ -96,6 +100,8 @@ def _check_vocabulary(args: Namespace, prefix: str) -> None:
             f"{metadata['vocab_size']} tokens ({metadata['tokenizer_type']}); it must be at least "
             "that"
         )
+    sizes = [vocabulary, metadata["vocab_size"] if metadata else None]
+    check_token_sample(index, min((size for size in sizes if size), default=None))
 
 
 def _check_end_of_document(args: Namespace, prefix: str) -> None:

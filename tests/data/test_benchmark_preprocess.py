@@ -8,11 +8,14 @@ import sysconfig
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.commands import exit_status
 
+from megatron_cream.data.index import write_index
 from megatron_cream.data.preprocess import PreprocessConfig, preprocess
 from megatron_cream.data.tokenizers import train_bpe
+from megatron_cream.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 LEAST = 10.0
@@ -63,6 +66,21 @@ def test_ten_times_the_loop_of_one_call_a_document(benchmark, text, monkeypatch)
     for suffix in (".bin", ".idx"):
         assert (text / f"ours{suffix}").read_bytes() == (text / f"loop{suffix}").read_bytes()
     assert slow / fast >= LEAST, f"{slow:.2f} s against {fast:.2f} s"
+
+
+def test_documents_without_text_may_be_counted(benchmark, tmp_path):
+    """Megatron's script adds a document of no sequence for each, as these indices have."""
+    ours, theirs, other = (str(tmp_path / name) for name in ("ours", "theirs", "other"))
+    for prefix, counts in ((ours, [1, 1]), (theirs, [1, 0, 0, 1]), (other, [2, 0])):
+        Path(prefix + ".bin").write_bytes(bytes(10))
+        block = (np.array([2, 3]), np.array(counts))
+        write_index(prefix + ".idx", np.dtype(np.uint16), [block], 2, len(counts))
+    benchmark._compare(ours, theirs)
+    with pytest.raises(UserError, match="differ in documents"):
+        benchmark._compare(ours, other)
+    Path(theirs + ".bin").write_bytes(bytes(9) + b"x")
+    with pytest.raises(UserError, match="bin differ"):
+        benchmark._compare(ours, theirs)
 
 
 def test_table_and_failures(benchmark, tmp_path, capsys):

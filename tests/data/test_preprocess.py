@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from support.commands import exit_status
 
-from megatron_cream.data import units
+from megatron_cream.data import records, units
 from megatron_cream.data.preprocess import PreprocessConfig
 from megatron_cream.data.tokenizers import ByteLevelTokenizer, load_tokenizer, train_bpe
 
@@ -46,7 +46,9 @@ def test_one_sequence_a_document_reads_back(job, run, left_in, documents, kept):
 def test_note_beside_the_dataset(job, run):
     run(job, append_eod=True, min_tokens=5, seq_length=100, target_length=302)
     lengths = [11] * 6 + [301] * 3
-    assert json.loads(Path(job.output_prefix + ".json").read_text()) == {
+    note = json.loads(Path(job.output_prefix + ".json").read_text())
+    assert len(note.pop("fingerprint")) == 32
+    assert note == {
         "format_version": 1,
         "tokenizer_type": "ByteLevelTokenizer",
         "tokenizer_model": None,
@@ -108,7 +110,35 @@ def test_bos_eod_and_wide_ids(job, tmp_path, run, kept):
         assert row.tolist() == [tokenizer.bos, *ids, 65_600]
 
 
-def test_equal_results_from_every_kind_of_input(job, tmp_path, run, outputs, documents):
+def test_long_documents_have_the_same_tokens_around_them(job, tmp_path, run, kept, monkeypatch):
+    """Those that are read and written piece by piece, in JSONL and in a file of their own."""
+    train_bpe(kept, 270, tmp_path / "tokenizer")
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config.write_text('{"eos_token": "<|endoftext|>", "bos_token": "a"}')
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 200 + "κόσμε")
+    changes = {
+        "input": (job.input[0], str(long)),
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": str(tmp_path / "tokenizer"),
+        "append_eod": True,
+        "prepend_bos": True,
+        "drop_duplicates": True,
+    }
+    run(job, output_prefix=job.output_prefix + "-whole", **changes)
+    monkeypatch.setattr(records, "GIANT_BYTES", 100)
+    monkeypatch.setattr(records, "PIECE_BYTES", 40)
+    run(job, **changes)
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer")
+    rows = [row.tolist() for row in read(job.output_prefix)[:]]
+    assert rows == [row.tolist() for row in read(job.output_prefix + "-whole")[:]]
+    assert len(rows) == 5
+    for row in rows:
+        assert row[0] == tokenizer.bos and row[-1] == tokenizer.eod
+        assert tokenizer.eod not in row[:-1]
+
+
+def test_equal_results_from_every_kind_of_input(job, tmp_path, run, content, documents):
     run(job)
     data = Path(job.input[0]).read_bytes()
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(data))
@@ -121,7 +151,7 @@ def test_equal_results_from_every_kind_of_input(job, tmp_path, run, outputs, doc
     for name in ("in.jsonl.gz", "in.jsonl.zst", "folder"):
         prefix = str(tmp_path / "out" / name)
         stats = run(job, input=(str(tmp_path / name),), output_prefix=prefix)
-        assert outputs(prefix) == outputs(job.output_prefix)
+        assert content(prefix) == content(job.output_prefix)
         assert stats.skipped_files == (name == "folder")
 
 
@@ -171,13 +201,16 @@ def test_interrupt_half_way_keeps_what_is_finished(job, monkeypatch, run, output
         ({"input": ("-", "-")}, "--input - -: standard input can be read once"),
         ({"input": ("-",), "workers": 2}, "--input -: standard input is read by one process"),
         ({"input": ("-",), "input_format": "arrow"}, "--input -: cannot be arrow, needs jsonl"),
-        ({"workers": 0}, "--workers 0: needs 1 or more"),
-        ({"min_tokens": 0}, "--min-tokens 0: needs 1 or more"),
+        ({"workers": 0}, "--workers 0: needs 1 to 4096"),
+        ({"min_tokens": 0}, "--min-tokens 0: needs 1 to 2147483645"),
         ({"prepend_bos": True}, "--prepend-bos: ByteLevelTokenizer has none, needs a tokenizer"),
         ({"tokenizer_type": "Other"}, "--tokenizer-type Other: needs one of"),
         ({"tokenizer_type": "SentencePieceTokenizer"}, r"--tokenizer-model \(not given\)"),
         ({"input": ("nowhere",)}, "--input nowhere: not found"),
-        ({"output_prefix": "no/folder/x"}, "--output-prefix no/folder/x: no folder no/folder"),
+        (
+            {"output_prefix": "setup.cfg/x"},
+            "--output-prefix setup.cfg/x: setup.cfg is not a folder",
+        ),
         ({"output_prefix": "out/"}, "--output-prefix out/: names a folder, needs"),
     ],
 )
@@ -253,7 +286,7 @@ def test_tool_prints_one_line_for_an_error(job):
     command = [sys.executable, str(TOOL), *arguments(job), "--workers", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --workers 0: needs 1 or more\n"
+    assert done.stderr == "error: --workers 0: needs 1 to 4096\n"
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from megatron_cream.data import records
-from megatron_cream.data.folder import WorkFolder
+from megatron_cream.data.folder import PREPROCESSING, WorkFolder
 from megatron_cream.data.reading import Piece, read_documents, read_piece
 from megatron_cream.data.records import Fields
 from megatron_cream.data.tokenizers import train_bpe
+from megatron_cream.ownership import MARK_NAME
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"
@@ -117,7 +118,7 @@ def test_other_settings_do_not_continue(big, run, monkeypatch):
 
 
 def test_second_process_is_refused(job, run, outputs):
-    with WorkFolder(job.output_prefix) as folder:
+    with WorkFolder(job.output_prefix, PREPROCESSING) as folder:
         with pytest.raises(BlockingIOError, match="another process is writing it"):
             run(job)
         assert folder.path.exists()
@@ -133,15 +134,15 @@ def test_lock_of_a_deleted_folder_is_not_taken(job, monkeypatch):
 
     def flock(lock, operation):
         if not calls:
-            (folder / "lock").unlink()
+            (folder / MARK_NAME).unlink()
             folder.rmdir()
         calls.append(operation)
         true_flock(lock, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with WorkFolder(prefix):
+    with WorkFolder(prefix, PREPROCESSING):
         assert len(calls) == 2
-        assert (folder / "lock").exists()
+        assert (folder / MARK_NAME).exists()
 
 
 def test_input_that_changes_meanwhile_is_an_error(job, run, monkeypatch):

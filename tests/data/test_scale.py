@@ -13,9 +13,10 @@ import pytest
 
 from megatron_cream.data import assemble, checks
 from megatron_cream.data.assemble import first_copies, split
-from megatron_cream.data.index import read_index, read_metadata, token_dtype, write_index
+from megatron_cream.data.index import read_index, token_dtype, write_index
 from megatron_cream.data.inspection import check, describe, document_text
 from megatron_cream.data.merge import merge_datasets
+from megatron_cream.data.metadata import read_metadata
 from megatron_cream.data.parts import HASH_BYTES
 from megatron_cream.data.statistics import Lengths, draw_histogram, median
 
@@ -142,7 +143,7 @@ def test_first_copies_equal_a_dictionary(monkeypatch, bucket_bytes):
 
 
 @pytest.mark.parametrize("format", ["parquet", "arrow file", "arrow stream"])
-def test_columns_give_the_same_documents(job, run, outputs, tmp_path, documents, format):
+def test_columns_give_the_same_documents(job, run, content, tmp_path, documents, format):
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     run(job)
@@ -156,7 +157,7 @@ def test_columns_give_the_same_documents(job, run, outputs, tmp_path, documents,
             writer.write_table(table, max_chunksize=4)
     prefix = job.output_prefix + "-columns"
     run(job, input=(str(path),), output_prefix=prefix, **PARTS)
-    assert outputs(prefix) == outputs(job.output_prefix)
+    assert content(prefix) == content(job.output_prefix)
     for changes, message in (
         ({"json_key": "body"}, "--json-key body: no such column, needs one of n, text"),
         ({"json_key": "n"}, "--json-key n: a column of int64, needs text"),
@@ -184,7 +185,7 @@ def test_bad_rows_are_named(job, run, tmp_path):
     assert stats.documents == 2
 
 
-def test_standard_input_and_patterns(job, run, outputs, tmp_path, monkeypatch):
+def test_standard_input_and_patterns(job, run, content, tmp_path, monkeypatch):
     run(job)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     code = "import sys; from megatron_cream.data.preprocess import *"
@@ -193,13 +194,13 @@ def test_standard_input_and_patterns(job, run, outputs, tmp_path, monkeypatch):
 
     with open(job.input[0], "rb") as file:
         subprocess.run([sys.executable, "-c", code], stdin=file, check=True, capture_output=True)
-    assert outputs(tmp_path / "o") == outputs(job.output_prefix)
+    assert content(tmp_path / "o") == content(job.output_prefix)
     (tmp_path / "sub").mkdir()
     Path(job.input[0]).rename(tmp_path / "sub" / "x.data")
     prefix = job.output_prefix + "-pattern"
     pattern = str(tmp_path / "**" / "*.data")
     run(job, input=(pattern,), input_format="jsonl", output_prefix=prefix)
-    assert outputs(prefix) == outputs(job.output_prefix)
+    assert content(prefix) == content(job.output_prefix)
     with pytest.raises(FileNotFoundError, match="no file matches, needs one that does"):
         run(job, input=(str(tmp_path / "*.none"),), output_prefix=prefix, overwrite=True)
 

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input ends in one line that names the flag, before a process group or a GPU is asked for."""
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import ranks
 from support.runs import FLAGS, write_dataset
+
+from megatron_cream.data.index import read_index
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
@@ -124,10 +128,30 @@ def test_no_document_is_long_enough(refused, tmp_path):
 
 def test_vocabulary_smaller_than_the_datasets(refused, tmp_path):
     prefix = write_dataset(tmp_path / "d", [500] * 5)
-    Path(prefix + ".json").write_text('{"vocab_size": 32000, "tokenizer_type": "HF"}')
+    note = {"vocab_size": 32000, "tokenizer_type": "HF", "tokenizer_model": None, "dropped": {}}
+    note |= {"eod_id": None, "bos_id": None, "appended_eod": False, "prepended_bos": False}
+    Path(prefix + ".json").write_text(json.dumps(note))
     message = refused(data=prefix)
     assert "--vocab-size is 120" in message
     assert "32000" in message
+
+
+@pytest.mark.parametrize("place", [0, 1234, 2499])
+def test_token_beyond_the_vocabulary(refused, tmp_path, place):
+    prefix = write_dataset(tmp_path / "d", [500] * 5)
+    index = read_index(prefix)
+    tokens = np.memmap(prefix + ".bin", mode="r+", dtype=index.dtype)
+    tokens[place] = 60_000
+    tokens.flush()
+    assert "d.bin holds token 60000, needs all below vocab_size " in refused(data=prefix)
+
+
+def test_damaged_index(refused, tmp_path):
+    prefix = write_dataset(tmp_path / "d", [500] * 5)
+    data = bytearray(Path(prefix + ".idx").read_bytes())
+    data[34 + 4 * 5 + 8] += 2  # the second document begins a token later
+    Path(prefix + ".idx").write_bytes(data)
+    assert "d.idx is damaged: sequence 1 does not follow the one before" in refused(data=prefix)
 
 
 def test_resuming_with_other_settings(refused, initial):
