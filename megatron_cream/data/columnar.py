@@ -40,7 +40,10 @@ def check_columns(path: str, format: str, fields: Fields) -> None:
     """
     pa = import_pyarrow(path)
     with _broken(pa, path, format), _Source(path, format) as source:
-        schema = source.schema
+        _check_schema(pa, path, source.schema, fields)
+
+
+def _check_schema(pa: Any, path: str, schema: Any, fields: Fields) -> None:
     text = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
     for name in fields.names:
         if schema.get_field_index(name) < 0:
@@ -70,6 +73,7 @@ def read_rows(
     pa = import_pyarrow(path)
     size, row = Path(path).stat().st_size, 0
     with _broken(pa, path, format), _Source(path, format) as source:
+        _check_schema(pa, path, source.schema, fields)
         for batch in source.batches(list(fields.names)):
             count = batch.num_rows
             if row + count > offset:
@@ -82,11 +86,34 @@ def read_rows(
 
 
 def _values(pa: Any, batch: Any, name: str) -> list[bytes | None]:
-    column = batch.column(name)
+    return _checked(pa, batch.column(name)).cast(pa.large_binary()).to_pylist()
+
+
+def _checked(pa: Any, column: Any) -> Any:
+    """Return a column of text as one of bytes, after looking at every offset and index of it.
+
+    Arrow reads wherever the offsets of a damaged file point to, outside its memory too. As bytes,
+    so that text which is not UTF-8 is an error of its row.
+    """
+    column.validate()  # buffers are as long as the number of rows needs
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    # As bytes, so that text which is not UTF-8 is an error of its row.
-    return column.cast(pa.large_binary()).to_pylist()
+        values = _checked(pa, column.dictionary)
+        column = pa.DictionaryArray.from_arrays(column.indices, values, safe=True)
+        column.validate(full=True)
+        return column.dictionary_decode()
+    column = column.view(_bytes_of(pa, column.type))
+    column.validate(full=True)
+    return column
+
+
+def _bytes_of(pa: Any, found: Any) -> Any:
+    """The type of bytes that has the layout of a type of text."""
+    names = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }
+    return names.get(found, found)
 
 
 def _record(values: tuple[bytes | None, ...], fields: Fields, row: int) -> Record:
@@ -117,7 +144,7 @@ class _Source:
 
         self._file = pa.OSFile(self._path)
         if self._parquet:
-            self._reader = pq.ParquetFile(self._file)
+            self._reader = pq.ParquetFile(self._file, page_checksum_verification=True)
             self.schema = self._reader.schema_arrow
             return self
         try:
@@ -149,6 +176,8 @@ class _Source:
             self._reader if self._count is None else map(self._reader.get_batch, range(self._count))
         )
         for batch in whole:
+            batch = batch.select(names)
+            batch.validate()
             rows = max(batch.num_rows * _BATCH_BYTES // max(batch.nbytes, 1), 1)
             for start in range(0, batch.num_rows, rows):
                 yield batch.slice(start, rows)
@@ -158,11 +187,17 @@ class _broken:
     """Turns what pyarrow says of damaged data into one line that names the file."""
 
     def __init__(self, pa: Any, path: str, format: str) -> None:
-        self._pa, self._where = pa, f"{path}: broken {format} data"
+        self._pa, self._path, self._format = pa, path, format
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, self._pa.ArrowException):
-            raise UserError(f"{self._where} ({exc})") from exc
+        if isinstance(exc, OSError) and exc.errno:  # the disk, not the file
+            if exc.filename is None:
+                raise OSError(exc.errno, f"{self._path}: {exc}") from exc
+            return
+        # Beside exceptions of its own it raises bare ones: OSError for sizes and sums that do not
+        # fit, UnicodeDecodeError for names.
+        if isinstance(exc, (self._pa.ArrowException, OSError, UnicodeDecodeError)):
+            raise UserError(f"{self._path}: broken {self._format} data ({exc})") from exc

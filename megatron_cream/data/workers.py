@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from megatron_cream.data.tokenizers import Tokenizer
 from megatron_cream.data.units import UnitEncoder
 
 _POLL_SECONDS = 0.2
+_PIPE_BYTES = 1 << 16  # what Linux takes into a pipe that nobody reads
 
 
 def run_units(
@@ -50,7 +52,7 @@ def run_units(
     """
     tokenizer = tokenizer or job.load_tokenizer()
     others = min(workers, len(units)) - 1
-    with _Pool(job, units, others, on_bytes, _Inherited(tokenizer, on_fork)) as pool:
+    with _Pool(_Inherited(job, units, tokenizer, on_fork), others, on_bytes) as pool:
         encoder = UnitEncoder(job, pool.count, tokenizer)
         while (unit := pool.take()) is not None:
             encoder.run(unit)
@@ -59,8 +61,10 @@ def run_units(
 
 @dataclass(frozen=True)
 class _Inherited:
-    """What a forked worker gets from this process."""
+    """What a forked worker gets from this process; a fresh one is sent the first two."""
 
+    job: Job
+    units: list[int]
     tokenizer: Tokenizer
     on_fork: Callable[[], object]
 
@@ -69,31 +73,39 @@ class _Pool:
     """Worker processes that share a list of units with this one."""
 
     def __init__(
-        self,
-        job: Job,
-        units: list[int],
-        others: int,
-        on_bytes: Callable[[int], object],
-        inherited: _Inherited,
+        self, inherited: _Inherited, others: int, on_bytes: Callable[[int], object]
     ) -> None:
         method = start_method()
         context = get_context(method)
         given = inherited if method == "fork" else None
-        self._units, self._on_bytes, self._shown = units, on_bytes, 0
+        self._units, self._on_bytes, self._shown = inherited.units, on_bytes, 0
         self._next, self._read = context.Value("q", 0), context.Value("q", 0)
         self._processes: dict[Any, Any] = {}
-        for _ in range(others):
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = (job, units, self._next, self._read, theirs, given)
-            process = context.Process(target=_work, args=arguments, daemon=True)
+        try:
+            for _ in range(others):
+                self._start(context, given)
+            for pipe in self._processes if given is None else ():
+                _send(pipe, (inherited.job, inherited.units))
+        except BaseException:
+            self._kill()
+            raise
+
+    def _start(self, context: Any, given: _Inherited | None) -> None:
+        ours, theirs = context.Pipe()
+        arguments = (self._next, self._read, theirs, given)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        with _short_command_line():
             process.start()
-            theirs.close()
-            self._processes[ours] = process
+        theirs.close()
+        self._processes[ours] = process
 
     def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._kill()
+
+    def _kill(self) -> None:
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():
@@ -102,12 +114,24 @@ class _Pool:
     def take(self) -> int | None:
         """Return a unit that nobody has begun, None without one; look how the others do."""
         self._look(timeout=0)
-        return _take(self._units, self._next)
+        with self._locked(self._next):
+            return _take(self._units, self._next)
 
     def count(self, size: int) -> None:
         """Add to the bytes that all have read."""
-        _count(self._read, size)
+        with self._locked(self._read):
+            self._read.value += size
         self._show()
+
+    @contextmanager
+    def _locked(self, number: Any) -> Iterator[None]:
+        """Hold the lock of a shared number; a worker that died with it is an error, not a wait."""
+        while not number.get_lock().acquire(timeout=_POLL_SECONDS):
+            self._look(timeout=0)
+        try:
+            yield
+        finally:
+            number.get_lock().release()
 
     def wait(self) -> None:
         """Wait for the others, or stop at the first thing that is wrong."""
@@ -119,11 +143,8 @@ class _Pool:
         for pipe in connection.wait(list(self._processes), timeout=timeout):
             try:
                 error = pipe.recv()
-            except EOFError:
-                raise ChildProcessError(
-                    "--workers: a worker died, needs more memory or fewer workers (and, in a "
-                    'script of your own, the call under `if __name__ == "__main__":`)'
-                ) from None
+            except (EOFError, ConnectionError):
+                raise _died() from None
             if error is not None:
                 raise error
             self._processes.pop(pipe).join()
@@ -132,6 +153,37 @@ class _Pool:
         read = self._read.value
         self._on_bytes(read - self._shown)
         self._shown = read
+
+
+def _died() -> ChildProcessError:
+    return ChildProcessError(
+        "--workers: a worker died, needs more memory or fewer workers (and, in a script of your "
+        'own, the call under `if __name__ == "__main__":`)'
+    )
+
+
+def _send(pipe: Any, content: object) -> None:
+    """Send a worker what it works on; one that died while it started takes nothing.
+
+    Arguments of a process would do too, but multiprocessing writes those of a fresh interpreter to
+    a pipe of which this process holds the other end, and waits for ever when nobody empties it.
+    """
+    try:
+        pipe.send(content)
+    except ConnectionError:
+        raise _died() from None
+
+
+@contextmanager
+def _short_command_line() -> Iterator[None]:
+    """Keep a long command line, of thousands of files, out of the same pipe (see ``_send``)."""
+    before = sys.argv
+    if sum(map(len, before)) > _PIPE_BYTES // 8:
+        sys.argv = before[:1]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def start_method() -> str:
@@ -146,14 +198,7 @@ def start_method() -> str:
         return "spawn"
 
 
-def _work(
-    job: Job,
-    units: list[int],
-    next_unit: Any,
-    read: Any,
-    pipe: Any,
-    inherited: _Inherited | None,
-) -> None:
+def _work(next_unit: Any, read: Any, pipe: Any, inherited: _Inherited | None) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -163,7 +208,10 @@ def _work(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     try:
-        tokenizer = None if inherited is None else inherited.tokenizer
+        if inherited is None:
+            (job, units), tokenizer = pipe.recv(), None
+        else:
+            job, units, tokenizer = inherited.job, inherited.units, inherited.tokenizer
         encoder = UnitEncoder(job, lambda size: _count(read, size), tokenizer)
         while (unit := _take(units, next_unit)) is not None:
             encoder.run(unit)

@@ -31,8 +31,9 @@ def run(encoder, unit):
     else:
         links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
         held = [os.readlink(link) for link in links if os.path.exists(link)]
+        locks = sum(path.endswith(".parts/.megatron_cream.json") for path in held)
         with open(sys.argv[3], "a") as file:
-            file.write(f"{sum(path.endswith('.parts/lock') for path in held)} locks\\n")
+            file.write(f"{locks} locks\\n")
     true_run(encoder, unit)
 
 def get_context(method):
@@ -86,7 +87,7 @@ def test_a_forked_worker_can_let_go_of_the_lock(tmp_path):
     code = """
 import os, sys, time
 from megatron_cream.data.folder import WorkFolder
-folder, (read, write) = WorkFolder(sys.argv[1]), os.pipe()
+folder, (read, write) = WorkFolder(sys.argv[1], 'merging'), os.pipe()
 worker = os.fork()
 if not worker:
     sys.argv[2] == "lets go" and folder.let_go()
@@ -95,7 +96,7 @@ if not worker:
 try:
     os.read(read, 1)
     os.close(folder._lock)  # what the end of this process does
-    WorkFolder(sys.argv[1])
+    WorkFolder(sys.argv[1], 'merging')
 finally:
     os.kill(worker, 9)
 """
@@ -131,6 +132,38 @@ def test_dead_worker_is_an_error_and_not_a_hang(job, monkeypatch):
     monkeypatch.setattr(module, "_work", _die_in_worker)
     with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
         module.run_units(planned, planned.own_units(), 2, lambda count: None, tokenizer)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("long", ["job", "command line"])
+def test_fresh_worker_that_dies_while_it_starts_is_not_waited_for(job, tmp_path, monkeypatch, long):
+    """It reads nothing of what it is to do, which is more than a pipe takes."""
+    code = "import os, sys\nif 'spawn_main' in str(sys.orig_argv): os._exit(1)\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(module, "start_method", lambda: "spawn")
+    planned, tokenizer, _ = check(job)
+    planned.folder.mkdir()
+    units = planned.own_units() * (100_000 if long == "job" else 2)
+    if long != "job":
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, range(50_000))])
+    with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
+        module.run_units(planned, units, 2, lambda count: None, tokenizer)
+    assert len(sys.argv) > 1 or long == "job"
+
+
+def _die_with_the_lock(next_unit, *arguments):
+    next_unit.get_lock().acquire()
+    os._exit(1)
+
+
+@pytest.mark.timeout(60)
+def test_worker_that_dies_with_a_lock_is_not_waited_for(job, monkeypatch):
+    planned, tokenizer, _ = check(replace(job, workers=2, **PARTS))
+    planned.folder.mkdir()
+    monkeypatch.setattr(module, "_work", _die_with_the_lock)
+    with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
+        module.run_units(planned, planned.own_units() * 500, 2, lambda count: None, tokenizer)
 
 
 def test_bytes_read_add_up_to_the_input(job):
