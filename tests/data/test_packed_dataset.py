@@ -95,6 +95,24 @@ def test_each_document_has_a_layout_of_its_own_that_reaches_the_target(prefixes)
     assert all(len(layouts) > 3 for layouts in seen.values()), "drawn anew each time"
 
 
+def test_no_two_documents_share_a_layout(prefixes):
+    """Not those side by side, not those of the next sample, in a blend as alone."""
+    from megatron_cream.data.span_dataset import BlendedSpans
+
+    alone = build(prefixes[:1])[0]
+    for train in (alone, BlendedSpans(build(prefixes, weights=[0.4, 0.6])[0])):
+        seen = []
+        for index in range(len(train)):
+            sample = train[index]
+            for i, part in enumerate(documents(sample)):
+                ids = sample["position_ids"][part]
+                strategy = alone.strategy.for_length(len(ids))
+                expected = strategy.layout(1234, (index << 20) + i).position_ids
+                assert ids.tolist() == expected.tolist()
+                seen.append(tuple(ids.tolist()))
+        assert len(set(seen)) > 0.8 * len(seen)
+
+
 def test_labels_do_not_cross_documents(prefixes):
     train = build(prefixes[:1])[0]
     for index in range(len(train)):

@@ -62,3 +62,21 @@ def test_sources_are_long_enough_and_apart(unit, lengths, train, more):
     if unit == "document":
         assert len(rows) == sum(length >= train for length in lengths)
         assert sources.dropped == len(lengths) - len(rows)
+
+
+@pytest.mark.parametrize("unit", ["document", "window", "packed"])
+def test_more_tokens_than_32_bits_count(unit):
+    """Lengths come as int32, as they stand in the index; places do not fit into that."""
+    lengths = np.full(3, (1 << 31) - 1, dtype=np.int32)
+    starts = np.arange(3, dtype=np.int64) * int(lengths[0])
+    size = 1 << 28
+    sources = make_sources(unit, starts, lengths, make_strategy("pose", 16, size, chunks=1))
+    total = 3 * int(lengths[0])
+    expected = {
+        "document": starts.tolist(),
+        "window": [int(start) + size * i for start in starts for i in range(8)],
+        "packed": list(range(0, total, size)),
+    }[unit]
+    assert sources.starts.tolist() == expected
+    assert sources.ends.max() == total == (sources.starts + sources.lengths).max()
+    assert sources.longest == (total if unit == "packed" else lengths[0])

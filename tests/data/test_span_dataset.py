@@ -40,7 +40,16 @@ def extension(**changes):
     return ExtensionConfig(**(options | changes))
 
 
-def build(prefixes, samples=50, weights=None, split="100,0,0", eod=None, **changes):
+def build(
+    prefixes,
+    samples=50,
+    weights=None,
+    split="100,0,0",
+    eod=None,
+    random_seed=7,
+    mapped=True,
+    **changes,
+):
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -48,7 +57,8 @@ def build(prefixes, samples=50, weights=None, split="100,0,0", eod=None, **chang
     from megatron_cream.data.span_dataset import SpanDataset, SpanDatasetConfig
 
     config = SpanDatasetConfig(
-        random_seed=7,
+        random_seed=random_seed,
+        mmap_bin_files=mapped,
         sequence_length=N,
         blend=(prefixes, weights),
         split=split,
@@ -175,6 +185,74 @@ def test_draws_the_orders_of_a_few_epochs_once_in_any_order(prefixes, monkeypatc
     small = build(prefixes[:1])[0]
     assert [small.chosen(i) for i in shuffled] == expected
     assert len(small._orders) <= 2 < 6 < len(drawn) - 6
+
+
+@pytest.mark.parametrize("seed", [7, 8])
+def test_order_of_an_epoch_is_drawn_from_seed_and_epoch(prefixes, seed):
+    """The stream that docs/positions.md names, asked of numpy itself."""
+    train = build(prefixes[:1], random_seed=seed, position_seed=99)[0]
+    size = train.epoch_size
+    orders = []
+    for epoch in range(4):
+        key = np.array([seed, epoch], dtype=np.uint64)
+        stream = np.random.Philox(key=key, counter=np.array([0, 0, 0, 1], dtype=np.uint64))
+        expected = np.random.Generator(stream).permutation(size).tolist()
+        orders.append([train.chosen(epoch * size + i) for i in range(size)])
+        assert orders[-1] == expected
+    assert len({tuple(order) for order in orders}) > 2
+
+
+def test_a_drawn_scale_is_that_of_the_layout(prefixes):
+    """Positions of scale t end at t * N0, in a blend too, whose datasets count for themselves."""
+    from megatron_cream.data.span_dataset import BlendedSpans, PositionsOnly
+
+    clex = {"rope_interpolation": "clex", "rope_factor": T / N, "position_seed": 5}
+    alone = build(prefixes[:1], **clex)[0]
+    blend = BlendedSpans(build(prefixes, weights=[0.3, 0.7], **clex)[0])
+    middle = PositionsOnly(extension(**clex), 50)
+    for dataset in (alone, blend, middle):
+        scales = set()
+        for index in range(50):
+            sample = dataset[index]
+            scale = sample["scale"].item()
+            scales.add(scale)
+            assert sample["position_ids"].max() == alone.strategy.reach(scale) - 1
+            assert scale == alone.strategy.scale(5, index)
+        assert len(scales) > 2
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_tokens_far_behind_two_to_the_32(tmp_path, mapped):
+    """A file of 8 GiB with a hole; each document is where the index says."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron_cream.data.index import write_index
+    from megatron_cream.data.inspection import document_text
+
+    lengths = np.array([(1 << 31) - 1, (1 << 31) - 1, 70, T])
+    starts = np.cumsum(lengths) - lengths
+    prefix = str(tmp_path / "far")
+    write_index(prefix + ".idx", np.dtype(np.uint16), [(lengths, np.ones(4, np.int64))], 4, 4)
+    with open(prefix + ".bin", "wb") as file:
+        for d, start in enumerate(starts.tolist()):
+            file.seek(2 * start)
+            file.write((STEP * d + np.arange(70)[: lengths[d]]).astype(np.uint16).tobytes())
+        file.truncate(2 * int(lengths.sum()))
+    whole = IndexedDataset(prefix)  # which its arrays must not outlive
+    assert whole[3].tolist() == list(range(3 * STEP, 3 * STEP + T))
+    train = build([prefix], mapped=mapped, position_strategy="pose")[0]
+    seen = set()
+    for index in range(12):
+        tokens, d = train[index]["tokens"].numpy(), train.chosen(index)
+        spans = train.strategy.layout(1234, index).spans(int(lengths[d]))
+        places = [k for offset, n in spans for k in range(offset, offset + n)]
+        expected = [STEP * d + k if k < min(70, lengths[d]) else 0 for k in places]
+        np.testing.assert_array_equal(tokens, expected)
+        seen.add(d)
+    assert seen == {0, 1, 2, 3}
+    assert document_text(prefix, 2, "ByteLevelTokenizer", None, 3) == bytes([200, 201, 202]).decode(
+        errors="replace"
+    )
 
 
 def test_same_sample_from_any_worker(prefixes):
