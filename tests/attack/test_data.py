@@ -108,13 +108,13 @@ def snapshot(folder, but=()):
     }
 
 
-def written(name, folder):
-    """An input of TEXTS in the format of its name."""
+def written(name, folder, texts=TEXTS):
+    """An input of ``texts`` in the format of its name."""
     path = folder / name
-    data = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     if name.endswith((".parquet", ".arrow")):
         pa = pytest.importorskip("pyarrow")
-        table = pa.table({"text": TEXTS, "n": range(len(TEXTS))})
+        table = pa.table({"text": texts, "n": range(len(texts))})
         if name.endswith("parquet"):
             import pyarrow.parquet as pq
 
@@ -127,7 +127,7 @@ def written(name, folder):
     if name.endswith(".zst"):
         data = pytest.importorskip("zstandard").compress(data)
     packed = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(data)
-    path.write_bytes("\n".join(TEXTS).encode() if name.endswith("txt") else packed)
+    path.write_bytes("\n".join(texts).encode() if name.endswith("txt") else packed)
     return path
 
 
@@ -261,19 +261,14 @@ def draws(prefix):
     return True
 
 
-KILLED = {"a.jsonl": "fork", "a.jsonl.gz": "fork", "a.parquet": "spawn"}
+KILLED = ("a.jsonl", "a.jsonl.gz", "a.parquet")  # workers of the last are fresh interpreters
 
 
 @pytest.mark.parametrize("name", KILLED)
 def test_kills(rng, tmp_path, name):
     """Killed again and again, in its clean-up too, or a worker alone: the same bytes in the end."""
-    global TEXTS
     words = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(200)]
-    before, TEXTS = TEXTS, [" ".join(rng.choices(words, k=30)) for _ in range(3000)]
-    try:
-        path = written(name, tmp_path)
-    finally:
-        TEXTS = before
+    path = written(name, tmp_path, [" ".join(rng.choices(words, k=30)) for _ in range(3000)])
     train_bpe([" ".join(words)], 300, tmp_path / "tokenizer")
     argv = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(path)]
     argv += ["--tokenizer-type", "HuggingFaceTokenizer", "--drop-duplicates", "--append-eod"]
