@@ -130,8 +130,9 @@ def test_long_documents_have_the_same_tokens_around_them(job, tmp_path, run, kep
     monkeypatch.setattr(records, "PIECE_BYTES", 40)
     run(job, **changes)
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer")
-    rows = [row.tolist() for row in read(job.output_prefix)[:]]
-    assert rows == [row.tolist() for row in read(job.output_prefix + "-whole")[:]]
+    pieces, whole = read(job.output_prefix), read(job.output_prefix + "-whole")
+    rows = [row.tolist() for row in pieces[:]]
+    assert rows == [row.tolist() for row in whole[:]]
     assert len(rows) == 5
     for row in rows:
         assert row[0] == tokenizer.bos and row[-1] == tokenizer.eod

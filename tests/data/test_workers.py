@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -154,6 +155,7 @@ def test_fresh_worker_that_dies_while_it_starts_is_not_waited_for(job, tmp_path,
 
 def _die_with_the_lock(next_unit, *arguments):
     next_unit.get_lock().acquire()
+    time.sleep(1)  # until the other process waits for it
     os._exit(1)
 
 
