@@ -111,6 +111,13 @@ def test_split_keeps_every_token_and_limit():
         assert sequences.max() <= limit + 2 and sequences.min() >= 1
 
 
+def test_bos_is_in_the_first_sequence_and_eod_in_the_last():
+    lengths = np.array([12, 2, 6, 7])  # with both: 10, 0, 4 and 5 of their own
+    sequences, counts = split(lengths, 4, head=1, tail=1)
+    assert sequences.tolist() == [5, 4, 3, 2, 6, 5, 2]
+    assert counts.tolist() == [3, 1, 1, 2]
+
+
 def test_long_documents_are_dropped_on_request(job, run):
     stats = run(job, max_tokens=10, long_documents="drop")
     assert stats.note["dropped"]["longer_than_max_tokens"] == 3
