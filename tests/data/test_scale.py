@@ -137,7 +137,7 @@ def test_duplicates_keep_their_first_copy(job, run, documents, monkeypatch):
 def test_first_copies_equal_a_dictionary(monkeypatch, bucket_bytes):
     monkeypatch.setattr(assemble, "_BUCKET_BYTES", bucket_bytes)
     rng = np.random.default_rng(3)
-    rows = [rng.integers(0, 6, size=(n, 1)).repeat(2, 1).astype("<u8") for n in (10, 0, 33, 5)]
+    rows = [rng.integers(0, 4, size=(n, 2)).astype("<u8") for n in (10, 0, 33, 5)]
     segments = [
         assemble.Segment("", len(r), None, lambda r=r: r.view(f"V{HASH_BYTES}").ravel())
         for r in rows
@@ -277,6 +277,9 @@ def test_lengths_are_counted_in_blocks():
         assert list(counted.histogram().values()) == np.trim_zeros(expected, "b").tolist()
         assert counted.shares() == {str(n): (lengths >= n).mean() for n in (100, 5000)}
         assert median(lengths) == np.median(lengths)
+    exact = Lengths((3,))
+    exact.add(np.array([2, 3, 4, 4]))
+    assert exact.shares() == {"3": 0.75}
     assert median(np.array([], dtype=np.int32)) == 0
     picture = draw_histogram({"1": 2, "2": 0, "4": 1})
     assert picture.splitlines()[0].endswith(" " + "#" * 40)
