@@ -43,7 +43,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def shard_bytes(text: str) -> int:
     """Return bytes for a size like 500MB."""
-    found = re.fullmatch(r"(\d+)\s*([KMG]B)", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,9})\s*([KMG]B)", text.strip(), re.IGNORECASE)
     if not found or int(found[1]) == 0:
         raise UserError(f"--max-shard-size is {text!r}: it must be a size such as 500MB or 5GB")
     return int(found[1]) * _UNITS[found[2].upper()]

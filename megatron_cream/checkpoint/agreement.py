@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 import torch
 
@@ -12,6 +15,7 @@ from megatron_cream.checkpoint.weights import DTYPES, HfWeights
 from megatron_cream.errors import UserError
 
 _COMPARED_BYTES = 64 << 20  # at a time
+_LISTED = 10_000
 
 
 def check_weights(weights: HfWeights, shape: ModelShape, dtype: torch.dtype | None) -> torch.dtype:
@@ -21,11 +25,13 @@ def check_weights(weights: HfWeights, shape: ModelShape, dtype: torch.dtype | No
         UserError: a tensor that is missing, of another shape than config.json says, that the
             family has no place for, or of another type than the rest where ``dtype`` is None.
     """
-    expected = _expected(shape)
+    # A config.json may ask for billions: no more are listed than are needed to name the first.
+    expected = dict(islice(_expected(shape), 2 * len(weights.tensors) + _LISTED))
     missing = sorted(expected.keys() - weights.tensors.keys())
     if missing:
+        lacked = shape.tensors - (len(expected) - len(missing))
         raise UserError(
-            f"{weights.folder} lacks {len(missing)} tensors that its config.json asks for: "
+            f"{weights.folder} lacks {lacked} tensors that its config.json asks for: "
             f"{_few(missing)}"
         )
     for name, size in expected.items():
@@ -34,6 +40,7 @@ def check_weights(weights: HfWeights, shape: ModelShape, dtype: torch.dtype | No
                 f"{weights.folder}: {name} has shape {list(weights.tensors[name].shape)}, by "
                 f"config.json it must have {list(size)}"
             )
+    stored = _one_type(weights, list(expected), dtype)
     rest = [n for n in weights.tensors if n not in expected and not n.endswith(IGNORED)]
     if rest == ["lm_head.weight"] and shape.tied:
         _check_tied(weights)
@@ -42,15 +49,13 @@ def check_weights(weights: HfWeights, shape: ModelShape, dtype: torch.dtype | No
             f"{weights.folder} has {len(rest)} tensors that {shape.architecture} has no place "
             f"for: {_few(sorted(rest))}"
         )
-    return _one_type(weights, list(expected), dtype)
+    return stored
 
 
-def _expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    return {
-        part.at(place): shape.part_shape(part)
-        for row, place in shape.places()
-        for part in row.parts
-    }
+def _expected(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for row, place in shape.places():
+        for part in row.parts:
+            yield part.at(place), shape.part_shape(part)
 
 
 def _one_type(weights: HfWeights, names: list[str], dtype: torch.dtype | None) -> torch.dtype:

@@ -15,25 +15,31 @@ from tqdm import tqdm
 
 from megatron_cream.checkpoint.arguments import shape_from_arguments
 from megatron_cream.checkpoint.card import Base, model_card
-from megatron_cream.checkpoint.config_json import config_fields, shape_from_config
+from megatron_cream.checkpoint.config_json import config_fields, shape_from_config, window_of
 from megatron_cream.checkpoint.extraction import parts_of, write_parts
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.shards import ShardWriter
 from megatron_cream.checkpoint.source import (
+    KEPT,
+    RELEASE,
     find_source,
     kept_files,
     other_files,
     read_config,
     source_name,
 )
-from megatron_cream.checkpoint.staging import staged
+from megatron_cream.checkpoint.staging import check_output, staged
 from megatron_cream.checkpoint.stored import StoredTensors
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import naming, read_object
 from megatron_cream.rope import RopeScaling, hf_rope_fields
+from megatron_cream.rope.huggingface import with_rope
 
 SHARD_BYTES = 5_000_000_000
+
+_TOKENIZER = "tokenizer_config.json"
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -81,7 +87,9 @@ def export_checkpoint(
         )
     extension = saved_extension(args) or _plain_extension(args)
     source = _source(checkpoint, args, hf)
-    config = read_config(source) if source else {}
+    reads = [Path(checkpoint), *([source] if source else [])]
+    place = _outside(check_output(Path(output), reads), checkpoint)
+    config = _checked_config(source) if source else {}
     stored = StoredTensors(latest_checkpoint(checkpoint))
     try:
         shape = _shape(args, config, source, stored)
@@ -90,7 +98,7 @@ def export_checkpoint(
         plans = [tensor.plan for tensor in tensors]
         total = sum(plan.nbytes for plan in plans)
         with (
-            staged(Path(output), total) as folder,
+            staged(place, total, reads) as folder,
             tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar,
         ):
             writer = ShardWriter(folder, plans, shard_bytes)
@@ -99,6 +107,33 @@ def export_checkpoint(
     finally:
         stored.close()
     return Exported(shape, extension, plans[0].dtype, total)
+
+
+def _outside(output: Path, checkpoint: str) -> Path:
+    """Refuse an output that readers of the checkpoint would take for a part of it.
+
+    Raises:
+        UserError: it is ``hf``, ``release`` or an iteration in the checkpoint's own folder.
+    """
+    read = output.name in (KEPT, RELEASE) or output.name.startswith("iter_")
+    if read and output.parent in {Path(checkpoint).resolve(), latest_checkpoint(checkpoint).parent}:
+        raise UserError(
+            f"--output is {output}: a folder of that name is read as a part of the checkpoint; "
+            "it must have another one"
+        )
+    return output
+
+
+def _checked_config(source: Path) -> dict[str, Any]:
+    """Return config.json of ``source``, when all that an export takes from there can be read."""
+    config = read_config(source)
+    with naming(source):
+        window_of(config)
+        shape_from_config(config)
+    for path in other_files(source):
+        if path.name == _TOKENIZER:
+            read_object(path)
+    return config
 
 
 def _source(checkpoint: str, args: Namespace, hf: str | None) -> Path | None:
@@ -181,24 +216,26 @@ def _write_files(
     fields = config_fields(shape)
     if config:  # of the base model: what says the same in its own words stays
         fields = {key: fields[key] for key in ("sliding_window",) if key in fields}
-    written = config | fields | hf_rope_fields(scaling, extension.target_length)
+    written = with_rope(config | fields, hf_rope_fields(scaling, extension.target_length))
     written |= {"dtype": _TYPE_NAMES[dtype], "torch_dtype": _TYPE_NAMES[dtype]}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     _raise_tokenizer_length(folder, extension.target_length)
     base = Base(source_name(source), config["max_position_embeddings"]) if source else None
     card = model_card(base, shape, extension, _TYPE_NAMES[dtype], scaling)
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _raise_tokenizer_length(folder: Path, target_length: int) -> None:
     """Let the tokenizer know the new window: it warns beyond, and some servers cut there."""
-    path = folder / "tokenizer_config.json"
+    path = folder / _TOKENIZER
     if not path.is_file():
         return
-    settings = json.loads(path.read_text())
-    if settings.get("model_max_length", target_length) < target_length:
+    settings = read_object(path)
+    most = settings.get("model_max_length")
+    if isinstance(most, int | float) and most < target_length:
         settings["model_max_length"] = target_length
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 def describe(exported: Exported, output: str) -> str:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_cream.checkpoint.agreement import check_weights
 from megatron_cream.checkpoint.arguments import import_arguments
-from megatron_cream.checkpoint.config_json import shape_from_config
+from megatron_cream.checkpoint.config_json import shape_from_config, window_of
 from megatron_cream.checkpoint.families import Row, pieces
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.source import (
@@ -23,13 +23,15 @@ from megatron_cream.checkpoint.source import (
     RELEASE,
     find_source,
     keep_files,
+    other_files,
     read_config,
 )
-from megatron_cream.checkpoint.staging import staged
+from megatron_cream.checkpoint.staging import check_output, staged
 from megatron_cream.checkpoint.torch_dist import Chunk, write_torch_dist
 from megatron_cream.checkpoint.weights import DTYPES, HfWeights
 from megatron_cream.config import ExtensionConfig, rope_settings
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import naming
 from megatron_cream.rope import scaling_from_hf
 
 CHUNK_BYTES = 64 << 20
@@ -62,9 +64,12 @@ def import_checkpoint(
         OSError: the disk is full, or fails; nothing is kept.
     """
     source = find_source(hf)
+    place = check_output(Path(output), [source])
     config = read_config(source)
-    shape = shape_from_config(config)
-    extension = base_extension(config, shape)
+    with naming(source):
+        shape = shape_from_config(config)
+        extension = base_extension(config, shape)
+    other_files(source)  # a link that is not followed is refused before anything is written
     weights = HfWeights(source)
     try:
         stored = check_weights(weights, shape, dtype)
@@ -72,7 +77,7 @@ def import_checkpoint(
         total = sum(chunk.nbytes for chunk in chunks)
         objects = _objects(shape, extension, dtype or stored)
         with (
-            staged(Path(output), total) as folder,
+            staged(place, total, [source]) as folder,
             tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=quiet) as bar,
         ):
             (folder / RELEASE).mkdir()
@@ -90,11 +95,7 @@ def base_extension(config: dict[str, Any], shape: ModelShape) -> ExtensionConfig
     Raises:
         UserError: a window or angles that config.json does not say or that are not served.
     """
-    window = config.get("max_position_embeddings")
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise UserError(
-            f"max_position_embeddings in config.json is {window!r}: it must be a positive integer"
-        )
+    window = window_of(config)
     scaling = scaling_from_hf(config)
     if scaling.dim != shape.head_dim:
         raise UserError(

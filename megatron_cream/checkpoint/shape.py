@@ -62,6 +62,11 @@ class ModelShape:
         """Whether the output layer has weights of its own."""
         return not self.tied
 
+    @property
+    def tensors(self) -> int:
+        """How many Hugging Face tensors it has."""
+        return sum(math.prod(self.leading(row)) * len(row.parts) for row in self.rows())
+
     def rows(self) -> list[Row]:
         """Return the rows of the family's table that this model has."""
         return [r for r in self.family.rows if r.when is None or getattr(self, r.when)]

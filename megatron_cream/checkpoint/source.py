@@ -7,7 +7,8 @@ number of runs that each started from the one before.
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments
 from megatron_cream.checkpoint.weights import INDEX
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import read_object
 
 RELEASE = "release"
 """What Megatron calls a checkpoint that is the start of training, without an iteration."""
@@ -39,9 +41,9 @@ def find_source(name: str) -> Path:
         FileNotFoundError: no such folder, and the hub has no such repository or is out of reach.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if folder.exists() or folder.is_absolute() or name[:1] in "." or name.count("/") != 1:
         raise FileNotFoundError(
             f"--hf is {name}: it must be a folder with config.json and safetensors files, or the "
             "name of a repository on the Hugging Face hub (OWNER/NAME)"
@@ -75,13 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no Hugging Face checkpoint")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return config
+    return read_object(path)
 
 
 def keep_files(source: Path, name: str, target: Path) -> None:
@@ -91,19 +87,58 @@ def keep_files(source: Path, name: str, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
     folder = Path(name)
     called = folder.resolve().name if folder.is_dir() else name
-    (target / _NAME_FILE).write_text(called + "\n")
+    (target / _NAME_FILE).write_text(called + "\n", encoding="utf-8")
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Return configs, tokenizer files and licences of a Hugging Face folder."""
+    """Return configs, tokenizer files and licences of a Hugging Face folder.
+
+    Raises:
+        UserError: one is a link that is not followed; see ``followed``.
+    """
     found = {path for pattern in _PATTERNS for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and path.name not in _LEFT_OUT)
+    named = (path for path in found if path.name not in _LEFT_OUT)
+    return sorted(path for path in map(followed, named) if path.is_file())
+
+
+def followed(path: Path) -> Path:
+    """Return ``path`` if it is no link, or one that a copy of the model has.
+
+    A link in a model's folder may lead to a file of the same folder, and to ``blobs/`` of a cache
+    of the Hugging Face hub, where a snapshot's files are. Any other one would carry a file of this
+    machine, a key for instance, into what is made of the model.
+
+    Raises:
+        UserError: a link that leads elsewhere, or to nothing.
+    """
+    if not path.is_symlink():
+        return path
+    real = Path(os.path.realpath(path))
+    if not real.exists():
+        raise UserError(f"{path} is a link to {real}, which is not there: copy the file there")
+    inside = Path(os.path.realpath(path.parent)) in real.parents
+    if not (inside or _is_blob(real)):
+        raise UserError(
+            f"{path} is a link to {real}, outside the model's folder: it must be a file of the "
+            "folder; copy it there or remove the link"
+        )
+    return path
+
+
+def _is_blob(real: Path) -> bool:
+    """Whether a file is one of a hub's cache: ``models--OWNER--NAME/blobs/HASH``."""
+    repository = real.parents[1].name if len(real.parents) > 1 else ""
+    hashed = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name)
+    return bool(hashed) and real.parent.name == "blobs" and repository.startswith("models--")
 
 
 def source_name(folder: Path) -> str:
     """Return what the source of an import was called, a repository or the name of a folder."""
     file = folder / _NAME_FILE
-    return file.read_text().strip() if file.is_file() else folder.resolve().name
+    if not file.is_file():
+        return folder.resolve().name
+    lines = file.read_text("utf-8", "replace").strip().splitlines()
+    return lines[0] if lines else folder.resolve().name
 
 
 def kept_files(checkpoint: str, args: Namespace) -> Path | None:

@@ -1,32 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weights of a Hugging Face folder: names, types, shapes and bytes of its safetensors files.
 
-Only headers are read to open a folder, and every file is checked against its header then. Bytes are
-read with ``pread`` into the caller's memory: a page of a mapped file counts as memory used, and a
-file that shrinks while mapped ends the process instead of raising an error.
+Only headers are read to open a folder, and the safetensors library checks every file by its header
+then. Bytes are read with ``pread`` into the caller's memory: a page of a mapped file counts as
+memory used, and a file that shrinks while mapped ends the process instead of raising an error.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import struct
+import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import read_object, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of the types that weights may have."""
-
-_MOST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ class StoredTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row: of everything behind the first axis."""
-        elements = int(np.prod(self.shape[1:], dtype=np.int64))
-        return elements * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
 
 
 class HfWeights:
@@ -119,49 +120,46 @@ def _open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if isinstance(weight_map, dict) and weight_map:
-            return weight_map
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{index} is not an index of safetensors files: it has no weight_map")
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is not an index of safetensors files: it has no weight_map")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise UserError(
+                f"{index} says that {reprlib.repr(tensor)} is in {reprlib.repr(file)}: it must be "
+                "the name of a safetensors file in the same folder"
+            )
+    return weight_map
+
+
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    header, start = _read_header(path, size)
-    header.pop("__metadata__", None)
-    tensors, end = {}, start
-    for name, entry in header.items():
-        try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            first, last = entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: the header's entry for {name} cannot be read") from None
-        if dtype in DTYPES:
-            needed = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
-            if last - first != needed:
-                raise UserError(
-                    f"{path}: {name} has {last - first} bytes, {dtype} {list(shape)} needs {needed}"
-                )
-        tensors[name] = StoredTensor(path, dtype, shape, start + first)
-        end = max(end, start + last)
-    if size < end:
-        raise UserError(f"{path} has {size} bytes, its header says {end}: it is cut off")
-    return tensors
+    """Return the tensors of a file that the safetensors library calls whole.
+
+    It reads the header alone and checks all of it: types, sizes, and that the tensors follow each
+    other from the first byte of data to the last one of the file.
+    """
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is cut off, damaged or no safetensors file: {reason(error)}"
+        ) from None
+    header, start = _read_header(path)
+    return {
+        name: StoredTensor(
+            path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """Return the header of a file, and where its data starts."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a whole file, and where its data starts."""
     with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
-        if 8 + length > size or length > _MOST_HEADER_BYTES:
-            raise UserError(f"{path} is cut off within its header, or no safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} has a header that is not JSON: it is no safetensors file")
-    return header, 8 + length
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from megatron_cream.checkpoint.config_json import MOST_MODULES, check_values
+from megatron_cream.checkpoint.families import FAMILIES, IGNORED
+from megatron_cream.checkpoint.source import read_config
+from megatron_cream.checkpoint.weights import HfWeights
 from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.evaluation.attention import attend, tails
 from megatron_cream.evaluation.passes import Pass, Scores
 from megatron_cream.evaluation.vocabulary import score_rows
+from megatron_cream.json_values import integer, naming, reason
+from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAME = "megatron_cream"
@@ -47,7 +54,7 @@ class HuggingFaceModel:
         device: str | None = None,
         rope: dict[str, Any] | None = None,
     ) -> None:
-        if not (Path(path) / "config.json").is_file():
+        if not path or not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"--hf is {path}: it must be a folder with a config.json")
         self.name = path
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,15 +116,72 @@ def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
         raise MissingPackageError(
             "--hf needs transformers: pip install megatron_cream[hf]", name="transformers"
         ) from exc
+    _check_folder(Path(path))
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if rope:
-            config = type(config).from_dict(config.to_dict() | rope)
-        return AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True
+            config = type(config).from_dict(with_rope(config.to_dict(), rope))
+        module, loaded = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, KeyError) as exc:
-        raise UserError(f"--hf is {path}: transformers cannot load it ({exc})") from exc
+    except torch.OutOfMemoryError:
+        raise
+    except _UNREADABLE as exc:
+        kind = type(exc).__name__
+        raise UserError(
+            f"--hf is {path}: transformers cannot load it ({kind}: {reason(exc)})"
+        ) from exc
+    _refuse_partial(path, loaded)
+    return module
+
+
+# What transformers raises about a folder that is damaged, or of a model that it does not have: it
+# has no error of its own for that.
+_UNREADABLE = (
+    *(OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, RuntimeError, SafetensorError),
+)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what transformers would build a wrong model of, or never come back from.
+
+    Raises:
+        UserError: config.json is damaged, for the families that are converted in any value; or a
+            safetensors file is.
+    """
+    config = read_config(folder)
+    with naming(folder):
+        integer(config, "num_hidden_layers", most=MOST_MODULES)
+        named = config.get("architectures")
+        if isinstance(named, list) and named and named[0] in tuple(FAMILIES):
+            check_values(config)
+            scaling_from_hf(config)
+    if any(folder.glob("*.safetensors")):
+        HfWeights(folder).close()
+
+
+def _refuse_partial(path: str, loaded: dict[str, Any]) -> None:
+    """Refuse a model whose weights are not all from the folder, or not all of the folder.
+
+    transformers draws what is missing at random, and says so in a line of its log.
+    """
+    for kind, what in _PARTIAL.items():
+        names = sorted(
+            str(name[0] if isinstance(name, tuple) else name)
+            for name in loaded.get(kind) or ()
+            if not str(name).endswith(IGNORED)
+        )
+        if names:
+            few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise UserError(f"--hf is {path}: its weights {what.format(len(names))}: {few}")
+
+
+_PARTIAL = {
+    "missing_keys": "lack {} tensors of the model that its config.json describes",
+    "mismatched_keys": "have {} tensors of other shapes than its config.json says",
+    "unexpected_keys": "have {} tensors that the model of its config.json has no place for",
+}
 
 
 def _takes_ours(module: Any, config: Any) -> bool:

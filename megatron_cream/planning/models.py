@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint.config_json import shape_from_config
+from megatron_cream.checkpoint.config_json import shape_from_config, window_of
 from megatron_cream.checkpoint.families import FAMILIES
 from megatron_cream.checkpoint.flags import kind_flags, size_flags
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import naming, read_object
 from megatron_cream.rope.huggingface import scaling_from_hf
 
 
@@ -133,13 +133,9 @@ def _from_folder(folder: Path) -> BaseModel:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"MODEL is {folder}: it must have a config.json")
-    try:
-        config = json.loads(path.read_text())
+    config = read_object(path)
+    with naming(folder):
         return model_from_hf(config, folder.resolve().name)
-    except KeyError as error:
-        raise UserError(f"{path} has no {error}: it must describe a model's shape") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
@@ -148,7 +144,6 @@ def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
     Raises:
         UserError: a model that cannot be built, or one that the closed forms do not hold for, or
             an unknown interpolation.
-        KeyError: the field of its window is missing.
     """
     shape = shape_from_config(config)
     _refuse_unplanned(shape)
@@ -161,7 +156,7 @@ def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
     return BaseModel(
         **{field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)},
         name=name,
-        trained_length=config["max_position_embeddings"],
+        trained_length=window_of(config),
         theta=scaling.base,
         **({} if scaling.name == "none" else released_with),
     )

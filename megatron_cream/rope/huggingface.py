@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Any
 
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import integer, is_finite, number
 from megatron_cream.rope.base import RopeScaling
 from megatron_cream.rope.scaling import SCALINGS, make_scaling
 
@@ -29,6 +31,16 @@ _REQUIRED = {
 }
 
 
+_DEFAULT_THETA = {"mixtral": 1e6}
+"""What transformers takes where a config.json of that model_type has no rope_theta; else 1e4."""
+
+KEYS = (
+    *("max_position_embeddings", "rope_parameters", "rope_theta", "rope_scaling"),
+    *("partial_rotary_factor", "rotary_pct", "original_max_position_embeddings"),
+)
+"""Every field at the top of config.json that RoPE decides."""
+
+
 def scaling_from_hf(config: dict[str, Any]) -> RopeScaling:
     """Read the interpolation out of a Hugging Face ``config.json``; inverse of ``to_hf``.
 
@@ -37,30 +49,51 @@ def scaling_from_hf(config: dict[str, Any]) -> RopeScaling:
     ``none`` with the larger base, ``yarn-pose`` as ``longrope``.
 
     Raises:
-        UserError: a ``rope_type`` that is not known, or lacks what it needs.
+        UserError: a ``rope_type`` that is not known, or lacks what it needs, or a value that is
+            missing, of another type, or out of range.
     """
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = _parameters(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if any(isinstance(value, dict) for value in rope.values()):
+    if not isinstance(kind, str) or kind not in _NAMES:
         raise UserError(
-            f"rope_parameters in config.json differ by layer type ({', '.join(rope)}): one "
-            "rope_type must hold for all layers"
+            f"rope_type in config.json is {reprlib.repr(kind)}: it must be one of {tuple(_NAMES)}"
         )
-    if kind not in _NAMES:
-        raise UserError(f"rope_type in config.json is {kind!r}: it must be one of {tuple(_NAMES)}")
     name = _NAMES[kind]
     for key in _REQUIRED.get(name, ()):
         if rope.get(key) is None:
             raise UserError(f"rope_type in config.json is {kind!r}: it needs {key!r} beside it")
     original_length, factor = _window(config, rope, name)
+    theta = number(config, "rope_theta", _DEFAULT_THETA.get(str(config.get("model_type")), 1e4))
     return make_scaling(
         name,
         dim=_rotated(config, rope, name),
-        base=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        base=number(rope, "rope_theta", theta),
         factor=factor,
         original_length=original_length,
         **_options(rope, name),
     )
+
+
+def _parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of RoPE, none of which is NaN or infinite."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    if not isinstance(rope, dict):
+        raise UserError(
+            f"{key} in config.json is {reprlib.repr(rope)}: it must be a JSON object, or null"
+        )
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(
+            f"rope_parameters in config.json differ by layer type ({', '.join(rope)}): one "
+            "rope_type must hold for all layers"
+        )
+    for name, value in rope.items():
+        for one in value if isinstance(value, list) else (value,):
+            if isinstance(one, int | float) and not isinstance(one, bool) and not is_finite(one):
+                raise UserError(
+                    f"{name} in config.json is {reprlib.repr(value)}: it must be finite"
+                )
+    return rope
 
 
 def _options(rope: dict[str, Any], name: str) -> dict[str, Any]:
@@ -69,28 +102,49 @@ def _options(rope: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value or value is False}
 
 
+def head_dimensions(config: dict[str, Any]) -> int:
+    """Return the dimensions of a head.
+
+    Raises:
+        UserError: config.json says neither them nor what they follow from.
+    """
+    heads = integer(config, "num_attention_heads")
+    hidden = integer(config, "hidden_size")
+    found = integer(config, "head_dim", hidden // heads if heads and hidden else None)
+    if found is None:
+        raise UserError(
+            "head_dim in config.json is missing: it needs that, or hidden_size and "
+            "num_attention_heads"
+        )
+    return found
+
+
 def _rotated(config: dict[str, Any], rope: dict[str, Any], name: str) -> int:
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head_dim = head_dimensions(config)
     if name == "proportional":
         return head_dim  # its share is an option: all dimensions count in the exponents
-    return int(head_dim * rope.get("partial_rotary_factor", _partial(config)))
-
-
-def _partial(config: dict[str, Any]) -> float:
-    return config.get("partial_rotary_factor", config.get("rotary_pct", 1.0))
+    outside = number(config, "partial_rotary_factor", number(config, "rotary_pct", 1.0))
+    share = number(rope, "partial_rotary_factor", outside)
+    if share > 1:
+        raise UserError(f"partial_rotary_factor in config.json is {share:g}: it must be at most 1")
+    return int(head_dim * share)
 
 
 def _window(config: dict[str, Any], rope: dict[str, Any], name: str) -> tuple[int, float]:
     """Return the original window in tokens and the factor."""
-    window = config["max_position_embeddings"]
+    window = integer(config, "max_position_embeddings")
+    if window is None:
+        raise UserError(
+            "max_position_embeddings in config.json is missing: RoPE cannot be read without it"
+        )
     # Phi-3 keeps the original window outside; transformers gives that one priority.
-    original = config.get("original_max_position_embeddings")
-    original = original or rope.get("original_max_position_embeddings")
-    factor = rope.get("factor")
+    inside = integer(rope, "original_max_position_embeddings")
+    original = integer(config, "original_max_position_embeddings", inside)
+    factor = number(rope, "factor")
     if name in ("yarn", "longrope", "llama3"):
         original = original or window
-        return original, float(window / original if factor is None else factor)
-    factor = float(factor or 1.0)
+        return original, window / original if factor is None else factor
+    factor = factor or 1.0
     if name == "dynamic":
         return window, factor
     return original or max(1, round(window / factor)), factor
@@ -109,8 +163,9 @@ def hf_rope_fields(
     Returns:
         ``max_position_embeddings`` (T; a ``dynamic`` model keeps its original window, from which
         its angles are computed), ``rope_parameters``, ``rope_theta``, ``rope_scaling`` (None for
-        plain RoPE, so that it replaces one of the base model), and ``partial_rotary_factor`` if
-        some dimensions are not rotated.
+        plain RoPE, so that it replaces one of the base model), ``partial_rotary_factor`` if some
+        dimensions are not rotated, and for ``longrope`` ``original_max_position_embeddings``.
+        ``with_rope`` puts them into a config.json.
     """
     parameters = scaling.to_hf()
     partial = head_dim is not None and scaling.dim != head_dim
@@ -127,7 +182,20 @@ def hf_rope_fields(
     }
     if partial:
         fields["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    if parameters["rope_type"] == "longrope":
+        # transformers 4 chooses between the lists by this one alone.
+        key = "original_max_position_embeddings"
+        fields[key] = parameters[key]
     return fields
+
+
+def with_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the RoPE of ``fields`` in place of its own.
+
+    What it said of RoPE and ``fields`` does not is left out: an original window of the base model
+    at the top would have priority over the one that is written inside.
+    """
+    return {key: value for key, value in config.items() if key not in KEYS} | fields
 
 
 def _share(dim: int, head_dim: int) -> float:

@@ -115,13 +115,14 @@ def test_an_unknown_name_says_what_is_near_and_what_there_is():
     ("change", "parts"),
     [
         (
-            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
-            | {"num_experts_per_tok": 2},
+            {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+            | {"num_local_experts": 8, "num_experts_per_tok": 2},
             ["MixtralForCausalLM", "LlamaForCausalLM"],
         ),
         ({"architectures": None}, ["architectures", "None", "LlamaForCausalLM"]),
         (
-            {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            | {"sliding_window": 4096},
             ["sliding_window", "4096"],
         ),
         ({"use_sliding_window": True, "sliding_window": 64}, ["use_sliding_window", "True"]),
