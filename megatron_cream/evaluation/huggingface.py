@@ -111,6 +111,7 @@ def _keep_one(seen: list[Tensor], hidden: Tensor) -> tuple[Tensor]:
 
 def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as exc:
         raise MissingPackageError(
@@ -122,11 +123,16 @@ def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
         if rope:
             config = type(config).from_dict(with_rope(config.to_dict(), rope))
         module, loaded = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be named, and refused, below
         )
     except torch.OutOfMemoryError:
         raise
-    except _UNREADABLE as exc:
+    except (*_UNREADABLE, StrictDataclassError) as exc:
         kind = type(exc).__name__
         raise UserError(
             f"--hf is {path}: transformers cannot load it ({kind}: {reason(exc)})"
