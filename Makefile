@@ -5,6 +5,7 @@
 # make image  the image for CPUs without a daemon, by buildah or podman
 # make check  whether the install works, half a minute
 # make docs   the documentation site, in build/site
+# make test-engines  exports read by transformers 4 and 5, llama.cpp and CTranslate2, which it installs
 # make package  wheel and sdist, in build/dist
 VENV ?= .venv
 INPUT ?=
@@ -13,7 +14,7 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slurm image lint format check docs package setup lock
+.PHONY: demo test test-slurm test-engines image lint format check docs package setup lock
 
 demo: setup
 	$(BIN)/python examples/demo/demo.py --rope $(ROPE) $(if $(INPUT),--input $(INPUT))
@@ -36,6 +37,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh)
 	$(BIN)/hadolint Dockerfile
+
+test-engines: setup
+	$(BIN)/python tests/engines/install.py build/engines
+	$(BIN)/python -m pytest -m slow -s tests/engines
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -24,15 +24,24 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: it does not; the message names the file.
         OSError: there is no such file, or it cannot be read.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
-        why = "it is empty" if path.stat().st_size == 0 else reason(error)
-        raise UserError(f"{path} is not JSON: {why}") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object: it holds {reprlib.repr(content)}")
     return content
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is none; the message names the file.
+        OSError: there is no such file, or it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
+        why = "it is empty" if path.stat().st_size == 0 else reason(error)
+        raise UserError(f"{path} is not JSON: {why}") from None
 
 
 def reason(error: BaseException) -> str:

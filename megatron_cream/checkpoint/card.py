@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from megatron_cream.checkpoint.readers import sentence
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.rope import RopeScaling, hf_rope_fields
@@ -43,7 +44,7 @@ def model_card(
     """
     scaling = scaling or extension.scaling(shape.head_dim)
     fields = hf_rope_fields(scaling, extension.target_length)
-    rope = json.dumps(fields["rope_parameters"])
+    rope, rope_type = json.dumps(fields["rope_parameters"]), fields["rope_parameters"]["rope_type"]
     window = extension.target_length
     lines = [
         "---",
@@ -74,6 +75,9 @@ def model_card(
         'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
         "```",
+        "",
+        "Positions beyond the base model's window are right only where the inference engine reads "
+        f"the RoPE settings of config.json: {sentence(rope_type)}.",
         "",
         f"`vllm serve PATH --max-model-len {window}` or `python -m sglang.launch_server "
         f"--model-path PATH --context-length {window}` serves it at its full window.",

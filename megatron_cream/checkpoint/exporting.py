@@ -17,16 +17,18 @@ from megatron_cream.checkpoint.arguments import shape_from_arguments
 from megatron_cream.checkpoint.card import Base, model_card
 from megatron_cream.checkpoint.config_json import config_fields, shape_from_config, window_of
 from megatron_cream.checkpoint.extraction import parts_of, write_parts
+from megatron_cream.checkpoint.readers import sentence
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments, saved_extension
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.shards import ShardWriter
 from megatron_cream.checkpoint.source import (
-    KEPT,
-    RELEASE,
+    TOKENIZER,
+    check_files,
     find_source,
     kept_files,
     other_files,
     read_config,
+    refuse_part,
     source_name,
 )
 from megatron_cream.checkpoint.staging import check_output, staged
@@ -39,8 +41,6 @@ from megatron_cream.rope.huggingface import with_rope
 
 SHARD_BYTES = 5_000_000_000
 
-_TOKENIZER = "tokenizer_config.json"
-
 EMBEDDING = "embedding.word_embeddings.weight"
 
 _TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -48,12 +48,13 @@ _TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What an export made: the model, its settings, and the bytes of its weights."""
+    """What an export made: the model, its settings and RoPE, and the bytes of its weights."""
 
     shape: ModelShape
     extension: ExtensionConfig
     dtype: torch.dtype
     nbytes: int
+    rope_type: str
 
 
 def export_checkpoint(
@@ -88,7 +89,7 @@ def export_checkpoint(
     extension = saved_extension(args) or _plain_extension(args)
     source = _source(checkpoint, args, hf)
     reads = [Path(checkpoint), *([source] if source else [])]
-    place = _outside(check_output(Path(output), reads), checkpoint)
+    place = refuse_part(check_output(Path(output), reads), checkpoint)
     config = _checked_config(source) if source else {}
     stored = StoredTensors(latest_checkpoint(checkpoint))
     try:
@@ -106,22 +107,7 @@ def export_checkpoint(
             _write_files(folder, source, config, shape, extension, scaling, plans[0].dtype)
     finally:
         stored.close()
-    return Exported(shape, extension, plans[0].dtype, total)
-
-
-def _outside(output: Path, checkpoint: str) -> Path:
-    """Refuse an output that readers of the checkpoint would take for a part of it.
-
-    Raises:
-        UserError: it is ``hf``, ``release`` or an iteration in the checkpoint's own folder.
-    """
-    read = output.name in (KEPT, RELEASE) or output.name.startswith("iter_")
-    if read and output.parent in {Path(checkpoint).resolve(), latest_checkpoint(checkpoint).parent}:
-        raise UserError(
-            f"--output is {output}: a folder of that name is read as a part of the checkpoint; "
-            "it must have another one"
-        )
-    return output
+    return Exported(shape, extension, plans[0].dtype, total, scaling.to_hf()["rope_type"])
 
 
 def _checked_config(source: Path) -> dict[str, Any]:
@@ -130,9 +116,7 @@ def _checked_config(source: Path) -> dict[str, Any]:
     with naming(source):
         window_of(config)
         shape_from_config(config)
-    for path in other_files(source):
-        if path.name == _TOKENIZER:
-            read_object(path)
+    check_files(source)
     return config
 
 
@@ -227,7 +211,7 @@ def _write_files(
 
 def _raise_tokenizer_length(folder: Path, target_length: int) -> None:
     """Let the tokenizer know the new window: it warns beyond, and some servers cut there."""
-    path = folder / _TOKENIZER
+    path = folder / TOKENIZER
     if not path.is_file():
         return
     settings = read_object(path)
@@ -239,9 +223,10 @@ def _raise_tokenizer_length(folder: Path, target_length: int) -> None:
 
 
 def describe(exported: Exported, output: str) -> str:
-    """Return what was made."""
+    """Return what was made, and in a second line which inference engines read it."""
     return (
         f"{output}: {exported.shape.architecture}, {exported.shape.layers} layers, window "
         f"{exported.extension.target_length} tokens, RoPE {exported.extension.rope_interpolation}, "
-        f"{_TYPE_NAMES[exported.dtype]}, {exported.nbytes / 1e9:.2f} GB"
+        f"{_TYPE_NAMES[exported.dtype]}, {exported.nbytes / 1e9:.2f} GB\n"
+        f"{sentence(exported.rope_type)}"
     )

@@ -21,9 +21,9 @@ from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.source import (
     KEPT,
     RELEASE,
+    check_files,
     find_source,
     keep_files,
-    other_files,
     read_config,
 )
 from megatron_cream.checkpoint.staging import check_output, staged
@@ -69,7 +69,7 @@ def import_checkpoint(
     with naming(source):
         shape = shape_from_config(config)
         extension = base_extension(config, shape)
-    other_files(source)  # a link that is not followed is refused before anything is written
+    check_files(source)
     weights = HfWeights(source)
     try:
         stored = check_weights(weights, shape, dtype)

@@ -17,13 +17,15 @@ from typing import Any
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments
 from megatron_cream.checkpoint.weights import INDEX
 from megatron_cream.errors import UserError
-from megatron_cream.json_values import read_object
+from megatron_cream.json_values import read_json, read_object
 
 RELEASE = "release"
 """What Megatron calls a checkpoint that is the start of training, without an iteration."""
 
 KEPT = "hf"
 """Subfolder of an imported checkpoint with the files of its source."""
+
+TOKENIZER = "tokenizer_config.json"
 
 _NAME_FILE = "imported_from.txt"
 _PATTERNS = (
@@ -101,6 +103,19 @@ def other_files(folder: Path) -> list[Path]:
     return sorted(path for path in map(followed, named) if path.is_file())
 
 
+def check_files(folder: Path) -> None:
+    """Read what ``other_files`` will copy, before any weights are written.
+
+    Raises:
+        UserError: a link that is not followed, or a damaged JSON file.
+    """
+    for path in other_files(folder):
+        if path.suffix == ".json":
+            read_json(path)
+    if (folder / TOKENIZER).is_file():
+        read_object(folder / TOKENIZER)
+
+
 def followed(path: Path) -> Path:
     """Return ``path`` if it is no link, or one that a copy of the model has.
 
@@ -168,6 +183,21 @@ def kept_files(checkpoint: str, args: Namespace) -> Path | None:
             raise _gone(checkpoint)
         args = found
     raise _gone(checkpoint)
+
+
+def refuse_part(output: Path, checkpoint: str) -> Path:
+    """Return ``output`` unless readers of the checkpoint would take it for a part of that.
+
+    Raises:
+        UserError: it is ``hf``, ``release`` or an iteration in the checkpoint's own folder.
+    """
+    read = output.name in (KEPT, RELEASE) or output.name.startswith("iter_")
+    if read and output.parent in {Path(checkpoint).resolve(), latest_checkpoint(checkpoint).parent}:
+        raise UserError(
+            f"--output is {output}: a folder of that name is read as a part of the checkpoint; "
+            "it must have another one"
+        )
+    return output
 
 
 def _gone(checkpoint: str) -> FileNotFoundError:

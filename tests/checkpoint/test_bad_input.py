@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from support import hf_models as models
+from tqdm import tqdm
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
@@ -349,6 +351,7 @@ def test_disk_that_becomes_full_in_an_import(source, small_disk, monkeypatch):
 def _slow_import(source, output):
     from megatron_cream.checkpoint import importing
 
+    tqdm.set_lock(threading.RLock())  # its own is shared with the test, and would die locked
     own = importing._Rows.__call__
 
     def slowly(self, out):
