@@ -11,6 +11,8 @@ from support import hf_models as models
 from support import ranks
 from support.runs import FLAGS
 
+from megatron_cream.errors import UserError
+
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
 LIKE_LLAMA = [
@@ -99,6 +101,55 @@ def test_config_of_either_transformers(version, tmp_path):
     ids = torch.arange(90)[None]
     wanted = models.logits(source, ids)
     assert torch.equal(models.logits(tmp_path / "out", ids), wanted)
+
+
+def lists(count, last):
+    return {"short_factor": [1.0] * count, "long_factor": [1.0] * (count - 1) + [last]}
+
+
+def test_longrope_comes_back_for_either_transformers(tmp_path):
+    """Version 4 chooses between the lists by the original window at the top of config.json."""
+    from megatron_cream.checkpoint.exporting import describe, export_checkpoint
+    from megatron_cream.checkpoint.importing import import_checkpoint
+
+    rope = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 24}
+    source = models.make(tmp_path / "source", rope_scaling=rope | lists(8, 4.0))
+    import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
+    done = export_checkpoint(str(tmp_path / "imported"), str(tmp_path / "out"), quiet=True)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["original_max_position_embeddings"] == 24
+    assert config["rope_scaling"]["original_max_position_embeddings"] == 24
+    for length in (20, 90):  # below and beyond it
+        ids = torch.arange(length)[None]
+        assert torch.equal(models.logits(tmp_path / "out", ids), models.logits(source, ids))
+    said = "rope_type longrope is read by transformers 5, transformers 4.57, vLLM, SGLang; refused"
+    assert said in describe(done, "out")
+    assert said in (tmp_path / "out/README.md").read_text()
+
+
+def test_an_export_is_no_part_of_its_checkpoint_and_files_are_read_first(tmp_path):
+    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.importing import import_checkpoint
+
+    source = models.make(tmp_path / "source")
+    (source / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="tokenizer_config.json is not a JSON object"):
+        import_checkpoint(str(source), str(tmp_path / "run"), quiet=True)
+    (source / "tokenizer_config.json").write_text('{"model_max_length": null}')
+    (source / "generation_config.json").write_text('{"cut')
+    with pytest.raises(UserError, match="generation_config.json is not JSON"):
+        import_checkpoint(str(source), str(tmp_path / "run"), quiet=True)
+    (source / "generation_config.json").unlink()
+    assert not (tmp_path / "run").exists()
+    import_checkpoint(str(source), str(tmp_path / "run"), quiet=True)
+    (tmp_path / "run/hf").rename(tmp_path / "hf")
+    for name in ("hf", "release", "iter_0000007"):
+        output = tmp_path / "run" / name
+        if not output.exists():
+            with pytest.raises(UserError, match="is read as a part of the checkpoint"):
+                export_checkpoint(str(tmp_path / "run"), str(output), str(source), quiet=True)
+    export_checkpoint(str(tmp_path / "run"), str(tmp_path / "run/out"), str(source), quiet=True)
+    assert (tmp_path / "run/out/tokenizer_config.json").read_text() == '{"model_max_length": null}'
 
 
 _PEAK = """

@@ -11,6 +11,7 @@ import torch
 
 from megatron_cream.config import ExtensionConfig, rope_settings
 from megatron_cream.rope import SCALINGS, compose, hf_rope_fields, make_scaling, scaling_from_hf
+from megatron_cream.rope.huggingface import with_rope
 
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
@@ -185,6 +186,49 @@ def test_partial_rotary_dimension(name, dim, head_dim):
     assert inv_freq.shape == (dim // 2,)
     np.testing.assert_allclose(inv_freq, scaling.at_length(32768).inv_freq, rtol=1e-6)
     assert scaling_from_hf(fields | {"head_dim": head_dim}).dim == dim
+
+
+@pytest.mark.parametrize("head_dim", range(2, 258, 2))
+def test_partial_dimensions_come_back_exactly(head_dim):
+    """Readers round the product of head_dim and the share down."""
+    for dim in range(2, head_dim, 2):
+        scaling = make_scaling("none", dim=dim, original_length=64)
+        fields = json.loads(json.dumps(hf_rope_fields(scaling, 64, head_dim=head_dim)))
+        assert int(head_dim * fields["partial_rotary_factor"]) == dim
+        assert int(head_dim * fields["rope_parameters"]["partial_rotary_factor"]) == dim
+
+
+SCALED_BASE = {
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 5e5,
+    "rope_scaling": {"rope_type": "llama3", "type": "llama3", "factor": 8.0},
+    "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5},
+    "vocab_size": 7,
+}
+
+
+@pytest.mark.parametrize("name", sorted(SCALINGS))
+def test_nothing_is_left_of_the_rope_that_a_base_had(name):
+    """Old readers look at rope_scaling, and at an original window at the top, before anything."""
+    scaling = make_scaling(name, dim=64, base=1e6, factor=4.0, original_length=2048, **some(name))
+    written = with_rope(SCALED_BASE, hf_rope_fields(scaling, 8192))
+    parameters = written["rope_parameters"]
+    assert parameters == scaling.to_hf()
+    assert written["rope_theta"] == parameters["rope_theta"]
+    assert "partial_rotary_factor" not in written
+    older = written["rope_scaling"]
+    if parameters["rope_type"] == "default":
+        assert older is None
+    else:
+        same = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        assert older == same | {"type": parameters["rope_type"]}
+    expected = 2048 if parameters["rope_type"] == "longrope" else None
+    assert written.get("original_max_position_embeddings") == expected
+    assert written["vocab_size"] == 7
+    back = scaling_from_hf(written | {"head_dim": 64})
+    np.testing.assert_allclose(back.at_length(8192).inv_freq, scaling.at_length(8192).inv_freq)
 
 
 PUBLISHED = {
