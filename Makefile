@@ -41,6 +41,8 @@ lint: setup
 test-engines: setup
 	$(BIN)/python tests/engines/install.py build/engines
 	$(BIN)/python -m pytest -m slow -s tests/engines
+	PYTHONPATH=build/engines/transformers-lowest $(BIN)/python -m pytest \
+	  tests/evaluation/test_hf_loading.py
 
 format: setup
 	$(BIN)/ruff check --fix .

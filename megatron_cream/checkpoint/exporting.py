@@ -81,7 +81,7 @@ def export_checkpoint(
             written.
         OSError: the disk is full, or fails; nothing is kept.
     """
-    args = saved_arguments(checkpoint) if Path(checkpoint).is_dir() else None
+    args = saved_arguments(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
     if args is None:
         raise FileNotFoundError(
             f"--checkpoint is {checkpoint}: it must hold a torch_dist checkpoint"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig, rope_settings
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import naming, read_object
 from megatron_cream.rope import NOT_BY_FACTOR, TRAINED, hf_rope_fields, scaling_from_hf
 from megatron_cream.rope.options import options_from_args
 
@@ -39,7 +39,7 @@ def changed_fields(args: Namespace) -> dict[str, Any] | None:
     changes, path = _changes(args), Path(args.hf) / "config.json"
     if not changes or not path.is_file():  # a folder without one is refused where it is loaded
         return None
-    config = json.loads(path.read_text("utf-8"))
+    config = read_object(path)
     if "text_config" in config:
         raise UserError(
             f"--hf is {args.hf}: its config.json has a text_config, whose RoPE cannot be changed "
@@ -50,7 +50,8 @@ def changed_fields(args: Namespace) -> dict[str, Any] | None:
             f"--rope-interpolation is {name} with --hf: its angles are trained; evaluate a "
             "checkpoint that was, or its export"
         )
-    own = scaling_from_hf(config)
+    with naming(path.parent):
+        own = scaling_from_hf(config)
     settings = {"target_length": own.original_length, **rope_settings(own)}
     extension = _changed(ExtensionConfig(train_length=own.original_length, **settings), changes)
     window = round(own.original_length * extension.rope_factor)

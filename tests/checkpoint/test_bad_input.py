@@ -243,6 +243,10 @@ def test_export_of_no_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nothing"):
         refuses_export(tmp_path / name, "must hold a torch_dist checkpoint", FileNotFoundError)
+    from megatron_cream.checkpoint.exporting import export_checkpoint
+
+    with pytest.raises(FileNotFoundError, match="--checkpoint is : it must hold"):
+        export_checkpoint("", str(tmp_path / "out"), quiet=True)
 
 
 def test_export_of_a_checkpoint_that_is_cut_off(imported):

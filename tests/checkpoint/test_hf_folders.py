@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders that others made, and the places beside them: read whole or refused, never removed."""
 
+import importlib.util
 import json
 import math
 import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from support import hf_models as models
 
 from megatron_cream import ownership
 from megatron_cream.checkpoint.config_json import shape_from_config
+from megatron_cream.checkpoint.shards import ShardWriter, TensorPlan
 from megatron_cream.checkpoint.source import find_source, other_files, read_config, source_name
 from megatron_cream.checkpoint.staging import check_output, staged
 from megatron_cream.checkpoint.weights import INDEX, SINGLE, HfWeights
@@ -118,6 +121,52 @@ def test_sources_that_are_none(name, tmp_path, monkeypatch):
     (tmp_path / "folder/file.safetensors").touch()
     with pytest.raises(FileNotFoundError, match="--hf is .*it must be a folder"):
         find_source(name)
+
+
+@pytest.fixture(scope="module")
+def shard_bytes():
+    path = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.shard_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1KB", 10**3), ("500MB", 5 * 10**8), ("5GB", 5 * 10**9), ("2 gb", 2e9)]
+)
+def test_sizes_of_shards(shard_bytes, text, count):
+    assert shard_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "0GB", "-1GB", "1.5GB", "1e3MB", "GB", "9" * 5000 + "GB", "nanGB", "5GiB"]
+)
+def test_sizes_of_shards_that_are_none(shard_bytes, text):
+    with pytest.raises(UserError, match="--max-shard-size is .*it must be a size such as 500MB"):
+        shard_bytes(text)
+
+
+def test_shards_are_filled_and_indexed(tmp_path):
+    """By the sizes asked for: as few files as hold them in order, and a total of all bytes."""
+    plans = [TensorPlan(f"t{n}", torch.float32, (n + 1, 3)) for n in range(9)]
+    writer = ShardWriter(tmp_path, plans, most_bytes=200)
+    sizes = [sum(plan.nbytes for plan in shard) for shard in writer.shards]
+    assert [plan for shard in writer.shards for plan in shard] == plans
+    assert all(size <= 200 for size in sizes)
+    for shard, size in zip(writer.shards[1:], sizes, strict=False):
+        assert size + shard[0].nbytes > 200, "the next tensor would have fitted"
+    for number, shard in enumerate(writer.shards):
+        with writer.shard(number) as file:
+            for plan in shard:
+                file.write(np.full(plan.nbytes, number, np.uint8))
+    writer.write_index()
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(sizes) == 4 * 3 * 45
+    for name in writer.names:
+        header = int.from_bytes((tmp_path / name).read_bytes()[:8], "little")
+        assert header % 8 == 0, "data is aligned, as readers that map it expect"
+    assert HfWeights(tmp_path).tensors["t8"].shape == (9, 3)
 
 
 # Links.

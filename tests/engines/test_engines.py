@@ -39,7 +39,7 @@ SCRIPTS = {
     "llama.cpp": ("run_llama_cpp.py", "llama-cpp-python"),
     "CTranslate2": ("run_ctranslate2.py", "ctranslate2"),
 }
-NEAR, FAR = 2e-3, 0.1
+NEAR, FAR = 1e-4, 0.1
 """Largest difference of a logit (of about 3) that is none, and the least that is one."""
 
 

@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from support import hf_models as models
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.huggingface import HuggingFaceModel
+from megatron_cream.evaluation.other_rope import changed_fields
 
 
 @pytest.fixture
@@ -88,6 +90,21 @@ def test_values_that_no_model_has_are_refused(source, changes, match):
 def test_a_config_that_is_none_is_named(source, text):
     (source / "config.json").write_text(text)
     refuses(source, r"config.json is not (a JSON object|JSON)")
+    with pytest.raises(UserError, match=r"config.json is not (a JSON object|JSON)"):
+        changed_fields(asked(source))
+
+
+def asked(source):
+    """The command line's wish for another RoPE."""
+    flags = {"rope_interpolation": "yarn", "rope_factor": 4.0, "rope_theta": None}
+    return Namespace(hf=str(source), rope_options=None, rope_factors_file=None, **flags)
+
+
+def test_another_rope_of_a_broken_config_is_refused(source):
+    changed_fields(asked(source))
+    models.edit_config(source, hidden_size="32", head_dim=None)
+    with pytest.raises(UserError, match=f"{source}: hidden_size in config.json is '32'"):
+        changed_fields(asked(source))
 
 
 def test_damaged_weights_are_named(source):
