@@ -114,6 +114,7 @@ def test_longrope_comes_back_for_either_transformers(tmp_path):
 
     rope = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 24}
     source = models.make(tmp_path / "source", rope_scaling=rope | lists(8, 4.0))
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 1000}')
     import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
     done = export_checkpoint(str(tmp_path / "imported"), str(tmp_path / "out"), quiet=True)
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -125,6 +126,8 @@ def test_longrope_comes_back_for_either_transformers(tmp_path):
     said = "rope_type longrope is read by transformers 5, transformers 4.57, vLLM, SGLang; refused"
     assert said in describe(done, "out")
     assert said in (tmp_path / "out/README.md").read_text()
+    kept = (tmp_path / "out/tokenizer_config.json").read_text()
+    assert kept == '{"model_max_length": 1000}', "it is raised, never lowered"
 
 
 def test_an_export_is_no_part_of_its_checkpoint_and_files_are_read_first(tmp_path):
