@@ -185,6 +185,13 @@ def cache(tmp_path):
     return snapshot
 
 
+def test_an_index_of_weights_is_not_taken_over(tmp_path):
+    """It would name files that are not there, and readers look at it first."""
+    for name in (INDEX, "pytorch_model.bin.index.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    assert [path.name for path in other_files(tmp_path)] == ["tokenizer.json"]
+
+
 def test_links_of_a_hubs_cache_are_followed(cache, tmp_path):
     assert [path.name for path in other_files(cache)] == ["LICENSE", "config.json"]
     local = tmp_path / "local"  # as --local-dir was laid out once
