@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 BAD_INPUT_STATUS = 2
 """Exit status of a command that was given something wrong."""
@@ -25,7 +27,7 @@ class MissingPackageError(ImportError, UserError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a user's mistake in one line on rank 0 and with exit status 2.
+    """End a user's mistake in one line and with exit status 2; under torchrun it is 1.
 
     ``UserError`` and ``OSError`` (a file that is missing, a disk that is full) are the user's to
     mend. Everything else is a bug and keeps its traceback.
@@ -33,6 +35,26 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        _tell(" ".join(str(error).split()))
         raise SystemExit(BAD_INPUT_STATUS) from None
+
+
+_PATIENCE = 5.0  # seconds
+
+
+def _tell(message: str) -> None:
+    """Print an error once for all ranks, and have torchrun repeat it at the end of its report.
+
+    Mostly every rank finds the same. The others wait for rank 0, at whose end torchrun ends them;
+    who is left after that has an error of its own, or one of another node.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(_PATIENCE)
+        message = f"rank {rank}: {message}"
+    print("error:", message, file=sys.stderr, flush=True)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        report = {"message": f"error: {message}", "timestamp": int(time.time())}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(report, file)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
-from megatron_cream.training import entry
+from megatron_cream.training import entry, machine
 
 _RELEASE = (0, 19)  # of megatron-core, major and minor
 
@@ -32,6 +32,7 @@ def main() -> None:
         script = find_script(sys.argv[1:])
         del sys.argv[1]
         refuse_restart(sys.argv[1:])
+        machine.refuse_without_launcher(f"megatron_cream.launch {script.name}", sys.argv[1:])
         entry.stand_in_if_asked()
         # As python itself does, and before megatron's import: the script finds what stands beside
         # it, in a clone of Megatron-LM also the megatron it belongs to.

@@ -11,16 +11,18 @@ an existing training script with our positions instead, see ``megatron_cream.lau
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from typing import Any
 
 from megatron_cream.errors import one_line_errors
-from megatron_cream.training import entry
+from megatron_cream.training import entry, machine
 
 
 def main() -> None:
     """Parse, check and train; bad input ends in one line and exit status 2."""
     with one_line_errors():
+        machine.refuse_without_launcher("megatron_cream.pretrain", sys.argv[1:])
         entry.stand_in_if_asked()
         args = prepare()
     train(args)

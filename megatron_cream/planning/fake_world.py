@@ -76,25 +76,30 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-    from megatron_cream.training import arguments, cpu, hybrid
-    from megatron_cream.training.megatron import megatrons_refusals
+    from megatron_cream.training import arguments, cpu
+    from megatron_cream.training.flags import check_flags, check_model
+    from megatron_cream.training.refusals import megatrons_refusals
 
-    with _command_line([*argv, *cpu.FLAGS, "--fake-process-group"], world_size) as output:
-        try:
-            args = parse_args(arguments.add_arguments)
-        except SystemExit:
-            raise UserError(_last_line(output)) from None
-        _refuse(args)
-        arguments.refuse_unsupported(args)
-        hybrid.refuse_pattern(args)
-        extension = arguments.extension_from_args(args)
-        with megatrons_refusals():
+    with _command_line(cpu.FLAGS * ("--cpu" in argv), argv, world_size):
+        given = parse_args(arguments.add_arguments)
+        _refuse(given)
+        extension, _ = check_flags(given)
+    # What is built here is built from Megatron's local modules.
+    with _command_line(argv, [*cpu.FLAGS, "--fake-process-group"], world_size):
+        args = parse_args(arguments.add_arguments)
+        with megatrons_refusals(args):
             validate_args(args)
         if args.padded_vocab_size is None:  # what loading the tokenizer would set
             args.padded_vocab_size = calculate_padded_vocab_size(
                 args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             )
+        check_model(buildable(args))
     return args, extension
+
+
+def buildable(args: Namespace) -> Namespace:
+    """Return the arguments without what the local modules refuse."""
+    return Namespace(**{**vars(args), **NOT_BUILT})
 
 
 def _refuse(args: Namespace) -> None:
@@ -107,24 +112,22 @@ def _refuse(args: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _command_line(argv: Sequence[str], world_size: int) -> Iterator[io.StringIO]:
-    """Let Megatron read ``argv`` as its command line, and keep what it prints."""
+def _command_line(first: Sequence[str], last: Sequence[str], world_size: int) -> Iterator[None]:
+    """Let Megatron read ``first`` and ``last`` as its command line, and print nothing."""
     saved_argv, saved_environment = sys.argv, os.environ.copy()
-    sys.argv = ["pretrain", *argv]
+    sys.argv = ["pretrain", *first, *last]
     os.environ.update(RANK="0", WORLD_SIZE=str(world_size), CUDA_DEVICE_MAX_CONNECTIONS="1")
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            yield output
+            yield
+    except SystemExit:  # --help
+        print(output.getvalue(), end="")
+        raise
     finally:
         sys.argv = saved_argv
         os.environ.clear()
         os.environ.update(saved_environment)
-
-
-def _last_line(output: io.StringIO) -> str:
-    # argparse prints pages of usage first.
-    return output.getvalue().strip().rsplit("error: ", 1)[-1].splitlines()[0]
 
 
 def one_rank(args: Namespace) -> Namespace:
@@ -206,7 +209,7 @@ def build(args: Namespace, extension: ExtensionConfig, groups: Any) -> list[Any]
 
     from megatron_cream.training.hooks import model_config
 
-    config = model_config(Namespace(**{**vars(args), **NOT_BUILT}), extension)
+    config = model_config(buildable(args), extension)
     builder = config.get_builder_cls()(config)
     logging.disable(logging.WARNING)  # every rank would say that GPTModel is deprecated
     try:

@@ -6,23 +6,32 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.training import machine
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
 def stand_in_if_asked() -> None:
-    """Let the CPU stand in for the GPU if ``sys.argv`` has ``--cpu``; before megatron's import."""
+    """Let the CPU stand in for the GPU if ``sys.argv`` has ``--cpu``; before megatron's import.
+
+    Raises:
+        UserError: there is no GPU, and no ``--cpu``.
+    """
     if "--cpu" in sys.argv[1:]:
         from megatron_cream.training import cpu
 
         cpu.install()
         sys.argv[1:1] = cpu.FLAGS
+    else:
+        machine.refuse_without_gpu(sys.argv[1:])
 
 
 def parse(
@@ -44,27 +53,43 @@ def parse(
 
     from megatron_cream.checkpoint.saved import SETTINGS_KEY, complete_arguments, keep_vocabulary
     from megatron_cream.checkpoint.starting import check_start
-    from megatron_cream.training.megatron import megatrons_refusals
+    from megatron_cream.training.flags import check_flags, check_ours
+    from megatron_cream.training.refusals import megatrons_refusals
 
     provider = _ours_after(extra_args_provider)
     defaults = args_defaults or {}
-    # Ours first: Megatron's own validation prints hundreds of lines that would bury an error.
+    # Ours first: an error must come before all that Megatron prints at its start.
     args = _with_defaults(parse_args(provider, ignore_unknown_args), defaults)
     from_checkpoint = args.use_checkpoint_args or defaults.get("use_checkpoint_args", False)
     if from_checkpoint:
         check_start(args)  # Megatron's validation reads it, without limits
-    extension = None if from_checkpoint else check(args)
-    with megatrons_refusals():
+    else:
+        extension, validated = check_flags(args, defaults)
+        check_files(args, validated, extension)
+    with megatrons_refusals(args):
         args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
     if from_checkpoint:
         complete_arguments(args)
-    extension = extension or check(args)
+        extension = check_ours(args)
+        check_files(args, args, extension)
     keep_vocabulary(args)
     # Micro-batches may hold different numbers of trained tokens (texts end, borders are masked);
     # averaging their averages would make the result depend on the layout.
     args.calculate_per_token_loss = True
+    _keep_log_short(args)
     setattr(args, SETTINGS_KEY, extension.to_dict())
     return args
+
+
+def _keep_log_short(args: Namespace) -> None:
+    """Leave out what Megatron logs for its developers: a line for every parameter and more.
+
+    Its own switch, which --logging-level and MEGATRON_LOGGING_LEVEL decide where they are given.
+    Timers are logged at that level too, so asking for them keeps it.
+    """
+    asked = "MEGATRON_LOGGING_LEVEL" in os.environ or args.timing_log_level
+    if args.logging_level is None and not asked:
+        args.logging_level = logging.WARNING
 
 
 def _ours_after(provider: ArgumentsProvider | None) -> ArgumentsProvider:
@@ -81,21 +106,31 @@ def _with_defaults(args: Namespace, defaults: dict[str, Any]) -> Namespace:
     return args
 
 
-def check(args: Namespace) -> ExtensionConfig:
-    """Check flags, datasets and checkpoints, and return the settings of the extension."""
-    from megatron_cream.training import arguments, checks, clex, cpu, hybrid
+def check_files(args: Namespace, validated: Namespace, extension: ExtensionConfig) -> None:
+    """Check what flags name: packages, tokenizer, datasets and checkpoints.
 
-    arguments.refuse_unsupported(args)
-    hybrid.refuse_pattern(args)
-    if args.cpu:
-        cpu.refuse_unserved(args)
-    extension = arguments.extension_from_args(args)
-    if extension.draws_scales:
-        clex.refuse_unserved(args)
+    Args:
+        args: as parsed.
+        validated: the same, validated by Megatron.
+    """
+    from megatron_cream.training import checks, tokenizer
+    from megatron_cream.training.flags import check_model
+
     checks.check_packages(args)
+    check_model(validated)
+    tokenizer.refuse_absent(args)
     checks.check_datasets(args, extension)
     checks.check_checkpoint(args, extension)
-    return extension
+    _check_schedule(validated)
+
+
+def _check_schedule(validated: Namespace) -> None:
+    from megatron_cream.checkpoint.saved import saved_arguments
+    from megatron_cream.training import schedule
+
+    saved = saved_arguments(validated.load) if validated.load else None
+    if saved is not None and not validated.finetune:
+        schedule.refuse_other_schedule(validated.load, validated, saved)
 
 
 def ready(args: Namespace, config: Any) -> None:
@@ -105,7 +140,7 @@ def ready(args: Namespace, config: Any) -> None:
     """
     from megatron_cream.checkpoint import checksums
     from megatron_cream.checkpoint.saved import SETTINGS_KEY
-    from megatron_cream.training import hooks, report, scalars
+    from megatron_cream.training import hooks, losses, report, scalars
     from megatron_cream.training.megatron import answer_for_dataset_helpers, keep_save_results_here
 
     answer_for_dataset_helpers()
@@ -114,6 +149,7 @@ def ready(args: Namespace, config: Any) -> None:
     checksums.serve_saves()
     extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
     hooks.hook_into(config, args, extension)
+    losses.count_first_iteration_once()
     scalars.write_scalars(args, extension)
     if args.rank == 0:
         print(report.start_block(args, extension), flush=True)

@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import queue
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from megatron_cream.errors import MissingPackageError, UserError
+from megatron_cream.errors import MissingPackageError
 
 
 def answer_for_dataset_helpers() -> None:
@@ -55,19 +52,3 @@ def keep_save_results_here() -> None:
         )
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-
-
-@contextmanager
-def megatrons_refusals() -> Iterator[None]:
-    """Turn what Megatron's own validation of flags raises into one line.
-
-    Raises:
-        UserError: with Megatron's reason; of an assertion without words, its source line.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise UserError(f"Megatron refuses these flags: {reason}") from None
