@@ -141,8 +141,12 @@ all_args() {
 }
 
 extend() {
-    if [ "${1:-}" = --dry-run ]; then
-        shift
+    local word dry_run="" given=()
+    for word in "$@"; do
+        if [ "$word" = --dry-run ]; then dry_run=1; else given+=("$word"); fi
+    done
+    set -- "${given[@]}"
+    if [ -n "$dry_run" ]; then
         all_args "$@"
         WORLD_SIZE=$((NODES * GPUS_PER_NODE)) exec "$PYTHON" -m megatron_cream.dry_run "${ALL_ARGS[@]}"
     fi

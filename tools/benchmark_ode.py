@@ -17,12 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
+from megatron_cream.errors import MissingPackageError, one_line_errors
 from megatron_cream.rope.clex import on_gpu
 from megatron_cream.rope.clex.ode import Field, grid, solve
 
@@ -30,7 +31,7 @@ Result = tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]
 
 
 def main(argv: list[str]) -> int:
-    """Print a row for each number of scales."""
+    """Print a row for each number of scales; bad input ends in one line and exit status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     add("--act", choices=("tanh", "silu"), default="tanh")
     add("--turns", type=int, default=20)
     args = parser.parse_args(argv)
+    with one_line_errors():
+        torchdiffeq()
     torch.set_num_threads(1)
     field = Field(args.dim, 10000.0, act=args.act)
     heads = ["T / N0", "torchdiffeq, ms", "ours, ms", "ratio", "difference"]
@@ -50,6 +53,21 @@ def main(argv: list[str]) -> int:
     for count in args.scales:
         print(_row(field, [float(t) for t in range(1, count + 1)], args.turns))
     return 0
+
+
+def torchdiffeq() -> Any:
+    """Return the package that this measures beside.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import torchdiffeq
+    except ImportError:
+        raise MissingPackageError(
+            "torchdiffeq is not installed: this measures beside it; pip install torchdiffeq"
+        ) from None
+    return torchdiffeq
 
 
 def recorded(
@@ -67,7 +85,7 @@ def recorded(
         return act(torch.addmv(known, up.t(), w)) @ down
 
     points = torch.tensor(grid(scales, field.step), dtype=torch.float64)
-    learned = odeint(
+    learned = torchdiffeq().odeint(
         slope,
         torch.zeros(field.dim // 2, dtype=torch.float64),
         torch.tensor(scales, dtype=torch.float64),

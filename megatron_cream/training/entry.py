@@ -66,7 +66,7 @@ def parse(
     else:
         extension, validated = check_flags(args, defaults)
         check_files(args, validated, extension)
-    with megatrons_refusals(args):
+    with megatrons_refusals(args, tell=True):
         args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
     if from_checkpoint:
         complete_arguments(args)

@@ -40,7 +40,6 @@ def check_flags(
     validated = copy.deepcopy(args)
     with megatrons_refusals(validated):
         _validate(validated, defaults or {})
-    ranges.refuse_uneven_batch(validated)
     schedule.refuse_schedule(validated)
     return extension, validated
 
@@ -49,6 +48,7 @@ def check_ours(args: Namespace) -> ExtensionConfig:
     """Check what Megatron does not, of arguments before or after its validation."""
     ranges.refuse_missing(args)
     ranges.refuse_out_of_range(args)
+    ranges.refuse_uneven(args)
     unsupported.refuse_unsupported(args)
     hybrid.refuse_pattern(args)
     if args.cpu:

@@ -94,21 +94,38 @@ def refuse_missing(args: Namespace) -> None:
         raise UserError("--train-iters is missing: iterations of the run, or give --train-samples")
 
 
-def refuse_uneven_batch(args: Namespace) -> None:
-    """Refuse a step that is not a whole number of passes of every rank.
-
-    Args:
-        args: validated by Megatron.
+def refuse_uneven(args: Namespace) -> None:
+    """Refuse sizes that must divide each other, and do not.
 
     Raises:
         UserError: naming the flags and their values.
     """
-    if args.rampup_batch_size or args.step_batch_size_schedule:
+    _refuse_uneven_batch(args)
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if heads is None:
+        return  # of a checkpoint
+    if args.kv_channels is None and args.hidden_size % heads:
+        raise UserError(
+            f"--num-attention-heads is {heads}: it must divide --hidden-size, {args.hidden_size}, "
+            "or --kv-channels must be given"
+        )
+    if args.group_query_attention and heads % groups:
+        raise UserError(
+            f"--num-query-groups is {groups}: it must divide --num-attention-heads, {heads}"
+        )
+
+
+def _refuse_uneven_batch(args: Namespace) -> None:
+    """Refuse a step that is not a whole number of passes of every rank."""
+    changes = args.rampup_batch_size or args.step_batch_size_schedule
+    if args.global_batch_size is None or changes or args.decrease_batch_size_if_needed:
         return  # Megatron asks it of every size
-    together = args.micro_batch_size * args.data_parallel_size
-    if args.global_batch_size % together and not args.decrease_batch_size_if_needed:
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = args.world_size // math.prod(getattr(args, name) for name in sizes)
+    together = args.micro_batch_size * max(1, ranks)
+    if args.global_batch_size % together:
         raise UserError(
             f"--global-batch-size is {args.global_batch_size}: it must be a multiple of "
-            f"{together}, --micro-batch-size {args.micro_batch_size} times "
-            f"{args.data_parallel_size} data-parallel ranks"
+            f"{together}, --micro-batch-size {args.micro_batch_size} times {ranks} data-parallel "
+            "ranks"
         )

@@ -19,11 +19,12 @@ _BEGIN, _END = "- arguments -", "- end of arguments -"
 
 
 @contextmanager
-def megatrons_refusals(args: Namespace | None = None) -> Iterator[None]:
+def megatrons_refusals(args: Namespace | None = None, *, tell: bool = False) -> Iterator[None]:
     """Turn what Megatron's own validation of flags raises into one line.
 
     Args:
         args: what is validated, whose values are told.
+        tell: print what Megatron prints, but for its list of arguments.
 
     Raises:
         UserError: with Megatron's reason; of an assertion without words, what it asserts.
@@ -41,7 +42,8 @@ def megatrons_refusals(args: Namespace | None = None) -> Iterator[None]:
         if not error.code:  # it prints why and exits with 0
             raise UserError(f"Megatron refuses these flags: {_last_line(output)}") from None
         raise
-    print(without_arguments(output.getvalue()), end="", flush=True)
+    if tell:
+        print(without_arguments(output.getvalue()), end="", flush=True)
 
 
 def _asserted(error: BaseException, args: Namespace | None) -> str:

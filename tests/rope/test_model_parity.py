@@ -226,3 +226,32 @@ def test_attention_factor_is_applied_once_and_where_it_costs_nothing(monkeypatch
     with_rotation = attention._yarn_concentration_factor
     expected = (1.0, 1.5) if glm else (1.5**2, 1.0)
     assert (in_softmax, with_rotation) == pytest.approx(expected)
+
+
+@torch.no_grad()
+def test_tokens_one_by_one_in_an_inference_context_are_those_of_a_whole_pass(monkeypatch):
+    """Megatron's inference asks for the angles of a length, and takes the rows of its tokens."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    model, _ = megatron_model(monkeypatch, ["--rope-interpolation", "linear"])
+    tokens = torch.randint(VOCABULARY, (2, 24), generator=torch.manual_seed(3))
+    ids = torch.arange(24).expand(2, -1)
+    whole = model(input_ids=tokens, position_ids=ids, attention_mask=None)
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=24)
+    found = []
+    for part in (slice(0, 10), *(slice(i, i + 1) for i in range(10, 24))):
+        logits = model(
+            input_ids=tokens[:, part],
+            position_ids=ids[:, part],
+            attention_mask=None,
+            inference_context=context,
+            runtime_gather_output=True,
+        )
+        context.increment_sequence_len_offset(logits.shape[1])
+        found.append(logits)
+    context.reset()
+    torch.testing.assert_close(found[0][:, -1], whole[:, 9], atol=1e-5, rtol=1e-5)
+    for step, logits in enumerate(found[1:], start=10):
+        torch.testing.assert_close(logits[:, -1], whole[:, step], atol=1e-5, rtol=1e-5)
+    again = model(input_ids=tokens, position_ids=ids, attention_mask=None)
+    assert torch.equal(again, whole), "training's angles come back after inference"

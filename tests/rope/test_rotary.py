@@ -201,3 +201,11 @@ def test_install_refuses_a_model_without_rope():
 
     with pytest.raises(ValueError, match="--position-embedding-type rope"):
         install_rotary(torch.nn.Linear(1, 1), rotary().scaling)
+
+
+@pytest.mark.parametrize("offset", [1, 5, 4000])
+def test_plain_angles_from_an_offset_are_megatrons(offset):
+    ours, theirs = rotary(), megatron_rotary()
+    assert torch.equal(ours.plain_angles(8, offset), theirs(8, offset=offset))
+    ours.set_position_ids(None, plain=True)
+    assert torch.equal(ours(8, offset), ours.plain_angles(8 + offset)[offset:])

@@ -59,9 +59,9 @@ def test_a_resumed_run_counts_what_was_trained_before(tmp_path, flags):
 
 
 def test_a_run_that_does_not_log_is_left_alone(flags):
-    assert forks.call(recorder.trainers_log, flags, False) is True
+    assert forks.call(recorder.trainers_log, flags, False) is False
     log = ["--tensorboard-dir", "board"]
-    assert forks.call(recorder.trainers_log, [*flags, *log], False) is False
+    assert forks.call(recorder.trainers_log, [*flags, *log], False) is True
     with pytest.raises(ImportError, match=r"training\.training_log is gone.*0\.19\.2"):
         forks.call(recorder.trainers_log, [*flags, *log], True)
 

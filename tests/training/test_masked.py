@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss and gradient where tokens are masked, against a plain loop that knows nothing of layouts.
+
+Samples of one step have very different numbers of trained tokens here, so dividing by another
+number, or averaging averages, is seen.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import ranks
+from support.runs import FLAGS
+
+pytestmark = pytest.mark.usefixtures("cpu_megatron")
+
+EOD, VOCABULARY, BATCH = 0, 128, 4
+MASKED = [
+    *("--vocab-size", str(VOCABULARY), "--make-vocab-size-divisible-by", "1"),
+    *("--label-rule", "masked", "--eod-mask-loss", "--split", "100,0,0", "--eval-iters", "0"),
+    *("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--weight-decay", "0"),
+]
+LAYOUTS = {
+    "one rank": (1, []),
+    "micro-batch 4": (1, ["--micro-batch-size", "4"]),
+    "DP2": (2, []),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A dataset in which the n-th document is an end of document every 2 to 40 tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path_factory.mktemp("masked") / "text"
+    rng = np.random.default_rng(3)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for share in (0.5, 0.02, 0.3, 0.1, 0.4, 0.03):
+        document = rng.integers(1, VOCABULARY, size=900)
+        document[rng.random(900) < share] = EOD
+        builder.add_document(torch.from_numpy(document), [900])
+    builder.finalize(f"{prefix}.idx")
+    note = {"vocab_size": VOCABULARY, "tokenizer_type": "test", "appended_eod": True, "eod_id": EOD}
+    (prefix.parent / "text.json").write_text(json.dumps(note))
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def runs(texts, tmp_path_factory):
+    """Runs of one step at each layout, from one checkpoint, that change no weight."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = [*FLAGS, *MASKED, "--data-path", texts]
+    save = ["--save", str(folder / "checkpoint"), "--save-interval", "1"]
+    found = {"one rank": ranks.train(folder / "a", [*flags, *save])}
+    start = ["--pretrained-checkpoint", str(folder / "checkpoint")]
+    for name, (count, layout) in list(LAYOUTS.items())[1:]:
+        found[name] = ranks.train(folder / name.replace(" ", "-"), [*flags, *start, *layout], count)
+    return found, str(folder / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def reference(runs, texts):
+    """Loss and norm of the gradient of the first step, by a plain loop over its samples."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    from megatron_cream.checkpoint.loading import load_model
+    from megatron_cream.data.span_dataset import SpanDataset, SpanDatasetConfig
+
+    loaded = load_model(runs[1])
+    config = SpanDatasetConfig(
+        random_seed=1234,
+        sequence_length=96,
+        blend=([texts], None),
+        split="100,0,0",
+        extension=loaded.extension,
+    )
+    source = IndexedDataset(texts, multimodal=False)
+    samples = SpanDataset(source, texts, np.arange(6, dtype=np.int32), BATCH, Split.train, config)
+    total, counts = torch.zeros(()), []
+    for index in range(BATCH):
+        sample = samples[index]
+        tokens, positions = sample["tokens"][None], sample["position_ids"][None]
+        logits = loaded.module(tokens, positions, None)[0]
+        borders = torch.diff(positions[0], append=positions[0, -1:]) != 1  # also the last
+        counted = (tokens[0] != EOD) & ~borders
+        losses = -torch.log_softmax(logits.float(), -1)
+        total = total + losses[torch.arange(96), sample["labels"]][counted].sum()
+        counts.append(int(counted.sum()))
+    loss = total / sum(counts)
+    loss.backward()
+    gradients = [p.grad for p in loaded.module.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+    return float(loss.detach()), float(norm), counts
+
+
+def test_samples_have_different_numbers_of_trained_tokens(reference):
+    counts = reference[2]
+    assert max(counts) > 1.5 * min(counts) and sum(counts) < BATCH * 96
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_and_gradient_are_those_of_a_plain_loop(name, runs, reference):
+    loss, norm, _ = reference
+    run = runs[0][name]
+    assert run.losses[1] == pytest.approx(loss, rel=1e-5)
+    assert run.norms[1] == pytest.approx(norm, rel=1e-4)
