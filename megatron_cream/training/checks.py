@@ -40,6 +40,16 @@ def check_packages(args: Namespace) -> None:
             "--inprocess-restart is given: it needs the package nvidia-resiliency-ext, without "
             "which Megatron would train as if it were not"
         )
+    if args.optimizer not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:
+        raise UserError(
+            f"--optimizer is {args.optimizer!r}: it needs the package emerging-optimizers; adam "
+            "and sgd need none"
+        )
+    if args.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise UserError(
+            "--transformer-impl is 'transformer_engine', which is not installed: pip install "
+            "'.[gpu]' (megatron_cream's extra), or give --transformer-impl local"
+        )
     cross_entropy.refuse_absent(args)
 
 

@@ -40,6 +40,13 @@ _UNSERVED = {
     "use_torch_fsdp2": "--use-torch-fsdp2",
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "async_save": "--async-save",
+    "enable_cuda_graph": "--enable-cuda-graph",
+    "external_cuda_graph": "--external-cuda-graph",
+    "optimizer_cuda_graph": "--optimizer-cuda-graph",
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
+    "hierarchical_context_parallel_sizes": "--hierarchical-context-parallel-sizes",
+    "tensor_parallel_num_weight_shards": "--tensor-parallel-num-weight-shards",
+    "expert_tensor_parallel_num_weight_shards": "--expert-tensor-parallel-num-weight-shards",
 }
 
 
@@ -47,7 +54,7 @@ def install() -> None:
     """Have ``torch.cuda`` answered by the CPU in this process. Idempotent.
 
     Raises:
-        RuntimeError: a GPU is present.
+        UserError: a GPU is present.
     """
     # The jit warm-up of Megatron's fusions has nothing to compile for; must precede torch.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -91,6 +98,25 @@ def refuse_unserved(args: Any) -> None:
         raise UserError(
             f"--context-parallel-size is {args.context_parallel_size} with --cpu: it must be 1, "
             "ring attention needs Transformer Engine and GPUs"
+        )
+    if args.cuda_graph_impl != "none":
+        raise UserError(
+            f"--cuda-graph-impl is {args.cuda_graph_impl!r} with --cpu: it must be 'none'"
+        )
+    if args.num_experts:
+        _refuse_unserved_experts(args)
+
+
+def _refuse_unserved_experts(args: Any) -> None:
+    if args.moe_token_dispatcher_type != "allgather":
+        raise UserError(
+            f"--moe-token-dispatcher-type is {args.moe_token_dispatcher_type!r} with --cpu: it "
+            "must be 'allgather', the others wait for streams of a GPU"
+        )
+    if args.add_bias_linear:
+        raise UserError(
+            "--num-experts is given with --cpu: --disable-bias-linear must be given, too; the "
+            "local experts add their bias to a tensor that autograd keeps"
         )
 
 

@@ -33,6 +33,7 @@ _AT_LEAST_ZERO = """
     weight_decay start_weight_decay end_weight_decay clip_grad adam_eps sgd_momentum
     init_method_std embedding_init_method_std layernorm_epsilon position_seed
 """
+_MOST = 2**63  # of which numbers come to be 64-bit ones
 _BELOW_ONE = "attention_dropout hidden_dropout adam_beta1 adam_beta2"
 _SHARES = "lr_warmup_fraction rotary_percent"
 
@@ -53,12 +54,18 @@ def refuse_out_of_range(args: Namespace) -> None:
     Raises:
         UserError: naming the flag, its value and what it must be.
     """
-    _refuse(args, _AT_LEAST_ONE, lambda value: value >= 1, "at least 1")
-    _refuse(args, _AT_LEAST_ZERO, lambda value: value >= 0, "at least 0")
+    _refuse(args, _AT_LEAST_ONE, lambda value: 1 <= value < _MOST, "at least 1 and below 2 ** 63")
+    _refuse(args, _AT_LEAST_ZERO, lambda value: 0 <= value < _MOST, "at least 0 and below 2 ** 63")
     _refuse(args, _BELOW_ONE, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    _refuse(args, "seed", lambda value: value < 2**32, "below 2 ** 32")
     _refuse(args, _SHARES, lambda value: 0 <= value <= 1, "from 0 to 1")
     if args.rotary_percent == 0:
         raise UserError("--rotary-percent is 0.0: it must be above 0, or no angle is turned")
+    if args.window_size is not None and len(args.window_size) != 2:
+        raise UserError(
+            f"--window-size is {','.join(map(str, args.window_size))}: it must be two numbers, of "
+            "tokens before and after, as 4096,0"
+        )
 
 
 def _refuse(args: Namespace, attributes: str, fine: Callable[[float], bool], needed: str) -> None:
@@ -90,6 +97,8 @@ def refuse_missing(args: Namespace) -> None:
     for attribute, meaning in needed.items():
         if getattr(args, attribute) is None:
             raise UserError(f"{flag_of(attribute)} is missing: {meaning}")
+    if args.wandb_project and not (args.wandb_save_dir or args.save):
+        raise UserError("--wandb-save-dir is missing: with --wandb-project it or --save is needed")
     if args.train_iters is None and args.train_samples is None:
         raise UserError("--train-iters is missing: iterations of the run, or give --train-samples")
 

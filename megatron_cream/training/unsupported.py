@@ -160,6 +160,15 @@ def refuse_unsupported(args: Namespace) -> None:
             f"--dataloader-type is {args.dataloader_type!r}: it must be 'single', so that every "
             "pipeline stage counts samples alike"
         )
+    if args.tokenizer_type in ("MultimodalTokenizer", "NullMultimodalTokenizer"):
+        raise UserError(
+            f"--tokenizer-type is {args.tokenizer_type!r}: it must be one of text, or NullTokenizer"
+        )
+    if args.attention_backend.name == "local" and not args.spec:
+        raise UserError(
+            "--attention-backend is local: it must be left out, the layers' own attention is used; "
+            "--transformer-impl local has no other"
+        )
     cross_entropy.refuse_unserved(args)
     if args.sample_unit == "packed-documents":
         _refuse_unpackable(args)

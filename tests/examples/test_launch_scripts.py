@@ -123,6 +123,15 @@ def test_the_quickstart_passes_its_dry_run(tmp_path):
     assert "cream within 32768" in "\n".join(lines)
 
 
+def test_a_dry_run_is_one_wherever_its_flag_stands(tmp_path):
+    flags = ("--lr", "1e-5", "--dry-run", "--seed", "7")
+    done, calls = launch.run(SEVEN, tmp_path, *flags, DATA="there")
+    assert done.returncode == 0, done.stderr
+    [(words, _)] = [call for call in calls if call[0][0] != "-c"]
+    assert words[:2] == ["-m", "megatron_cream.dry_run"]
+    assert words[-4:] == ["--lr", "1e-5", "--seed", "7"]
+
+
 def test_the_dry_run_as_a_user_starts_it(tmp_path):
     """No stand-in: bash, our module, Megatron; and what it says to a flag that is wrong."""
     done = subprocess.run(

@@ -3,6 +3,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +163,11 @@ def test_limits_are_half_a_turn_a_token():
     fastest = np.exp(Field(16, 10000.0).constants()[0] - low)
     np.testing.assert_allclose(fastest, math.pi)
     assert 0 < np.float32(np.exp(-high)) < 1e-30
+
+
+def test_the_benchmark_names_the_package_that_it_lacks(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(SystemExit) as ended:
+        benchmark().main([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: torchdiffeq is not installed")

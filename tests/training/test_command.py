@@ -48,3 +48,5 @@ def test_bad_input_is_one_line(command, flags):
     assert len(errors) == 1
     assert "--target-length" in errors[0]
     assert "iteration" not in done.stdout
+    last = [line.strip() for line in done.stderr.splitlines() if line.strip()][-2]
+    assert last == f"traceback : {errors[0]}", "torchrun's own report is forty lines"

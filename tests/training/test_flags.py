@@ -46,6 +46,19 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
         (["--save", "there"], ["--save-interval is missing"]),
         # Megatron's own refusals, some of which are assertions without a word.
         (["--min-lr", "1"], ["it needs --min-lr <= --lr", "--min-lr is 1.0", "--lr is 0.001"]),
+        (["--seed", "4294967296"], ["--seed is 4294967296", "below 2 ** 32"]),
+        (["--window-size", "4"], ["--window-size is 4", "two numbers"]),
+        (["--wandb-project", "p"], ["--wandb-save-dir is missing"]),
+        (["--optimizer", "muon"], ["--optimizer is 'muon'", "emerging-optimizers"]),
+        (["--tokenizer-type", "MultimodalTokenizer"], ["--tokenizer-type", "NullTokenizer"]),
+        (["--attention-backend", "local"], ["--attention-backend is local"]),
+        (["--cuda-graph-impl", "local"], ["--cuda-graph-impl is 'local' with --cpu"]),
+        (["--num-experts", "2"], ["--num-experts", "--cpu", "--disable-bias-linear"]),
+        (
+            ["--num-experts", "2", "--moe-token-dispatcher-type", "alltoall"],
+            ["--moe-token-dispatcher-type is 'alltoall'", "'allgather'"],
+        ),
+        (["--transformer-impl", "transformer_engine"], ["--transformer-impl", "not installed"]),
         (["--bf16", "--fp16"], ["--bf16", "True"]),
         (["--save", "x", "--save-interval", "2", "--save-retain-interval", "3"], ["retain"]),
         (["--log-interval", "4", "--log-memory-interval", "6"], ["--log-memory-interval is 6"]),
@@ -261,3 +274,32 @@ def test_the_schedule_is_megatrons(initial, monkeypatch):
         theirs = training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
         for name, value in schedule(args).items():
             assert getattr(theirs, name) == value, name
+
+
+def test_printed_losses_are_those_of_their_own_iterations(reference):
+    """Megatron's line of the second iteration after a start would be the mean of two."""
+    import re
+
+    lines = reference.lines("lm loss:")
+    printed = [float(re.search(r"lm loss: (\S+)", line)[1]) for line in lines]
+    assert printed == pytest.approx(list(reference.losses.values()), rel=1e-5)
+    assert len(set(printed)) == 10
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_error_is_told_by_one_rank_and_repeated_by_torchrun(rank, monkeypatch, capsys, tmp_path):
+    import json
+
+    from megatron_cream import errors
+
+    waited, report = [], tmp_path / "error.json"
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    with pytest.raises(SystemExit) as ended, errors.one_line_errors():
+        raise UserError("--lr is\n-1: it must be at least 0")
+    said = "error: rank 2: " if rank else "error: "
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{said}--lr is -1: it must be at least 0\n"
+    assert bool(waited) == bool(rank), "the others leave it to rank 0, which ends them"
+    assert json.loads(report.read_text())["message"].startswith(f"{said}--lr")
