@@ -209,3 +209,33 @@ def test_plain_angles_from_an_offset_are_megatrons(offset):
     assert torch.equal(ours.plain_angles(8, offset), theirs(8, offset=offset))
     ours.set_position_ids(None, plain=True)
     assert torch.equal(ours(8, offset), ours.plain_angles(8 + offset)[offset:])
+
+
+def group_of_two(rank):
+    return SimpleNamespace(size=lambda: 2, rank=lambda: rank)
+
+
+def test_packed_angles_are_those_of_the_tokens_side_by_side():
+    ours, ids = rotary(), random_ids(1, 16, 4096)
+    ours.set_position_ids(ids)
+    # Cut for this rank already: the number of tokens is not that of the sample.
+    found = ours(32, packed_seq=True, cp_group=group_of_two(0))
+    assert found.shape == (1, 16, 1, 64)
+    assert torch.equal(found[0], ours.angles(ids)[:, 0])
+
+
+def test_a_context_parallel_rank_has_its_part_of_the_position_ids():
+    ours, ids = rotary(), random_ids(2, 8, 4096)
+    ours.set_position_ids(ids)
+    assert torch.equal(ours(16, cp_group=group_of_two(1)), ours.angles(ids))
+    ours.set_position_ids(ids)
+    with pytest.raises(ValueError, match="on each of 2 context-parallel ranks"):
+        ours(8, cp_group=group_of_two(1))
+
+
+@pytest.mark.parametrize(("rank", "parts"), [(0, (0, 3)), (1, (1, 2))])
+def test_plain_angles_are_dealt_out_in_zigzag(rank, parts):
+    ours = rotary()
+    whole = ours.plain_angles(16)
+    found = ours.plain_angles(16, cp_group=group_of_two(rank))
+    assert torch.equal(found, torch.cat([whole[4 * part : 4 * part + 4] for part in parts]))
