@@ -90,7 +90,6 @@ _REFUSED = (
         "samples are counted from the start of a run on one blend",
     ),
     ("allow_ambiguous_pad_tokens", True, "--allow-ambiguous-pad-tokens", "samples are not padded"),
-    ("encoder_seq_length", None, "--encoder-seq-length", "use --seq-length"),
     ("decoder_seq_length", None, "--decoder-seq-length", "use --seq-length"),
     ("logits_save_dir", None, "--logits-save-dir", "distillation is not supported"),
     ("perform_rl_step", True, "--perform-rl-step", "reinforcement learning is not supported"),
