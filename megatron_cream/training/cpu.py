@@ -45,8 +45,6 @@ _UNSERVED = {
     "optimizer_cuda_graph": "--optimizer-cuda-graph",
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "hierarchical_context_parallel_sizes": "--hierarchical-context-parallel-sizes",
-    "tensor_parallel_num_weight_shards": "--tensor-parallel-num-weight-shards",
-    "expert_tensor_parallel_num_weight_shards": "--expert-tensor-parallel-num-weight-shards",
 }
 
 
