@@ -2,7 +2,6 @@
 """Bad input ends in one line that names the flag, before a process group or a GPU is asked for."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
