@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.store import read_result
+from megatron_cream.evaluation.records import read_result
 from megatron_cream.evaluation.tables import joined_table
 
 # What must be the same for runs to be compared; missing in a run of another kind of task.

@@ -25,6 +25,7 @@ from megatron_cream.evaluation.attention import attend, tails
 from megatron_cream.evaluation.passes import Pass, Scores
 from megatron_cream.evaluation.vocabulary import score_rows
 from megatron_cream.evaluation.zigzag import Slice
+from megatron_cream.rope.huggingface import claimed_window
 
 
 class MegatronModel:
@@ -52,7 +53,11 @@ class MegatronModel:
         self.name, self.layout, self.args = path, layout, loaded.args
         # The wrapper of a 16-bit model would make all its logits float32.
         self.module, self.extension = unwrap_model(loaded.module), loaded.extension
-        self.window = loaded.extension.target_length
+        self.window = claimed_window(
+            self.extension.rope_interpolation,
+            self.extension.original_length,
+            self.extension.target_length,
+        )
         self.vocabulary = loaded.args.vocab_size or loaded.args.padded_vocab_size
         self.primary = torch.distributed.get_rank() == 0
         self.shares_context = layout.context == 1 and _give_attention(self.module)

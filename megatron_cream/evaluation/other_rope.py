@@ -15,9 +15,14 @@ from megatron_cream.json_values import naming, read_object
 from megatron_cream.rope import NOT_BY_FACTOR, TRAINED, hf_rope_fields, scaling_from_hf
 from megatron_cream.rope.options import options_from_args
 
+_LONGEST = 2**40  # tokens
+
 
 def changed_extension(args: Namespace) -> ExtensionConfig | None:
     """Return the settings to evaluate --checkpoint with where they are not its own.
+
+    Their window is, as in ``changed_fields``, that of the model before any interpolation, times
+    the factor.
 
     Raises:
         UserError: settings that do not go together.
@@ -54,10 +59,9 @@ def changed_fields(args: Namespace) -> dict[str, Any] | None:
         own = scaling_from_hf(config)
     settings = {"target_length": own.original_length, **rope_settings(own)}
     extension = _changed(ExtensionConfig(train_length=own.original_length, **settings), changes)
-    window = round(own.original_length * extension.rope_factor)
-    scaling = dataclasses.replace(extension, target_length=window).scaling(own.dim)
+    scaling = extension.scaling(own.dim)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return hf_rope_fields(scaling, window, head_dim)
+    return hf_rope_fields(scaling, extension.target_length, head_dim)
 
 
 def _changes(args: Namespace) -> dict[str, Any]:
@@ -87,4 +91,19 @@ def _changed(extension: ExtensionConfig, changes: dict[str, Any]) -> ExtensionCo
             f"--rope-factor is not given: the model's own is 1, with which {name} changes nothing; "
             "it must be how many times longer its window becomes"
         )
-    return found
+    return _reaching(found)
+
+
+def _reaching(found: ExtensionConfig) -> ExtensionConfig:
+    """Return the settings with the window that they reach; of CLEX it is the trained one."""
+    if found.draws_scales:
+        return found
+    if not found.original_length * found.rope_factor <= _LONGEST:
+        raise UserError(
+            f"--rope-factor is {found.rope_factor:g}: {found.original_length} tokens times it must "
+            f"be at most {_LONGEST}"
+        )
+    window = round(found.original_length * found.rope_factor)
+    # Positions of training samples would be checked against the new window, and are not used.
+    plain = {"position_strategy": "full", "train_length": window}
+    return dataclasses.replace(found, **plain, target_length=window)

@@ -7,6 +7,7 @@ A case has the length that it has; results are gathered under the longest case o
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import lzma
 from collections.abc import Callable
@@ -42,6 +43,11 @@ def read_cases(path: str) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"--cases-file is {path}: it is empty")
     return found
+
+
+def content(path: str) -> str:
+    """Return a hash of a file: a run is not continued with other cases under the same name."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def longchat(record: dict[str, Any], index: int, count: int) -> Draft:

@@ -14,6 +14,7 @@ from megatron_cream.evaluation.common import finish, progress_bar, settings, wei
 from megatron_cream.evaluation.opening import open_prompt
 from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.records import CASES, NUMBER_CASES, Record
 from megatron_cream.evaluation.results import case_results
 from megatron_cream.evaluation.scoring import CaseScore, Job, jobs, make_pass, read_scores
 from megatron_cream.evaluation.store import Store
@@ -25,7 +26,19 @@ _SHOT_SEED = 1_000_000  # far from the seeds of cases
 def score_cases(args: Namespace, model: Model, task: str, folder: str | None) -> dict[str, Any]:
     """Score one task and return its results; write them if there is a folder."""
     prompt = open_prompt(args, model)
-    kept = settings(args, model, task) | {
+    kept = case_settings(args, model, task, prompt)
+    haystacks = make_haystacks(args, prompt, task)
+    kind = TASKS[task]
+    with Store(folder, kept, NUMBER_CASES if kind.number else CASES, model.primary) as store:
+        _score_haystacks(args, model, task, prompt, haystacks, store)
+        result = kept | case_results(store.finished, args.cases, kind.number, kind.placed)
+        finish(store, result)
+    return result
+
+
+def case_settings(args: Namespace, model: Model, task: str, prompt: Prompt) -> dict[str, Any]:
+    """Return what decides the cases of a task and their scores."""
+    return settings(args, model, task) | {
         "tokenizer": prompt.tokenizer.name,
         "prompt": args.prompt,
         "bos": prompt.bos,
@@ -34,15 +47,9 @@ def score_cases(args: Namespace, model: Model, task: str, folder: str | None) ->
         "first_seed": args.first_seed,
         "cases": args.cases,
         "cases_file": args.cases_file,
+        "cases_file_content": args.cases_file and published.content(args.cases_file),
         "most_tokens": args.most_tokens,
     }
-    haystacks = make_haystacks(args, prompt, task)
-    store = Store(folder, kept, model.primary)
-    _score_haystacks(args, model, task, prompt, haystacks, store)
-    kind = TASKS[task]
-    result = kept | case_results(store.finished, args.cases, kind.number, kind.placed)
-    finish(store, result)
-    return result
 
 
 def make_haystacks(args: Namespace, prompt: Prompt, task: str) -> list[Haystack]:
@@ -92,8 +99,10 @@ def _score_haystacks(
     haystacks: list[Haystack],
     store: Store,
 ) -> None:
-    done = {_id(record) for record in store.finished}
+    done = {CASES.identity(record) for record in store.finished}
     every = list(jobs(haystacks, args.batch_tokens, model.shares_context))
+    known = {case for job in every for case in _cases(job)}
+    store.refuse_foreign({one.length for one in haystacks}, known)
     left = [job for job in every if any(case not in done for case in _cases(job))]
     with progress_bar(task, sum(map(_work, every)), model.primary) as bar:
         bar.update(bar.total - sum(map(_work, left)))
@@ -102,7 +111,7 @@ def _score_haystacks(
             same = [job for job in left if job.haystacks[0].length == length]
             for job, scores in zip(same, model.run(map(make_pass, same)), strict=True):
                 found = [_record(score, task, prompt) for score in read_scores(job, scores)]
-                store.add([record for record in found if _id(record) not in done])
+                store.add([record for record in found if CASES.identity(record) not in done])
                 bar.update(_work(job))
 
 
@@ -112,11 +121,7 @@ def _cases(job: Job) -> Iterator[tuple[int, ...]]:
             yield one.length, one.seed, one.number, index
 
 
-def _id(record: dict[str, Any]) -> tuple[int, ...]:
-    return record["length"], record["seed"], record["haystack"], record["index"]
-
-
-def _record(score: CaseScore, task: str, prompt: Prompt) -> dict[str, Any]:
+def _record(score: CaseScore, task: str, prompt: Prompt) -> Record:
     record = dataclasses.asdict(score)
     behind = record.pop("next")
     if TASKS[task].number:

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_cream.evaluation.common import finish, progress_bar, settings, weighed
 from megatron_cream.evaluation.opening import open_documents
 from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.perplexity import cost, score_document
+from megatron_cream.evaluation.records import DOCUMENTS
 from megatron_cream.evaluation.results import perplexity_results
 from megatron_cream.evaluation.store import Store
 
@@ -22,9 +25,9 @@ def score_perplexity(
     args: Namespace, model: Model, task: str = "perplexity", folder: str | None = None
 ) -> dict[str, Any]:
     """Score documents at every length and return the results; write them if there is a folder."""
-    tokens = args.document_tokens or 2 * args.lengths[-1] + 1
+    tokens = document_tokens(args)
     documents = open_documents(args, model, tokens)
-    strides = {length: args.stride or max(1, length // 2) for length in args.lengths}
+    strides = strides_of(args)
     works = {
         length: weighed(cost(tokens, length, stride), length) for length, stride in strides.items()
     }
@@ -33,12 +36,16 @@ def score_perplexity(
         "documents": args.documents,
         "document_tokens": tokens,
         "stride": args.stride,
+        "data_content": _content(documents),
     }
-    store = Store(folder, kept, model.primary)
-    done = {(record["length"], record["document"]) for record in store.finished}
-    with progress_bar(
-        args.name or task, len(documents) * sum(works.values()), model.primary
-    ) as bar:
+    total = len(documents) * sum(works.values())
+    with (
+        Store(folder, kept, DOCUMENTS, model.primary) as store,
+        progress_bar(args.name or task, total, model.primary) as bar,
+    ):
+        known = {(length, i) for length in args.lengths for i in range(len(documents))}
+        store.refuse_foreign(set(args.lengths), known)
+        done = {DOCUMENTS.identity(record) for record in store.finished}
         for length in args.lengths:
             model.set_length(length)
             for number, document in enumerate(documents):
@@ -50,9 +57,27 @@ def score_perplexity(
                     model, document, length, strides[length], number, args.batch_tokens, report
                 )
                 store.add([dataclasses.asdict(found)])
-    result = kept | perplexity_results(store.finished)
-    finish(store, result)
+        result = kept | perplexity_results(store.finished)
+        finish(store, result)
     return result
+
+
+def document_tokens(args: Namespace) -> int:
+    """Return the tokens of each document to score."""
+    return args.document_tokens or 2 * args.lengths[-1] + 1
+
+
+def strides_of(args: Namespace) -> dict[int, int]:
+    """Return the tokens between windows of each length."""
+    return {length: args.stride or max(1, length // 2) for length in args.lengths}
+
+
+def _content(documents: list[np.ndarray]) -> str:
+    """Hash the documents: a run is not continued with other ones under the same name."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(document.astype("<i8").tobytes())
+    return found.hexdigest()[:16]
 
 
 def _reporter(bar: tqdm, length: int) -> Callable[[int], None]:

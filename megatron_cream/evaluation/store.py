@@ -3,51 +3,110 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.records import Kind, Record, read_object, read_records
 
 SETTINGS, CASES, RESULT = "settings.json", "cases.jsonl", "result.json"
+_RUN = "run"  # key of a line of CASES: which settings it was made with
+_LATER = ("cases_file_content", "data_content")  # settings that runs of older versions lack
 
 
 class Store:
-    """A run's folder, made or continued.
+    """A run's folder, made or continued; locked for this process until it is closed.
 
     Args:
         folder: OUTPUT; None keeps nothing.
         settings: what decides the results; a run is continued with the same ones only.
+        kind: what a record has, and what tells two of them apart.
         primary: whether this process writes; the others read.
 
     Raises:
-        UserError: the folder has a run of other settings, or something else.
+        UserError: the folder has a run of other settings, something else, or damaged files.
+        BlockingIOError: another process writes to the folder.
     """
 
     def __init__(
-        self, folder: str | Path | None, settings: dict[str, Any], primary: bool = True
+        self, folder: str | Path | None, settings: dict[str, Any], kind: Kind, primary: bool = True
     ) -> None:
         self.primary = primary and folder is not None
         self.settings = json.loads(json.dumps(settings))  # as they are read again
-        self.finished: list[dict[str, Any]] = []
+        self.kind, self.finished = kind, []
+        self._lock: int | None = None
+        decide = {k: v for k, v in self.settings.items() if v is not None and k not in _LATER}
+        words = json.dumps(decide, sort_keys=True)
+        self._run = hashlib.sha256(words.encode()).hexdigest()[:8]
         if folder is not None:
             self.folder = Path(folder)
-            self._open()
-            self.finished = self._read()
+            if self.primary:
+                self._open()
+            try:
+                self.finished = self._read()
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _open(self) -> None:
         path = self.folder / SETTINGS
-        if path.is_file():
-            _compare(json.loads(path.read_text("utf-8")), self.settings, self.folder)
-        elif self.folder.exists() and (self.folder.is_file() or any(self.folder.iterdir())):
-            raise UserError(
-                f"--output is {self.folder}: it must be a new folder, or that of a run to continue"
-            )
-        elif self.primary:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, self.settings)
+        if self.folder.exists() and not path.is_file():
+            if not self.folder.is_dir() or any(self.folder.iterdir()):
+                self._refuse_folder()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The settings are the lock as well: the folder has no file that is not the run's.
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._take(path)
+        except BaseException:
+            self.close()
+            raise
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _take(self, path: Path) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"--output is {self.folder}: another process writes its results there ({path} is "
+                "locked); wait until it has ended, or take another folder"
+            ) from None
+        if os.fstat(self._lock).st_size:
+            _compare(read_object(path, "--output"), self.settings, self.folder)
+        elif {entry.name for entry in self.folder.iterdir()} != {SETTINGS}:
+            self._refuse_folder()
+        else:
+            self._write_settings()
+
+    def _write_settings(self) -> None:
+        try:
+            with open(os.dup(self._lock), "wb") as file:
+                file.write(_json(self.settings))
+        except OSError:
+            os.truncate(self._lock, 0)  # a full disk: half of them would be taken for damaged
+            raise
+
+    def _refuse_folder(self) -> NoReturn:
+        raise UserError(
+            f"--output is {self.folder}: it must be a new folder, or that of a run to continue"
+        )
+
+    def _read(self) -> list[Record]:
         path = self.folder / CASES
         if not path.is_file():
             return []
@@ -55,37 +114,54 @@ class Store:
         text = path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         if self.primary and len(whole) < len(text):
-            path.write_bytes(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+            os.truncate(path, len(whole))
+        records = read_records(path, whole, self.kind)
+        for number, record in enumerate(records, 1):
+            if record.pop(_RUN, self._run) != self._run:
+                raise UserError(
+                    f"--output is {self.folder}: line {number} of {CASES} was made with other "
+                    f"settings than {SETTINGS} has; take another folder"
+                )
+        return records
 
-    def add(self, records: list[dict[str, Any]]) -> None:
+    def refuse_foreign(self, lengths: set[int], known: set[tuple[int, ...]]) -> None:
+        """Refuse finished records of ``lengths`` that are not among those that the run makes.
+
+        Raises:
+            UserError: naming the first one.
+        """
+        for record in self.finished:
+            if record["length"] in lengths and self.kind.identity(record) not in known:
+                raise UserError(
+                    f"--output is {self.folder}: {CASES} has {self.kind.name(record)}, which this "
+                    "run does not make; take another folder"
+                )
+
+    def add(self, records: list[Record]) -> None:
         """Write finished records down, now."""
         self.finished += records
         if self.primary:
+            lines = (json.dumps({**record, _RUN: self._run}) + "\n" for record in records)
             with open(self.folder / CASES, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in records))
+                file.write("".join(lines))
 
     def finish(self, result: dict[str, Any], table: str) -> None:
         """Write the results."""
         if self.primary:
-            _write(self.folder / RESULT, result)
-            (self.folder / "table.md").write_text(table + "\n", "utf-8")
+            write_whole(self.folder / RESULT, _json(result))
+            write_whole(self.folder / "table.md", (table + "\n").encode())
 
 
-def read_result(folder: str | Path) -> dict[str, Any]:
-    """Return the results of a finished run.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    path = Path(folder) / RESULT
-    if not path.is_file():
-        raise FileNotFoundError(f"RUN is {folder}: it must be the --output of a finished run")
-    return json.loads(path.read_text("utf-8"))
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that a kill leaves whole: as it was before, or with all of ``data``."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(data)
+    os.replace(partial, path)
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    added = [key for key in _LATER if key not in before]
+    keys = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in added]
     if keys:
         differences = ", ".join(f"{key} {before.get(key)} != {now.get(key)}" for key in keys)
         raise UserError(
@@ -94,5 +170,5 @@ def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -173,9 +173,10 @@ def hf_rope_fields(
         parameters["partial_rotary_factor"] = _share(scaling.dim, head_dim)
     older = {key: value for key, value in parameters.items() if key != "rope_theta"}
     older["type"] = older["rope_type"]
-    window = scaling.original_length if scaling.name == "dynamic" else int(target_length)
     fields = {
-        "max_position_embeddings": window,
+        "max_position_embeddings": claimed_window(
+            scaling.name, scaling.original_length, target_length
+        ),
         "rope_parameters": parameters,
         "rope_theta": parameters["rope_theta"],
         "rope_scaling": None if older["rope_type"] == "default" else older,
@@ -196,6 +197,14 @@ def with_rope(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     at the top would have priority over the one that is written inside.
     """
     return {key: value for key, value in config.items() if key not in KEYS} | fields
+
+
+def claimed_window(name: str, original_length: int, target_length: int) -> int:
+    """Return the window in tokens that a model claims, whether folder or checkpoint.
+
+    It is T; a ``dynamic`` model keeps its original window, from which its angles are computed.
+    """
+    return int(original_length if name == "dynamic" else target_length)
 
 
 def _share(dim: int, head_dim: int) -> float:

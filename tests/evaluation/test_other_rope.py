@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_cream.evaluation.opening import open_model
 from megatron_cream.evaluation.run import run
-from megatron_cream.evaluation.store import read_result
+from megatron_cream.evaluation.records import read_result
 
 # As a person writes them into config.json; the small model's window is 512 and theta 10000.
 BY_HAND = {
@@ -64,6 +65,7 @@ def test_a_checkpoint_and_a_folder_agree(name, small_hf, tmp_path):
     asked = {"tasks": ["passkey"], "lengths": [640], **flags(name)}
     run(arguments(hf=small_hf, output=f"{tmp_path}/hf", **asked))
     run(arguments(checkpoint=str(tmp_path / "import"), output=f"{tmp_path}/mcore", **asked))
+    assert read_result(tmp_path / "mcore")["window"] == read_result(tmp_path / "hf")["window"]
     ours, theirs = (read_result(tmp_path / kind)["lengths"][0] for kind in ("mcore", "hf"))
     assert ours["cases"] == theirs["cases"] == 6
     assert ours["logprob"] == pytest.approx(theirs["logprob"], rel=1e-4)
@@ -91,3 +93,54 @@ def test_what_cannot_be_changed(small_hf, tmp_path):
     refused("has a text_config, whose RoPE cannot be changed", hf=str(folder), **flags("yarn"))
     with pytest.raises(FileNotFoundError, match="--hf is nowhere"):
         open_model(arguments(hf="nowhere", **flags("yarn")))
+
+
+def checkpoint_of(tmp_path, **settings):
+    """A folder that says it was trained so, without weights, and its export's config.json."""
+    from megatron_cream.config import ExtensionConfig
+    from megatron_cream.rope import hf_rope_fields
+
+    extension = ExtensionConfig(**{"train_length": 256, "target_length": 2048, **settings})
+    fields = hf_rope_fields(extension.scaling(8), extension.target_length)
+    config = {"hidden_size": 32, "num_attention_heads": 4, **fields}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return Namespace(megatron_cream=extension.to_dict())
+
+
+@pytest.mark.parametrize("own", ["none", "linear", "yarn", "llama3"])
+@pytest.mark.parametrize("name", ["linear", "yarn", "ntk", "dynamic", "rope-theta"])
+def test_checkpoint_and_folder_claim_the_same_window(own, name, tmp_path, monkeypatch):
+    from megatron_cream.evaluation import other_rope
+    from megatron_cream.rope.huggingface import claimed_window
+
+    factor = 1.0 if own == "none" else 8.0
+    trained = {"rope_interpolation": own, "rope_factor": factor}
+    original = 2048 if own == "none" else 256
+    saved = checkpoint_of(tmp_path, original_length=original, **trained)
+    monkeypatch.setattr(other_rope, "saved_arguments", lambda path: saved)
+    asked = {"rope_interpolation": name, "rope_factor": 4.0}
+    asked |= {"rope_theta": 80000.0} if name == "rope-theta" else {}
+    found = other_rope.changed_extension(arguments(checkpoint="run", **asked))
+    fields = other_rope.changed_fields(arguments(hf=str(tmp_path), **asked))
+    claimed = claimed_window(found.rope_interpolation, found.original_length, found.target_length)
+    assert claimed == fields["max_position_embeddings"]
+    assert claimed == (original if name == "dynamic" else 4 * original)
+
+
+def test_positions_of_training_do_not_hinder_another_window(tmp_path, monkeypatch):
+    from megatron_cream.evaluation import other_rope
+
+    saved = checkpoint_of(
+        tmp_path, original_length=256, train_length=1024, position_strategy="cream",
+        cream_head_lengths=(500,), rope_interpolation="linear", rope_factor=8.0,
+    )  # fmt: skip
+    monkeypatch.setattr(other_rope, "saved_arguments", lambda path: saved)
+    asked = arguments(checkpoint="run", rope_interpolation="yarn", rope_factor=2.0)
+    assert other_rope.changed_extension(asked).target_length == 512
+
+
+@pytest.mark.parametrize("factor", [float("inf"), 1e30, float("nan")])
+def test_a_factor_without_a_window(small_hf, factor):
+    asked = arguments(hf=small_hf, rope_interpolation="yarn", rope_factor=factor)
+    with pytest.raises(ValueError, match="--rope-factor"):
+        open_model(asked)

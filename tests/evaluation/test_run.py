@@ -16,7 +16,8 @@ from megatron_cream.evaluation.cases import Haystack
 from megatron_cream.evaluation.compare import compare
 from megatron_cream.evaluation.run import parse_length, run
 from megatron_cream.evaluation.score_cases import affordable
-from megatron_cream.evaluation.store import Store, read_result
+from megatron_cream.evaluation.records import CASES, read_result
+from megatron_cream.evaluation.store import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +91,7 @@ def test_other_settings_in_the_same_folder(finished, small_hf):
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="must be a new folder, or that of a run"):
-        Store(tmp_path, {"task": "needle"})
+        Store(tmp_path, {"task": "needle"}, CASES)
 
 
 def test_compare(finished, small_hf, tmp_path):
