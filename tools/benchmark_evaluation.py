@@ -19,12 +19,12 @@ import torch
 
 from megatron_cream.errors import one_line_errors
 from megatron_cream.evaluation.cases import Haystack, Kit
+from megatron_cream.evaluation.checks import parse_length
 from megatron_cream.evaluation.generation import NEW_TOKENS, generated_hit
 from megatron_cream.evaluation.huggingface import HuggingFaceModel
-from megatron_cream.evaluation.opening import open_prompt
+from megatron_cream.evaluation.opening import check_vocabulary, open_prompt
 from megatron_cream.evaluation.passes import Pass
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.run import parse_length
 from megatron_cream.evaluation.scoring import CaseScore, jobs, make_pass, read_scores
 from megatron_cream.evaluation.tables import markdown, short
 from megatron_cream.evaluation.tasks import TASKS
@@ -113,7 +113,8 @@ def main(argv: list[str]) -> int:
         args.checkpoint = None
         if args.threads:
             torch.set_num_threads(args.threads)
-        prompt = open_prompt(args, model)
+        prompt = open_prompt(args)
+        check_vocabulary(prompt.tokenizer, model)
         rows = [["task", "length", "cases", "ours, cases/s", "generate, cases/s", "ratio", "agree"]]
         warm_up(model)
         for task in args.tasks:

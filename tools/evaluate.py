@@ -19,9 +19,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-from megatron_cream.errors import UserError, one_line_errors
+from megatron_cream.errors import one_line_errors
 
 TASKS = (
     *("passkey", "needle", "longchat-lines", "kv-retrieval", "niah-multikey"),
@@ -29,10 +29,16 @@ TASKS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="task", required=True)
     for task in ("perplexity", *TASKS, "all"):
@@ -42,7 +48,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         _add_perplexity(command.add_argument)
         tasks = ["perplexity", *TASKS] if task == "all" else [task]
         command.set_defaults(tasks=tasks)
-    command = commands.add_parser("compare", help="several runs of one task in one picture")
+    help_ = "several runs of one task in one picture"
+    command = commands.add_parser("compare", help=help_)
     command.add_argument("runs", nargs="+", metavar="RUN", help="--output of a finished run")
     command.add_argument("--output", help="folder for the table and the picture")
     return parser.parse_args(argv)
@@ -63,51 +70,86 @@ HELP = {
 
 
 def _add_model(add: Callable[..., Any]) -> None:
-    from megatron_cream.evaluation.run import parse_length
+    from megatron_cream.evaluation.checks import parse_length
     from megatron_cream.rope.options import add_options
 
     add("--checkpoint", help="folder given to --save, or one iteration in it")
     add("--hf", help="Hugging Face folder instead")
     add("--name", help="what tables and pictures call the model (default: its folder's name)")
-    add("--lengths", type=parse_length, nargs="+", required=True, help="in tokens; 4K is 4096")
-    add("--output", help="folder for results")
-    add("--batch-tokens", type=int, default=8192, help="most tokens in a pass of several samples")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="with --hf (default: as saved)")
-    add("--tensor-model-parallel-size", type=int, default=1)
-    add("--pipeline-model-parallel-size", type=int, default=1)
-    add("--context-parallel-size", type=int, default=1, help="on GPUs")
-    add("--rope-interpolation", help="evaluate with another one than the model's own")
-    add("--rope-factor", type=float, help="its factor")
+    add(
+        "--lengths",
+        type=parse_length,
+        nargs="+",
+        help="in tokens, 4K is 4096; needed, except with --cases-file, whose cases have their own",
+    )
+    add("--output", help="folder for results (default: the table is printed, nothing is written)")
+    add(
+        "--batch-tokens",
+        type=int,
+        default=8192,
+        help="most tokens in a pass of several samples (default: 8192)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights, with --hf (default: as saved)",
+    )
+    for name, more in (("tensor-model", ""), ("pipeline-model", ""), ("context", ", on GPUs")):
+        what = f"ranks that torchrun started for it{more} (default: 1)"
+        add(f"--{name}-parallel-size", type=int, default=1, help=what)
+    add(
+        "--rope-interpolation",
+        help="evaluate with another one than the model's own: none, linear, ntk, dynamic, yarn, "
+        "yarn-pose, llama3, longrope, proportional, rope-theta (default: its own)",
+    )
+    add("--rope-factor", type=float, help="its factor, from the original window (default: its own)")
     add_options(add)
-    add("--cpu", action="store_true", help="run on a machine with no GPU")
+    add("--cpu", action="store_true", help="a checkpoint on a machine with no GPU")
 
 
 def _add_cases(add: Callable[..., Any]) -> None:
-    from megatron_cream.evaluation.run import parse_length
+    from megatron_cream.evaluation.checks import parse_length
 
-    add("--cases", type=int, default=5, help="cases a seed: depths, places, or questions")
-    add("--seeds", type=int, default=3, help="haystacks, or cases of --cases-file")
-    add("--first-seed", type=int, default=0)
+    add(
+        "--cases",
+        type=int,
+        default=5,
+        help="cases a seed: depths, places, or questions (default: 5)",
+    )
+    add("--seeds", type=int, default=3, help="haystacks, or cases of --cases-file (default: 3)")
+    add("--first-seed", type=int, default=0, help="seeds count up from it (default: 0)")
     add(
         "--most-tokens",
         type=parse_length,
-        help="of a task's haystacks at one length; fewer seeds if need be, at least one",
+        help="of a task's haystacks at one length; fewer seeds if need be, at least one (default: "
+        "no limit)",
     )
     add("--cases-file", help="published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)")
-    add("--prompt", default="base", help="base, or chat for the tokenizer's chat template")
-    add("--shots", type=int, default=0, help="worked examples in front")
     add(
-        "--bos", action=argparse.BooleanOptionalAction, help="begin with bos (default: tokenizer's)"
+        "--prompt",
+        default="base",
+        help="base, or chat for the tokenizer's chat template (default: base)",
+    )
+    add("--shots", type=int, default=0, help="worked examples in front (default: 0)")
+    add(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin cases with the token that begins a text, or do not (default: as the tokenizer)",
     )
     add("--tokenizer-type", help="as in tools/preprocess_data.py (default: the model's own)")
     add("--tokenizer-model", help="its file or folder")
 
 
 def _add_perplexity(add: Callable[..., Any]) -> None:
-    add("--data", help="indexed dataset without .bin and .idx, or text files")
-    add("--documents", type=int, default=16, help="documents to score")
-    add("--document-tokens", type=int, help="tokens of each (default: twice the longest length)")
-    add("--stride", type=int, help="tokens between windows (default: half the length)")
+    add("--data", help="for perplexity: indexed dataset without .bin and .idx, or text files")
+    add("--documents", type=int, default=16, help="documents to score (default: 16)")
+    add(
+        "--document-tokens",
+        type=int,
+        help="tokens of each; shorter documents are passed over (default: twice the longest of "
+        "--lengths, and one)",
+    )
+    add("--stride", type=int, help="tokens between windows (default: half of each length)")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -116,10 +158,12 @@ def run(args: argparse.Namespace) -> str:
         from megatron_cream.evaluation.compare import compare
 
         return compare(args.runs, args.output)
-    if (args.checkpoint is None) == (args.hf is None):
-        raise UserError("--checkpoint or --hf: exactly one of them must be given")
     if args.task == "all" and args.data is None:
         args.tasks.remove("perplexity")
+    if args.cases_file is not None and args.lengths is not None:
+        print(
+            "note: --lengths is not used: the cases of --cases-file have their own", file=sys.stderr
+        )
     if args.cpu and args.checkpoint is not None:
         from megatron_cream.training import cpu
 

@@ -9,6 +9,7 @@ in front of shorter questions.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -107,7 +108,13 @@ class Kit:
     shots: list[Draft] = field(default_factory=list)
 
     def fit(
-        self, name: str, draw: Callable[[int], Draft], length: int, seed: int, least: int = 1
+        self,
+        name: str,
+        draw: Callable[[int], Draft],
+        length: int,
+        seed: int,
+        least: int = 1,
+        most: int = sys.maxsize,
     ) -> Haystack:
         """Return the haystack of ``length`` tokens with as large a body as fits.
 
@@ -115,9 +122,10 @@ class Kit:
             name: the task's, for the message.
             draw: number of body pieces to draft; a pure function.
             least: smallest number of pieces that makes a case.
+            most: how many different pieces there are.
 
         Raises:
-            UserError: not even ``least`` pieces fit.
+            UserError: not even ``least`` pieces fit, or more than ``most`` would.
         """
         smallest = self._size(draw(least))
         if smallest > length:
@@ -126,11 +134,16 @@ class Kit:
                 "tokenizer, prompt and number of cases"
             )
         fits, over = least, least + 1
-        while self._size(draw(over)) <= length:
-            fits, over = over, 2 * over
+        while over <= most and self._size(draw(over)) <= length:
+            fits, over = over, min(2 * over, most + 1)
         while over - fits > 1:
             middle = (fits + over) // 2
             fits, over = (middle, over) if self._size(draw(middle)) <= length else (fits, middle)
+        if fits >= most:
+            raise UserError(
+                f"--lengths has {length}: {name} has no more than {most} pieces, which do not "
+                "fill it; take a shorter one"
+            )
         return self._build(draw(fits), length, seed)
 
     def as_is(self, draft: Draft) -> tuple[np.ndarray, Tail]:

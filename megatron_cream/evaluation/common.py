@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_cream.evaluation.opening import fingerprint
 from megatron_cream.evaluation.passes import Model
+from megatron_cream.evaluation.position_plots import has_matplotlib
 from megatron_cream.evaluation.store import Store
 from megatron_cream.evaluation.tables import table
 
@@ -46,9 +48,19 @@ def progress_bar(title: str, total: int, shown: bool) -> tqdm:
 
 
 def finish(store: Store, result: dict[str, Any]) -> None:
-    """Write results, table and picture, if there is a folder."""
+    """Write results, table and, where matplotlib is, picture, if there is a folder."""
     store.finish(result, table(result))
-    if store.primary:
+    if store.primary and has_matplotlib():
         from megatron_cream.evaluation.pictures import draw
 
         draw([result], store.folder / "picture.png")
+
+
+def say_without_picture() -> None:
+    """Say in one line that there is no picture, where matplotlib is not installed."""
+    if not has_matplotlib():
+        print(
+            "note: no picture.png, a picture needs matplotlib: pip install matplotlib, and start "
+            "the same command again",
+            file=sys.stderr,
+        )

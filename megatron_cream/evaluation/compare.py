@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.common import say_without_picture
+from megatron_cream.evaluation.position_plots import has_matplotlib
 from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.store import RESULT, SETTINGS, write_whole
 from megatron_cream.evaluation.tables import joined_table
 
 # What must be the same for runs to be compared; missing in a run of another kind of task.
@@ -26,20 +29,44 @@ def compare(runs: Sequence[str], output: str | None) -> str:
         FileNotFoundError: a run that is not finished.
         UserError: runs of different tasks, or of different cases.
     """
+    if output is not None:
+        _refuse_other_folder(Path(output))
     results = [read_result(run) for run in runs]
     for run, result in zip(runs, results, strict=True):
         _check(runs[0], results[0], run, result)
     results = _named_apart(runs, results)
     table = joined_table(results)
     if output is not None:
+        _write(Path(output), results, table)
+    return table
+
+
+def _write(folder: Path, results: list[dict[str, Any]], table: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RESULT, (json.dumps(results, indent=2) + "\n").encode())
+    write_whole(folder / "table.md", (table + "\n").encode())
+    if has_matplotlib():
         from megatron_cream.evaluation.pictures import draw
 
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-        (folder / "table.md").write_text(table + "\n", "utf-8")
         draw(results, folder / "picture.png")
-    return table
+    say_without_picture()
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """Refuse a folder with files of those names that an earlier comparison did not write."""
+    written = folder / RESULT
+    if (folder / SETTINGS).exists() or (written.exists() and not _is_list(written)):
+        raise UserError(
+            f"--output is {folder}: it has results of something else, which would be overwritten; "
+            "it must be a new folder, or that of an earlier comparison"
+        )
+
+
+def _is_list(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text("utf-8")), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _check(first: str, wanted: dict[str, Any], run: str, found: dict[str, Any]) -> None:

@@ -97,18 +97,20 @@ def prose(tokens: int, encode: Callable[[str], np.ndarray]) -> str:
     return text
 
 
+MOST_NAMES = len(ADJECTIVES) * len(NOUNS)
+
+
 def names(rng: np.random.Generator, count: int) -> list[str]:
     """Return different names such as ``amber-lantern``.
 
     Raises:
         UserError: there are not so many.
     """
-    most = len(ADJECTIVES) * len(NOUNS)
-    if count > most:
+    if count > MOST_NAMES:
         raise UserError(
-            f"{count} different names are needed: there are {most}; take a shorter case"
+            f"{count} different names are needed: there are {MOST_NAMES}; take a shorter case"
         )
-    chosen = rng.permutation(most)[:count]
+    chosen = rng.permutation(MOST_NAMES)[:count]
     return [f"{ADJECTIVES[i % len(ADJECTIVES)]}-{NOUNS[i // len(ADJECTIVES)]}" for i in chosen]
 
 

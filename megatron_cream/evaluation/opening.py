@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments
+from megatron_cream.checkpoint.source import kept_files
 from megatron_cream.data.documents import read_documents
 from megatron_cream.data.reading import read_documents as read_texts
 from megatron_cream.data.text import find_inputs
@@ -19,8 +20,6 @@ from megatron_cream.evaluation.other_rope import changed_extension, changed_fiel
 from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.prompts import Prompt
 
-_KEPT = "hf"  # where tools/convert_checkpoint.py keeps a model's tokenizer
-
 
 def open_model(args: Namespace) -> Model:
     """Load the model of --checkpoint or --hf.
@@ -29,6 +28,7 @@ def open_model(args: Namespace) -> Model:
         UserError, FileNotFoundError, ImportError: a model that cannot be scored.
     """
     if args.hf is None:
+        refuse_without_gpu()
         from megatron_cream.checkpoint.loading import Layout
         from megatron_cream.evaluation.megatron import MegatronModel
 
@@ -41,6 +41,21 @@ def open_model(args: Namespace) -> Model:
     from megatron_cream.evaluation.huggingface import HuggingFaceModel
 
     return HuggingFaceModel(args.hf, args.dtype, rope=changed_fields(args))
+
+
+def refuse_without_gpu(flag: str = "--cpu") -> None:
+    """Refuse a checkpoint on a machine with no GPU, unless the CPU stands in for it.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{flag} is not given, and this machine has no GPU that PyTorch sees: a Megatron "
+            f"checkpoint needs one, or {flag}"
+        )
 
 
 def fingerprint(path: str) -> str:
@@ -58,51 +73,58 @@ def fingerprint(path: str) -> str:
 def open_tokenizer(args: Namespace) -> tuple[Tokenizer, str | None]:
     """Return the tokenizer, and the folder or file it came from.
 
-    Without --tokenizer-type it is the one in the Hugging Face folder, or the one that an imported
-    checkpoint keeps, or the one that a trained checkpoint says it was trained with.
+    Without --tokenizer-type it is the one in the Hugging Face folder, or the one that a trained
+    checkpoint says it was trained with, or, as in an export, the one that the import keeps which
+    the run goes back to.
 
     Raises:
         UserError, FileNotFoundError: none there, or one that cannot be read.
     """
     if args.tokenizer_type is not None:
         return load_tokenizer(args.tokenizer_type, args.tokenizer_model), args.tokenizer_model
-    places = [Path(args.hf)] if args.hf else _kept_places(args.checkpoint)
-    for place in places:
-        if (place / "tokenizer.json").is_file():
-            return load_tokenizer("HuggingFaceTokenizer", place), str(place)
-        if (place / "tokenizer.model").is_file():
-            model = place / "tokenizer.model"
-            return load_tokenizer("SentencePieceTokenizer", model), str(model)
-    trained = None if args.hf else _trained_with(args.checkpoint)
+    if args.hf:
+        return _in_folder(Path(args.hf), f"in {args.hf}")
+    saved = saved_arguments(args.checkpoint)
+    trained = _trained_with(saved)
     if trained is not None:
         return load_tokenizer(*trained), trained[1]
+    try:
+        kept = kept_files(args.checkpoint, saved)
+    except FileNotFoundError:
+        kept = None
+    return _in_folder(kept, f"beside {args.checkpoint} or the import that it goes back to")
+
+
+def _in_folder(folder: Path | None, where: str) -> tuple[Tokenizer, str]:
+    """Return the tokenizer in a Hugging Face folder.
+
+    Raises:
+        UserError: none there.
+    """
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        return load_tokenizer("HuggingFaceTokenizer", folder), str(folder)
+    if folder is not None and (model := folder / "tokenizer.model").is_file():
+        return load_tokenizer("SentencePieceTokenizer", model), str(model)
     raise UserError(
-        f"--tokenizer-type is not given: there is no tokenizer.json or tokenizer.model in "
-        f"{places[0]}; name the tokenizer as in tools/preprocess_data.py"
+        f"--tokenizer-type is not given: there is no tokenizer.json or tokenizer.model {where}; "
+        "name the tokenizer as in tools/preprocess_data.py"
     )
 
 
-def _trained_with(checkpoint: str) -> tuple[str, str] | None:
+def _trained_with(saved: Namespace) -> tuple[str, str] | None:
     """Return type and path of the tokenizer in a checkpoint's saved arguments, if it is there."""
-    saved = saved_arguments(checkpoint)
     kind, path = (getattr(saved, name, None) for name in ("tokenizer_type", "tokenizer_model"))
     usable = kind in ("HuggingFaceTokenizer", "SentencePieceTokenizer") and path is not None
     return (kind, path) if usable and Path(path).exists() else None
 
 
-def _kept_places(checkpoint: str) -> list[Path]:
-    folder = latest_checkpoint(checkpoint)
-    return [Path(checkpoint) / _KEPT] + ([folder / _KEPT] if folder else [])
-
-
-def open_prompt(args: Namespace, model: Model) -> Prompt:
-    """Return the tokenizer in the asked style, if it is the model's.
+def open_prompt(args: Namespace) -> Prompt:
+    """Return the tokenizer in the asked style.
 
     Raises:
-        UserError: the tokenizer has another number of tokens than the model.
+        UserError, FileNotFoundError: as ``open_tokenizer``, or no such style.
     """
     tokenizer, source = open_tokenizer(args)
-    check_vocabulary(tokenizer, model)
     return Prompt(tokenizer, args.prompt, args.bos, source)
 
 
@@ -134,6 +156,8 @@ def open_documents(args: Namespace, model: Model, tokens: int) -> list[np.ndarra
         documents = read_documents(args.data, args.documents, tokens)
     else:
         documents = _encode_texts(args, model, tokens)
+    if (lowest := min(int(document.min()) for document in documents)) < 0:
+        raise UserError(f"--data is {args.data}: it has token {lowest}, which is no token")
     highest = max(int(document.max()) for document in documents)
     if highest >= model.vocabulary:
         raise UserError(

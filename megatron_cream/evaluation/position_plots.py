@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,11 @@ CHUNKS = ("#3b6ea5", "#e39b3b", "#4f9d69", "#8d6bb0", "#c46a7d", "#5aa7b5")
 BINS = 1024  # columns of the distance panel; about one a pixel
 ROW_BINS = 512  # columns of a layout of very many pieces
 MOST_BARS = 64  # a row of more chunks than these is drawn by density
+
+
+def has_matplotlib() -> bool:
+    """Say whether pictures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def require_matplotlib() -> None:

@@ -78,14 +78,23 @@ READERS: dict[str, Callable[[dict[str, Any], int, int], Draft]] = {
 }
 
 
+def check_task(task: str) -> None:
+    """Refuse a task without published files.
+
+    Raises:
+        UserError: naming those that have some.
+    """
+    if task not in READERS:
+        raise UserError(f"--cases-file is given: {task} has none; {', '.join(READERS)} have")
+
+
 def read_haystacks(task: str, path: str, kit: Kit, limit: int, places: int) -> list[Haystack]:
     """Return the first ``limit`` cases of a file, key-value pairs at ``places`` gold places each.
 
     Raises:
         UserError: a task without published files, or a file of another task.
     """
-    if task not in READERS:
-        raise UserError(f"--cases-file is given: {task} has none; {', '.join(READERS)} have")
+    check_task(task)
     count = places if task == "kv-retrieval" else 1
     try:
         drafts = [

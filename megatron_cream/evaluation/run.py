@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from megatron_cream.errors import UserError
-from megatron_cream.evaluation import published
-from megatron_cream.evaluation.opening import open_model
+from megatron_cream.evaluation.checks import check
+from megatron_cream.evaluation.common import say_without_picture
+from megatron_cream.evaluation.opening import (
+    check_vocabulary,
+    open_documents,
+    open_model,
+    open_prompt,
+)
 from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.pictures import draw_suite
-from megatron_cream.evaluation.position_plots import require_matplotlib
-from megatron_cream.evaluation.score_cases import score_cases
-from megatron_cream.evaluation.score_documents import score_perplexity
+from megatron_cream.evaluation.position_plots import has_matplotlib
+from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.score_cases import check_fit, score_cases
+from megatron_cream.evaluation.score_documents import document_tokens, score_perplexity
+from megatron_cream.evaluation.store import write_whole
 from megatron_cream.evaluation.tables import suite_table, table
 
 
@@ -25,73 +32,56 @@ def run(args: Namespace) -> str:
     With --output every task has a folder: OUTPUT itself for one task, OUTPUT/TASK for several.
 
     Raises:
-        UserError, FileNotFoundError, ImportError: input that cannot be scored.
+        UserError, OSError, ImportError: input that cannot be scored, found before the first task.
     """
     check(args)
+    cases = [task for task in args.tasks if task != "perplexity"]
+    prompt = open_prompt(args) if cases else None
+    lengths = {length for task in cases for length in check_fit(args, prompt, task)}
     model = open_model(args)
-    _say_what_is_longer(args, model)
-    results = []
-    for task in args.tasks:
-        folder = args.output
-        if folder and len(args.tasks) > 1:
-            folder = str(Path(folder) / task)
-        scored = score_perplexity if task == "perplexity" else score_cases
-        results.append(scored(args, model, task, folder))
+    if prompt is not None:
+        check_vocabulary(prompt.tokenizer, model)
+    _say_what_is_longer(lengths | set(args.lengths), model)
+    documents = None
+    if "perplexity" in args.tasks:
+        documents = open_documents(args, model, document_tokens(args))
+    results = [_score(args, model, task, prompt, documents) for task in args.tasks]
+    return _report(args, model, results)
+
+
+def _score(
+    args: Namespace, model: Model, task: str, prompt: Prompt | None, documents: Any
+) -> dict[str, Any]:
+    folder = args.output
+    if folder and len(args.tasks) > 1:
+        folder = str(Path(folder) / task)
+    if task == "perplexity":
+        return score_perplexity(args, model, task, folder, documents)
+    return score_cases(args, model, prompt, task, folder)
+
+
+def _report(args: Namespace, model: Model, results: list[dict[str, Any]]) -> str:
+    """Return the tables on the process that writes; write those of several tasks."""
+    if not model.primary:
+        return ""
     tables = [table(result) for result in results]
     if len(results) > 1:
         tables.append(suite_table(results))
-        if args.output and model.primary:
-            (Path(args.output) / "table.md").write_text(tables[-1] + "\n", "utf-8")
-            draw_suite(results, Path(args.output) / "picture.png")
-    return "\n\n".join(tables) if model.primary else ""
+        if args.output:
+            folder = Path(args.output)
+            write_whole(folder / "table.md", (tables[-1] + "\n").encode())
+            if has_matplotlib():
+                draw_suite(results, folder / "picture.png")
+    if args.output:
+        say_without_picture()
+    return "\n\n".join(tables)
 
 
-def check(args: Namespace) -> None:
-    """Refuse what needs no model to be refused.
-
-    Raises:
-        UserError, FileNotFoundError, ImportError: naming the flag.
-    """
-    args.lengths = sorted(set(args.lengths))
-    for flag, value in (
-        *(("--lengths", length) for length in args.lengths),
-        *(("--" + name, getattr(args, name)) for name in ("seeds", "cases", "documents")),
-        *([("--most-tokens", args.most_tokens)] if args.most_tokens is not None else []),
-    ):
-        if value < 1:
-            raise UserError(f"{flag} has {value}: it must be at least 1")
-    if args.shots < 0:
-        raise UserError(f"--shots is {args.shots}: it must be 0 or more")
-    if "perplexity" in args.tasks and args.data is None:
-        raise UserError("--data is missing: perplexity needs an indexed dataset or text")
-    if args.cases_file is not None:
-        if args.most_tokens is not None:
-            raise UserError(
-                f"--most-tokens is {args.most_tokens} with --cases-file: it must be left out, "
-                "--seeds says how many of the file's cases are taken"
-            )
-        published.read_cases(args.cases_file)
-    if args.output is not None:
-        require_matplotlib()
-
-
-def _say_what_is_longer(args: Namespace, model: Model) -> None:
-    longer = [length for length in args.lengths if length > model.window]
+def _say_what_is_longer(lengths: set[int], model: Model) -> None:
+    longer = sorted(length for length in lengths if length > model.window)
     if longer and model.primary:
         print(
             f"note: --lengths has {' '.join(map(str, longer))}: {model.name} was extended to "
             f"{model.window} tokens",
             file=sys.stderr,
         )
-
-
-def parse_length(word: str) -> int:
-    """Return tokens of ``4096`` or ``4K``.
-
-    Raises:
-        UserError: another form.
-    """
-    found = re.fullmatch(r"(\d+)([kK]?)", word)
-    if not found:
-        raise UserError(f"{word!r} is not a number of tokens such as 4096 or 4K")
-    return int(found[1]) * (1024 if found[2] else 1)

@@ -11,7 +11,6 @@ from typing import Any
 from megatron_cream.evaluation import published
 from megatron_cream.evaluation.cases import Haystack, Kit
 from megatron_cream.evaluation.common import finish, progress_bar, settings, weighed
-from megatron_cream.evaluation.opening import open_prompt
 from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.records import CASES, NUMBER_CASES, Record
@@ -23,9 +22,10 @@ from megatron_cream.evaluation.tasks import TASKS
 _SHOT_SEED = 1_000_000  # far from the seeds of cases
 
 
-def score_cases(args: Namespace, model: Model, task: str, folder: str | None) -> dict[str, Any]:
+def score_cases(
+    args: Namespace, model: Model, prompt: Prompt, task: str, folder: str | None
+) -> dict[str, Any]:
     """Score one task and return its results; write them if there is a folder."""
-    prompt = open_prompt(args, model)
     kept = case_settings(args, model, task, prompt)
     haystacks = make_haystacks(args, prompt, task)
     kind = TASKS[task]
@@ -58,18 +58,42 @@ def make_haystacks(args: Namespace, prompt: Prompt, task: str) -> list[Haystack]
     Raises:
         ValueError: a task that does not fit a length, or a file that is not of the task.
     """
-    kind = TASKS[task]
-    kit = Kit(prompt, [kind.shot(_SHOT_SEED + i) for i in range(args.shots)])
+    kit = _kit(args, prompt, task)
     if args.cases_file is not None:
         return published.read_haystacks(task, args.cases_file, kit, args.seeds, args.cases)
-    made = []
-    for length in args.lengths:
+    return _drawn(args, kit, task, args.lengths)
+
+
+def check_fit(args: Namespace, prompt: Prompt, task: str) -> list[int]:
+    """Return the lengths of a task's cases, if there are such cases.
+
+    Raises:
+        UserError: a length that is too short for the task, or a file that is not of the task.
+    """
+    kind = TASKS[task]
+    kit = _kit(args, prompt, task)
+    if args.cases_file is not None:
+        made = published.read_haystacks(task, args.cases_file, kit, args.seeds, args.cases)
+        return [made[0].length]
+    # What fits a length fits longer ones too, but for those that a task asks more of.
+    reached = [[n for n in args.lengths if n >= least] for least in (1, *kind.harder_from)]
+    _drawn(args, kit, task, sorted({found[0] for found in reached if found}))
+    return args.lengths
+
+
+def _drawn(args: Namespace, kit: Kit, task: str, lengths: Iterable[int]) -> list[Haystack]:
+    kind, made = TASKS[task], []
+    for length in lengths:
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         groups = (_numbered(kind.make(kit, length, seed, args.cases)) for seed in seeds)
         if not kind.placed:  # each case is a haystack, and none of them is needed for the others
             groups = ([one] for group in groups for one in group)
         made += affordable(groups, args.most_tokens)
     return made
+
+
+def _kit(args: Namespace, prompt: Prompt, task: str) -> Kit:
+    return Kit(prompt, [TASKS[task].shot(_SHOT_SEED + i) for i in range(args.shots)])
 
 
 def _numbered(haystacks: list[Haystack]) -> list[Haystack]:

@@ -22,11 +22,20 @@ from megatron_cream.evaluation.store import Store
 
 
 def score_perplexity(
-    args: Namespace, model: Model, task: str = "perplexity", folder: str | None = None
+    args: Namespace,
+    model: Model,
+    task: str = "perplexity",
+    folder: str | None = None,
+    documents: list[np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Score documents at every length and return the results; write them if there is a folder."""
+    """Score documents at every length and return the results; write them if there is a folder.
+
+    Args:
+        documents: ids ``[n]`` each, of ``document_tokens(args)`` tokens; those of --data unless
+            given.
+    """
     tokens = document_tokens(args)
-    documents = open_documents(args, model, tokens)
+    documents = documents or open_documents(args, model, tokens)
     strides = strides_of(args)
     works = {
         length: weighed(cost(tokens, length, stride), length) for length, stride in strides.items()

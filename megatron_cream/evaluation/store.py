@@ -66,9 +66,10 @@ class Store:
 
     def _open(self) -> None:
         path = self.folder / SETTINGS
-        if self.folder.exists() and not path.is_file():
-            if not self.folder.is_dir() or any(self.folder.iterdir()):
-                self._refuse_folder()
+        folder = self.folder
+        other = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if other and not path.is_file():
+            self._refuse_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         # The settings are the lock as well: the folder has no file that is not the run's.
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

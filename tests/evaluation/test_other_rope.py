@@ -12,8 +12,8 @@ from support.arguments import arguments
 from transformers import AutoModelForCausalLM
 
 from megatron_cream.evaluation.opening import open_model
-from megatron_cream.evaluation.run import run
 from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.run import run
 
 # As a person writes them into config.json; the small model's window is 512 and theta 10000.
 BY_HAND = {

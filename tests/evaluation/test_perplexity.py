@@ -12,8 +12,8 @@ from support.arguments import arguments
 
 from megatron_cream.evaluation.passes import Scores
 from megatron_cream.evaluation.perplexity import buckets, cost, score_document, windows
-from megatron_cream.evaluation.results import perplexity_results
 from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.results import perplexity_results
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 200))

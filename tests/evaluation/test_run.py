@@ -13,10 +13,11 @@ from support.arguments import arguments
 from support.commands import exit_status
 
 from megatron_cream.evaluation.cases import Haystack
+from megatron_cream.evaluation.checks import parse_length
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.run import parse_length, run
-from megatron_cream.evaluation.score_cases import affordable
 from megatron_cream.evaluation.records import CASES, read_result
+from megatron_cream.evaluation.run import run
+from megatron_cream.evaluation.score_cases import affordable
 from megatron_cream.evaluation.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +204,7 @@ def test_a_trained_checkpoint_names_its_tokenizer(small_hf, tmp_path, monkeypatc
 
     words = arguments(checkpoint=str(tmp_path))
     saved = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=small_hf)
+    (tmp_path / "metadata.json").write_text("{}")
     monkeypatch.setattr(opening, "saved_arguments", lambda path: saved)
     tokenizer, source = opening.open_tokenizer(words)
     assert source == small_hf

@@ -31,12 +31,14 @@ class Task:
         shot: seed to a worked example of a few pieces.
         number: whether the published score is of the first integer of the answer.
         placed: whether the answer stands at a place in the context.
+        harder_from: lengths from which on a case has more in it that must fit.
     """
 
     make: Maker
     shot: Callable[[int], Draft]
     number: bool = False
     placed: bool = True
+    harder_from: tuple[int, ...] = ()
 
 
 TASKS: dict[str, Task] = {
@@ -46,7 +48,7 @@ TASKS: dict[str, Task] = {
     "kv-retrieval": Task(lines.kv, lines.kv_shot),
     "niah-multikey": Task(needles.multikey, needles.multikey_shot, number=True),
     "variable-tracking": Task(needles.variables, needles.variables_shot),
-    "common-words": Task(words.common, words.common_shot, placed=False),
+    "common-words": Task(words.common, words.common_shot, placed=False, harder_from=(words.LONG,)),
     "frequent-words": Task(words.frequent, words.frequent_shot, placed=False),
 }
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_cream.errors import UserError
 from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question, rng
 from megatron_cream.evaluation.filler import names, spread
 
@@ -27,7 +26,7 @@ _MOST_LINES = 30000
 def longchat(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
     """Lines ``line NAME: REGISTER_CONTENT is <NUMBER>``, as LongChat-Lines has them."""
     draw = _asking(_longchat_line, longchat_question, _LINES_INTRO, "", seed, cases)
-    return [kit.fit("longchat-lines", draw, length, seed, least=cases)]
+    return [kit.fit("longchat-lines", draw, length, seed, least=cases, most=_MOST_LINES)]
 
 
 def longchat_shot(seed: int) -> Draft:
@@ -48,7 +47,7 @@ def longchat_question(name: str, number: str, where: float) -> Question:
 def kv(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
     """A JSON object of UUIDs, as in Lost in the Middle (2307.03172)."""
     draw = _asking(_kv_line, kv_question, _KV_INTRO, "{", seed, cases)
-    return [kit.fit("kv-retrieval", draw, length, seed, least=cases)]
+    return [kit.fit("kv-retrieval", draw, length, seed, least=cases, most=_MOST_LINES)]
 
 
 def kv_shot(seed: int) -> Draft:
@@ -98,8 +97,6 @@ def _asking(
     pairs = _identified(seed) if question is kv_question else _numbered(seed)
 
     def draw(count: int) -> Draft:
-        if count > _MOST_LINES:
-            raise UserError(f"a record of {count} lines is asked for: there are {_MOST_LINES}")
         body = [line(*pair) for pair in pairs[:count]]
         if begin:  # a JSON object
             body = [begin + body[0], *body[1:]]

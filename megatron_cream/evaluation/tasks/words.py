@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question, rng
-from megatron_cream.evaluation.filler import names
+from megatron_cream.evaluation.filler import MOST_NAMES, names
 
 _COMMON_INTRO = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -24,7 +24,7 @@ _FREQUENT_INTRO = (
     "Find the three most frequently appeared coded words.\n"
 )
 _COMMON = 10
-_LONG = 4096  # from here on RULER's frequencies; shorter cases would not fit them
+LONG = 4096  # from here on RULER's frequencies; shorter cases would not fit them
 _TOP = 3
 _ALPHA = 2.0
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
@@ -32,10 +32,14 @@ _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 def common(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
     """Ten words 30 times each among words that stand there 3 times (10 and 1 below 4096)."""
-    times = (30, 3) if length >= _LONG else (10, 1)
+    times = (30, 3) if length >= LONG else (10, 1)
     return [
         kit.fit(
-            "common-words", functools.partial(_common, seed, case, _COMMON, times), length, seed
+            "common-words",
+            functools.partial(_common, seed, case, _COMMON, times),
+            length,
+            seed,
+            most=MOST_NAMES - _COMMON,
         )
         for case in range(cases)
     ]
@@ -64,7 +68,14 @@ def _common(seed: int, case: int, answers: int, times: tuple[int, int], count: i
 def frequent(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
     """Invented words whose frequencies fall off as rank ** -2; dots are the most frequent."""
     return [
-        kit.fit("frequent-words", functools.partial(_frequent, seed, case), length, seed, least=40)
+        kit.fit(
+            "frequent-words",
+            functools.partial(_frequent, seed, case),
+            length,
+            seed,
+            least=40,
+            most=len(_SYLLABLES) ** 3 - 1,
+        )
         for case in range(cases)
     ]
 
