@@ -17,17 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_cream.errors import MissingPackageError, UserError
+from megatron_cream.checkpoint.saved import latest_checkpoint
+from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
 from megatron_cream.evaluation.passes import Pass
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as exc:
-    raise MissingPackageError(
+    missing = MissingPackageError(
         "megatron_cream.evaluation.lm_eval needs lm-eval: pip install megatron_cream[lm-eval]",
         name="lm_eval",
-    ) from exc
+    )
+    if __name__ != "__main__":
+        raise missing from exc
+    with one_line_errors():
+        raise missing from exc
 
 
 @register_model("megatron_cream")
@@ -51,7 +56,7 @@ class MegatronCreamLM(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str | None = None,
         max_length: int | None = None,
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
@@ -61,17 +66,29 @@ class MegatronCreamLM(TemplateLM):
         **_: Any,
     ) -> None:
         super().__init__()
+        tensor = _count("tensor_parallel", tensor_parallel)
+        pipeline = _count("pipeline_parallel", pipeline_parallel)
+        longest = None if max_length is None else _count("max_length", max_length)
+        if checkpoint is None or latest_checkpoint(str(checkpoint)) is None:
+            raise UserError(
+                f"--model_args has checkpoint={checkpoint}: it must be a folder with a torch_dist "
+                "checkpoint"
+            )
         if cpu:
             from megatron_cream.training import cpu as stand_in
 
             stand_in.install()
+        from megatron_cream.evaluation.opening import (
+            check_vocabulary,
+            open_tokenizer,
+            refuse_without_gpu,
+        )
+
+        refuse_without_gpu("cpu=true in --model_args")
         from megatron_cream.checkpoint.loading import Layout
         from megatron_cream.evaluation.megatron import MegatronModel
-        from megatron_cream.evaluation.opening import check_vocabulary, open_tokenizer
 
-        self.model = MegatronModel(
-            checkpoint, layout=Layout(int(tensor_parallel), int(pipeline_parallel))
-        )
+        self.model = MegatronModel(checkpoint, layout=Layout(tensor, pipeline))
         words = Namespace(
             hf=None,
             checkpoint=checkpoint,
@@ -80,7 +97,7 @@ class MegatronCreamLM(TemplateLM):
         )
         self.tokens, _ = open_tokenizer(words)
         check_vocabulary(self.tokens, self.model)
-        self.max_length = int(max_length or self.model.window)
+        self.max_length = longest or self.model.window
         if self.tokens.eod is None and self.tokens.bos is None:
             raise UserError("--model_args: the tokenizer must have a token that begins a text")
         self._rank = 0 if self.model.primary else 1
@@ -138,19 +155,30 @@ class MegatronCreamLM(TemplateLM):
         """Refuse: scoring does not generate.
 
         Raises:
-            NotImplementedError: saying what to do instead.
+            UserError: saying what to do instead.
         """
-        raise NotImplementedError(
+        raise UserError(
             "--model megatron_cream has no generation: export the checkpoint with "
             "tools/convert_checkpoint.py export, and use --model hf or vllm for this task"
         )
 
 
+def _count(name: str, value: Any) -> int:
+    try:
+        found = int(value)
+    except (TypeError, ValueError):
+        found = 0
+    if found < 1:
+        raise UserError(f"--model_args has {name}={value}: it must be a whole number, 1 or more")
+    return found
+
+
 def main() -> None:
-    """Run lm-eval with this model known to it."""
+    """Run lm-eval with this model known to it; bad input ends in one line and exit status 2."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    with one_line_errors():
+        cli_evaluate()
 
 
 if __name__ == "__main__":

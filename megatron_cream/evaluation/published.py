@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ _KV_INTRO = "Extract the value corresponding to the specified key in the JSON ob
 
 
 def read_cases(path: str) -> list[dict[str, Any]]:
-    """Return the lines of a JSONL file, also one packed by xz or gzip.
+    """Return the objects of a JSONL file, also one packed by xz or gzip.
 
     Raises:
         FileNotFoundError: no such file.
-        UserError: an empty file, or one that is not JSONL.
+        UserError: an empty file, or one that is not JSONL, or a line that is no object.
     """
     file = Path(path)
     if not file.is_file():
@@ -38,10 +39,13 @@ def read_cases(path: str) -> list[dict[str, Any]]:
     try:
         with _OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8") as lines:
             found = [json.loads(line) for line in lines if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError, lzma.LZMAError, OSError, EOFError) as exc:
+    except (ValueError, lzma.LZMAError, zlib.error, OSError, EOFError, RecursionError) as exc:
         raise UserError(f"--cases-file is {path}: it must be a JSONL file ({exc})") from None
     if not found:
         raise UserError(f"--cases-file is {path}: it is empty")
+    for number, record in enumerate(found, 1):
+        if not isinstance(record, dict):
+            raise UserError(f"--cases-file is {path}: case {number} must be a JSON object")
     return found
 
 
@@ -51,25 +55,55 @@ def content(path: str) -> str:
 
 
 def longchat(record: dict[str, Any], index: int, count: int) -> Draft:
-    """Return a case of LongChat-Lines; the prompt is the file's, to the last word."""
-    place = record["prompt"].index(record["correct_line"]) / len(record["prompt"])
-    name = record["random_idx"][0]
-    cue = f"\nThe <REGISTER_CONTENT> in line {name} is <"
-    return Draft(record["prompt"].rstrip(), [], [
-        Question("", cue, (str(record["expected_number"]),), place)
-    ])  # fmt: skip
+    """Return a case of LongChat-Lines; the prompt is the file's, to the last word.
+
+    Raises:
+        ValueError: what is missing or no such value.
+    """
+    prompt, line = _text(record, "prompt"), _text(record, "correct_line")
+    if line not in prompt:
+        raise ValueError("its prompt must have its correct_line")
+    place = prompt.index(line) / len(prompt)
+    names = record.get("random_idx")
+    if not (isinstance(names, list) and names and isinstance(names[0], str | int)):
+        raise ValueError("its random_idx must be a list that begins with a line's name")
+    answer = record.get("expected_number")
+    if isinstance(answer, bool) or not isinstance(answer, str | int) or answer == "":
+        raise ValueError("its expected_number must be a number")
+    cue = f"\nThe <REGISTER_CONTENT> in line {names[0]} is <"
+    return Draft(prompt.rstrip(), [], [Question("", cue, (str(answer),), place)])
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"its {name} must be text")
+    return value
 
 
 def kv(record: dict[str, Any], index: int, count: int) -> Draft:
-    """Return a case of Lost in the Middle, its record moved to place ``index`` of ``count``."""
-    pairs = [tuple(pair) for pair in record["ordered_kv_records"]]
-    gold = (record["key"], record["value"])
+    """Return a case of Lost in the Middle, its record moved to place ``index`` of ``count``.
+
+    Raises:
+        ValueError: what is missing or no such value.
+    """
+    pairs = record.get("ordered_kv_records")
+    if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
+        raise ValueError("its ordered_kv_records must be a list of pairs of text")
+    gold = (_text(record, "key"), _text(record, "value"))
+    pairs = [tuple(pair) for pair in pairs]
+    if gold not in pairs:
+        raise ValueError("its ordered_kv_records must have its key and value")
     pairs.remove(gold)
     at = round(spread(count)[index] * len(pairs))
     pairs.insert(at, gold)
     lines = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
     body = f"{_KV_INTRO}\n\nJSON data:\n{{{lines}}}\n"
     return Draft(body, [], [kv_question(*gold, at / max(1, len(pairs) - 1))])
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
 
 
 READERS: dict[str, Callable[[dict[str, Any], int, int], Draft]] = {
@@ -96,16 +130,14 @@ def read_haystacks(task: str, path: str, kit: Kit, limit: int, places: int) -> l
     """
     check_task(task)
     count = places if task == "kv-retrieval" else 1
-    try:
-        drafts = [
-            READERS[task](record, index, count)
-            for record in read_cases(path)[:limit]
-            for index in range(count)
-        ]
-    except (KeyError, ValueError, TypeError) as exc:
-        if str(exc).startswith("--cases-file"):
-            raise
-        raise UserError(f"--cases-file is {path}: it is not of {task} ({exc!r})") from None
+    drafts = []
+    for number, record in enumerate(read_cases(path)[:limit], 1):
+        try:
+            drafts += [READERS[task](record, index, count) for index in range(count)]
+        except ValueError as exc:
+            raise UserError(
+                f"--cases-file is {path}: case {number} is not of {task}, {exc}"
+            ) from None
     cases = [kit.as_is(draft) for draft in drafts]
     longest = max(len(context) + len(tail.tokens) for context, tail in cases)
     return [

@@ -159,7 +159,7 @@ def test_published_pairs_move_to_the_gold_place(tmp_path):
     [
         ("kv-retrieval", "", "it is empty"),
         ("kv-retrieval", "{", "must be a JSONL file"),
-        ("kv-retrieval", '{"prompt": 1}\n', "it is not of kv-retrieval"),
+        ("kv-retrieval", '{"prompt": 1}\n', "case 1 is not of kv-retrieval"),
         ("passkey", "{}\n", "passkey has none"),
     ],
 )

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """lm-eval's requests on a Megatron checkpoint give transformers' log-likelihoods."""
 
-from types import SimpleNamespace
+import importlib
+import runpy
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: megatron_cream[lm-eval]")
+from megatron_cream.errors import UserError
 
 
 @pytest.mark.usefixtures("cpu_megatron")
 def test_log_likelihoods(small_hf, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: megatron_cream[lm-eval]")
     from transformers import AutoModelForCausalLM
 
     from megatron_cream.checkpoint.importing import import_checkpoint
@@ -27,5 +31,52 @@ def test_log_likelihoods(small_hf, tmp_path):
     count = len(wanted)
     rows = logits[-count - 1 : -1].gather(1, torch.tensor(wanted)[:, None])
     assert found == pytest.approx(rows.sum().item(), abs=1e-4)
-    with pytest.raises(NotImplementedError, match="has no generation: export"):
+    with pytest.raises(ValueError, match="has no generation: export"):
         model.generate_until([request])
+
+
+@pytest.fixture
+def lm(monkeypatch):
+    """The module with a stand-in for what it takes from lm-eval where that is not installed."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        parts = {
+            "lm_eval": {},
+            "lm_eval.api": {},
+            "lm_eval.api.model": {"TemplateLM": object},
+            "lm_eval.api.registry": {"register_model": lambda name: lambda cls: cls},
+        }
+        for name, values in parts.items():
+            module = ModuleType(name)
+            vars(module).update(values)
+            monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "megatron_cream.evaluation.lm_eval", raising=False)
+    yield importlib.import_module("megatron_cream.evaluation.lm_eval")
+    sys.modules.pop("megatron_cream.evaluation.lm_eval", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({}, "checkpoint=None: it must be a folder"),
+        ({"checkpoint": "nowhere"}, "checkpoint=nowhere: it must be a folder"),
+        ({"checkpoint": "RUN", "max_length": "long"}, "max_length=long: it must be a whole"),
+        ({"checkpoint": "RUN", "tensor_parallel": 0}, "tensor_parallel=0: it must be a whole"),
+        ({"checkpoint": "RUN"}, "cpu=true in --model_args is not given, and this machine has no"),
+    ],
+)
+def test_what_model_args_lack_is_said(lm, tmp_path, monkeypatch, words, message):
+    (tmp_path / "metadata.json").write_text("{}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = {key: str(tmp_path) if value == "RUN" else value for key, value in words.items()}
+    with pytest.raises(UserError, match=message):
+        lm.MegatronCreamLM(**given)
+
+
+def test_the_command_without_lm_eval_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("megatron_cream.evaluation.lm_eval", run_name="__main__")
+    assert stop.value.code == 2
+    assert "error: megatron_cream.evaluation.lm_eval needs lm-eval" in capsys.readouterr().err
