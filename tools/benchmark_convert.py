@@ -132,12 +132,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="new folder on the disk to test")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--ffn-hidden-size", type=int, default=11008)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--groups", type=int, default=32, help="key-value heads")
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    for flag, default, what in (
+        ("--layers", 32, "of the model"),
+        ("--hidden-size", 4096, "of the model"),
+        ("--ffn-hidden-size", 11008, "of its feed-forward layers"),
+        ("--heads", 32, "of attention"),
+        ("--groups", 32, "key-value heads"),
+        ("--vocabulary", 32000, "tokens"),
+    ):
+        parser.add_argument(flag, type=int, default=default, help=f"{what} (default: {default})")
     args = parser.parse_args()
     shape = ModelShape(
         architecture="LlamaForCausalLM",

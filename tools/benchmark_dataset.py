@@ -36,11 +36,16 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--documents", type=int, default=1_000_000, help="of the dataset for start-up")
-    add("--seq-length", type=int, default=4096, help="N")
-    add("--target-length", type=int, default=32768, help="T of our samples")
-    add("--samples", type=int, default=5000, help="of a dataset")
-    add("--turns", type=int, default=5, help="times that all of them are read")
+    add(
+        "--documents",
+        type=int,
+        default=1_000_000,
+        help="of the dataset for start-up (default: 1000000)",
+    )
+    add("--seq-length", type=int, default=4096, help="N, tokens (default: 4096)")
+    add("--target-length", type=int, default=32768, help="T of our samples (default: 32768)")
+    add("--samples", type=int, default=5000, help="of a dataset (default: 5000)")
+    add("--turns", type=int, default=5, help="times that all of them are read (default: 5)")
     args = parser.parse_args(argv)
     for name in ("documents", "seq_length", "samples", "turns"):
         if getattr(args, name) < 1:

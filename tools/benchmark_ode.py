@@ -36,10 +36,10 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dim", type=int, default=128, help="d, of a head")
-    add("--scales", type=int, nargs="+", default=[8, 16, 64], help="T / N0")
-    add("--act", choices=("tanh", "silu"), default="tanh")
-    add("--turns", type=int, default=20)
+    add("--dim", type=int, default=128, help="d, of a head (default: 128)")
+    add("--scales", type=int, nargs="+", default=[8, 16, 64], help="T / N0 (default: 8 16 64)")
+    add("--act", choices=("tanh", "silu"), default="tanh", help="activation (default: tanh)")
+    add("--turns", type=int, default=20, help="of each side (default: 20)")
     args = parser.parse_args(argv)
     with one_line_errors():
         torchdiffeq()

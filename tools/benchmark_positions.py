@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="of each side (default: 15)")
     rounds = parser.parse_args().rounds
     cases = {target: make_strategy("cream", TRAIN_LENGTH, target) for target in TARGETS}
     documents = {target: list(range(target)) for target in TARGETS}

@@ -34,14 +34,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--steps", type=int, default=40, help="steps of each variant")
-    parser.add_argument("--layers", type=int, default=4)
+    sizes = "samples of a pass (default: 1 4)"
+    parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[1, 4], help=sizes)
+    parser.add_argument("--steps", type=int, default=40, help="of each variant (default: 40)")
+    parser.add_argument("--layers", type=int, default=4, help="of the model (default: 4)")
     parser.add_argument("--clex", action="store_true", help="CLEX beside linear interpolation")
     parser.add_argument(
-        "--accumulate", type=int, nargs="+", default=[1], help="micro-batches a step"
+        "--accumulate", type=int, nargs="+", default=[1], help="micro-batches a step (default: 1)"
     )
-    parser.add_argument("--target-length", type=int, default=32768, help="T, tokens")
+    parser.add_argument(
+        "--target-length", type=int, default=32768, help="T, tokens (default: 32768)"
+    )
     args = parser.parse_args()
     if args.target_length <= SEQUENCE or args.target_length % SEQUENCE:
         print(

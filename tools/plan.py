@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.planning.command import argv as run_argv
@@ -41,31 +41,65 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL")
+    add("model", metavar="MODEL", help="name, or folder with a config.json")
     add("--gpus", type=_positive, required=True, help="in all")
     add("--target-length", type=_positive, required=True, metavar="T", help="in tokens")
-    add("--seq-length", type=_positive, default=4096, metavar="N", help="trained window in tokens")
-    add("--train-iters", type=_positive, default=1000, help="steps (default: CREAM's 1000)")
-    add("--global-batch-size", type=_positive, default=32, help="samples (default: CREAM's 32)")
-    add("--micro-batch-size", type=_positive, default=1)
-    add("--gpu", choices=tuple(GPUS), default="h100", help="default: h100")
-    add("--gpus-per-node", type=_positive, default=8)
-    add("--gpu-memory", type=_amount, metavar="GIB", help="of each (default: that of --gpu)")
-    add("--reserve", type=_amount, default=RESERVE_GIB, metavar="GIB", help="left free of it")
-    add("--peak-tflops", type=_amount, help="bf16, dense (default: that of --gpu)")
-    add("--network-bandwidth", type=_amount, metavar="GB/s", help="of a GPU, one way")
-    add(
-        "--mfu",
-        type=_amount,
-        default=measured_mfu(),
-        help=f"share of the peak that kernels reach (default: {measured_mfu():.3f}, measured on "
-        "layers of Llama-2-7B on one H200)",
-    )
+    seq_help = "trained window in tokens (default: 4096)"
+    add("--seq-length", type=_positive, default=4096, metavar="N", help=seq_help)
+    add("--train-iters", type=_positive, default=1000, help="steps, CREAM's (default: 1000)")
+    batch_help = "samples of a step, CREAM's (default: 32)"
+    add("--global-batch-size", type=_positive, default=32, help=batch_help)
+    add("--micro-batch-size", type=_positive, default=1, help="samples of a pass (default: 1)")
+    add("--gpu", choices=tuple(GPUS), default="h100", help="SXM part (default: h100)")
+    _add_machine(add)
     for name in ("tensor-model", "pipeline-model", "context"):
         add(f"--{name}-parallel-size", type=_positive, help="of the CREAM run (default: chosen)")
     add("--json", type=Path, metavar="FILE", help="write the plan there as well")
     add("--check", action="store_true", help="build the stages of the plan")
     return parser.parse_args(argv)
+
+
+def _add_machine(add: Callable[..., Any]) -> None:
+    """Add the figures of GPUs and network, each with those of every ``--gpu``."""
+    add("--gpus-per-node", type=_positive, default=8, help="joined by fast links (default: 8)")
+    add(
+        "--gpu-memory",
+        type=_amount,
+        metavar="GIB",
+        help=f"of each (default: that of --gpu, {_figures('memory')})",
+    )
+    add(
+        "--reserve",
+        type=_amount,
+        default=RESERVE_GIB,
+        metavar="GIB",
+        help=f"left free of it (default: {RESERVE_GIB:g})",
+    )
+    add(
+        "--peak-tflops",
+        type=_amount,
+        metavar="TFLOP/s",
+        help=f"bf16, dense (default: that of --gpu, {_figures('tflops')})",
+    )
+    add(
+        "--network-bandwidth",
+        type=_amount,
+        metavar="GB/s",
+        help=f"of a GPU to other nodes, one way (default: that of --gpu, "
+        f"{_figures('network_gbs')})",
+    )
+    add(
+        "--mfu",
+        type=_amount,
+        metavar="SHARE",
+        default=measured_mfu(),
+        help=f"share of the peak that kernels reach (default: {measured_mfu():.3f}, measured on "
+        "layers of Llama-2-7B on one H200)",
+    )
+
+
+def _figures(field: str) -> str:
+    return ", ".join(f"{name} {getattr(gpu, field):g}" for name, gpu in GPUS.items())
 
 
 def _positive(text: str) -> int:

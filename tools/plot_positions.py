@@ -17,13 +17,34 @@ from megatron_cream.positions.pose import CONTENTS, LENGTHS
 # Option of a strategy: (whose, how it is read). Each has the name it has in training as well,
 # so that flags can be copied from a launch script.
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sigma": ("cream", {"type": float, "help": "width of the Gaussian in half windows"}),
-    "sigma_relative": ("cream", {"type": float, "help": "its width as a multiple of T / N"}),
-    "gaussian": ("cream", {"choices": GAUSSIANS}),
-    "head_lengths": ("cream", {"type": int, "nargs": "+", "metavar": "TOKENS"}),
-    "chunks": ("pose", {"type": int, "metavar": "K"}),
-    "lengths": ("pose", {"choices": LENGTHS}),
-    "content": ("pose", {"choices": CONTENTS}),
+    "sigma": (
+        "cream",
+        {"type": float, "help": "width of the Gaussian in half windows (default: 3)"},
+    ),
+    "sigma_relative": (
+        "cream",
+        {"type": float, "help": "its width as a multiple of T / N (default: --sigma instead)"},
+    ),
+    "gaussian": (
+        "cream",
+        {"choices": GAUSSIANS, "help": "what becomes of draws outside (default: clamped)"},
+    ),
+    "head_lengths": (
+        "cream",
+        {
+            **{"type": int, "nargs": "+", "metavar": "TOKENS"},
+            "help": "lengths of head and tail to draw from (default: N // 3 and 4 T / N)",
+        },
+    ),
+    "chunks": ("pose", {"type": int, "metavar": "K", "help": "of a sample (default: 2)"}),
+    "lengths": (
+        "pose",
+        {"choices": LENGTHS, "help": "where it is cut (default: trainer for 2 chunks, else paper)"},
+    ),
+    "content": (
+        "pose",
+        {"choices": CONTENTS, "help": "which text a chunk reads (default: uniform)"},
+    ),
 }
 
 
@@ -36,14 +57,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; exits with status 2 on a flag it cannot read."""
     parser = _Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--train-length", "--seq-length", type=int, required=True, metavar="N")
-    add("--target-length", type=int, required=True, metavar="T")
-    add("--strategy", "--position-strategy", choices=tuple(STRATEGIES), required=True)
+    add(
+        "--train-length",
+        "--seq-length",
+        type=int,
+        required=True,
+        metavar="N",
+        help="tokens of a sample",
+    )
+    add("--target-length", type=int, required=True, metavar="T", help="window to reach")
+    strategies = tuple(STRATEGIES)
+    add("--strategy", "--position-strategy", choices=strategies, required=True, help="of positions")
     for name, (strategy, reading) in OPTIONS.items():
         flag = name.replace("_", "-")
         add(f"--{flag}", f"--{strategy}-{flag}", dest=name, **reading)
     add("--samples", type=int, help="samples to count (default: 32000, fewer where that is slow)")
-    add("--seed", "--position-seed", type=int, default=1234)
+    add("--seed", "--position-seed", type=int, default=1234, help="of positions (default: 1234)")
     add("--layouts", type=int, default=24, help="samples to draw (default: 24)")
     add("--output", type=Path, metavar="FILE", help="default: positions-STRATEGY.png")
     args = parser.parse_args(argv)
