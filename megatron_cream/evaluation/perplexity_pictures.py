@@ -23,7 +23,7 @@ from megatron_cream.evaluation.plotting import (
     name_lines,
     style,
 )
-from megatron_cream.evaluation.statistics import t_interval
+from megatron_cream.evaluation.statistics import perplexity_of, t_interval
 from megatron_cream.evaluation.tables import short
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ def paired_ratio(own: list[float], other: list[float]) -> tuple[float, float | N
         the ratio; the ends of the interval, None for one document and for equal values.
     """
     differences = [a - b for a, b in zip(own, other, strict=True)]
-    ratio = math.exp(sum(differences) / len(differences))
+    ratio = perplexity_of(sum(differences) / len(differences))
     low, high = t_interval(differences)
     if math.isnan(low) or not any(differences):
         return ratio, None, None
-    return ratio, math.exp(low), math.exp(high)
+    return ratio, perplexity_of(low), perplexity_of(high)
 
 
 def _columns(ratios: list[tuple[float | None, ...]], scale: float = 1) -> list[list[float | None]]:

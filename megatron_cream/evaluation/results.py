@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.evaluation.perplexity import buckets
-from megatron_cream.evaluation.statistics import effective_count, t_interval, wilson
+from megatron_cream.evaluation.statistics import effective_count, perplexity_of, t_interval, wilson
 
 Records = list[dict[str, Any]]
 
@@ -89,9 +89,9 @@ def _perplexity(documents: Records) -> dict[str, Any]:
     low, high = t_interval([n / t for n, t in zip(nll, targets, strict=True)])
     return {
         "length": documents[0]["length"],
-        "perplexity": math.exp(mean),
-        "low": math.exp(low) if not math.isnan(low) else None,
-        "high": math.exp(high) if not math.isnan(high) else None,
+        "perplexity": perplexity_of(mean),
+        "low": perplexity_of(low) if not math.isnan(low) else None,
+        "high": perplexity_of(high) if not math.isnan(high) else None,
         "nll": mean,
         "targets": sum(targets),
         "documents": len(documents),
@@ -110,7 +110,7 @@ def _positions(documents: Records) -> Records:
             "length": length,
             "from": first,
             "to": end,
-            "perplexity": math.exp(total / count),
+            "perplexity": perplexity_of(total / count),
             "targets": int(count),
         }
         for first, end, total, count in rows

@@ -16,6 +16,13 @@ _T = (
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 
+_LARGEST = 709.0  # exp of more is no float
+
+
+def perplexity_of(nll: float) -> float:
+    """Return ``exp(nll)``, infinite where a broken model's is more than a float holds."""
+    return math.exp(nll) if nll < _LARGEST or math.isnan(nll) else math.inf
+
 
 def wilson(share: float, count: float) -> tuple[float, float]:
     """Return Wilson's interval (1927) of a share seen in ``count`` independent cases."""

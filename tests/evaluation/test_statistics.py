@@ -45,3 +45,24 @@ def test_interval_of_shared_haystacks_covers():
         low, high = wilson(hits.mean(), count)
         inside += low <= 0.5 <= high
     assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_effective_count_is_the_design_effect_of_few_groups():
+    """Kish's effect with n / (n - 1): of two groups the factor is 2, and nothing else says so."""
+    values, groups = [1, 1, 1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1, 1, 1]
+    mean, count = 0.5, 8
+    sums = [3 - 4 * mean, 1 - 4 * mean]
+    clustered = sum(s * s for s in sums) / count**2 * 2 / (2 - 1)
+    effect = clustered / (0.25 / count)
+    assert effect == 2  # without the factor it would be 1, and all 8 cases would count
+    assert effective_count(values, groups) == pytest.approx(count / effect)
+
+
+@pytest.mark.parametrize(
+    ("count", "t"), [(2, 12.706), (3, 4.303), (16, 2.131), (31, 2.042), (41, 2.021), (121, 1.980)]
+)
+def test_student_by_degrees_of_freedom(count, t):
+    values = [float(i % 2) for i in range(count)]
+    low, high = t_interval(values)
+    deviation = float(np.std(values, ddof=1))
+    assert (high - low) / 2 == pytest.approx(t * deviation / math.sqrt(count), rel=1e-3)

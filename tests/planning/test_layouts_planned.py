@@ -210,3 +210,15 @@ def test_what_does_not_divide_says_why():
         propose.propose(LLAMA, cluster(7), Workload(4096, 32), {"tensor": 7})
     for part in ("--gpus is 7", "tensor parallel size 7", "32 heads", "--global-batch-size 32"):
         assert part in str(error.value)
+
+
+def test_replicas_are_data_and_context_parallel_ranks():
+    """Gradients in fp32 go out and weights in bf16 come in, over DP x CP ranks."""
+    gpu = cost.GPUS["h100"]
+    held = memory.stage_parameters(LLAMA, Layout(1, 1, 1, 1), 0)
+    for layout in (Layout(1, 1, 1, 4), Layout(1, 1, 4, 1), Layout(1, 1, 2, 2)):
+        sent = 6 * held * 3 / 4
+        assert cost.replica_seconds(LLAMA, layout, gpu) == pytest.approx(sent / 450e9)
+    far = cost.replica_seconds(LLAMA, Layout(1, 1, 4, 4), gpu)
+    assert far == pytest.approx(6 * held * 15 / 16 / 50e9)  # 16 ranks are more than a node
+    assert cost.replica_seconds(LLAMA, Layout(1, 1, 1, 1), gpu) == 0

@@ -81,3 +81,12 @@ def test_generator_is_pure_and_its_streams_differ():
     assert draws[0] == philox.generator(1, 2).random(8).tolist()
     assert len({tuple(draw) for draw in draws}) == 3
     assert draws[0] != philox.generator(1, 3).random(8).tolist()
+
+
+@given(seed=word, index=word, stream=st.integers(0, 9))
+def test_generators_are_keyed_by_seed_then_index(seed, index, stream):
+    key = np.array([seed, index], dtype=np.uint64)
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)
+    wanted = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    found = philox.generator(seed, index, stream)
+    assert found.integers(2**63, size=5).tolist() == wanted.integers(2**63, size=5).tolist()

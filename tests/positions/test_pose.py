@@ -154,3 +154,13 @@ def test_content_rules_leave_positions_alone():
 def test_settings_that_do_not_fit_name_their_flag(options, named):
     with pytest.raises(ValueError, match=named):
         pose(16, 64, **options)
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_skips_reach_the_end_of_the_window(chunks):
+    """T - N itself is drawn: without it the last position of the window is never trained."""
+    strategy = pose(16, 19, chunks=chunks)
+    drawn = [skips(strategy.layout(1, index))[-1] for index in range(400)]
+    assert set(drawn) == {0, 1, 2, 3}
+    last = max(strategy.layout(1, index).position_ids[-1] for index in range(400))
+    assert last == 18

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means, groups and intervals of results, against their definitions written out."""
+
+import math
+
+import pytest
+
+from megatron_cream.evaluation.results import case_results, perplexity_results
+from megatron_cream.evaluation.statistics import effective_count, wilson
+
+
+def case(seed, haystack, index, hit, **changes):
+    return {
+        **{"length": 384, "seed": seed, "haystack": haystack, "index": index, "where": index / 2},
+        **{"hit": bool(hit), "items": float(hit), "tokens": float(hit), "number": bool(hit)},
+        **{"logprob": -1.0, "answer_tokens": 1, **changes},
+    }
+
+
+def document(number, nll, targets, length=512):
+    return {"length": length, "document": number, "nll": nll, "targets": targets}
+
+
+def test_perplexity_is_a_mean_over_targets_and_not_over_documents():
+    long, short = document(0, [60.0, 40.0], [60, 40]), document(1, [30.0, 0.0], [10, 0])
+    (row,) = perplexity_results([short, long])["lengths"]
+    assert row["nll"] == pytest.approx(130 / 110)  # of documents it would be 2
+    assert row["perplexity"] == pytest.approx(math.exp(130 / 110))
+    assert (row["targets"], row["documents"]) == (110, 2)
+    assert row["document_nll"] == [1.0, 3.0]  # in their order
+    first, second = perplexity_results([short, long])["positions"]
+    assert (first["from"], first["to"], second["from"], second["to"]) == (0, 256, 256, 512)
+    assert first["perplexity"] == pytest.approx(math.exp(90 / 70))
+    assert second["perplexity"] == pytest.approx(math.exp(40 / 40))
+    assert (first["targets"], second["targets"]) == (70, 40)
+
+
+def test_lengths_are_apart_and_in_order():
+    found = perplexity_results([document(0, [8.0, 0.0], [4, 1]), document(0, [3.0], [3], 96)])
+    assert [(row["length"], row["targets"]) for row in found["lengths"]] == [(96, 3), (512, 5)]
+    assert [(p["length"], p["from"], p["to"]) for p in found["positions"]] == [
+        (96, 0, 96), (512, 0, 256), (512, 256, 512),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("nll", [1e6, math.inf, math.nan])
+def test_what_a_broken_model_makes_is_a_number_all_the_same(nll):
+    (row,) = perplexity_results([document(i, [nll + i, 1.0], [1, 1]) for i in range(3)])["lengths"]
+    assert math.isnan(row["perplexity"]) if math.isnan(nll) else row["perplexity"] == math.inf
+
+
+def test_haystacks_of_two_seeds_are_two():
+    """Each seed numbers its haystacks from 0; their cases fail together, but not with another's."""
+    cases = [case(seed, 0, i, seed % 2) for seed in range(8) for i in range(3)]
+    (row,) = case_results(cases, 3, number=False, placed=False)["lengths"]
+    assert row["haystacks"] == 8 and row["cases"] == 24
+    groups = [(c["seed"], 0) for c in cases]
+    independent = effective_count([c["hit"] for c in cases], groups)
+    assert independent == 8
+    assert row["independent_cases"] == 8
+    assert (row["hit_low"], row["hit_high"]) == wilson(0.5, 8)  # not of 24 cases
+
+
+def test_shares_are_means_over_cases():
+    cases = [
+        case(0, 0, 0, 1, logprob=-1.0, answer_tokens=1),
+        case(0, 0, 1, 0, logprob=-5.0, answer_tokens=3, items=0.5, tokens=0.25, number=True),
+    ]
+    (row,) = case_results(cases, 3, number=True, placed=False)["lengths"]
+    assert (row["hit"], row["items"], row["tokens"], row["number"]) == (0.5, 0.75, 0.625, 1.0)
+    assert row["logprob"] == -3.0
+    assert row["logprob_per_token"] == -6.0 / 4
+
+
+def test_places_are_rounded_to_those_that_were_asked_for():
+    cases = [case(0, 0, i, i, where=where) for i, where in enumerate((0.0, 0.49, 1.0))]
+    found = case_results(cases + [case(1, 0, 0, 0, where=0.52)], 3, False, True)["places"]
+    assert [(row["where"], row["cases"]) for row in found] == [(0.0, 1), (0.5, 2), (1.0, 1)]
+    assert case_results(cases, 1, False, True)["places"][0]["where"] == 0.0
