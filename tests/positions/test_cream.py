@@ -224,19 +224,20 @@ def test_a_sample_costs_the_same_at_any_target_length():
     assert long < 3 * short
 
 
-@pytest.mark.parametrize(
-    "target", [*range(3, 70), *(2**k + d for k in range(7, 19) for d in (-1, 0, 1))]
-)
+POWERS = [2**k + near for k in range(7, 19) for near in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("target", [*range(9, 66), *POWERS])
 def test_shortest_length_is_the_shortest_that_fits(target):
-    """Of every length up to it, none has room for two heads and a token between them."""
-    shortest = make_strategy("cream", target, target, head_lengths=(1,)).shortest_length
-    assert shortest == 3
-    strategy = make_strategy("cream", max(3, target), max(3, target))
-    wanted = (
-        next(n for n in range(3, target + 1) if 2 * (4 * target // n) < n) if target > 8 else None
-    )
-    if wanted is not None:
-        assert strategy.shortest_length == wanted
-        make_strategy("cream", wanted, target)
-        with pytest.raises(ValueError, match="--cream-head-lengths"):
-            make_strategy("cream", wanted - 1, target)
+    """Of the lengths below it, none has room for two heads and a token between them."""
+    shortest = make_strategy("cream", target, target).shortest_length
+    assert shortest == next(n for n in range(3, target + 1) if 2 * (4 * target // n) < n)
+    make_strategy("cream", shortest, target)
+    with pytest.raises(ValueError, match="--cream-head-lengths"):
+        make_strategy("cream", shortest - 1, target)
+
+
+def test_shortest_length_with_given_heads():
+    strategy = make_strategy("cream", 64, 512, head_lengths=(5, 9))
+    assert strategy.shortest_length == 19
+    make_strategy("cream", 19, 512, head_lengths=(5, 9))

@@ -45,15 +45,15 @@ def test_the_scale_is_drawn_apart_from_layout_and_shuffling():
 
 
 def test_text_is_chosen_from_what_the_largest_scale_reaches():
-    strategy = scaled(inner="cream", train=30)
+    strategy = scaled(inner="cream", train=48, original=64, scales=(1.0, 2.0, 4.0))
     assert strategy.content_length == strategy.target_length == 256
-    assert strategy.strategies[0].content_length == 32
+    assert strategy.strategies[0].content_length == 64
 
 
 def test_shortest_length_holds_at_every_scale():
     strategy = scaled(inner="pose", chunks=3)
     assert strategy.shortest_length == 3
-    strategy = scaled(inner="cream", train=60, original=64)
+    strategy = scaled(inner="cream", train=48, original=64, scales=(1.0, 2.0, 4.0))
     assert strategy.shortest_length == max(s.shortest_length for s in strategy.strategies)
     assert strategy.shortest_length > strategy.strategies[0].shortest_length
 
