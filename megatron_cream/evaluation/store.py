@@ -14,7 +14,7 @@ from megatron_cream.errors import UserError
 from megatron_cream.evaluation.records import Kind, Record, read_object, read_records
 
 SETTINGS, CASES, RESULT = "settings.json", "cases.jsonl", "result.json"
-_RUN = "run"  # key of a line of CASES: which settings it was made with
+_SEAL = "seal"  # key of a line of CASES: hash of the line and of the settings it was made with
 _LATER = ("cases_file_content", "data_content")  # settings that runs of older versions lack
 
 
@@ -40,8 +40,7 @@ class Store:
         self.kind, self.finished = kind, []
         self._lock: int | None = None
         decide = {k: v for k, v in self.settings.items() if v is not None and k not in _LATER}
-        words = json.dumps(decide, sort_keys=True)
-        self._run = hashlib.sha256(words.encode()).hexdigest()[:8]
+        self._decide = json.dumps(decide, sort_keys=True).encode()
         if folder is not None:
             self.folder = Path(folder)
             if self.primary:
@@ -118,12 +117,18 @@ class Store:
             os.truncate(path, len(whole))
         records = read_records(path, whole, self.kind)
         for number, record in enumerate(records, 1):
-            if record.pop(_RUN, self._run) != self._run:
+            seal = record.pop(_SEAL, None)  # runs of older versions have none
+            if seal not in (None, self._seal(record)):
                 raise UserError(
-                    f"--output is {self.folder}: line {number} of {CASES} was made with other "
-                    f"settings than {SETTINGS} has; take another folder"
+                    f"--output is {self.folder}: line {number} of {CASES} is not what this run "
+                    f"wrote: it was changed, or made with other settings than {SETTINGS} has; "
+                    "take another folder, or delete that line, whose case is then scored again"
                 )
         return records
+
+    def _seal(self, record: Record) -> str:
+        words = json.dumps(record, sort_keys=True).encode()
+        return hashlib.sha256(self._decide + words).hexdigest()[:12]
 
     def refuse_foreign(self, lengths: set[int], known: set[tuple[int, ...]]) -> None:
         """Refuse finished records of ``lengths`` that are not among those that the run makes.
@@ -142,7 +147,7 @@ class Store:
         """Write finished records down, now."""
         self.finished += records
         if self.primary:
-            lines = (json.dumps({**record, _RUN: self._run}) + "\n" for record in records)
+            lines = (json.dumps({**record, _SEAL: self._seal(record)}) + "\n" for record in records)
             with open(self.folder / CASES, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
 

@@ -35,7 +35,10 @@ def text(tmp_path_factory):
 
 def lines(folder):
     with open(f"{folder}/cases.jsonl") as file:
-        return sorted((json.loads(line) for line in file), key=lambda r: json.dumps(r)[:60])
+        found = [json.loads(line) for line in file]
+    for record in found:
+        record.pop("seal")  # of the settings, which name the model
+    return sorted(found, key=lambda record: json.dumps(record)[:60])
 
 
 @pytest.fixture(scope="module")

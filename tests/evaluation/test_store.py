@@ -72,6 +72,7 @@ def test_cases_that_the_run_does_not_make(small_hf, tmp_path, changes):
     run(asked)
     lines = tmp_path / "cases.jsonl"
     other = json.loads(lines.read_text().splitlines()[0]) | changes
+    del other["seal"]
     lines.write_text(lines.read_text() + json.dumps(other) + "\n")
     with pytest.raises(ValueError, match=r"--output is .*which this run does not make"):
         run(asked)
@@ -85,6 +86,7 @@ def test_documents_that_the_run_does_not_score(small_hf, tmp_path):
     run(arguments(**asked))
     lines = folder / "cases.jsonl"
     first = json.loads(lines.read_text())
+    del first["seal"]
     lines.write_text(lines.read_text() + json.dumps(first | {"document": 1}) + "\n")
     with pytest.raises(ValueError, match=r"has length 96, document 1, which this run does not"):
         run(arguments(**asked))
@@ -99,8 +101,17 @@ def test_cases_made_with_other_settings(tmp_path):
         with Store(tmp_path / name, {"task": "needle", "model": name}, CASES) as store:
             store.add([case()])
     (tmp_path / "one" / "cases.jsonl").write_bytes((tmp_path / "two" / "cases.jsonl").read_bytes())
-    with pytest.raises(ValueError, match="line 1 of cases.jsonl was made with other settings"):
+    with pytest.raises(ValueError, match="line 1 of cases.jsonl is not what this run wrote"):
         Store(tmp_path / "one", {"task": "needle", "model": "one"}, CASES)
+
+
+def test_a_line_that_was_changed(tmp_path):
+    with Store(tmp_path, SETTINGS, CASES) as store:
+        store.add([case(hit=False)])
+    path = tmp_path / "cases.jsonl"
+    path.write_text(path.read_text().replace("false", "true"))
+    with pytest.raises(ValueError, match="line 1 of cases.jsonl is not what this run wrote"):
+        Store(tmp_path, SETTINGS, CASES)
 
 
 def test_a_folder_of_an_earlier_version_is_continued(tmp_path):

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank of an evaluation runs in a test."""
+"""What a rank of an evaluation runs in a test, and a small model to evaluate."""
 
 import json
+from pathlib import Path
 
-from megatron_cream.training import cpu
+VOCABULARY = 384
+TEXT = "The pass key is 12345. line amber-lantern: REGISTER_CONTENT is <67890>\n What is the? "
 
 
 def scored_lines(checkpoint: str, task: str, settings: dict, layout: tuple[int, int]) -> None:
     """Run tools/evaluate.py's run on this rank."""
+    from megatron_cream.training import cpu
+
     cpu.install()
     from megatron_cream.evaluation.run import run
     from support.arguments import arguments
@@ -21,3 +25,27 @@ def scored_lines(checkpoint: str, task: str, settings: dict, layout: tuple[int, 
         **settings,
     )
     print(json.dumps(run(args)))
+
+
+def write_small_hf(folder: Path) -> str:
+    """Write a random model of two layers whose vocabulary is larger than its tokenizer's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron_cream.data.tokenizers import train_bpe
+
+    train_bpe([TEXT * 50], VOCABULARY - 7, folder)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
