@@ -83,8 +83,8 @@ def lines(data, rng):
 def places(value, path=()):
     """Every place in a JSON value."""
     yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in inner if isinstance(value, dict | list) else ():
+    parts = dict(enumerate(value)) if isinstance(value, list) else value
+    for key, part in parts.items() if isinstance(parts, dict) else ():
         yield from places(part, (*path, key))
 
 

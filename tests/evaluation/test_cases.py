@@ -4,6 +4,8 @@
 import gzip
 import json
 import lzma
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -168,3 +170,50 @@ def test_bad_published_files(tmp_path, task, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=f"--cases-file .*{message}"):
         read_haystacks(task, str(path), Kit(Prompt(ByteLevelTokenizer())), 5, 3)
+
+
+def text_of(task, cases, length=LENGTH, seed=5):
+    """What a case says: its context, and question with answer of each tail."""
+    prompt = Prompt(ByteLevelTokenizer())
+    for haystack in TASKS[task].make(Kit(prompt), length, seed, cases):
+        decode = prompt.tokenizer.decode
+        yield decode(haystack.context), [decode(tail.tokens) for tail in haystack.tails]
+
+
+def test_variables_are_assigned_in_the_order_of_the_answer():
+    ((context, tails),) = text_of("variable-tracking", 3)
+    for tail in tails:
+        value = tail.split("assigned the value ")[1].split(" ")[0]
+        chain = tail.split("are:")[1].strip().split(", ")
+        assert len(chain) == 5
+        sources = [value, *(f"VAR {name}" for name in chain)]
+        texts = [f" VAR {name} = {source}." for name, source in zip(chain, sources, strict=False)]
+        places = [context.index(text) for text in texts]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize(("length", "times"), [(4095, (10, 1)), (12000, (30, 3))])
+def test_common_words_are_the_most_common(length, times):
+    for context, (tail,) in text_of("common-words", 2, length):
+        listed = [line.split(". ")[1] for line in context.split("most often.\n")[1].splitlines()]
+        counts = Counter(listed)
+        answer = tail.split("are:")[1].strip().split(", ")
+        assert answer == sorted(answer) and len(answer) == 10
+        assert {counts.pop(word) for word in answer} == {times[0]}
+        assert set(counts.values()) == {times[1]}
+
+
+def test_frequent_words_are_the_most_frequent():
+    for context, (tail,) in text_of("frequent-words", 2):
+        words = context.split("coded words.\n")[1].split()
+        counts = [word for word, _ in Counter(words).most_common(4)]
+        assert counts[0] == "..."
+        assert tail.split("are:")[1].strip().split(", ") == counts[1:]
+
+
+def test_key_value_pairs_are_json_with_every_answer():
+    ((context, tails),) = text_of("kv-retrieval", 3)
+    pairs = json.loads(context.split("JSON data:\n")[1])
+    for tail in tails:
+        key, value = re.search(r'Key: "(.*)"\nCorresponding value: "(.*)', tail).groups()
+        assert pairs[key] == value

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Means, groups and intervals of results, against their definitions written out."""
 
+import dataclasses
 import math
 
 import pytest
 
+from megatron_cream.evaluation.opening import check_vocabulary
 from megatron_cream.evaluation.results import case_results, perplexity_results
+from megatron_cream.evaluation.score_cases import _record
+from megatron_cream.evaluation.scoring import CaseScore
 from megatron_cream.evaluation.statistics import effective_count, wilson
+from megatron_cream.evaluation.tables import length_name
 
 
 def case(seed, haystack, index, hit, **changes):
@@ -77,3 +82,35 @@ def test_places_are_rounded_to_those_that_were_asked_for():
     found = case_results(cases + [case(1, 0, 0, 0, where=0.52)], 3, False, True)["places"]
     assert [(row["where"], row["cases"]) for row in found] == [(0.0, 1), (0.5, 2), (1.0, 1)]
     assert case_results(cases, 1, False, True)["places"][0]["where"] == 0.0
+
+
+def test_a_star_is_for_what_is_longer_than_the_window():
+    result = {"window": 512}
+    assert [length_name(result, n) for n in (511, 512, 513)] == ["511", "512", "513\\*"]
+
+
+def test_a_first_integer_is_right_where_the_answer_is_and_no_digit_follows():
+    class Digits:
+        tokenizer = type("T", (), {"decode": staticmethod(lambda ids: "7" if ids[0] else " 7")})
+
+    score = CaseScore(384, 0, 0, 0, 0.5, True, 1.0, 1.0, -0.1, 2, 0)
+    numbers = [
+        _record(dataclasses.replace(score, hit=hit, next=behind), "passkey", Digits)["number"]
+        for hit in (True, False)
+        for behind in (0, 1)
+    ]
+    assert numbers == [True, False, False, False]
+    assert "number" not in _record(score, "needle", Digits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fits"), [(32000, True), (32001, False), (27776, True), (27775, False)]
+)
+def test_a_tokenizer_may_lack_a_tenth_and_a_thousand_tokens(tokens, fits):
+    tokenizer = type("T", (), {"vocab_size": tokens})
+    model = type("M", (), {"vocabulary": 32000, "name": "m"})
+    if fits:
+        check_vocabulary(tokenizer, model)
+    else:
+        with pytest.raises(ValueError, match=f"has {tokens} tokens, m has 32000"):
+            check_vocabulary(tokenizer, model)

@@ -247,3 +247,25 @@ def test_compare_overwrites_no_run(tmp_path):
     assert (tmp_path / "run" / "result.json").read_bytes() == before
     for _ in range(2):  # that of an earlier comparison may be written again
         compare([str(tmp_path / "run"), str(tmp_path / "other")], str(tmp_path / "both"))
+
+
+@pytest.mark.parametrize("key", ["stride", "documents", "document_tokens", "data"])
+def test_runs_of_other_documents_are_not_compared(tmp_path, key):
+    for name, value in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        text = json.dumps({**perplexities(), key: value})
+        (tmp_path / name / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=f"two has {key} 2: .*one has 1; runs to compare"):
+        compare([str(tmp_path / "one"), str(tmp_path / "two")], None)
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    runs = []
+    for folder, name in (("one", "m"), ("two", "m"), ("three", "n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "result.json").write_text(json.dumps(result(name=name)))
+        runs.append(str(tmp_path / folder))
+    table = compare(runs, None)
+    assert all(f"| {folder} |" in table for folder in ("one", "two", "three"))
+    table = compare(runs[1:], None)
+    assert "| m |" in table and "| n |" in table

@@ -222,3 +222,78 @@ def test_replicas_are_data_and_context_parallel_ranks():
     far = cost.replica_seconds(LLAMA, Layout(1, 1, 4, 4), gpu)
     assert far == pytest.approx(6 * held * 15 / 16 / 50e9)  # 16 ranks are more than a node
     assert cost.replica_seconds(LLAMA, Layout(1, 1, 1, 1), gpu) == 0
+
+
+def test_communication_of_rings_and_stages():
+    """Each against its bytes written out; ranks are numbered tensor parallel first."""
+    gpu = cost.GPUS["h100"]
+
+    def seconds(layout, **changes):
+        shape = dataclasses.replace(LLAMA_70B, **changes)
+        return cost.activation_seconds(shape, layout, CREAM, gpu)
+
+    hidden = 2 * 4096 * 8192
+    once = 80 * hidden / 2 / 450e9 * 32
+    assert seconds(Layout(2, 1, 1, 1)) == pytest.approx(10 * once)
+    assert seconds(Layout(2, 1, 1, 1, recompute=True)) == pytest.approx(14 * once)
+    # Keys and values of 8 groups go round a ring of 4: forward, backward, and their gradients.
+    ring = 80 * 3 * (4 * 1024 * 8 * 128) * 3
+    assert seconds(Layout(1, 1, 4, 1)) == pytest.approx(ring / 450e9 * 32)
+    assert seconds(Layout(1, 1, 4, 1), groups=16) == pytest.approx(2 * ring / 450e9 * 32)
+    # A ring of 4 groups of 8 ranks leaves the node, and each rank sends an eighth.
+    tensor = 80 * 10 * (hidden / 4) * 7 / 8 / 450e9
+    assert seconds(Layout(8, 1, 4, 1)) == pytest.approx(32 * (tensor + ring / 8 / 50e9))
+    # A stage hands its activations on, and gradients back.
+    assert seconds(Layout(1, 2, 1, 1)) == pytest.approx(2 * hidden / 450e9 * 32)
+
+
+def test_weights_and_gradients_pass_through_memory_once_a_micro_batch():
+    gpu, layout = cost.GPUS["h100"], Layout(1, 1, 1, 1)
+    held = memory.stage_parameters(LLAMA, layout, 0)
+    for samples in (1, 8):
+        step = cost.step_time(LLAMA, layout, Workload(4096, samples), gpu, 0.5)
+        assert step.update == pytest.approx(held * (10 * samples + 4 + 30) / 3350e9)
+    shared = cost.step_time(LLAMA, Layout(1, 1, 2, 2), Workload(8192, 2), gpu, 0.5)
+    assert shared.update == pytest.approx(held * (10 + 4 + 30 / 4) / 3350e9)
+
+
+def test_the_output_layer_is_work_of_the_last_stage():
+    short = dataclasses.replace(LLAMA, layers=4)
+    gpu, work = cost.GPUS["h100"], Workload(4096, 2)
+    even = cost.step_time(short, Layout(1, 2, 1, 1), work, gpu, 0.5).kernels
+    fewer = cost.step_time(short, Layout(1, 2, 1, 1, 3, 1), work, gpu, 0.5).kernels
+    layer = cost.layer_flops(short, 4096)
+    head = 6 * short.vocabulary * short.hidden
+    rate = gpu.tflops * 1e12 * 0.5
+    assert even == pytest.approx(2 * 4096 * (2 * layer + head) / rate)
+    assert fewer == pytest.approx(2 * 4096 * max(3 * layer, layer + head) / rate)
+
+
+def test_parts_of_the_memory_of_a_stage():
+    qk = dataclasses.replace(LLAMA, qk_norm=True)
+    assert memory.layer_norms(qk) - memory.layer_norms(LLAMA) == 2 * 128
+    one, again = Layout(1, 1, 1, 1), Layout(1, 1, 1, 1, recompute=True)
+    whole = memory.layer_activations(LLAMA)
+    small = dataclasses.replace(LLAMA, vocabulary=128)
+    kept, made = (memory.stage_memory(small, x, CREAM, 0).working for x in (one, again))
+    assert (kept, made) == (4096 * whole, 2 * 4096 * whole)
+    head = memory.stage_memory(dataclasses.replace(LLAMA, vocabulary=320000), one, CREAM, 0)
+    assert head.working == 4096 * (4 * 4096 + 6 * 320000)
+
+
+def test_context_parallel_ranks_have_two_pieces_of_a_sample_each():
+    """Megatron cuts a sample into 2 x CP pieces: 12 K tokens over 3 ranks, not over an odd rest."""
+    work = Workload(3 * 4096 + 3, 1)
+    assert all(p.context == 1 for p in layouts(LLAMA, 3, work))
+    assert any(p.context == 3 for p in layouts(LLAMA, 3, Workload(6 * 4096, 1)))
+
+
+def test_ties_go_to_the_layout_that_splits_less(monkeypatch):
+    same = cost.Step(1.0, 0.0, 0.0, 0.0)
+    monkeypatch.setattr(propose, "step_time", lambda *_: same)
+    found = propose.propose(SMOL, cluster(6), Workload(4096, 6)).layout
+    assert (found.tensor, found.pipeline) == (1, 1)
+    order = propose.layouts
+    monkeypatch.setattr(propose, "layouts", lambda *a, **k: reversed(list(order(*a, **k))))
+    found = propose.propose(SMOL, cluster(6), Workload(4096, 6)).layout
+    assert (found.tensor, found.pipeline) == (1, 1)

@@ -157,3 +157,18 @@ def test_the_printed_script_gives_torchrun_the_planned_flags(tmp_path, gpus):
 )
 def test_rope_goes_on_from_the_base_models(name, target, expected):
     assert " ".join(rope_flags(MODELS[name], target)) == "--rope-interpolation " + expected
+
+
+def test_flags_at_their_edges():
+    def flags(layout, target=32768, iterations=1000):
+        return argv(run_flags(MODELS["llama-2-7b"], layout, Workload(4096, 32), target, iterations))
+
+    one, context = Layout(1, 1, 1, 1), Layout(1, 1, 2, 1)
+    assert "--overlap-grad-reduce" not in flags(one)
+    assert "--overlap-grad-reduce" in flags(context)  # the optimizer is shared over them as well
+    assert "--cream-sigma-relative" not in flags(one, 8 * 4096)  # at 8 x N it is the published one
+    assert "--cream-sigma-relative" in flags(one, 8 * 4096 + 1)
+    assert "full" in flags(one, 4096) and "cream" in flags(one, 4097)
+    for iterations, warmup in ((1000, "10"), (8, "4"), (1, "0")):
+        given = flags(one, iterations=iterations)
+        assert given[given.index("--lr-warmup-iters") + 1] == warmup
