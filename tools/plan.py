@@ -107,9 +107,15 @@ def _positive(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"is {text}: it must be a whole number of at least 1")
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(
+            f"is {text[:40]}: it must be a whole number of at least 1 and at most {_MOST}"
+        )
     return value
+
+
+_MOST = 2**28
+"""More GPUs, tokens, samples or steps than there will be."""
 
 
 def _amount(text: str) -> float:
@@ -117,8 +123,10 @@ def _amount(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"is {text}: it must be a positive number")
+    if not 1e-6 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(
+            f"is {text[:40]}: it must be a positive number, from 1e-6 to 1e9"
+        )
     return value
 
 

@@ -47,6 +47,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+MOST = {"--train-length": 2**22, "--target-length": 2**26, "--samples": 10**7}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -76,6 +78,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--layouts", type=int, default=24, help="samples to draw (default: 24)")
     add("--output", type=Path, metavar="FILE", help="default: positions-STRATEGY.png")
     args = parser.parse_args(argv)
+    for flag, value in (("--train-length", args.train_length), ("--samples", args.samples)):
+        if value is not None and value > MOST[flag]:
+            parser.error(f"{flag} is {value}: it must be at most {MOST[flag]}")
+    if args.target_length > MOST["--target-length"]:
+        parser.error(
+            f"--target-length is {args.target_length}: it must be at most "
+            f"{MOST['--target-length']}, every distance is counted"
+        )
     if not 1 <= args.layouts <= 200:
         parser.error(f"--layouts is {args.layouts}: it must be from 1 to 200 rows of the picture")
     return args

@@ -165,4 +165,5 @@ def _divides_samples(work: Workload, context: int, data: int, given: bool) -> bo
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
