@@ -1,0 +1,621 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of many kinds, and prose for where the user gives none.
+
+Nothing here can stand in a case of ``megatron_cream.evaluation``: no adjective, noun or sentence is
+among its own, its UUIDs are of version 4 and these never are. A number is only ever the value of a
+key from here, or, where no key goes with it, has another number of digits than a passkey there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_cream.errors import UserError
+
+ADJECTIVES = [
+    "absent",
+    "acrid",
+    "agile",
+    "aloof",
+    "ample",
+    "atomic",
+    "azure",
+    "barren",
+    "blunt",
+    "bouncy",
+    "brittle",
+    "bulky",
+    "candid",
+    "cheap",
+    "civil",
+    "classic",
+    "coarse",
+    "common",
+    "complex",
+    "concrete",
+    "covert",
+    "crooked",
+    "curved",
+    "damp",
+    "dense",
+    "digital",
+    "distant",
+    "double",
+    "dry",
+    "dual",
+    "elastic",
+    "elegant",
+    "endless",
+    "exact",
+    "exotic",
+    "famous",
+    "feral",
+    "festive",
+    "final",
+    "flexible",
+    "formless",
+    "frugal",
+    "funny",
+    "fuzzy",
+    "general",
+    "glossy",
+    "granular",
+    "handy",
+    "harsh",
+    "heavy",
+    "hexagonal",
+    "hollowed",
+    "ideal",
+    "immense",
+    "inner",
+    "intact",
+    "inverse",
+    "joint",
+    "juicy",
+    "knotted",
+    "lateral",
+    "lazier",
+    "lenient",
+    "level",
+    "linear",
+    "literal",
+    "local",
+    "logical",
+    "loose",
+    "magnetic",
+    "main",
+    "major",
+    "metallic",
+    "minor",
+    "mobile",
+    "modern",
+    "moist",
+    "mutual",
+    "mystic",
+    "native",
+    "neutral",
+    "next",
+    "normal",
+    "novel",
+    "numeric",
+    "oblique",
+    "odd",
+    "open",
+    "outer",
+    "oval",
+    "pale",
+    "parallel",
+    "partial",
+    "perfect",
+    "pine-clad",
+    "plural",
+    "polar",
+    "porous",
+    "precise",
+    "primal",
+    "private",
+    "prompt",
+    "public",
+    "pure",
+    "radial",
+    "random",
+    "raw",
+    "ready",
+    "real",
+    "remote",
+    "ripe",
+    "rigid",
+    "round",
+    "royalist",
+    "rural",
+    "scarce",
+    "scenic",
+    "sealed",
+    "secret",
+    "serial",
+    "shallow",
+    "simple",
+    "single",
+    "sleek",
+    "slim",
+    "solid",
+    "sour",
+    "spiral",
+    "square",
+    "stable-born",
+    "static",
+    "sticky",
+    "stiff",
+    "strong",
+    "sudden",
+    "tacit",
+    "tangled",
+    "tepid",
+    "thick",
+    "tidal",
+    "tight",
+    "total",
+    "tough",
+    "trim",
+    "twin",
+    "uneven",
+    "unique",
+    "unlit",
+    "usual",
+    "vacant",
+    "valid",
+    "vertical",
+    "virtual",
+    "vital",
+    "volatile",
+    "wavy",
+    "weary",
+    "whole",
+    "woven",
+    "zonal",
+]
+
+NOUNS = [
+    "abacus",
+    "adapter",
+    "airport",
+    "album",
+    "alley",
+    "almanac",
+    "altar",
+    "antenna",
+    "archive",
+    "armor",
+    "atlas",
+    "auction",
+    "axle",
+    "bagel",
+    "balcony",
+    "banjo",
+    "banner",
+    "bazaar",
+    "bicycle",
+    "biscuit",
+    "blade",
+    "boiler",
+    "bonnet",
+    "border",
+    "bowl",
+    "bracket",
+    "brick",
+    "broker",
+    "bucketful",
+    "bumper",
+    "bus",
+    "cable",
+    "camera",
+    "canal",
+    "canvas",
+    "capsule",
+    "caravan",
+    "cargo",
+    "cart",
+    "casket",
+    "cave",
+    "chalk",
+    "channel",
+    "charter",
+    "chest",
+    "chisel",
+    "cipher",
+    "circuit",
+    "clamp",
+    "clinic",
+    "cloak",
+    "coal",
+    "cobbler",
+    "coffee",
+    "collar",
+    "column",
+    "console",
+    "copper",
+    "corner",
+    "cork",
+    "counter",
+    "crane",
+    "crate",
+    "crystal",
+    "cube",
+    "cup",
+    "deck",
+    "depot",
+    "desk",
+    "dial",
+    "diary",
+    "dome",
+    "door",
+    "dragon",
+    "dress",
+    "drill",
+    "dune",
+    "dynamo",
+    "echo",
+    "elbow",
+    "elevator",
+    "ember",
+    "emblem",
+    "envelope",
+    "fabric",
+    "factory",
+    "fan",
+    "faucet",
+    "file",
+    "filter",
+    "flag",
+    "flask",
+    "folder",
+    "foundry",
+    "frame",
+    "freezer",
+    "funnel",
+    "furnace",
+    "fuse",
+    "galaxy",
+    "garage",
+    "gasket",
+    "gauge",
+    "gear",
+    "geyser",
+    "goblet",
+    "gravel",
+    "grid",
+    "hallway",
+    "hangar",
+    "helmet",
+    "hinge",
+    "hook",
+    "hotel",
+    "hydrant",
+    "igloo",
+    "inkwell",
+    "invoice",
+    "jaguar",
+    "jersey",
+    "jigsaw",
+    "junction",
+    "keel",
+    "kennel",
+    "keyboard",
+    "kiosk",
+    "knot",
+    "label",
+    "laboratory",
+    "ladle",
+    "laser",
+    "latch",
+    "lawn",
+    "ledger",
+    "lens",
+    "lever",
+    "limousine",
+    "locker",
+    "loom",
+    "magnet",
+    "mallet",
+    "manual",
+    "mast",
+    "medal",
+    "meter",
+    "mint",
+    "modem",
+    "monitor",
+    "mosaic",
+    "motor",
+    "mug",
+    "museum-hall",
+    "napkin",
+    "nebula",
+    "nozzle",
+    "number-plate",
+    "nut",
+    "oasis",
+    "office",
+    "onion",
+    "opera",
+    "orbit",
+    "oxide",
+    "package",
+    "pallet",
+    "panel",
+    "parcel",
+    "parsley",
+    "pedal",
+    "pepper",
+    "phone",
+    "pipe",
+    "piston",
+    "plank",
+    "plaque",
+    "pliers",
+    "podium",
+    "pole",
+    "portal",
+    "poster",
+    "printer",
+    "prism",
+    "pulley",
+    "pump",
+    "puppet",
+    "quarry",
+    "quartz",
+    "rack",
+    "radar",
+    "radio",
+    "rail",
+    "ranch",
+    "razor",
+    "reactor",
+    "reservoir",
+    "rifle",
+    "rivet",
+    "rod",
+    "roof",
+    "rope",
+    "rotor",
+    "router",
+    "rudder",
+    "ruler",
+    "salad",
+    "sample",
+    "sandal",
+    "satellite",
+    "sausage",
+    "scale",
+    "scanner",
+    "scissors",
+    "screw",
+    "sensor",
+    "shelf",
+    "shield",
+    "shutter",
+    "silo",
+    "siren",
+    "sketch",
+    "sled",
+    "socket",
+    "sofa",
+    "spade",
+    "spindle",
+    "sponge",
+    "stairway",
+    "stamp",
+    "stapler",
+    "steam",
+    "stove",
+    "strap",
+    "studio",
+    "subway",
+    "suitcase",
+    "syrup",
+    "syringe",
+    "tablet",
+    "tanker",
+    "target",
+    "tavern",
+    "taxi",
+    "telescope",
+    "terminal",
+    "thermos",
+    "thread",
+    "tile",
+    "toaster",
+    "token",
+    "torch",
+    "tractor",
+    "trailer",
+    "transit",
+    "tray",
+    "tripod",
+    "trophy",
+    "trumpet",
+    "tub",
+    "turbine",
+    "turret",
+    "umbrella",
+    "urn",
+    "vacuum",
+    "valve",
+    "vault",
+    "vehicle",
+    "vessel",
+    "video",
+    "vine",
+    "voucher",
+    "waffle",
+    "wardrobe",
+    "warehouse",
+    "washer",
+    "wedge",
+    "whistle",
+    "wire",
+    "wrench",
+    "yacht",
+    "yard",
+    "zipper",
+]
+
+_VERBS = [
+    "was moved to",
+    "was measured beside",
+    "leaned against",
+    "came back from",
+    "was sold together with",
+    "stood in front of",
+    "was repainted after",
+    "had been compared with",
+    "was kept away from",
+    "replaced",
+]
+_OPENINGS = [
+    "According to the file",
+    "As far as anyone knew",
+    "By the second week",
+    "For no clear reason",
+    "In the later report",
+    "On the third page",
+    "Several times a year",
+    "To nobody's surprise",
+    "Under the new rules",
+    "With some delay",
+    "At the end of the shift",
+    "Once more",
+]
+_SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in "lnrsk"]
+_PASSKEY_DIGITS = 5
+UUID_VERSIONS = "13578"
+
+Rng = np.random.Generator
+Kind = Callable[[Rng, int], list[str]]
+
+
+def distinct(draw: Kind) -> Kind:
+    """Return ``draw`` without repetitions."""
+
+    def drawn(rng: Rng, count: int) -> list[str]:
+        found = dict.fromkeys(draw(rng, count + count // 8 + 4))
+        for _ in range(8):
+            if len(found) >= count:
+                return list(found)[:count]
+            found |= dict.fromkeys(draw(rng, 2 * count))
+        raise UserError(f"--length: {count} different keys are needed, take shorter documents")
+
+    return drawn
+
+
+def digits(least: int, most: int) -> Kind:
+    """Numbers, all of as many digits, from ``least`` to ``most`` of them."""
+
+    def draw(rng: Rng, count: int) -> list[str]:
+        size = int(rng.integers(least, most + 1))
+        return list(map(str, rng.integers(10 ** (size - 1), 10**size, size=count).tolist()))
+
+    return draw
+
+
+def passkeys(rng: Rng, count: int) -> list[str]:
+    """Numbers that no key goes with: never of as many digits as those of the evaluation."""
+    sizes = [size for size in range(3, 10) if size != _PASSKEY_DIGITS]
+    size = int(rng.choice(sizes))
+    return list(map(str, rng.integers(10 ** (size - 1), 10**size, size=count).tolist()))
+
+
+def uuids(rng: Rng, count: int) -> list[str]:
+    """UUIDs of another version than 4."""
+    version = rng.choice(list(UUID_VERSIONS))
+    text = rng.bytes(16 * count).hex()
+    rows = (text[i : i + 32] for i in range(0, len(text), 32))
+    return [f"{r[:8]}-{r[8:12]}-{version}{r[13:16]}-{r[16:20]}-{r[20:]}" for r in rows]
+
+
+def hexadecimal(rng: Rng, count: int) -> list[str]:
+    """Runs of 6 to 32 hexadecimal digits, all as long."""
+    size = 2 * int(rng.integers(3, 17))
+    text = rng.bytes(size // 2 * count).hex()
+    return [text[i : i + size] for i in range(0, len(text), size)]
+
+
+def codes(rng: Rng, count: int) -> list[str]:
+    """Codes such as ``QX-4821``."""
+    letters = rng.integers(65, 91, size=(count, 2))
+    numbers = rng.integers(100, 100000, size=count).tolist()
+    return [f"{chr(a)}{chr(b)}-{n}" for (a, b), n in zip(letters.tolist(), numbers, strict=True)]
+
+
+def _pairs(rng: Rng, count: int, form: str) -> list[str]:
+    first = rng.integers(len(ADJECTIVES), size=count).tolist()
+    second = rng.integers(len(NOUNS), size=count).tolist()
+    return [form.format(ADJECTIVES[i], NOUNS[j]) for i, j in zip(first, second, strict=True)]
+
+
+def names(rng: Rng, count: int) -> list[str]:
+    """Names of two words: with a hyphen, an underline or a space."""
+    return _pairs(rng, count, str(rng.choice(["{}-{}", "{}-{}", "{}_{}", "{} {}"])))
+
+
+def phrases(rng: Rng, count: int) -> list[str]:
+    """Some words to write down as they stand."""
+    return _pairs(rng, count, f"{rng.choice(['a', 'the', 'one'])} {{}} {{}}")
+
+
+def invented(rng: Rng, count: int) -> list[str]:
+    """Invented names of two or three syllables."""
+    drawn = rng.integers(len(_SYLLABLES), size=(count, int(rng.integers(2, 4)))).tolist()
+    return ["".join(_SYLLABLES[i] for i in row).capitalize() for row in drawn]
+
+
+def words(rng: Rng, count: int) -> list[str]:
+    """Single words."""
+    return [NOUNS[i] for i in rng.integers(len(NOUNS), size=count).tolist()]
+
+
+def amounts(rng: Rng, count: int) -> list[str]:
+    """Amounts with two decimals."""
+    return [f"{n / 100:.2f}" for n in rng.integers(1000, 10**7, size=count).tolist()]
+
+
+def dates(rng: Rng, count: int) -> list[str]:
+    """Dates as in ISO 8601."""
+    days = np.datetime64("1950-01-01") + rng.integers(40000, size=count)
+    return list(map(str, days))
+
+
+KEYS: dict[str, Kind] = {
+    "names": distinct(names),
+    "uuids": distinct(uuids),
+    "codes": distinct(codes),
+    "invented": distinct(invented),
+    "hexadecimal": distinct(hexadecimal),
+    "numbers": distinct(digits(5, 8)),
+}
+VALUES: dict[str, Kind] = {
+    "numbers": digits(3, 9),
+    "uuids": uuids,
+    "hexadecimal": hexadecimal,
+    "codes": codes,
+    "names": names,
+    "phrases": phrases,
+    "words": words,
+    "amounts": amounts,
+    "dates": dates,
+}
+
+
+def prose(rng: Rng, characters: int) -> str:
+    """Return sentences of at least so many characters, about nothing."""
+    sentences, size = [], 0
+    while size < characters:
+        count = 1 + (characters - size) // 60
+        subjects, objects = _pairs(rng, count, "the {} {}"), _pairs(rng, count, "a {} {}")
+        openings = rng.integers(len(_OPENINGS), size=count).tolist()
+        verbs = rng.integers(len(_VERBS), size=count).tolist()
+        for i, j, a, b in zip(openings, verbs, subjects, objects, strict=True):
+            sentences.append(f"{_OPENINGS[i]} {a} {_VERBS[j]} {b}.")
+            size += len(sentences[-1]) + 1
+    return " ".join(sentences)
