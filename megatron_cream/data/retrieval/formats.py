@@ -11,39 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-THINGS = [
-    "access code",
-    "account",
-    "balance",
-    "batch number",
-    "charge",
-    "checksum",
-    "contact",
-    "deposit",
-    "extension",
-    "file id",
-    "index",
-    "label",
-    "license",
-    "locker",
-    "offset",
-    "order",
-    "password",
-    "price",
-    "reading",
-    "reference",
-    "registration",
-    "room",
-    "score",
-    "secret",
-    "serial number",
-    "setting",
-    "signature",
-    "slot",
-    "tag",
-    "target",
-    "token",
-]
+_THINGS = """
+access code, account, balance, batch number, charge, checksum, contact, deposit, extension, file id,
+index, label, license, locker, offset, order, password, price, reading, reference, registration,
+room, score, secret, serial number, setting, signature, slot, tag, target, token
+"""
+THINGS = _THINGS.replace("\n", " ").strip().split(", ")
 
 
 @dataclass(frozen=True)
