@@ -9,12 +9,14 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
+from megatron_cream.positions.mixed import Mixed, check_share
 from megatron_cream.positions.scaled import Scaled
 from megatron_cream.rope import RopeScaling, compose, make_scaling
 from megatron_cream.rope.clex.scaling import scale_of, scales_up_to
 
 LABEL_RULES = ("true-next", "masked", "reference")
 SAMPLE_UNITS = ("document", "window", "packed", "packed-documents")
+DEFAULT_UNIT = "window"
 
 # Which strategy takes which settings; the rest keep their defaults and have no effect.
 _STRATEGY_OPTIONS = {
@@ -41,6 +43,7 @@ class ExtensionConfig:
         original_length: window of the model before, from which RoPE is interpolated.
         position_strategy: ``full``, ``cream``, ``pose`` or ``randpos``.
         position_seed: seed of the positions.
+        plain_share: probability that a training sample has plain positions instead.
         rope_interpolation: a name of ``SCALINGS`` or ``TRAINED`` of ``megatron_cream.rope``.
         rope_factor: how many times longer RoPE becomes; T / original_length unless given.
         rotary_base: theta of the model before.
@@ -52,8 +55,9 @@ class ExtensionConfig:
             ``masked`` (no loss where the next chunk is not the next text) or ``reference`` (the
             next token of the sample, as the published code trains it).
         sample_unit: ``document`` (one document a sample, as in the papers), ``window`` (documents
-            cut into windows of T), ``packed`` (windows of T over all documents in a row) or
-            ``packed-documents`` (several documents a sample, each at a layout of its own).
+            cut into windows of T, what --sample-unit is unless given), ``packed`` (windows of T
+            over all documents in a row) or ``packed-documents`` (several documents a sample, each
+            at a layout of its own).
     """
 
     train_length: int
@@ -76,6 +80,7 @@ class ExtensionConfig:
     rope_base: dict[str, Any] | None = field(default=None, hash=False)
     label_rule: str = "true-next"
     sample_unit: str = "document"
+    plain_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.label_rule not in LABEL_RULES:
@@ -89,6 +94,7 @@ class ExtensionConfig:
             )
         if self.cream_head_lengths is not None:
             object.__setattr__(self, "cream_head_lengths", tuple(self.cream_head_lengths))
+        check_share(self.plain_share)
         self._check_scales()
         self.strategy()
         self._check_theta()
@@ -98,6 +104,14 @@ class ExtensionConfig:
         """Return the position strategy of training samples; under CLEX one with scales."""
         options = _STRATEGY_OPTIONS.get(self.position_strategy, {})
         given = {option: getattr(self, field) for field, option in options.items()}
+        if self.plain_share:
+            return Mixed(
+                self.train_length,
+                self.target_length,
+                plain_share=self.plain_share,
+                inner=self.position_strategy,
+                options=tuple(given.items()),
+            )
         if not self.draws_scales:
             return make_strategy(
                 self.position_strategy, self.train_length, self.target_length, **given
@@ -145,6 +159,11 @@ class ExtensionConfig:
     def _check_scales(self) -> None:
         if not self.draws_scales:
             return
+        if self.plain_share:
+            raise UserError(
+                f"plain_share (--plain-share) is {self.plain_share:g}: --rope-interpolation clex "
+                "has plain samples of its own, those of scale 1; it must be 0"
+            )
         reached = self.target_length / self.original_length
         if reached <= 1 or self.rope_factor != reached:
             raise UserError(

@@ -16,13 +16,13 @@ _MASK = (1 << 64) - 1
 _BUFFER = 4  # Philox4x64 makes four 64-bit words a block
 
 
-def words(seed: int, index: int, count: int) -> list[int]:
-    """Return ``count`` uniform 64-bit words for one sample.
+def words(seed: int, index: int, count: int, stream: int = 0) -> list[int]:
+    """Return ``count`` uniform 64-bit words for one sample; ``stream`` as in ``generator``.
 
-    The stream equals ``numpy.random.Philox(key=[seed, index]).random_raw(count)``. Building that
+    Stream 0 equals ``numpy.random.Philox(key=[seed, index]).random_raw(count)``. Building that
     object costs 28 us, more than the rest of a sample; re-keying one that exists costs 2.
     """
-    return _keyed(seed, index).random_raw(count).tolist()
+    return _keyed(seed, index, stream).random_raw(count).tolist()
 
 
 def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
@@ -49,27 +49,28 @@ def unit(word: int) -> float:
 
 
 class _Rekeyed(threading.local):
-    """One Philox a thread, with the state that its setter copies from and the key in there."""
+    """One Philox a thread, with the state that its setter copies from; key and counter in there."""
 
     def __init__(self) -> None:
         philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
-        key = [0, 0]
+        key, counter = [0, 0], [0] * _BUFFER
         state = {
             **philox.state,
             # Lists, not the arrays that are there: the setter reads them item by item.
-            "state": {"counter": [0] * _BUFFER, "key": key},
+            "state": {"counter": counter, "key": key},
             "buffer": [0] * _BUFFER,
             "buffer_pos": _BUFFER,  # nothing left over: the next word starts a block
         }
-        self.parts = philox, state, key
+        self.parts = philox, state, key, counter
 
 
 _rekeyed = _Rekeyed()
 
 
-def _keyed(seed: int, index: int) -> np.random.Philox:
-    philox, state, key = _rekeyed.parts
+def _keyed(seed: int, index: int, stream: int) -> np.random.Philox:
+    philox, state, key, counter = _rekeyed.parts
     key[0] = int(seed) & _MASK
     key[1] = int(index) & _MASK
+    counter[-1] = stream
     philox.state = state
     return philox

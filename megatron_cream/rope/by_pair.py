@@ -11,6 +11,9 @@ import numpy as np
 from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling, longrope_fields, rounded_list
 
+_STOPPED = 1e30
+"""Divisor of a pair that does not turn, where a list must hold a number: 2e-24 radians at 2M."""
+
 
 class Llama3Scaling(RopeScaling):
     """Llama 3.1's: long wavelengths divided by s, short ones kept, a blend between.
@@ -102,3 +105,69 @@ class LongRopeScaling(RopeScaling):
     def to_hf(self) -> dict[str, Any]:
         lists = self.option("short_factor"), self.option("long_factor")
         return longrope_fields(self, *map(np.asarray, lists))
+
+
+class SlowedScaling(RopeScaling):
+    """Some pairs slowed down or stopped; exported as ``longrope`` with its divisors listed."""
+
+    @property
+    def wavelengths(self) -> tuple[float, float]:
+        return super().wavelengths if np.isfinite(self.divisors).any() else (math.inf, math.inf)
+
+    @property
+    def _listed(self) -> np.ndarray:
+        return np.minimum(self.divisors, _STOPPED)
+
+    def rounded(self, powers: np.ndarray) -> np.ndarray:
+        return rounded_list(self._listed, powers)
+
+    def to_hf(self) -> dict[str, Any]:
+        return longrope_fields(self, self._listed, self._listed)
+
+
+class CopeScaling(SlowedScaling):
+    """CoPE: the slowest pairs fade out along a half cosine (arXiv:2602.05258).
+
+    Frequencies of the c slowest pairs are multiplied by (1 + cos(pi j / (c - 1))) / 2, j = 0 ..
+    c - 1: the first of them is kept, the last stops. c is ``clipped_pairs``, or the number of pairs
+    that do not turn once in the original window, whose angles beyond it were never seen. Nothing
+    depends on the factor.
+    """
+
+    OPTIONS = {"clipped_pairs": None}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pairs, given = self.dim // 2, self.option("clipped_pairs")
+        if given is not None and not (given == int(given) and 2 <= given <= pairs):
+            raise UserError(
+                f"clipped_pairs (--rope-options) is {given}: it must be a whole number from 2 to "
+                f"{pairs}, the pairs of {self.dim} dimensions"
+            )
+
+    @property
+    def clipped(self) -> int:
+        """c, the number of pairs that fade out; 0 where all turn in the window."""
+        given = self.option("clipped_pairs")
+        if given is not None:
+            return int(given)
+        turning = self.original_length * self.theta**-self.exponents
+        slow = int((turning < 2 * math.pi).sum())
+        return slow if slow > 1 else 0
+
+    @property
+    def divisors(self) -> np.ndarray:
+        result = np.ones(self.dim // 2)
+        if self.clipped:
+            kept = (1 + np.cos(np.pi * np.arange(self.clipped) / (self.clipped - 1))) / 2
+            with np.errstate(divide="ignore"):
+                result[-self.clipped :] = 1 / kept
+        return result
+
+
+class DropeScaling(SlowedScaling):
+    """DroPE: no positions at all (arXiv:2512.12167); what order there is comes from the mask."""
+
+    @property
+    def divisors(self) -> np.ndarray:
+        return np.full(self.dim // 2, np.inf)

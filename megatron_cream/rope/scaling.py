@@ -7,7 +7,12 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling
-from megatron_cream.rope.by_pair import Llama3Scaling, LongRopeScaling
+from megatron_cream.rope.by_pair import (
+    CopeScaling,
+    DropeScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+)
 from megatron_cream.rope.clex.scaling import ClexScaling
 from megatron_cream.rope.uniform import (
     DynamicScaling,
@@ -30,6 +35,8 @@ SCALINGS: dict[str, type[RopeScaling]] = {
     "longrope": LongRopeScaling,
     "rope-theta": ThetaScaling,
     "proportional": ProportionalScaling,
+    "cope": CopeScaling,
+    "drope": DropeScaling,
 }
 
 TRAINED: dict[str, type[RopeScaling]] = {"clex": ClexScaling}

@@ -5,7 +5,13 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from megatron_cream.config import LABEL_RULES, POSITION_STRATEGIES, SAMPLE_UNITS, ExtensionConfig
+from megatron_cream.config import (
+    DEFAULT_UNIT,
+    LABEL_RULES,
+    POSITION_STRATEGIES,
+    SAMPLE_UNITS,
+    ExtensionConfig,
+)
 from megatron_cream.errors import UserError
 from megatron_cream.positions.cream import GAUSSIANS
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
@@ -37,6 +43,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add("--pose-chunks", type=int, default=2)
     add("--pose-lengths", choices=LENGTHS, help="default: trainer for 2 chunks, else paper")
     add("--pose-content", choices=CONTENTS, default="uniform")
+    add("--plain-share", type=float, default=0.0, help="share of samples at plain positions")
     add(
         "--rope-interpolation",
         choices=(*SCALINGS, *TRAINED),
@@ -50,7 +57,11 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="config.json of a base model whose RoPE is scaled already; linear and ntk go on top",
     )
     add("--label-rule", choices=LABEL_RULES, default="true-next", help="targets at chunk borders")
-    add("--sample-unit", choices=SAMPLE_UNITS, default="document", help="what a sample reads from")
+    add(
+        "--sample-unit",
+        choices=SAMPLE_UNITS,
+        help=f"what a sample reads from (default: {DEFAULT_UNIT}; that of a run that is resumed)",
+    )
     add(
         cross_entropy.FLAG,
         action="store_true",
@@ -94,7 +105,8 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
         rope_options=options_from_args(args),
         rope_base=read_base(args.rope_base_config) if args.rope_base_config else None,
         label_rule=args.label_rule,
-        sample_unit=args.sample_unit,
+        sample_unit=args.sample_unit or DEFAULT_UNIT,
+        plain_share=args.plain_share,
     )
     if args.hidden_size is not None:
         extension.scaling(rotary_dim(args))  # lists of factors must fit the model's dimensions

@@ -17,7 +17,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_cream.checkpoint.iterations import start_of
 from megatron_cream.checkpoint.saved import arguments_in, refuse_other_model, saved_extension
 from megatron_cream.checkpoint.starting import check_start
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.checkpoint.whole import check as check_whole
+from megatron_cream.config import DEFAULT_UNIT, ExtensionConfig
 from megatron_cream.data.index import DatasetIndex, read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.data.sources import make_sources
@@ -121,6 +122,19 @@ def _check_end_of_document(args: Namespace, prefix: str) -> None:
             f"--eod-mask-loss is given: dataset {prefix} must say which token ends a document; "
             "write it with tools/preprocess_data.py --append-eod"
         )
+
+
+def resumed_unit(args: Namespace) -> str:
+    """Return what samples are read from where --sample-unit is not given.
+
+    A run that is resumed goes on as it began, whatever the default was then.
+    """
+    start = start_of(args)
+    if start is None or start.flag != "--load" or args.finetune:
+        return DEFAULT_UNIT
+    check_whole(start.folder, f"{start.flag} is {start.root}", objects=False)
+    before = saved_extension(arguments_in(start.folder))
+    return DEFAULT_UNIT if before is None else before.sample_unit
 
 
 def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:

@@ -64,12 +64,14 @@ def parse(
     if from_checkpoint:
         check_start(args)  # Megatron's validation reads it, without limits
     else:
+        _keep_unit(args)
         extension, validated = check_flags(args, defaults)
         check_files(args, validated, extension)
     with megatrons_refusals(args, tell=True):
         args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
     if from_checkpoint:
         complete_arguments(args)
+        _keep_unit(args)
         extension = check_ours(args)
         check_files(args, args, extension)
     keep_vocabulary(args)
@@ -79,6 +81,14 @@ def parse(
     _keep_log_short(args)
     setattr(args, SETTINGS_KEY, extension.to_dict())
     return args
+
+
+def _keep_unit(args: Namespace) -> None:
+    """Have a run that is resumed go on with the sample unit that it began with, unless told."""
+    from megatron_cream.training import checks
+
+    if args.sample_unit is None:
+        args.sample_unit = checks.resumed_unit(args)
 
 
 def _keep_log_short(args: Namespace) -> None:
