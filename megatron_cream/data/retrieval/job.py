@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_cream.data.engine import choose_engine
+from megatron_cream.data.fast import FastSource, FastTokenizer
 from megatron_cream.data.folder import WorkFolder
 from megatron_cream.data.index import token_dtype, write_index
 from megatron_cream.data.note import Counts, make_note
@@ -67,7 +68,8 @@ def make_dataset(
     _check(config)
     with WorkFolder(config.output_prefix) as folder, one_thread():
         check_absent(config.output_prefix, config.overwrite)
-        maker = _maker(config, say)
+        maker = _maker(config)
+        _choose_engine(config, maker, say)
         note = _write(config, maker, folder.staged, progress)
         publish(folder.staged, config.output_prefix, config.overwrite)
         folder.remove()
@@ -91,18 +93,23 @@ def _check(config: RetrievalConfig) -> None:
         )
 
 
-def _maker(config: RetrievalConfig, say: Callable[[str], object]) -> DocumentMaker:
+def _maker(config: RetrievalConfig) -> DocumentMaker:
     tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
     if config.append_eod and tokenizer.eod is None:
         raise UserError("--append-eod: the tokenizer has no token that ends a document")
     haystack = read_haystack(list(config.haystack)) if config.haystack else None
     eod = tokenizer.eod if config.append_eod else None
-    maker = DocumentMaker(tokenizer, config.length, config.seed, haystack, eod)
+    return DocumentMaker(tokenizer, config.length, config.seed, haystack, eod)
+
+
+def _choose_engine(
+    config: RetrievalConfig, maker: DocumentMaker, say: Callable[[str], object]
+) -> None:
+    """Have ``maker`` use the fast tokenizer where it is exact, also on what is made here."""
     samples = [text for number in range(2) for text in maker.task_texts(number)]
-    fast, reason = choose_engine(config.engine, tokenizer, samples)
+    fast, reason = choose_engine(config.engine, maker.tokenizer, samples)
     say(reason)
-    maker.tokenizer = fast or tokenizer
-    return maker
+    maker.tokenizer = fast or maker.tokenizer
 
 
 def _write(
@@ -152,7 +159,8 @@ def _blocks(config: RetrievalConfig, maker: DocumentMaker, dtype: np.dtype) -> I
         return
     context = get_context(start_method())
     workers = min(config.workers, len(ranges))
-    with ProcessPoolExecutor(workers, context, _start, (maker,)) as pool:
+    given = (config, getattr(maker.tokenizer, "source", None))
+    with ProcessPoolExecutor(workers, context, _start, given) as pool:
         yield from pool.map(_in_worker, ranges)
 
 
@@ -163,10 +171,14 @@ def _make_block(maker: DocumentMaker, first: int, end: int, dtype: np.dtype) -> 
 _workers_maker: DocumentMaker | None = None
 
 
-def _start(maker: DocumentMaker) -> None:
+def _start(config: RetrievalConfig, source: FastSource | None) -> None:
+    """In a worker, which may be a fresh interpreter: make its own maker."""
     global _workers_maker
-    _workers_maker = maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _workers_maker = _maker(config)
+    if source is not None:
+        reference = _workers_maker.tokenizer
+        _workers_maker.tokenizer = FastTokenizer(source, lambda: reference)
 
 
 def _in_worker(block: tuple[int, int, np.dtype]) -> np.ndarray:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score one model of the study on every task: perplexity and retrieval by length.
+
+    python examples/study/score.py --hf MODEL --data HELD_OUT --output OUT [--smoke] [RoPE's flags]
+
+One process loads the model once. What was scored is not scored again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(HERE))
+
+# ruff: noqa: E402
+from megatron_cream.errors import one_line_errors
+from tools.evaluate import parse_args
+
+LENGTHS = ("4K", "8K", "16K", "32K")
+FLAGS = {
+    "perplexity": (
+        *("--lengths", "2K", "4K", "8K", "16K", "32K"),
+        *("--documents", "8", "--document-tokens", "65536"),
+    ),
+    "longchat-lines": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "10"),
+    "kv-retrieval": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "10"),
+    "niah-multikey": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "10"),
+    "needle": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "4"),
+    "passkey": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "4"),
+}
+SMOKE = {
+    "perplexity": ("--lengths", "256", "512", "--documents", "1", "--document-tokens", "1024"),
+    **{
+        task: ("--lengths", "768", "1024", "--cases", "2", "--seeds", "1")
+        for task in FLAGS
+        if task != "perplexity"
+    },
+}
+
+
+def score(hf: str, data: str, output: str, smoke: bool, rope: list[str]) -> None:
+    """Write the results of every task to ``output/TASK``."""
+    from megatron_cream.evaluation.opening import open_model
+    from megatron_cream.evaluation.run import check
+    from megatron_cream.evaluation.score_cases import score_cases
+    from megatron_cream.evaluation.score_documents import score_perplexity
+
+    common = ["--hf", hf, "--name", Path(output).parent.name, "--data", data, *rope]
+    common += [] if smoke else ["--dtype", "bfloat16", "--batch-tokens", "65536"]
+    model = None
+    for task, flags in (SMOKE if smoke else FLAGS).items():
+        folder = Path(output) / task
+        if (folder / "result.json").is_file():
+            continue
+        args = parse_args([task, *common, *flags])
+        check(args)
+        model = model or open_model(args)
+        scored = score_perplexity if task == "perplexity" else score_cases
+        scored(args, model, task, str(folder))
+
+
+def main() -> int:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for flag in ("--hf", "--data", "--output"):
+        parser.add_argument(flag, required=True)
+    parser.add_argument("--smoke", action="store_true", help="a few short cases")
+    args, rope = parser.parse_known_args()
+    with one_line_errors():
+        score(args.hf, args.data, args.output, args.smoke, rope)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the study compares, in the order in which it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to extend the model.
+
+    Attributes:
+        name: of the variant, without its seed.
+        method: --position-strategy; None for a model that is not trained.
+        rope: --rope-interpolation; None for the model as it was.
+        flags: more flags of ``megatron_cream.pretrain``.
+        retrieval: share of the samples that are retrieval documents.
+        seed: of text, order and positions.
+    """
+
+    name: str
+    method: str | None
+    rope: str | None = "yarn"
+    flags: tuple[str, ...] = ()
+    retrieval: float = 0.15
+    seed: int = 1
+
+    @property
+    def title(self) -> str:
+        """Name and seed, a file's name; a model that is not trained has no seed."""
+        return self.name if self.method is None else f"{self.name}-seed{self.seed}"
+
+
+def _seeds(seed: int, *names: str) -> list[Variant]:
+    ways = {
+        "cream": Variant("cream", "cream", seed=seed),
+        "plain": Variant("plain", "full", seed=seed),
+        "pose": Variant("pose", "pose", seed=seed),
+        "randpos": Variant("randpos", "randpos", seed=seed),
+        "cream-plain-0.25": Variant("cream-plain-0.25", "cream", "yarn", PLAIN, seed=seed),
+        "cream-relative": Variant("cream-relative", "cream", "yarn", RELATIVE, seed=seed),
+        "cope": Variant("cope", "cream", "cope", seed=seed),
+        "drope": Variant("drope", "full", "drope", seed=seed),
+        "linear": Variant("linear", "cream", "linear", seed=seed),
+        "cream-no-retrieval": Variant("cream-no-retrieval", "cream", retrieval=0.0, seed=seed),
+        "cream-retrieval-0.30": Variant("cream-retrieval-0.30", "cream", retrieval=0.3, seed=seed),
+    }
+    return [ways[name] for name in names]
+
+
+PLAIN = ("--plain-share", "0.25")
+RELATIVE = ("--cream-sigma-relative", "0.375")
+
+VARIANTS = [
+    Variant("before", None, None),
+    Variant("yarn-untrained", None),
+    *_seeds(1, "cream", "plain", "pose", "cream-plain-0.25", "cream-relative"),
+    *_seeds(2, "cream", "plain", "pose"),
+    *_seeds(1, "cope", "drope", "linear", "cream-no-retrieval", "cream-retrieval-0.30"),
+    *_seeds(3, "cream", "plain", "pose"),
+    *_seeds(1, "randpos"),
+    *_seeds(2, "cream-plain-0.25", "cream-retrieval-0.30", "cope"),
+]
