@@ -20,6 +20,7 @@ _PEAK = re.compile(r"max[_ ]allocated: ([\d.]+)")
 def training_record(log: Path, tokens_a_step: int) -> dict[str, Any]:
     """Return losses, rate and peak memory out of a training run's log."""
     text = log.read_text("utf-8", errors="replace")
+    text = text[max(0, text.rfind("\n$ ")) :]  # the last try
     rows = [(int(i), float(ms), float(loss)) for i, ms, loss in _ITERATION.findall(text)]
     peaks = [float(found) for found in _PEAK.findall(text)]
     later = [ms for _, ms, _ in rows[1:]] or [ms for _, ms, _ in rows]
