@@ -60,7 +60,7 @@ def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
     Raises:
         FileNotFoundError, ValueError: naming the dataset and what it needs.
     """
-    wanted = _prefixes_by_split(args)
+    wanted = prefixes_by_split(args)
     if not wanted:
         raise UserError("--data-path is missing: it must name at least one indexed dataset")
     for prefix, splits in wanted.items():
@@ -84,8 +84,8 @@ def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
                 raise UserError(no_sources_message(prefix, split.name, found))
 
 
-def _prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, float]]]:
-    """Dataset prefixes, each with the part of its documents that each split takes."""
+def prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, float]]]:
+    """Return dataset prefixes, each with the part of its documents that each split takes."""
     blend, per_split = get_blend_and_blend_per_split(args)
     wanted: dict[str, dict[Split, tuple[float, float]]] = {}
     if blend is not None:

@@ -10,6 +10,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.positions import Strategy, coverage
 from megatron_cream.rope import RopeScaling
 from megatron_cream.training.arguments import rotary_dim
+from megatron_cream.training.tokens_read import tokens_read
 
 # Beyond this many layouts coverage has converged, and a start must not wait for it.
 _SAMPLES = 32_000
@@ -26,7 +27,7 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
     fields = {
         "trained window N": f"{extension.train_length} tokens",
         "target window T": f"{extension.target_length} tokens, {strategy.factor:g} x N",
-        "positions": f"{extension.position_strategy}, seed {extension.position_seed}",
+        "positions": _positions_line(extension),
         "sample 0": f"{_ends(ids)}, in {_pieces(layout)}",
         "distances trained": _coverage_line(args, extension),
         "rope": scaling.summary,
@@ -35,6 +36,7 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
         "rope kernel": "fused" if args.apply_rope_fusion else "unfused",
         "labels": f"{extension.label_rule}, samples from: {extension.sample_unit}",
         "weights": _weights_line(args),
+        **tokens_read(args, extension),
     }
     width = max(map(len, fields))
     lines = [f"  {name:<{width}}  {value}" for name, value in fields.items()]
@@ -46,6 +48,12 @@ def _weights_line(args: Namespace) -> str:
     if start is None:
         return "random"
     return f"{start.folder}; Megatron's loader runs what is in it: load those you trust only"
+
+
+def _positions_line(extension: ExtensionConfig) -> str:
+    share = extension.plain_share
+    plain = f", {100 * share:g} % of the samples plain" if share else ""
+    return f"{extension.position_strategy}{plain}, seed {extension.position_seed}"
 
 
 def _attention_factor_line(args: Namespace, scaling: RopeScaling) -> str:
