@@ -11,8 +11,8 @@ import numpy as np
 from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling, longrope_fields, rounded_list
 
-_STOPPED = 1e30
-"""Divisor of a pair that does not turn, where a list must hold a number: 2e-24 radians at 2M."""
+STOPPED = 1e30
+"""Divisor of a pair that does not turn, as a list must hold a number: 2e-24 radians at 2M."""
 
 
 class Llama3Scaling(RopeScaling):
@@ -112,17 +112,16 @@ class SlowedScaling(RopeScaling):
 
     @property
     def wavelengths(self) -> tuple[float, float]:
-        return super().wavelengths if np.isfinite(self.divisors).any() else (math.inf, math.inf)
-
-    @property
-    def _listed(self) -> np.ndarray:
-        return np.minimum(self.divisors, _STOPPED)
+        turning = self.inv_freq[self.divisors < STOPPED]
+        if not len(turning):
+            return math.inf, math.inf
+        return 2 * math.pi / float(turning.max()), 2 * math.pi / float(turning.min())
 
     def rounded(self, powers: np.ndarray) -> np.ndarray:
-        return rounded_list(self._listed, powers)
+        return rounded_list(self.divisors, powers)
 
     def to_hf(self) -> dict[str, Any]:
-        return longrope_fields(self, self._listed, self._listed)
+        return longrope_fields(self, self.divisors, self.divisors)
 
 
 class CopeScaling(SlowedScaling):
@@ -160,8 +159,7 @@ class CopeScaling(SlowedScaling):
         result = np.ones(self.dim // 2)
         if self.clipped:
             kept = (1 + np.cos(np.pi * np.arange(self.clipped) / (self.clipped - 1))) / 2
-            with np.errstate(divide="ignore"):
-                result[-self.clipped :] = 1 / kept
+            result[-self.clipped :] = 1 / np.maximum(kept, 1 / STOPPED)
         return result
 
 
@@ -170,4 +168,4 @@ class DropeScaling(SlowedScaling):
 
     @property
     def divisors(self) -> np.ndarray:
-        return np.full(self.dim // 2, np.inf)
+        return np.full(self.dim // 2, STOPPED)

@@ -31,6 +31,7 @@ OPTIONS = {
     "yarn-pose": [{}, {"beta_fast": 24.0, "beta_slow": 2.0, "attention_factor": 1.25}],
     "llama3": [{}, {"low_freq_factor": 0.5, "high_freq_factor": 8.0}],
     "proportional": [{}, {"partial_rotary_factor": 0.25}],
+    "cope": [{}, {"clipped_pairs": 5}],
 }
 
 

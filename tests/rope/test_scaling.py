@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from megatron_cream.errors import UserError
 from megatron_cream.rope import SCALINGS, compose, make_scaling
 
 GRID = [(64, 1e4, 2.0), (128, 1e4, 8.0), (128, 5e5, 2.5), (96, 1e6, 64.0)]
@@ -227,3 +228,31 @@ def test_refuses(name, changes, message):
 def test_is_not_changed_after_it_was_checked():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_scaling("linear", **LLAMA2).factor = 0.5
+
+
+def test_cope_fades_out_the_pairs_that_never_turned_once():
+    settings = {"dim": 128, "base": 500000.0, "factor": 8.0, "original_length": 8192}
+    plain, cope = make_scaling("none", **settings), make_scaling("cope", **settings)
+    slow = 2 * np.pi / plain.inv_freq > 8192
+    assert cope.clipped == slow.sum() == 29
+    assert (cope.inv_freq[~slow] == plain.inv_freq[~slow]).all()
+    # 2602.05258: half a cosine from 1 to 0
+    j = np.arange(29)
+    mask = 0.5 * (1 + np.cos(np.pi * j / 28))
+    np.testing.assert_allclose(cope.inv_freq[slow], plain.inv_freq[slow] * mask, atol=1e-30)
+    given = make_scaling("cope", **settings, clipped_pairs=20)
+    assert (given.inv_freq == plain.inv_freq)[:45].all()  # the first of the 20 is kept
+    assert (given.inv_freq < plain.inv_freq)[45:].all()
+    assert given.attention_factor == 1
+
+
+def test_drope_turns_nothing():
+    drope = make_scaling("drope", **LLAMA2 | {"factor": 8.0})
+    assert (drope.inv_freq * 2**21 < 1e-20).all()
+    assert drope.wavelengths == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize("count", [1, 2.5, 65])
+def test_cope_clips_a_whole_number_of_its_pairs(count):
+    with pytest.raises(UserError, match=f"clipped_pairs.*{count}.*2 to 64"):
+        make_scaling("cope", **LLAMA2 | {"factor": 8.0}, clipped_pairs=count)
