@@ -71,9 +71,9 @@ def test_the_share_is_in_the_saved_settings_and_in_the_coverage():
 
 def test_packed_documents_of_any_length_may_be_plain():
     mixed = extension(plain_share=1.0, sample_unit="packed-documents").strategy()
-    short = mixed.for_length(32)
-    assert isinstance(short.layout(7, 0), PlainLayout)
-    assert short.layout(7, 0).spans(32) == [(0, 32)]
+    size = mixed.shortest_length
+    short = mixed.for_length(size).layout(7, 0)
+    assert isinstance(short, PlainLayout) and short.spans(size) == [(0, size)]
     assert mixed.shortest_length == make_strategy("cream", N, T).shortest_length
 
 
