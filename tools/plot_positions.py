@@ -12,6 +12,7 @@ from megatron_cream.evaluation.position_plots import draw, validate_picture_path
 from megatron_cream.evaluation.position_report import describe
 from megatron_cream.positions import STRATEGIES, Strategy, coverage, make_strategy
 from megatron_cream.positions.cream import GAUSSIANS
+from megatron_cream.positions.mixed import Mixed
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 
 # Option of a strategy: (whose, how it is read). Each has the name it has in training as well,
@@ -73,6 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, (strategy, reading) in OPTIONS.items():
         flag = name.replace("_", "-")
         add(f"--{flag}", f"--{strategy}-{flag}", dest=name, **reading)
+    add("--plain-share", type=float, default=0.0, help="share of samples at plain positions")
     add("--samples", type=int, help="samples to count (default: 32000, fewer where that is slow)")
     add("--seed", "--position-seed", type=int, default=1234, help="of positions (default: 1234)")
     add("--layouts", type=int, default=24, help="samples to draw (default: 24)")
@@ -104,12 +106,24 @@ def default_samples(strategy: Strategy) -> int:
     return min(32_000, max(256, 1_000_000 // pairs))
 
 
+def _strategy(args: argparse.Namespace, given: dict[str, Any]) -> Strategy:
+    if not args.plain_share:
+        return make_strategy(args.strategy, args.train_length, args.target_length, **given)
+    return Mixed(
+        args.train_length,
+        args.target_length,
+        plain_share=args.plain_share,
+        inner=args.strategy,
+        options=tuple(given.items()),
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Print the report, write the picture and print its path."""
     output = args.output or Path(f"positions-{args.strategy}.png")
     validate_picture_path(output)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    strategy = make_strategy(args.strategy, args.train_length, args.target_length, **given)
+    strategy = _strategy(args, given)
     samples = default_samples(strategy) if args.samples is None else args.samples
     result = coverage(strategy, samples, args.seed)
     print(describe(strategy, result))

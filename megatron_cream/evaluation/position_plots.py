@@ -109,7 +109,7 @@ def _draw_layouts(axes: Axes, strategy: Strategy, layouts: list[Layout]) -> None
         # In order of the middle or last chunk the rows draw the spread as a curve.
         layouts = sorted(layouts, key=lambda layout: layout.chunks[len(layout.chunks) // 2][0])
         _draw_chunks(axes, strategy, layouts)
-        note = ", sorted" if len(layouts[0].chunks) > 1 else ""
+        note = ", sorted" if any(len(layout.chunks) > 1 for layout in layouts) else ""
     else:
         _draw_density(axes, strategy, layouts)
         note = ", darker where they stand closer"
@@ -128,16 +128,16 @@ def _draw_chunks(axes: Axes, strategy: Strategy, layouts: list[Layout]) -> None:
     target = strategy.target_length
     thinnest = target / 500  # a head of 256 in 256K must not vanish
     axes.barh(range(len(layouts)), target, height=0.62, color="#f1f3f5")
-    count = len(layouts[0].chunks)
-    rows = np.repeat(range(len(layouts)), count)
+    counts = [len(layout.chunks) for layout in layouts]  # plain samples among others have one
+    rows, count = np.repeat(range(len(layouts)), counts), max(counts)
     starts, lengths = np.array([chunk for layout in layouts for chunk in layout.chunks]).T
-    colors = [CHUNKS[i % len(CHUNKS)] for i in range(count)]
+    colors = [CHUNKS[i % len(CHUNKS)] for own in counts for i in range(own)]
     axes.barh(
         rows, np.maximum(lengths, thinnest), left=np.minimum(starts, target - thinnest),
-        height=0.62, color=colors * len(layouts),
+        height=0.62, color=colors,
     )  # fmt: skip
     names = ["chunk 1", *map(str, range(2, min(count, len(CHUNKS)) + 1))]
-    names = ["head", "middle", "tail"] if strategy.name == "cream" else names
+    names = ["head", "middle", "tail"] if strategy.name.startswith("cream") else names
     if count > 1:
         patches = [Patch(color=c, label=n) for n, c in zip(names, CHUNKS, strict=False)]
         _legend(axes, handles=patches)

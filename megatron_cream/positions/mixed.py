@@ -44,12 +44,15 @@ class Mixed(Strategy):
     inner: str = "full"
     options: tuple[tuple[str, Any], ...] = ()
 
-    name = "mixed"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.plain_share)
         self.strategy  # noqa: B018  options that it cannot serve are errors here
+
+    @property
+    def name(self) -> str:
+        """The inner strategy's, and the share; it is made by --plain-share and not by name."""
+        return f"{self.inner}, {100 * self.plain_share:g} % plain"
 
     @cached_property
     def strategy(self) -> Strategy:

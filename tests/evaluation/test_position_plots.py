@@ -150,9 +150,18 @@ def test_tool_takes_training_flags(tool, tmp_path, capsys):
     assert_is_a_picture(output)
 
 
+def test_plain_samples_are_drawn_among_the_others(tool, tmp_path, capsys):
+    flags = ["--seq-length", "256", "--target-length", "2048", "--position-strategy", "cream"]
+    flags += ["--plain-share", "0.5", "--samples", "50", "--output", str(tmp_path / "p.png")]
+    assert tool.main(flags) == 0
+    assert "cream, 50 % plain: N = 256" in capsys.readouterr().out
+    assert_is_a_picture(tmp_path / "p.png")
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
+        (["--strategy", "cream", "--plain-share", "2"], "--plain-share"),
         (["--strategy", "cream", "--head-lengths", "200"], "--cream-head-lengths"),
         (["--strategy", "cream", "--sigma", "0"], "--cream-sigma"),
         (["--strategy", "pose", "--sigma", "3"], "'sigma'"),

@@ -178,6 +178,23 @@ def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("finetune", [False, True])
+@pytest.mark.parametrize("before", ["document", "window", None])
+def test_a_resumed_run_reads_what_it_began_with(monkeypatch, before, finetune):
+    from argparse import Namespace
+
+    from megatron_cream.config import ExtensionConfig
+    from megatron_cream.training import checks
+
+    settings = ExtensionConfig(96, 768, 96, sample_unit=before or "document").to_dict()
+    if before is None:  # saved before there was a choice
+        del settings["sample_unit"]
+    monkeypatch.setattr(checks, "saved_arguments", lambda path: Namespace(megatron_cream=settings))
+    found = checks.resumed_unit(Namespace(load="somewhere", finetune=finetune))
+    assert found == ("window" if finetune else before or "document")
+    assert checks.resumed_unit(Namespace(load=None, finetune=False)) == "window"
+
+
 def test_a_checkpoint_that_is_not_whole(refused, initial, tmp_path):
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("7")
