@@ -36,10 +36,10 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
         "rope kernel": "fused" if args.apply_rope_fusion else "unfused",
         "labels": f"{extension.label_rule}, samples from: {extension.sample_unit}",
         "weights": _weights_line(args),
-        **tokens_read(args, extension),
     }
+    rows = [*fields.items(), *(("tokens read", line) for line in tokens_read(args, extension))]
     width = max(map(len, fields))
-    lines = [f"  {name:<{width}}  {value}" for name, value in fields.items()]
+    lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     return "\n".join(["megatron_cream", *lines])
 
 

@@ -22,16 +22,16 @@ A_FEW = 4
 """Times that a token is read from which a run is warned: a model then learns text by heart."""
 
 
-def tokens_read(args: Namespace, extension: ExtensionConfig) -> dict[str, str]:
+def tokens_read(args: Namespace, extension: ExtensionConfig) -> list[str]:
     """Return a line for each training dataset: how many of its tokens are read, how often."""
     total = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
     found = _training_sources(args, extension)
     sizes = [_epoch_size(extension, sources) for _, sources in found]
-    lines = {}
+    lines = []
     for (prefix, sources), size, share in zip(found, sizes, _shares(args, sizes), strict=True):
         if total and size:
             result = _repetition(extension, sources, total * share / size)
-            lines[f"reads {prefix}"] = _line(sources, result)
+            lines.append(f"{_line(sources, result)}: {prefix}")
     return lines
 
 
@@ -83,9 +83,8 @@ def _line(sources: Sources, result: Repetition) -> str:
     size = int(sources.lengths.sum())
     read = f"{_count(result.share * size)} of {_count(size)} tokens"
     line = f"{read}, the most repeated {result.most} time(s)"
-    if result.most <= A_FEW:
-        return line
-    return f"{line}. WARNING: text that is read so often is learned by heart; give more text"
+    warning = " (WARNING: text that is read so often is learned by heart; give more)"
+    return line + (warning if result.most > A_FEW else "")
 
 
 def _count(tokens: float) -> str:

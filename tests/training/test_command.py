@@ -29,6 +29,8 @@ def test_torchrun_trains_and_says_what_it_does(command, flags):
         "positions          cream, seed 1234",
         "rope               linear, factor 8 over 96 tokens, theta 10000",
         "rope kernel        unfused",
+        "samples from: window",
+        "tokens read        ",
     ):
         assert line in done.stdout
     assert done.stdout.count("lm loss:") >= 2
