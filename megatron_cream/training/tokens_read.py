@@ -88,6 +88,6 @@ def _line(sources: Sources, result: Repetition) -> str:
 
 
 def _count(tokens: float) -> str:
-    if tokens < 10_000:
+    if tokens < 100_000:
         return f"{tokens:.0f}"
     return f"{tokens / 1e3:.0f} K" if tokens < 1e6 else f"{tokens / 1e6:.1f} M"
