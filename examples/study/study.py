@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--hf", help="Hugging Face folder of the model")
+    add("--hf", help="folder of the Hugging Face model")
     add("--text", nargs="+", help="files or folders of text to train on")
     add("--held-out", nargs="+", help="text to score perplexity on")
     add("--work", type=Path, required=True, help="folder for data, checkpoints and logs")
@@ -146,7 +146,8 @@ class Study:
         """Do what is left of a variant; say whether it is finished."""
         folder = self.work / variant.title
         folder.mkdir(exist_ok=True)
-        if not self.step(variant, gpu, "train", self.trained(variant), self.train):
+        trained = variant.method is None
+        if not (trained or self.step(variant, gpu, "train", folder / "extended", self.train)):
             return False
         if not self.step(variant, gpu, "score", folder / "scores" / "whole", self.score):
             return False

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's runner: order, time, what is finished; training and scoring are stood in for."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_cream.positions import STRATEGIES
+from megatron_cream.rope import SCALINGS
+
+STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
+STEP = (
+    " iteration {0}/ 2 | elapsed time per iteration (ms): {1} | lm loss: {2} | grad norm: 1.0 |\n"
+)
+LOG = (
+    STEP.format(1, 900.0, "9.0E+00")
+    + "$ python -m torch.distributed.run\n"
+    + "[Rank 0] memory (MB) | allocated: 0.00 | max allocated: 2048.00 | reserved: 0.00\n"
+    + STEP.format(1, 900.0, "3.5E+00")
+    + STEP.format(2, 500.0, "2.25E+00")
+)
+CASES = [
+    {"length": 64, "seed": s, "haystack": 0, "index": i, "where": i / 3, "hit": i == 1 or s == 1}
+    for s in (1, 0)
+    for i in range(4)
+]
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    for name in ("study", "variants", "results"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import study
+
+    monkeypatch.setattr(study, "device", lambda gpu: "none")
+    monkeypatch.setattr(study, "commit", lambda: "c0ffee")
+    return study
+
+
+def score(folder):
+    shares = {"hit": 0.625, "hit_low": 0.3, "hit_high": 0.9, "tokens": 0.7}
+    row = {"length": 64, "logprob_per_token": -1.0, **shares}
+    task = folder / "needle"
+    task.mkdir(parents=True)
+    (task / "result.json").write_text(json.dumps({"lengths": [row]}))
+    (task / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in CASES))
+
+
+@pytest.fixture
+def run(study, monkeypatch, tmp_path):
+    """Runs the study with stand-ins; returns what was left and the steps that were done."""
+    steps = []
+
+    def call(arguments, log, gpu=None):
+        words = list(map(str, arguments))
+        after = dict(zip(words, words[1:], strict=False))
+        if "megatron_cream.pretrain" in words:
+            steps.append(("train", log.parent.name))
+            if log.parent.name == broken[0]:
+                log.write_text("out of memory\n")
+                return False
+            log.write_text(LOG)
+        elif words[0].endswith("score.py"):
+            steps.append(("score", log.parent.name))
+            score(Path(after["--output"]))
+        elif "export" in words:
+            Path(after["--output"]).mkdir()
+        else:
+            made = after.get("--output") or after["--output-prefix"] + ".idx"
+            Path(made).touch()
+        return True
+
+    broken = [None]
+
+    def go(*flags, fails=None):
+        broken[0] = fails
+        steps.clear()
+        places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+        argv = ["study.py", "--hf", "m", "--text", "t", "--held-out", "h", *places, *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        return study.Study(study.parse_args()).run(), list(steps)
+
+    monkeypatch.setattr(study, "call", call)
+    return go
+
+
+def test_variants_can_be_asked_for_and_have_names_of_their_own(study):
+    titles = [variant.title for variant in study.VARIANTS]
+    assert len(set(titles)) == len(titles)
+    for variant in study.VARIANTS:
+        assert variant.method in (None, *STRATEGIES)
+        assert variant.rope in (None, *SCALINGS)
+
+
+def test_what_is_finished_is_not_done_again(run, tmp_path):
+    only = ["--only", "before", "cream-seed1"]
+    left, steps = run(*only)
+    assert left == 0
+    assert steps == [("score", "before"), ("train", "cream-seed1"), ("score", "cream-seed1")]
+    assert run(*only) == (0, [])
+    found = json.loads((tmp_path / "results" / "cream-seed1.json").read_text())
+    assert found["variant"]["method"] == "cream" and found["settings"]["commit"] == "c0ffee"
+    # Of a log of two tries the last; of its rate the steps behind the first.
+    assert found["training"] == {
+        "losses": [[1, 3.5], [2, 2.25]],
+        "milliseconds_a_step": 500.0,
+        "tokens_a_second": 16 * 8192 * 2,
+        "peak_memory_gib": 2.0,
+    }
+    assert set(found["seconds"]) == {"train", "score"}
+    row = found["tasks"]["needle"]["64"]
+    assert row["hits"] == "01001111" and row["cases"] == 8
+    assert row["middle"] == 75.0  # places 1/3 and 2/3: 1 0 and 1 1
+
+
+def test_nothing_is_begun_that_would_not_end_in_time(run):
+    only = ["--only", "cream-seed1", "plain-seed1"]
+    limits = ["--train-seconds", "30", "--score-seconds", "600"]
+    left, steps = run(*only, *limits, "--minutes", "1")
+    assert left == 2 and steps == [("train", "cream-seed1")]
+    left, steps = run(*only)
+    assert left == 0
+    assert steps == [("score", "cream-seed1"), ("train", "plain-seed1"), ("score", "plain-seed1")]
+
+
+def test_several_gpus_share_the_variants(run):
+    left, steps = run("--gpus", "3", "--only", "cream-seed1", "plain-seed1", "pose-seed1")
+    assert left == 0 and len(steps) == len(set(steps)) == 6
+
+
+def test_a_run_that_fails_ends_the_study_and_says_why(run, capsys):
+    only = ["--only", "cream-seed1", "plain-seed1"]
+    left, steps = run(*only, fails="cream-seed1")
+    assert left == 2 and steps == [("train", "cream-seed1")]
+    assert "out of memory" in capsys.readouterr().out
+    assert run(*only)[0] == 0
