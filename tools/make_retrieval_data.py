@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RetrievalConfig:
     add("--documents", type=int, required=True, metavar="D", help="how many")
     add("--seed", type=int, default=1234, help="what they are drawn from (1234)")
     add("--haystack", nargs="+", default=[], metavar="TEXT", help="text to hide facts in")
+    add("--questions", type=int, default=16, metavar="Q", help="most questions of a task (16)")
     add("--append-eod", action="store_true", help="end each document with the eod token")
     add("--engine", choices=ENGINES, default="auto", help="gigatoken where exact (default: auto)")
     add("--workers", type=int, default=1, metavar="W", help="processes (default: 1)")

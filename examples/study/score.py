@@ -41,7 +41,7 @@ SMOKE = {
 }
 
 
-def score(hf: str, data: str, output: str, smoke: bool, rope: list[str]) -> None:
+def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: list[str]) -> None:
     """Write the results of every task to ``output/TASK``."""
     from megatron_cream.evaluation.opening import open_model
     from megatron_cream.evaluation.run import check
@@ -51,7 +51,8 @@ def score(hf: str, data: str, output: str, smoke: bool, rope: list[str]) -> None
     common = ["--hf", hf, "--name", Path(output).parent.name, "--data", data, *rope]
     common += [] if smoke else ["--dtype", "bfloat16", "--batch-tokens", "65536"]
     model = None
-    for task, flags in (SMOKE if smoke else FLAGS).items():
+    for task in tasks:
+        flags = (SMOKE if smoke else FLAGS)[task]
         folder = Path(output) / task
         if (folder / "result.json").is_file():
             continue
@@ -68,9 +69,10 @@ def main() -> int:
     for flag in ("--hf", "--data", "--output"):
         parser.add_argument(flag, required=True)
     parser.add_argument("--smoke", action="store_true", help="a few short cases")
+    parser.add_argument("--tasks", nargs="+", choices=FLAGS, default=list(FLAGS))
     args, rope = parser.parse_known_args()
     with one_line_errors():
-        score(args.hf, args.data, args.output, args.smoke, rope)
+        score(args.hf, args.data, args.output, args.smoke, args.tasks, rope)
     return 0
 
 

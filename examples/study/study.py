@@ -19,13 +19,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from results import record
-from variants import VARIANTS, Variant
+from variants import QUESTIONS, VARIANTS, Variant
 
 HERE = Path(__file__).resolve().parents[2]
 TOOLS = HERE / "tools"
@@ -47,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     add("--results", type=Path, required=True, help="folder for the JSON files")
     add("--only", nargs="+", help="names of variants with their seed, as cream-seed1")
     add("--gpus", type=int, default=1, help="runs side by side, one a GPU")
+    add("--lanes", type=int, default=1, help="2: score a model while the next one trains beside it")
     add("--workers", type=int, default=2, help="processes that prepare data")
     add("--minutes", type=float, help="begin nothing that would not end in so many")
     add("--train-seconds", type=float, default=150, help="what a run takes, until one was seen")
@@ -70,6 +72,7 @@ class Study:
         self.work, self.results = args.work.resolve(), args.results.resolve()
         self.took = {"train": args.train_seconds, "score": args.score_seconds}
         self.lock = threading.Lock()
+        self.training = [threading.Lock() for _ in range(args.gpus)]  # two would not fit
         wanted = [v for v in VARIANTS if not args.only or v.title in args.only]
         self.left = [v for v in wanted if not self.result(v).is_file()]
 
@@ -81,11 +84,8 @@ class Study:
         """Run all; return how many could not be finished."""
         self.results.mkdir(parents=True, exist_ok=True)
         self.prepare()
-        threads = [threading.Thread(target=self.serve, args=(g,)) for g in range(self.args.gpus)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        gpus = list(range(self.args.gpus)) * self.args.lanes
+        at_once([(self.serve, gpu) for gpu in gpus])
         return len([v for v in VARIANTS if v in self.left])
 
     def prepare(self) -> None:
@@ -110,22 +110,18 @@ class Study:
                 *(TOOLS / "preprocess_data.py", "--input", *args.held_out, *tokenizer, *workers),
                 *("--output-prefix", work / "held-out"),
             ],
-            "retrieval.idx": [
+        }
+        for questions in {variant.questions for variant in self.left if variant.retrieval}:
+            name = retrieval_set(questions)
+            steps[f"{name}.idx"] = [
                 *(TOOLS / "make_retrieval_data.py", *tokenizer, *workers, "--length", str(WINDOW)),
                 *("--documents", str(32 if args.smoke else RETRIEVAL_DOCUMENTS)),
-                *("--haystack", *args.text, "--output-prefix", work / "retrieval"),
-            ],
-        }
+                *("--questions", questions, "--haystack", *args.text),
+                *("--output-prefix", work / name),
+            ]
         todo = {name: step for name, step in steps.items() if not (work / name).exists()}
         # At once: importing the model keeps one core busy, and text the others.
-        threads = [
-            threading.Thread(target=call, args=(step, work / f"prepare-{name}.log"))
-            for name, step in todo.items()
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once([(call, step, work / f"prepare-{name}.log") for name, step in todo.items()])
         missing = [name for name in steps if not (work / name).exists()]
         if missing:
             sys.exit(f"error: {work} lacks {', '.join(missing)}: see prepare-*.log there")
@@ -147,8 +143,9 @@ class Study:
         folder = self.work / variant.title
         folder.mkdir(exist_ok=True)
         trained = variant.method is None
-        if not (trained or self.step(variant, gpu, "train", folder / "extended", self.train)):
-            return False
+        with self.training[gpu]:
+            if not (trained or self.step(variant, gpu, "train", folder / "extended", self.train)):
+                return False
         if not self.step(variant, gpu, "score", folder / "scores" / "whole", self.score):
             return False
         found = record(variant, self.settings(gpu), folder, GLOBAL * WINDOW)
@@ -178,8 +175,9 @@ class Study:
 
     def give_up(self, variant: Variant, name: str) -> bool:
         """A step that failed ends the whole study: the next variant would fail alike."""
-        log = self.work / variant.title / f"{name}.log"
-        print("\n".join(log.read_text("utf-8", errors="replace").splitlines()[-30:]), flush=True)
+        for log in sorted((self.work / variant.title).glob(f"{name}*.log")):
+            lines = log.read_text("utf-8", errors="replace").splitlines()[-30:]
+            print("\n".join(line[-300:] for line in lines), flush=True)
         return False
 
     def seconds_left(self) -> float:
@@ -210,7 +208,8 @@ class Study:
         data = [work / "text"]
         if variant.retrieval:
             share = variant.retrieval
-            data = [f"{1 - share:g}", work / "text", f"{share:g}", work / "retrieval"]
+            retrieval = work / retrieval_set(variant.questions)
+            data = [f"{1 - share:g}", work / "text", f"{share:g}", retrieval]
         return [
             *("--use-checkpoint-args", "--position-embedding-type", "rope"),
             *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", work / "base/hf"),
@@ -253,10 +252,20 @@ class Study:
             factor = TARGET / WINDOW
             flags += ["--rope-interpolation", variant.rope, "--rope-factor", f"{factor:g}"]
         flags += ["--smoke"] if self.args.smoke else []
-        done = call(flags, folder / "score.log", gpu)
-        if done:
+        # Two processes: while one makes cases on the CPU, the other has the GPU.
+        halves = [
+            ("perplexity", "longchat-lines", "kv-retrieval"),
+            ("niah-multikey", "needle", "passkey"),
+        ]
+        done = at_once(
+            [
+                (call, [*flags, "--tasks", *tasks], folder / f"score-{tasks[0]}.log", gpu)
+                for tasks in halves
+            ]
+        )
+        if all(done):
             (folder / "scores" / "whole").touch()
-        return done
+        return all(done)
 
     def settings(self, gpu: int) -> dict[str, Any]:
         """What all runs share, for the record."""
@@ -270,6 +279,17 @@ class Study:
             "commit": os.environ.get("COMMIT") or commit(),
             "device": device(gpu),
         }
+
+
+def retrieval_set(questions: int) -> str:
+    """The name of the retrieval documents with at most so many questions a task."""
+    return "retrieval" if questions == QUESTIONS else f"retrieval-{questions}"
+
+
+def at_once(calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Make calls, each a function and its arguments, in threads; return what they returned."""
+    with ThreadPoolExecutor(max(1, len(calls))) as pool:
+        return [future.result() for future in [pool.submit(*one) for one in calls]]
 
 
 def call(arguments: list[Any], log: Path, gpu: int | None = None) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+QUESTIONS = 16
+"""Most questions of a task in the retrieval documents of most variants."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -17,6 +20,7 @@ class Variant:
         flags: more flags of ``megatron_cream.pretrain``.
         retrieval: share of the samples that are retrieval documents.
         seed: of text, order and positions.
+        questions: most questions of a task in the retrieval documents.
     """
 
     name: str
@@ -25,6 +29,7 @@ class Variant:
     flags: tuple[str, ...] = ()
     retrieval: float = 0.15
     seed: int = 1
+    questions: int = QUESTIONS
 
     @property
     def title(self) -> str:
@@ -45,6 +50,7 @@ def _seeds(seed: int, *names: str) -> list[Variant]:
         "linear": Variant("linear", "cream", "linear", seed=seed),
         "cream-no-retrieval": Variant("cream-no-retrieval", "cream", retrieval=0.0, seed=seed),
         "cream-retrieval-0.30": Variant("cream-retrieval-0.30", "cream", retrieval=0.3, seed=seed),
+        "cream-questions-64": Variant("cream-questions-64", "cream", seed=seed, questions=64),
     }
     return [ways[name] for name in names]
 
@@ -56,6 +62,7 @@ VARIANTS = [
     Variant("before", None, None),
     Variant("yarn-untrained", None),
     *_seeds(1, "cream", "plain", "pose", "cream-plain-0.25", "cream-relative"),
+    *_seeds(1, "cream-questions-64"),
     *_seeds(2, "cream", "plain", "pose"),
     *_seeds(1, "cope", "drope", "linear", "cream-no-retrieval", "cream-retrieval-0.30"),
     *_seeds(3, "cream", "plain", "pose"),

@@ -97,6 +97,15 @@ def test_every_question_asks_for_a_fact_that_stands_before_it(name, monkeypatch)
         assert len(values) == 40 + asked and len(keys) >= len(values)
 
 
+def test_more_questions_when_more_are_asked_for():
+    def asked(most):
+        drawn = (tasks._records(philox.generator(seed, 0), 8000, most) for seed in range(60))
+        return [one.text(200).count("?") for one in drawn]
+
+    few, many = asked(8), asked(64)
+    assert max(few) <= 16 and np.mean(many) > 4 * np.mean(few)
+
+
 def test_answers_stand_anywhere():
     task = [tasks._records(philox.generator(seed, 0), 4000) for seed in range(150)]
     places = []
@@ -197,6 +206,7 @@ def test_needles_hide_in_the_text_that_is_given(tmp_path, tokenizer):
         ({"length": 100}, "--length is 100.*at least 256"),
         ({"documents": 0}, "--documents is 0.*at least 1"),
         ({"workers": 0}, "--workers is 0"),
+        ({"questions": 0}, "--questions is 0"),
         ({"seed": -1}, "--seed is -1"),
         ({"tokenizer_type": "HuggingFaceTokenizer"}, "--tokenizer-model"),
     ],

@@ -3,6 +3,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def score(folder):
     shares = {"hit": 0.625, "hit_low": 0.3, "hit_high": 0.9, "tokens": 0.7}
     row = {"length": 64, "logprob_per_token": -1.0, **shares}
     task = folder / "needle"
-    task.mkdir(parents=True)
+    task.mkdir(parents=True, exist_ok=True)
     (task / "result.json").write_text(json.dumps({"lengths": [row]}))
     (task / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in CASES))
 
@@ -64,8 +65,9 @@ def run(study, monkeypatch, tmp_path):
                 return False
             log.write_text(LOG)
         elif words[0].endswith("score.py"):
-            steps.append(("score", log.parent.name))
-            score(Path(after["--output"]))
+            if "needle" in words:  # in the second of two processes
+                steps.append(("score", log.parent.name))
+                score(Path(after["--output"]))
         elif "export" in words:
             Path(after["--output"]).mkdir()
         else:
@@ -84,6 +86,7 @@ def run(study, monkeypatch, tmp_path):
         return study.Study(study.parse_args()).run(), list(steps)
 
     monkeypatch.setattr(study, "call", call)
+    monkeypatch.setattr(study.Study, "machine", lambda self: [])  # asks what is installed
     return go
 
 
@@ -129,6 +132,32 @@ def test_nothing_is_begun_that_would_not_end_in_time(run):
 def test_several_gpus_share_the_variants(run):
     left, steps = run("--gpus", "3", "--only", "cream-seed1", "plain-seed1", "pose-seed1")
     assert left == 0 and len(steps) == len(set(steps)) == 6
+
+
+def test_a_lane_scores_while_the_other_trains_and_never_trains_beside_it(run, study, monkeypatch):
+    both, running, together = study.call, [], []
+
+    def slow(arguments, log, gpu=None):
+        kind = "train" if "megatron_cream.pretrain" in map(str, arguments) else log.stem
+        running.append(kind)
+        together.append(sorted(running))
+        time.sleep(0.05)
+        done = both(arguments, log, gpu)
+        running.remove(kind)
+        return done
+
+    monkeypatch.setattr(study, "call", slow)
+    names = ["cream-seed1", "plain-seed1", "pose-seed1"]
+    left, steps = run("--lanes", "2", "--only", *names)
+    assert left == 0 and len(steps) == len(set(steps)) == 6
+    assert any("train" in kinds and "score-perplexity" in kinds for kinds in together)
+    assert all(kinds.count("train") < 2 for kinds in together)
+
+
+def test_retrieval_documents_of_other_questions_are_a_set_of_their_own(run, tmp_path):
+    assert run("--only", "cream-seed1", "cream-questions-64-seed1")[0] == 0
+    made = sorted(path.name for path in (tmp_path / "work").glob("retrieval*.idx"))
+    assert made == ["retrieval-64.idx", "retrieval.idx"]
 
 
 def test_a_run_that_fails_ends_the_study_and_says_why(run, capsys):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_cream.data.retrieval.haystack import Haystack
-from megatron_cream.data.retrieval.tasks import Task, draw_task
+from megatron_cream.data.retrieval.tasks import MOST_QUESTIONS, Task, draw_task
 from megatron_cream.data.retrieval.words import Rng, prose
 from megatron_cream.data.tokenizers import Tokenizer
 from megatron_cream.errors import UserError
@@ -34,6 +34,7 @@ class DocumentMaker:
         seed: what they are drawn from.
         haystack: text of the user's.
         eod: token at the end of each, None for none.
+        questions: most questions of a task.
 
     Raises:
         UserError: ``length`` is below ``SHORTEST``.
@@ -46,11 +47,12 @@ class DocumentMaker:
         seed: int,
         haystack: Haystack | None = None,
         eod: int | None = None,
+        questions: int = MOST_QUESTIONS,
     ) -> None:
         if length < SHORTEST:
             raise UserError(f"--length is {length}: it must be at least {SHORTEST} tokens")
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
-        self.haystack, self.eod = haystack, eod
+        self.haystack, self.eod, self.questions = haystack, eod, questions
         self._anchor = tokenizer.encode([_ANCHOR])[0]
 
     def make(self, number: int) -> np.ndarray:
@@ -82,7 +84,7 @@ class DocumentMaker:
     def _fitted(self, rng: Rng, budget: int) -> tuple[str, np.ndarray]:
         """Return text and tokens, at most ``budget``, of a task drawn anew until one fits."""
         for _ in range(100):
-            task = draw_task(rng, budget, self.haystack)
+            task = draw_task(rng, budget, self.haystack, self.questions)
             found = self._largest(task, budget)
             if found is not None:
                 return found

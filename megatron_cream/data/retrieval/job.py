@@ -23,6 +23,7 @@ from megatron_cream.data.note import Counts, make_note
 from megatron_cream.data.publish import check_absent, publish
 from megatron_cream.data.retrieval.documents import DocumentMaker
 from megatron_cream.data.retrieval.haystack import read_haystack
+from megatron_cream.data.retrieval.tasks import MOST_QUESTIONS
 from megatron_cream.data.statistics import measure
 from megatron_cream.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.data.workers import one_thread, start_method
@@ -38,6 +39,7 @@ class RetrievalConfig:
     Attributes:
         length: tokens of a document, end of document included: the trained window N.
         haystack: files and folders of text; none for sentences made here.
+        questions: most questions of a task.
     """
 
     tokenizer_type: str
@@ -48,6 +50,7 @@ class RetrievalConfig:
     seed: int = 1234
     haystack: tuple[str, ...] = ()
     append_eod: bool = False
+    questions: int = MOST_QUESTIONS
     engine: str = "auto"
     workers: int = 1
     overwrite: bool = False
@@ -77,7 +80,8 @@ def make_dataset(
 
 
 def _check(config: RetrievalConfig) -> None:
-    for flag, value in (("--documents", config.documents), ("--workers", config.workers)):
+    counts = ("documents", "workers", "questions")
+    for flag, value in ((f"--{name}", getattr(config, name)) for name in counts):
         if value < 1:
             raise UserError(f"{flag} is {value}: it must be at least 1")
     if config.seed < 0:
@@ -99,7 +103,7 @@ def _maker(config: RetrievalConfig) -> DocumentMaker:
         raise UserError("--append-eod: the tokenizer has no token that ends a document")
     haystack = read_haystack(list(config.haystack)) if config.haystack else None
     eod = tokenizer.eod if config.append_eod else None
-    return DocumentMaker(tokenizer, config.length, config.seed, haystack, eod)
+    return DocumentMaker(tokenizer, config.length, config.seed, haystack, eod, config.questions)
 
 
 def _choose_engine(
@@ -137,6 +141,7 @@ def _noted(config: RetrievalConfig, tokenizer: Tokenizer, dtype: np.dtype) -> di
         "seed": config.seed,
         "length": config.length,
         "haystack": list(config.haystack),
+        "questions": config.questions,
         "tokenizer_type": config.tokenizer_type,
         "tokenizer_model": config.tokenizer_model,
         "vocab_size": tokenizer.vocab_size,

@@ -27,7 +27,9 @@ from megatron_cream.data.retrieval.words import KEYS, VALUES, Rng, passkeys, pro
 CHARACTERS = 100
 """Characters of a needle task's text that one more of its size stands for."""
 
-_MOST_QUESTIONS = 16
+MOST_QUESTIONS = 16
+"""Questions of a task, at most, unless another number is asked for."""
+
 _MOST_NEEDLES = 24
 _SEGMENTS = 4
 
@@ -47,17 +49,19 @@ class Task:
     text: Callable[[int], str] = field(repr=False)
 
 
-def draw_task(rng: Rng, tokens: int, haystack: Haystack | None) -> Task:
-    """Draw a task that can be made as long as ``tokens``."""
+def draw_task(
+    rng: Rng, tokens: int, haystack: Haystack | None, questions: int = MOST_QUESTIONS
+) -> Task:
+    """Draw a task that can be made as long as ``tokens``, of at most so many ``questions``."""
     kind = rng.random()
     if kind < 0.64:
-        return _records(rng, tokens)
+        return _records(rng, tokens, questions)
     if kind < 0.88:
-        return _needles(rng, tokens, haystack)
+        return _needles(rng, tokens, haystack, questions)
     return _passkey(rng, tokens, haystack)
 
 
-def _records(rng: Rng, tokens: int) -> Task:
+def _records(rng: Rng, tokens: int, questions: int = MOST_QUESTIONS) -> Task:
     name = str(rng.choice(list(RECORDS)))
     style, thing, most = RECORDS[name], str(rng.choice(THINGS)), max(4, tokens // 8)
     keys = KEYS[str(rng.choice(list(KEYS)))](rng, most)
@@ -69,7 +73,7 @@ def _records(rng: Rng, tokens: int) -> Task:
         for i, (k, v, n) in enumerate(zip(keys, values, numbers, strict=True))
     ]
     intro = str(rng.choice(style.intros)).format(t=thing) + style.opening.format(t=thing)
-    asked = _Asked.drawn(rng, style.questions, thing, keys, values)
+    asked = _Asked.drawn(rng, questions, style.questions, thing, keys, values)
     segments = int(rng.integers(2, _SEGMENTS + 1)) if rng.random() < 0.3 else 1
     return Task(name, most, lambda size: intro + _listed(style, records[:size], asked, segments))
 
@@ -105,10 +109,16 @@ class _Asked:
 
     @classmethod
     def drawn(
-        cls, rng: Rng, questions: tuple[str, ...], thing: str, keys: list[str], values: list[str]
+        cls,
+        rng: Rng,
+        most: int,
+        wordings: tuple[str, ...],
+        thing: str,
+        keys: list[str],
+        values: list[str],
     ) -> _Asked:
-        places = rng.random(int(rng.integers(4, _MOST_QUESTIONS + 1)))
-        return cls(str(rng.choice(questions)), thing, keys, values, places)
+        places = rng.random(int(rng.integers(max(1, most // 4), most + 1)))
+        return cls(str(rng.choice(wordings)), thing, keys, values, places)
 
     def text(self, facts: int, part: int = 0, parts: int = 1) -> str:
         """Questions about the first ``facts`` facts, the share of one of several parts."""
@@ -119,11 +129,11 @@ class _Asked:
         )
 
 
-def _needles(rng: Rng, tokens: int, haystack: Haystack | None) -> Task:
+def _needles(rng: Rng, tokens: int, haystack: Haystack | None, questions: int) -> Task:
     count = round(float(2 ** rng.uniform(0, np.log2(_MOST_NEEDLES))))
     keys = KEYS[str(rng.choice(list(KEYS)))](rng, count)
     values = VALUES[str(rng.choice(list(VALUES)))](rng, count)
-    return _hidden(rng, tokens, haystack, NEEDLES, keys, values)
+    return _hidden(rng, tokens, haystack, NEEDLES, keys, values, questions)
 
 
 def _passkey(rng: Rng, tokens: int, haystack: Haystack | None) -> Task:
@@ -137,20 +147,21 @@ def _hidden(
     wordings: tuple[Needle, ...],
     keys: list[str],
     values: list[str],
+    questions: int = MOST_QUESTIONS,
 ) -> Task:
     wording, thing = wordings[rng.integers(len(wordings))], str(rng.choice(THINGS))
     needles = [wording.needle.format(k=k, v=v, t=thing) for k, v in zip(keys, values, strict=True)]
     most = max(1, tokens * 8 // CHARACTERS)
     filler = _filler(rng, most * CHARACTERS, haystack, refrain=wordings is PASSKEYS)
     intro, places = str(rng.choice(wording.intros)).format(t=thing), rng.random(len(keys))
-    asked = _Asked.drawn(rng, wording.questions, thing, keys, values)
+    asked = _Asked.drawn(rng, questions, wording.questions, thing, keys, values)
     # All that fit are asked for: a needle that is not is a line of noise.
     chosen = rng.permutation(len(keys))[: len(asked.places)].tolist()
-    questions = "".join(asked.question.format(k=keys[i], v=values[i], t=thing) for i in chosen)
+    answered = "".join(asked.question.format(k=keys[i], v=values[i], t=thing) for i in chosen)
 
     def text(size: int) -> str:
         hidden = _planted(filler[: size * CHARACTERS], needles, places)
-        return f"{intro}{hidden}\n{questions}"
+        return f"{intro}{hidden}\n{answered}"
 
     return Task("passkey" if wordings is PASSKEYS else "needles", most, text)
 
