@@ -304,3 +304,20 @@ def test_middle_stages_open_no_file(monkeypatch):
     monkeypatch.undo()
     expected = [extension().strategy().layout(1234, i).position_ids for i in range(3)]
     np.testing.assert_array_equal(torch.stack(found), expected)
+
+
+def test_plain_samples_are_plain_on_every_stage_and_read_consecutive_tokens(prefixes):
+    from megatron_cream.data.span_dataset import PositionsOnly
+
+    share = {"plain_share": 0.4, "sample_unit": "window"}
+    train = build(prefixes[:1], samples=200, **share)[0]
+    middle_stage = PositionsOnly(extension(**share), 200)
+    plain = 0
+    for index in range(200):
+        sample = train[index]
+        assert (sample["position_ids"] == middle_stage[index]["position_ids"]).all()
+        if (sample["position_ids"] == torch.arange(N)).all():
+            plain += 1
+            assert (sample["tokens"].diff() == 1).all()
+            assert (sample["labels"] == sample["tokens"] + 1)[:-1].all()
+    assert abs(plain / 200 - 0.4) < 0.12
