@@ -180,7 +180,7 @@ def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
 
 @pytest.mark.parametrize("finetune", [False, True])
 @pytest.mark.parametrize("before", ["document", "window", None])
-def test_a_resumed_run_reads_what_it_began_with(monkeypatch, before, finetune):
+def test_a_resumed_run_reads_what_it_began_with(monkeypatch, tmp_path, before, finetune):
     from argparse import Namespace
 
     from megatron_cream.config import ExtensionConfig
@@ -189,10 +189,14 @@ def test_a_resumed_run_reads_what_it_began_with(monkeypatch, before, finetune):
     settings = ExtensionConfig(96, 768, 96, sample_unit=before or "document").to_dict()
     if before is None:  # saved before there was a choice
         del settings["sample_unit"]
-    monkeypatch.setattr(checks, "saved_arguments", lambda path: Namespace(megatron_cream=settings))
-    found = checks.resumed_unit(Namespace(load="somewhere", finetune=finetune))
+    saved = Namespace(megatron_cream=settings)
+    monkeypatch.setattr(checks, "arguments_in", lambda folder: saved)
+    monkeypatch.setattr(checks, "check_whole", lambda folder, flag, objects: None)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    weights = {"finetune": finetune, "pretrained_checkpoint": None}
+    found = checks.resumed_unit(Namespace(load=str(tmp_path), **weights))
     assert found == ("window" if finetune else before or "document")
-    assert checks.resumed_unit(Namespace(load=None, finetune=False)) == "window"
+    assert checks.resumed_unit(Namespace(load=None, **weights)) == "window"
 
 
 def test_a_checkpoint_that_is_not_whole(refused, initial, tmp_path):
