@@ -14,7 +14,7 @@ from megatron_cream.data.plan import Job
 from megatron_cream.data.publish import is_whole, write_whole
 from megatron_cream.errors import UserError
 
-PREPROCESSING, MERGING = "preprocessing", "merging"
+PREPROCESSING, MERGING, RETRIEVAL = "preprocessing", "merging", "retrieval"
 """Kinds of jobs, as they stand in the mark of a folder."""
 
 _JOB, _STAGED = "job.json", "data"

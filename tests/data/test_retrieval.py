@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_cream.data.index import read_index, read_metadata
+from megatron_cream.data.index import read_index
+from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.data.retrieval import (
     DocumentMaker,
     Haystack,
@@ -176,6 +177,7 @@ def test_the_dataset_is_the_same_for_any_number_of_workers(job, tmp_path):
     index = read_index(job.output_prefix)
     assert index.lengths.tolist() == [600] * 40 and index.dtype == np.uint16
     assert note == read_metadata(job.output_prefix)
+    check_fits(index, note)
     assert (note["kind"], note["seed"], note["tokens"]) == ("retrieval", 1234, 24000)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{name}{suffix}" for name in "ab" for suffix in (".bin", ".idx", ".json")

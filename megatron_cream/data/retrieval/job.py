@@ -17,10 +17,15 @@ from tqdm import tqdm
 
 from megatron_cream.data.engine import choose_engine
 from megatron_cream.data.fast import FastSource, FastTokenizer
-from megatron_cream.data.folder import WorkFolder
+from megatron_cream.data.folder import RETRIEVAL, WorkFolder
 from megatron_cream.data.index import token_dtype, write_index
 from megatron_cream.data.note import Counts, make_note
-from megatron_cream.data.publish import check_absent, publish
+from megatron_cream.data.publish import (
+    check_absent,
+    check_prefix,
+    finish_publishing,
+    publish,
+)
 from megatron_cream.data.retrieval.documents import DocumentMaker
 from megatron_cream.data.retrieval.haystack import read_haystack
 from megatron_cream.data.retrieval.tasks import MOST_QUESTIONS
@@ -69,7 +74,9 @@ def make_dataset(
         OSError: a file that is missing or exists, or cannot be written.
     """
     _check(config)
-    with WorkFolder(config.output_prefix) as folder, one_thread():
+    with WorkFolder(config.output_prefix, RETRIEVAL) as folder, one_thread():
+        if folder.is_whole():
+            finish_publishing(folder.staged, config.output_prefix)
         check_absent(config.output_prefix, config.overwrite)
         maker = _maker(config)
         _choose_engine(config, maker, say)
@@ -86,15 +93,7 @@ def _check(config: RetrievalConfig) -> None:
             raise UserError(f"{flag} is {value}: it must be at least 1")
     if config.seed < 0:
         raise UserError(f"--seed is {config.seed}: it must be 0 or more")
-    folder, name = os.path.split(config.output_prefix)
-    if not name:
-        raise UserError(
-            f"--output-prefix {config.output_prefix}: names a folder, needs FOLDER/NAME"
-        )
-    if not os.path.isdir(folder or "."):
-        raise FileNotFoundError(
-            f"--output-prefix {config.output_prefix}: no folder {folder}, needs one that exists"
-        )
+    check_prefix(config.output_prefix)
 
 
 def _maker(config: RetrievalConfig) -> DocumentMaker:
