@@ -146,9 +146,7 @@ def test_nothing_of_the_evaluation_stands_in_a_document(texts):
 
 @pytest.mark.parametrize("phrase", ["REGISTER_CONTENT", "special magic", "pass key", "museum"])
 def test_no_template_has_a_phrase_of_the_evaluation(phrase):
-    assert phrase not in repr(
-        (formats.RECORDS, formats.NEEDLES, formats.PASSKEYS, formats.REFRAINS)
-    )
+    assert phrase not in repr((formats.RECORDS, hidden.NEEDLES, hidden.PASSKEYS, hidden.REFRAINS))
 
 
 def test_a_number_without_a_key_is_never_as_long_as_a_passkey():

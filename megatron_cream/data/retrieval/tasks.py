@@ -12,16 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_cream.data.retrieval.formats import (
-    NEEDLES,
-    PASSKEYS,
-    RECORDS,
-    REFRAINS,
-    THINGS,
-    Format,
-    Needle,
-)
+from megatron_cream.data.retrieval.formats import RECORDS, THINGS, Format
 from megatron_cream.data.retrieval.haystack import Haystack
+from megatron_cream.data.retrieval.hidden import NEEDLES, PASSKEYS, REFRAINS, Needle
 from megatron_cream.data.retrieval.words import KEYS, VALUES, Rng, passkeys, prose
 
 CHARACTERS = 100
