@@ -12,6 +12,7 @@ from megatron_cream.data.retrieval import (
     Haystack,
     RetrievalConfig,
     formats,
+    hidden,
     make_dataset,
     read_haystack,
     tasks,
