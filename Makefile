@@ -54,6 +54,11 @@ check: setup
 docs: setup
 	$(BIN)/mkdocs build --strict
 
+# The commands of README.md and docs/ as they are printed, ten minutes.
+.PHONY: test-docs
+test-docs: setup
+	$(BIN)/python -m pytest -m slow tests/docs
+
 package: setup
 	$(BIN)/python -m build --no-isolation --outdir build/dist
 
