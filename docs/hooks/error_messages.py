@@ -81,7 +81,7 @@ def listing() -> str:
         rows = [f"| `{_cell(said)}` | {kind} |" for kind, said in messages(path)]
         if rows:
             title = f"### `{path.relative_to(ROOT)}` {{ data-toc-label='{path.stem}' }}"
-            tables.append("\n".join([title, "", "| message | |", "| --- | --- |", *rows]))
+            tables.append("\n".join([title, "", "| message | error |", "| --- | --- |", *rows]))
     return "\n\n".join(tables)
 
 

@@ -3,6 +3,7 @@
 
 import ast
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -16,13 +17,53 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 THEIRS = ("megatron/core/datasets/utils.py", "megatron/training/arguments.py")
 
 
-@pytest.fixture(scope="module")
-def hook():
-    path = ROOT / "docs" / "hooks" / "error_messages.py"
-    spec = importlib.util.spec_from_file_location("error_messages", path)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def load_hook(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "hooks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hook():
+    return load_hook("error_messages")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_column_of_a_table_has_a_name(page):
+    tables = re.findall(r"^(\|.*\|)\n\|[-:| ]+\|$", page.read_text(), re.MULTILINE)
+    heads = [[cell.strip() for cell in head.strip("|").split("|")] for head in tables]
+    assert [head for head in heads if not all(head)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_command_lines_fit_the_page(page):
+    blocks = re.findall(
+        r"^```(?:bash|python)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 103] == []
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("git@github.com:owner/name.git", "https://github.com/owner/name"),
+        (
+            "ssh://git@host.example.org:22/group/sub/name.git",
+            "https://host.example.org/group/sub/name",
+        ),
+        ("https://github.com/owner/name", "https://github.com/owner/name"),
+        ("https://user:secret@github.com/owner/name.git/", "https://github.com/owner/name"),
+        ("/srv/git/name.git", None),
+        ("../name", None),
+        ("", None),
+    ],
+)
+def test_link_to_the_repository_is_that_of_the_clone(remote, address):
+    assert load_hook("repository").web_address(remote) == address
 
 
 def quoted(title):
@@ -33,7 +74,11 @@ def quoted(title):
 
 def headings():
     found = re.findall(r"^## (.+)$", PAGE.read_text(), re.MULTILINE)
-    return [title for title in found if title not in ("Not ours", "No message, but wrong")][:-1]
+    return [
+        title
+        for title in found
+        if title not in ("Messages of Megatron and torch", "No message, but wrong")
+    ][:-1]
 
 
 def fragments(text):
@@ -80,7 +125,7 @@ def test_quotes_tell_messages_apart():
 def test_megatrons_own_messages_are_megatrons():
     site = Path(distribution("megatron-core").locate_file("."))
     theirs = "".join((site / path).read_text() for path in THEIRS)
-    ours = [phrase for phrase in quoted("Not ours") if phrase in theirs]
+    ours = [phrase for phrase in quoted("Messages of Megatron and torch") if phrase in theirs]
     assert len(ours) == 2
 
 
@@ -113,7 +158,12 @@ def test_hook_needs_its_marker(hook):
 def build(config, output):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(output)]
     return subprocess.run(
-        [*command, "-f", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, "-f", str(config)],
+        cwd=ROOT,
+        env={**os.environ, "REPOSITORY_URL": "git@github.com:owner/name.git"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -126,6 +176,13 @@ def test_site_builds_without_a_warning(tmp_path):
     messages = (tmp_path / "site" / "troubleshooting" / "index.html").read_text()
     assert "a sample takes at least" in messages
     assert not list((tmp_path / "site").rglob("*.py"))
+    start = (tmp_path / "site" / "index.html").read_text()
+    assert 'href="https://github.com/owner/name"' in start
+    assert "examples/quickstart/run.sh" in start
+    assert (tmp_path / "site" / "install" / "index.html").is_file()
+    seen = re.sub(r"(?s)<!--.*?-->", "", start)
+    index = (tmp_path / "site" / "search" / "search_index.json").read_text()
+    assert "parse:" not in seen and "parse:" not in index  # notes to the tests of commands
 
 
 def test_a_broken_link_ends_the_build(tmp_path):
