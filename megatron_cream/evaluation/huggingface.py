@@ -115,7 +115,7 @@ def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as exc:
         raise MissingPackageError(
-            "--hf needs transformers: pip install megatron_cream[hf]", name="transformers"
+            "--hf needs transformers: pip install -e '.[hf]' in a checkout", name="transformers"
         ) from exc
     _check_folder(Path(path))
     try:

@@ -26,7 +26,7 @@ try:
     from lm_eval.api.registry import register_model
 except ImportError as exc:
     missing = MissingPackageError(
-        "megatron_cream.evaluation.lm_eval needs lm-eval: pip install megatron_cream[lm-eval]",
+        "this module needs lm-eval: pip install -e '.[lm-eval]' in a checkout",
         name="lm_eval",
     )
     if __name__ != "__main__":

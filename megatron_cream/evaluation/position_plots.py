@@ -34,7 +34,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as exc:
         raise MissingPackageError(
-            "a picture needs matplotlib: pip install megatron_cream[plot]", name="matplotlib"
+            "a picture needs matplotlib: pip install -e '.[plot]' in a checkout", name="matplotlib"
         ) from exc
 
 

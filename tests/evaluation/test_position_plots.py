@@ -202,7 +202,7 @@ def test_missing_matplotlib_says_what_to_install(tool, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert exit_status(tool.main, [*LENGTHS, "--strategy", "cream"]) == 2
     out, err = capsys.readouterr()
-    assert "pip install megatron_cream[plot]" in err
+    assert "pip install -e '.[plot]'" in err
     assert out == ""  # said before the counting, not after
 
 
