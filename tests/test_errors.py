@@ -29,9 +29,11 @@ def test_a_bug_keeps_its_traceback(capsys, error):
     assert capsys.readouterr().err == ""
 
 
-def test_only_the_first_rank_prints(capsys, monkeypatch):
+def test_another_rank_waits_for_the_first_and_says_which_it_is(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("megatron_cream.errors.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise UserError("--lengths is 0: it must be at least 1")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == ""
+    assert stop.value.code == 2 and waited[0] > 1
+    assert capsys.readouterr().err == "error: rank 3: --lengths is 0: it must be at least 1\n"

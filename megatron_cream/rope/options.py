@@ -82,14 +82,13 @@ def read_base(path: str) -> dict[str, Any]:
     """Return the settings of the scaling in a base model's config.json.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no JSON, or no RoPE that is known.
+        FileNotFoundError, UserError: no such file, no JSON, or no RoPE that is known.
     """
+    config = _read_json("--rope-base-config", path)
     try:
-        return scaling_from_hf(_read_json("--rope-base-config", path)).settings()
-    except KeyError as error:
-        raise UserError(
-            f"--rope-base-config is {path}: it must be a model's config.json, and lacks {error}"
-        ) from None
+        return scaling_from_hf(config).settings()
+    except UserError as error:
+        raise UserError(f"--rope-base-config is {path}: {error}") from None
 
 
 def _read_json(flag: str, path: str) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_refused_factor_files(extension, written, values, message):
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [
-        ({}, [], "must be a model's config.json, and lacks 'max_position_embeddings'"),
+        ({}, [], "--rope-base-config is .*: max_position_embeddings .* is missing"),
         (LLAMA31, [], "--rotary-base.* is 10000: .* rope_theta is 500000"),
         (LLAMA31, ["--rope-interpolation", "yarn"], "'yarn'.*it must be 'linear' or 'ntk'"),
         ({**LLAMA31, "rope_scaling": {"type": "clex"}}, [], "'clex'"),

@@ -20,6 +20,7 @@ MASKED = [
     *("--vocab-size", str(VOCABULARY), "--make-vocab-size-divisible-by", "1"),
     *("--label-rule", "masked", "--eod-mask-loss", "--split", "100,0,0", "--eval-iters", "0"),
     *("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--weight-decay", "0"),
+    *("--sample-unit", "document"),  # the last token of a sample has no label
 ]
 LAYOUTS = {
     "one rank": (1, []),
@@ -41,7 +42,16 @@ def texts(tmp_path_factory):
         document[rng.random(900) < share] = EOD
         builder.add_document(torch.from_numpy(document), [900])
     builder.finalize(f"{prefix}.idx")
-    note = {"vocab_size": VOCABULARY, "tokenizer_type": "test", "appended_eod": True, "eod_id": EOD}
+    note = {
+        "vocab_size": VOCABULARY,
+        "tokenizer_type": "test",
+        "tokenizer_model": None,
+        "eod_id": EOD,
+        "bos_id": None,
+        "appended_eod": True,
+        "prepended_bos": False,
+        "dropped": {},
+    }
     (prefix.parent / "text.json").write_text(json.dumps(note))
     return str(prefix)
 
