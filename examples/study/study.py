@@ -23,10 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from results import record
 from variants import QUESTIONS, VARIANTS, Variant
+
+from megatron_cream import torchrun
 
 HERE = Path(__file__).resolve().parents[2]
 TOOLS = HERE / "tools"
@@ -195,8 +198,8 @@ class Study:
     def train(self, variant: Variant, gpu: int) -> bool:
         """Train and export."""
         folder = self.work / variant.title
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-        flags = [*launch, "-m", "megatron_cream.pretrain", *self.flags(variant)]
+        launch = torchrun.command(1, "-m", "megatron_cream.pretrain")[1:]
+        flags = [*launch, *self.flags(variant)]
         if not call(flags, folder / "train.log", gpu):
             return False
         export = [TOOLS / "convert_checkpoint.py", "export", "--checkpoint", folder / "run"]
@@ -295,7 +298,7 @@ def at_once(calls: list[tuple[Any, ...]]) -> list[Any]:
 def call(arguments: list[Any], log: Path, gpu: int | None = None) -> bool:
     """Run Python with its output in ``log``; say whether it ended well."""
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
+    environment = torchrun.environment() | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTHONUNBUFFERED": "1",

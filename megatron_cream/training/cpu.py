@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -54,8 +55,12 @@ def install() -> None:
     Raises:
         UserError: a GPU is present.
     """
-    # The jit warm-up of Megatron's fusions has nothing to compile for; must precede torch.
+    # The jit warm-up of Megatron's fusions has nothing to compile for.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if "torch" in sys.modules:  # which may have read that variable already
+        import torch._dynamo
+
+        torch._dynamo.config.disable = True
     # Twenty lines a rank on GPU packages that are missing: here they are meant to be.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     # Its random-state tracker wonders, at every dropout, why the CPU's state changed with the

@@ -79,4 +79,4 @@ def test_the_command_without_lm_eval_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("megatron_cream.evaluation.lm_eval", run_name="__main__")
     assert stop.value.code == 2
-    assert "error: megatron_cream.evaluation.lm_eval needs lm-eval" in capsys.readouterr().err
+    assert "error: this module needs lm-eval" in capsys.readouterr().err

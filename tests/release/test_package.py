@@ -135,6 +135,6 @@ def test_installed_package_trains(installed):
 def test_extras_that_messages_name_exist(root):
     named = set()
     for path in [*root.glob("megatron_cream/**/*.py"), *root.glob("tools/*.py")]:
-        named |= set(re.findall(r"megatron_cream\[(\w+)\]", path.read_text()))
+        named |= set(re.findall(r"pip install -e '\.\[([\w-]+)\]'", path.read_text()))
     assert named
     assert named <= set(settings(root)["options.extras_require"])
