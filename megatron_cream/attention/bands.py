@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which query sees which key at which distance: causal attention cut into bands, as tiles.
+
+Rotary attention knows a distance only as the difference of the positions that a query and a key
+are turned by. Dual chunk attention, STRING and SelfExtend give near and far pairs other positions:
+each is two or three *bands*, and a band is covered by *tiles*, rectangles of queries and keys for
+which a plain attention kernel exists. The softmax runs over all tiles of a query together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from megatron_cream.errors import UserError
+
+
+class Shape(Enum):
+    """Which pairs of a tile attend; row r and column c count from its corner."""
+
+    FULL = "all"
+    CAUSAL = "c <= r"
+    ANTICAUSAL = "c >= r"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries ``[first_row, end_row)`` and keys ``[first_column, end_column)`` of one band.
+
+    A tile that is not ``FULL`` is a square.
+    """
+
+    band: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    shape: Shape
+
+    def moved(self, offset: int) -> Tile:
+        """Return the tile of a document that begins at token ``offset``."""
+        rows, columns = ((first + offset, end + offset) for first, end in (self.rows, self.columns))
+        return Tile(self.band, rows, columns, self.shape)
+
+
+@dataclass(frozen=True)
+class Bands:
+    """A causal attention as bands.
+
+    Attributes:
+        query_positions, key_positions: of each band, from tokens' places in their document
+            (int64 ``[n]``) to the positions they are turned by.
+        groups: of ``length`` tokens, tiles by the queries they share: the tiles of one group hold
+            all keys of all its queries.
+    """
+
+    query_positions: tuple[Callable[[Tensor], Tensor], ...]
+    key_positions: tuple[Callable[[Tensor], Tensor], ...]
+    groups: Callable[[int], tuple[tuple[Tile, ...], ...]]
+
+    def of_documents(self, lengths: Sequence[int]) -> Iterator[tuple[Tile, ...]]:
+        """Yield the groups of documents of ``lengths`` tokens that lie one behind the other."""
+        offset = 0
+        for length in lengths:
+            for group in self.groups(length):
+                yield tuple(tile.moved(offset) for tile in group)
+            offset += length
+
+
+@lru_cache(maxsize=64)
+def dual_chunk(chunk_size: int, local_size: int) -> Bands:
+    """Return dual chunk attention's bands: the own chunk, the one before, all earlier ones.
+
+    Chunks have a stride of S = ``chunk_size - local_size`` tokens. Keys stand at j mod S in all
+    bands; queries at i mod S for their own chunk, min(i mod S + S, Q) for the one before, which
+    keeps the nearest distances exact, and Q = ``chunk_size`` for all earlier ones.
+
+    ChunkLlama takes a ``chunk_size`` of 3/4 and a ``local_size`` of 1/8 of the trained window;
+    Qwen's ``dual_chunk_attention_config`` names both.
+
+    Raises:
+        UserError: a size is out of range.
+    """
+    stride = chunk_size - local_size
+    if local_size < 0 or stride < 1:
+        raise UserError(
+            f"local_size is {local_size}, chunk_size {chunk_size}: local_size must be at least 0 "
+            "and less than chunk_size"
+        )
+    if local_size > stride:
+        raise UserError(
+            f"local_size is {local_size}, chunk_size {chunk_size}: it must be at most half of "
+            "chunk_size, or far keys would stand further away than they are"
+        )
+
+    def key(place: Tensor) -> Tensor:
+        return place % stride
+
+    return Bands(
+        (
+            key,
+            lambda place: (place % stride + stride).clamp(max=chunk_size),
+            lambda place: torch.full_like(place, chunk_size),
+        ),
+        (key, key, key),
+        lambda length: tuple(_chunk_tiles(length, stride)),
+    )
+
+
+def _chunk_tiles(length: int, stride: int) -> Iterator[tuple[Tile, ...]]:
+    for first in range(0, length, stride):
+        rows = (first, min(first + stride, length))
+        tiles = [Tile(0, rows, rows, Shape.CAUSAL)]
+        if first:
+            tiles.append(Tile(1, rows, (first - stride, first), Shape.FULL))
+        if first > stride:
+            tiles.append(Tile(2, rows, (0, first - stride), Shape.FULL))
+        yield tuple(tiles)
+
+
+@lru_cache(maxsize=64)
+def string(shift: int, local_size: int) -> Bands:
+    """Return STRING's bands: distances d below S as they are, the others d - S + W.
+
+    Args:
+        shift: S in tokens; the paper takes a third of the trained window.
+        local_size: W in tokens; the paper takes 128.
+
+    Raises:
+        UserError: a size is out of range.
+    """
+    if not 0 < local_size <= shift:
+        raise UserError(
+            f"local_size is {local_size}, shift {shift}: local_size must be from 1 to shift"
+        )
+    return Bands(
+        (lambda place: place, lambda place: place - shift + local_size),
+        (lambda place: place, lambda place: place),
+        lambda length: (tuple(_near_and_far(length, shift)),),
+    )
+
+
+@lru_cache(maxsize=64)
+def self_extend(group_size: int, window: int) -> Bands:
+    """Return SelfExtend's bands: distances to w as they are, beyond it those of groups.
+
+    A far pair stands at floor(i / G) - floor(j / G) + w - floor(w / G).
+
+    Args:
+        group_size: G in tokens.
+        window: w in tokens, the distances that stay as they are.
+
+    Raises:
+        UserError: a size is out of range.
+    """
+    if group_size < 1 or window < 1:
+        raise UserError(
+            f"group_size is {group_size}, window {window}: both must be at least 1 token"
+        )
+    return Bands(
+        (lambda place: place, lambda place: place // group_size + window - window // group_size),
+        (lambda place: place, lambda place: place // group_size),
+        lambda length: (tuple(_near_and_far(length, window + 1)),),
+    )
+
+
+def _near_and_far(length: int, near: int) -> Iterator[Tile]:
+    """Tiles of distances below ``near`` (band 0) and of the others (band 1)."""
+    for first in range(0, length, near):
+        end = min(first + near, length)
+        yield Tile(0, (first, end), (first, end), Shape.CAUSAL)
+        if first:
+            yield from _nearest_before(first, end, near)
+    if length > near:
+        yield Tile(1, (near, length), (0, length - near), Shape.CAUSAL)
+
+
+def _nearest_before(first: int, end: int, near: int) -> Iterator[Tile]:
+    """Tiles of queries ``[first, end)`` with the keys before ``first`` that are near.
+
+    Query ``first + r`` sees keys from ``first + r - near + 1``: a square that loses a column with
+    every row, and where the queries are fewer than its columns, what is right of the square.
+    """
+    rows = min(end - first, near - 1)
+    corner = first - near + 1
+    if rows:
+        yield Tile(0, (first, first + rows), (corner, corner + rows), Shape.ANTICAUSAL)
+    if corner + rows < first:
+        yield Tile(0, (first, first + rows), (corner + rows, first), Shape.FULL)

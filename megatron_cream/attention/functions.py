@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attentions as functions of unrotated queries and keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_cream.attention import bands
+from megatron_cream.attention.banded import Rotation, banded_attention
+from megatron_cream.errors import UserError
+from megatron_cream.rope.base import RopeScaling
+
+
+def dual_chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: RopeScaling,
+    *,
+    chunk_size: int,
+    local_size: int,
+    softmax_scale: float | None = None,
+    lengths: Sequence[int] | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Return dual chunk attention ``[b, s, h, d]``, causal, differentiable (arXiv:2402.17463).
+
+    Exact: the softmax over all keys of each query, whose distance to a key in the own chunk is the
+    true one, to a key of the chunk before it min(i mod S + S, Q) - j mod S, and to an earlier one
+    Q - j mod S, with Q = ``chunk_size`` and S = Q - ``local_size``. No distance exceeds Q, and the
+    ``local_size`` nearest keys have their true ones. Up to S tokens are ordinary attention.
+
+    Args:
+        q: unrotated, ``[b, s, h, d]``.
+        k, v: ``[b, s, g, d]``, g dividing h; k unrotated.
+        scaling: how positions become angles; its ``dim`` first dimensions of a head turn.
+        chunk_size: Q in tokens, the largest distance. ChunkLlama: 3/4 of the trained window.
+            Qwen's ``dual_chunk_attention_config``: its ``chunk_size``.
+        local_size: tokens that keep their true distance. ChunkLlama: 1/8 of the trained window.
+        softmax_scale: of the logits; 1 / sqrt(d) if None.
+        lengths: tokens of packed documents in each row of the batch; one of s tokens if None.
+        interleaved: pairs of dimensions are (0, 1), (2, 3) ...
+
+    Raises:
+        UserError: sizes or shapes do not fit.
+    """
+    parts = bands.dual_chunk(chunk_size, local_size)
+    return _attend(q, k, v, scaling, parts, softmax_scale, lengths, interleaved)
+
+
+def string_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: RopeScaling,
+    *,
+    shift: int,
+    local_size: int,
+    softmax_scale: float | None = None,
+    lengths: Sequence[int] | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Return STRING's attention ``[b, s, h, d]``: distances d from S on become d - S + W.
+
+    See arXiv:2410.18745 and ``dual_chunk_attention`` for what the arguments share.
+
+    Args:
+        shift: S in tokens; the paper takes a third of the trained window.
+        local_size: W in tokens; the paper takes 128.
+
+    Raises:
+        UserError: sizes or shapes do not fit.
+    """
+    parts = bands.string(shift, local_size)
+    return _attend(q, k, v, scaling, parts, softmax_scale, lengths, interleaved)
+
+
+def self_extend_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: RopeScaling,
+    *,
+    group_size: int,
+    window: int,
+    softmax_scale: float | None = None,
+    lengths: Sequence[int] | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Return SelfExtend's attention ``[b, s, h, d]``: beyond w, distances of groups of positions.
+
+    See arXiv:2401.01325 and ``dual_chunk_attention`` for what the arguments share.
+
+    Args:
+        group_size: G in tokens.
+        window: w in tokens, up to which distances stay as they are.
+
+    Raises:
+        UserError: sizes or shapes do not fit.
+    """
+    parts = bands.self_extend(group_size, window)
+    return _attend(q, k, v, scaling, parts, softmax_scale, lengths, interleaved)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: RopeScaling,
+    parts: bands.Bands,
+    softmax_scale: float | None,
+    lengths: Sequence[int] | None,
+    interleaved: bool,
+) -> Tensor:
+    tokens = q.shape[1]
+    lengths = (tokens,) if lengths is None else tuple(lengths)
+    _validate(q, k, v, scaling, lengths)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    inv_freq = torch.as_tensor(scaling.at_length(tokens).inv_freq, dtype=wide, device=q.device)
+    rotation = Rotation(inv_freq, scaling.at_length(tokens).attention_factor, interleaved)
+    by_head = (x.transpose(1, 2) for x in (q, k, v))
+    return banded_attention(*by_head, parts, rotation, scale, lengths).transpose(1, 2)
+
+
+def _validate(
+    q: Tensor, k: Tensor, v: Tensor, scaling: RopeScaling, lengths: Sequence[int]
+) -> None:
+    b, s, h, d = q.shape
+    if k.shape != v.shape or k.shape[:2] != (b, s) or k.shape[3] != d or h % k.shape[2]:
+        raise UserError(
+            f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: they must be "
+            "[b, s, h, d], [b, s, g, d] and [b, s, g, d] with g dividing h"
+        )
+    if scaling.dim > d:
+        raise UserError(f"the interpolation turns {scaling.dim} dimensions: a head has {d}")
+    if min(lengths) < 1 or sum(lengths) != s:
+        raise UserError(f"lengths sum to {sum(lengths)}: they must be positive and sum to {s}")

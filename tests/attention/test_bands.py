@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over bands equals the dense softmax over the papers' own case distinctions."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_cream.attention import (
+    dual_chunk_attention,
+    self_extend_attention,
+    string_attention,
+)
+from megatron_cream.errors import UserError
+from megatron_cream.rope import make_scaling
+
+Q, LOCAL = 48, 8
+S = Q - LOCAL
+LENGTHS = (1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 137, 201)
+
+
+def dual_chunk_distance(i, j):
+    same, before = i // S == j // S, i // S - j // S == 1
+    if same:
+        return i - j
+    return (min(i % S + S, Q) if before else Q) - j % S
+
+
+def string_distance(i, j):
+    return i - j if i - j < 30 else i - j - 30 + 7
+
+
+def self_extend_distance(i, j):
+    return i - j if i - j <= 21 else i // 4 - j // 4 + 21 - 21 // 4
+
+
+METHODS = {
+    "dual chunk": (
+        dual_chunk_attention,
+        {"chunk_size": Q, "local_size": LOCAL},
+        dual_chunk_distance,
+    ),
+    "string": (string_attention, {"shift": 30, "local_size": 7}, string_distance),
+    "self-extend": (self_extend_attention, {"group_size": 4, "window": 21}, self_extend_distance),
+}
+
+
+def dense(q, k, v, scaling, distance, lengths, interleaved=False):
+    """The definition: logits of every pair by its own distance, one softmax; float64."""
+    b, s, h, d = q.shape
+    groups = h // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    first, second = pairs(torch.arange(scaling.dim), interleaved)
+    inv_freq = torch.from_numpy(scaling.inv_freq)
+    logits = torch.full((b, h, s, s), -math.inf, dtype=torch.float64)
+    offset = 0
+    for length in lengths:
+        for i in range(length):
+            js = torch.arange(i + 1)
+            gaps = torch.tensor([distance(i, int(j)) for j in js], dtype=torch.float64)
+            angle = gaps[:, None] * inv_freq
+            cos, sin = angle.cos(), angle.sin()
+            query, keys = q[:, offset + i], k[:, offset : offset + i + 1]
+            q1, q2 = (query[..., x][:, None] for x in (first, second))
+            k1, k2 = (keys[..., x] for x in (first, second))
+            turned = ((q1 * k1 + q2 * k2) * cos[:, None] - (q2 * k1 - q1 * k2) * -sin[:, None]).sum(
+                -1
+            )
+            # Re(q conj(k) e^(i angle)), the rotation by the difference of two positions.
+            turned = ((q1 * k1 + q2 * k2) * cos[:, None] + (q1 * k2 - q2 * k1) * sin[:, None]).sum(
+                -1
+            )
+            rest = (query[:, None, :, scaling.dim :] * keys[..., scaling.dim :]).sum(-1)
+            value = turned * scaling.attention_factor**2 + rest
+            logits[:, :, offset + i, offset : offset + i + 1] = value.transpose(1, 2)
+        offset += length
+    weights = (logits / math.sqrt(d)).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def pairs(index, interleaved):
+    return (index[::2], index[1::2]) if interleaved else index.chunk(2)
+
+
+def inputs(s, b=1, h=2, g=2, d=16, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((b, s, h, d), (b, s, g, d), (b, s, g, d))
+    return [torch.randn(x, generator=generator, dtype=dtype, requires_grad=True) for x in shapes]
+
+
+def gradients(out, tensors, seed=1):
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=out.dtype)
+    return torch.autograd.grad((out * weight).sum(), tensors)
+
+
+def compare(method, s, lengths=None, scaling=None, interleaved=False, **shape):
+    function, sizes, distance = METHODS[method]
+    scaling = scaling or make_scaling("none", dim=16, base=100.0, factor=1.0, original_length=64)
+    tensors = inputs(s, **shape)
+    expected = dense(*tensors, scaling, distance, lengths or (s,), interleaved)
+    exact = function(*tensors, scaling, lengths=lengths, interleaved=interleaved, **sizes)
+    assert (exact - expected).abs().max() < 1e-12
+    wanted = gradients(expected, tensors)
+    for found, gradient in zip(gradients(exact, tensors), wanted, strict=True):
+        assert (found - gradient).abs().max() < 1e-11
+    single = [x.detach().float().requires_grad_() for x in tensors]
+    out = function(*single, scaling, lengths=lengths, interleaved=interleaved, **sizes)
+    assert (out - expected).abs().max() < 2e-6
+    for found, gradient in zip(gradients(out.double(), single), wanted, strict=True):
+        assert (found - gradient).norm() <= 1e-5 * max(1.0, gradient.norm())
+
+
+@pytest.mark.parametrize("s", LENGTHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_the_dense_softmax(method, s):
+    compare(method, s)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_grouped_queries_batches_packed_documents_and_partial_interleaved_rotation(method):
+    scaling = make_scaling("yarn", dim=8, base=100.0, factor=4.0, original_length=64)
+    compare(
+        method, 160, lengths=(S + 3, 1, 90, 26), scaling=scaling, interleaved=True, b=2, h=6, g=3
+    )
+
+
+def test_up_to_the_stride_it_is_ordinary_attention_bit_by_bit():
+    scaling = make_scaling("none", dim=16, base=100.0, factor=1.0, original_length=64)
+    q, k, v = inputs(S, dtype=torch.float32)
+    ours = dual_chunk_attention(q, k, v, scaling, chunk_size=Q, local_size=LOCAL)
+    angles = torch.arange(S)[:, None] * torch.from_numpy(scaling.inv_freq).float()
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+
+    def turn(x):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (turn(q), turn(k), v)), is_causal=True
+    )
+    assert torch.equal(ours, plain.transpose(1, 2))
+
+
+def test_gradcheck():
+    scaling = make_scaling("none", dim=4, base=10.0, factor=1.0, original_length=8)
+    tensors = inputs(17, h=1, g=1, d=4)
+
+    def function(*x):
+        return dual_chunk_attention(*x, scaling, chunk_size=6, local_size=2)
+
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"chunk_size": 8, "local_size": 8}, "less than chunk_size"),
+        ({"chunk_size": 8, "local_size": 5}, "at most half"),
+        ({"chunk_size": 8, "local_size": -1}, "at least 0"),
+        ({"chunk_size": 8, "local_size": 2, "lengths": (4, 5)}, "sum to 9"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, said):
+    scaling = make_scaling("none", dim=16, base=100.0, factor=1.0, original_length=64)
+    with pytest.raises(UserError, match=said):
+        dual_chunk_attention(*inputs(8), scaling, **sizes)
