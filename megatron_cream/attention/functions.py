@@ -36,7 +36,8 @@ def dual_chunk_attention(
 
     Args:
         q: unrotated, ``[b, s, h, d]``.
-        k, v: ``[b, s, g, d]``, g dividing h; k unrotated.
+        k: unrotated, ``[b, s, g, d]``, g dividing h.
+        v: ``[b, s, g, d]``.
         scaling: how positions become angles; its ``dim`` first dimensions of a head turn.
         chunk_size: Q in tokens, the largest distance. ChunkLlama: 3/4 of the trained window.
             Qwen's ``dual_chunk_attention_config``: its ``chunk_size``.

@@ -8,6 +8,10 @@ may be turned several ways in one pass, each by a table of its own (dual chunk a
 Bytes moved: queries and keys are read once and written once, the table is a few percent beside
 them. Strided inputs are read as they are, also the one tensor that holds q, k and v by groups,
 whose gradient is written in one piece, so that nothing has to be put together again.
+
+Exact on a GPU against float64 (``tests/rope/rotation_interpreted.py cuda``). Training does not use
+it: that it is faster than Transformer Engine's kernel is not shown yet
+(``tools/benchmark_rotation.py``).
 """
 
 from __future__ import annotations
