@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from contextlib import contextmanager, suppress
 
 BAD_INPUT_STATUS = 2
 """Exit status of a command that was given something wrong."""
+
+NO_READER_STATUS = 128 + 13
+"""Exit status where nobody reads what is printed any more: as a shell has it, of SIGPIPE."""
 
 
 class UserError(ValueError):
@@ -30,13 +34,47 @@ def one_line_errors() -> Iterator[None]:
     """End a user's mistake in one line and with exit status 2; under torchrun it is 1.
 
     ``UserError`` and ``OSError`` (a file that is missing, a disk that is full) are the user's to
-    mend. Everything else is a bug and keeps its traceback.
+    mend. Everything else is a bug and keeps its traceback. Where the reader of standard output has
+    gone (``| head``) the command ends without a word and with exit status 141.
     """
     try:
-        yield
+        with _printed_whole():
+            yield
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            _drop_output()
+            raise SystemExit(NO_READER_STATUS) from None
         _tell(" ".join(str(error).split()))
         raise SystemExit(BAD_INPUT_STATUS) from None
+
+
+@contextmanager
+def _printed_whole() -> Iterator[None]:
+    """Print what is left at the end, also at ``SystemExit``: Python's own end would only warn."""
+    try:
+        yield
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _has_no_reader() -> bool:
+    """Whether standard output is a pipe that nobody reads; another's end may have broken."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file: a notebook's, or closed
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Have what is still to be printed go nowhere, so that Python's end does not fail at it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 _PATIENCE = 5.0  # seconds

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's mistake is one line and status 2; a bug keeps its traceback."""
 
+import errno
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
@@ -37,3 +42,29 @@ def test_another_rank_waits_for_the_first_and_says_which_it_is(capsys, monkeypat
         raise UserError("--lengths is 0: it must be at least 1")
     assert stop.value.code == 2 and waited[0] > 1
     assert capsys.readouterr().err == "error: rank 3: --lengths is 0: it must be at least 1\n"
+
+
+PRINTS = """
+from megatron_cream.errors import one_line_errors
+with one_line_errors():
+    print("a line\\n" * {lines})
+    {then}
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # left in the buffer to the end; more than it holds
+@pytest.mark.parametrize("then", ["pass", "raise SystemExit(0)"])
+def test_a_reader_that_goes_is_no_error(lines, then):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", PRINTS.format(lines=lines, then=then)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(capfd):
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert stop.value.code == 2
+    assert capfd.readouterr().err == "error: [Errno 32] Broken pipe\n"

@@ -17,6 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import is_finite
+
+_SHOWN = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,15 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
             raise UserError(f"dim is {self.dim}: the rotated dimensions must be even, at least 2")
-        if not (math.isfinite(self.base) and self.base > 0):
+        if not _is_positive(self.base):
             raise UserError(
-                f"base (--rotary-base, --rope-theta) is {self.base}: it must be a positive number"
+                f"base (--rotary-base, --rope-theta) is {_short(self.base)}: it must be "
+                "a positive number"
             )
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise UserError(f"factor (--rope-factor) is {self.factor}: it must be at least 1")
+        if not (_is_positive(self.factor) and self.factor >= 1):
+            raise UserError(
+                f"factor (--rope-factor) is {_short(self.factor)}: it must be at least 1"
+            )
         if self.original_length < 1:
             raise UserError(
                 f"original_length (--original-length) is {self.original_length}: it must be at "
@@ -181,9 +187,11 @@ def longrope_fields(scaling: RopeScaling, short: np.ndarray, long: np.ndarray) -
 
 
 def _is_positive(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    return is_finite(value) and value > 0
 
 
 def _short(value: Any) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

@@ -106,8 +106,23 @@ def refuse_unserved(args: Any) -> None:
         raise UserError(
             f"--cuda-graph-impl is {args.cuda_graph_impl!r} with --cpu: it must be 'none'"
         )
+    _refuse_weight_shards(args)
     if args.num_experts:
         _refuse_unserved_experts(args)
+
+
+def _refuse_weight_shards(args: Any) -> None:
+    """Refuse weights in more shards than tensor parallelism makes, gathered by streams of a GPU."""
+    tensor = args.tensor_model_parallel_size
+    experts = args.expert_tensor_parallel_size or tensor  # Megatron's default
+    for name, size in (("tensor", tensor), ("expert_tensor", experts)):
+        shards = getattr(args, f"{name}_parallel_num_weight_shards")
+        if shards not in (None, size):
+            flag = f"--{name.replace('_', '-')}-parallel-num-weight-shards"
+            raise UserError(
+                f"{flag} is {shards} with --cpu: it must be left out, or be {size}, as many as "
+                f"{name.replace('_', '-')} parallelism has ranks"
+            )
 
 
 def _refuse_unserved_experts(args: Any) -> None:

@@ -135,11 +135,15 @@ def check_files(args: Namespace, validated: Namespace, extension: ExtensionConfi
 
 
 def _check_schedule(validated: Namespace) -> None:
-    from megatron_cream.checkpoint.saved import saved_arguments
+    from megatron_cream.checkpoint.iterations import start_of
+    from megatron_cream.checkpoint.saved import arguments_in
     from megatron_cream.training import schedule
 
-    saved = saved_arguments(validated.load) if validated.load else None
-    if saved is not None and not validated.finetune:
+    start = start_of(validated)
+    if start is None or start.flag != "--load" or validated.finetune:
+        return
+    saved = arguments_in(start.folder)
+    if saved is not None:
         schedule.refuse_other_schedule(validated.load, validated, saved)
 
 

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import is_finite
 
 _AT_LEAST_ONE = """
     seq_length max_position_embeddings vocab_size padded_vocab_size make_vocab_size_divisible_by
@@ -71,7 +72,7 @@ def refuse_out_of_range(args: Namespace) -> None:
 def _refuse(args: Namespace, attributes: str, fine: Callable[[float], bool], needed: str) -> None:
     for attribute in attributes.split():
         value = getattr(args, attribute, None)
-        if value is not None and not (math.isfinite(value) and fine(value)):
+        if value is not None and not (is_finite(value) and fine(value)):
             raise UserError(f"{flag_of(attribute)} is {value}: it must be {needed}")
 
 
