@@ -6,6 +6,7 @@ A name such as ``X.parts`` or ``X.partial`` proves nothing: a user may keep data
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -79,6 +80,61 @@ def check_usable(folder: Path, kind: str, where: str) -> None:
         f"{where}: {folder} holds {other} and was not made by this tool, needs that folder to be "
         "moved away, or another output"
     )
+
+
+def lock(folder: Path, kind: str, where: str, other: str) -> int:
+    """Make a working folder, or take an earlier job's of ``kind``, for this process alone.
+
+    The lock is on the mark. It ends when the file descriptor that is returned is closed, or with
+    the process.
+
+    Args:
+        where: as ``check_usable`` takes it.
+        other: what to give in place of the value in ``where`` while another process has the folder.
+
+    Raises:
+        UserError: the folder is not this tool's, or of another kind.
+        BlockingIOError: another process has it.
+        OSError: it cannot be made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        check_usable(folder, kind, where)
+        folder.mkdir(exist_ok=True)
+        opened = _opened_lock(folder, where, other)
+        if opened is None:
+            continue
+        try:
+            # Once more: what is there now stays as it is, since nobody else has the lock.
+            check_usable(folder, kind, where)
+            if marked_kind(folder) != kind:
+                mark(folder, kind)
+        except BaseException:
+            os.close(opened)
+            raise
+        return opened
+
+
+def _opened_lock(folder: Path, where: str, other: str) -> int | None:
+    """The mark, opened and locked; None where another process has deleted it meanwhile."""
+    path = folder / MARK_NAME
+    try:
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(opened), os.stat(path)):
+            return opened
+    except FileNotFoundError:
+        pass
+    except BlockingIOError as exc:
+        os.close(opened)
+        raise BlockingIOError(
+            f"{where}: another process is writing it ({path} is locked), needs it to end or {other}"
+        ) from exc
+    os.close(opened)
+    return None
 
 
 def remove(folder: Path, kind: str) -> None:

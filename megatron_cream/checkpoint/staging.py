@@ -20,9 +20,9 @@ _PARTIAL = ".partial"
 def staged(output: Path, needed_bytes: int, reads: Iterable[Path] = ()) -> Iterator[Path]:
     """Give a folder to write to, and rename it to ``output`` once everything in it is on the disk.
 
-    It is ``OUTPUT.partial``, with a mark in it. What an interrupted attempt left there is removed
-    first if it has the mark of the same output, and what this one wrote is removed if it fails, so
-    that its space is free again.
+    It is ``OUTPUT.partial``, with a mark in it that is locked for this process. What an interrupted
+    attempt left there is removed first if it has the mark of the same output, and what this one
+    wrote is removed if it fails, so that its space is free again.
 
     Args:
         output: as ``check_output`` returned it.
@@ -32,20 +32,16 @@ def staged(output: Path, needed_bytes: int, reads: Iterable[Path] = ()) -> Itera
     Raises:
         UserError: ``output`` holds something already, the place for unfinished work holds what is
             not this tool's or a folder of ``reads``, or the disk has too little space.
+        BlockingIOError: another process is writing ``output``.
         OSError: the disk became full meanwhile, or failed; the message names ``output``.
     """
     output = check_output(output, reads)
     partial, kind = _partial(output), _kind(output)
-    ownership.remove(partial, kind)
-    partial.mkdir(parents=True)  # an error from here on removes what was made here, nothing else
+    lock = ownership.lock(partial, kind, f"--output is {output}", "another folder")
     try:
-        ownership.mark(partial, kind)
-        free = shutil.disk_usage(partial).free
-        if free < needed_bytes:
-            raise UserError(
-                f"--output is {output}: its disk has {free / 1e9:.2f} GB free, "
-                f"{needed_bytes / 1e9:.2f} GB are needed"
-            )
+        check_output(output, reads)  # once more: another process may have finished it meanwhile
+        ownership.empty(partial, kind)
+        _refuse_full(output, partial, needed_bytes)
         yield partial
         _sync_all(partial)
         # With its mark, so that a kill here leaves nothing that a rerun stumbles over: the mark
@@ -58,9 +54,20 @@ def staged(output: Path, needed_bytes: int, reads: Iterable[Path] = ()) -> Itera
                 errno.ENOSPC, f"--output is {output}: its disk became full; nothing was kept"
             ) from None
         raise
+    finally:
+        os.close(lock)
     ownership.unmark(output)
     _sync(output)
     _sync(output.parent)
+
+
+def _refuse_full(output: Path, partial: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(partial).free
+    if free < needed_bytes:
+        raise UserError(
+            f"--output is {output}: its disk has {free / 1e9:.2f} GB free, "
+            f"{needed_bytes / 1e9:.2f} GB are needed"
+        )
 
 
 def check_output(output: Path, reads: Iterable[Path] = ()) -> Path:

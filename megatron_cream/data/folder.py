@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -40,7 +39,8 @@ class WorkFolder:
         self.prefix, self.kind = prefix, kind
         self.path = Path(prefix + ".parts")
         self._removed = False
-        self._lock = self._locked()
+        where = f"--output-prefix {prefix}"
+        self._lock = ownership.lock(self.path, kind, where, "another prefix")
 
     @property
     def staged(self) -> str:
@@ -115,47 +115,6 @@ class WorkFolder:
                 f"--output-prefix {self.prefix}: {path} is damaged, needs --restart to begin anew"
             )
         return found
-
-    def _locked(self) -> int:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        where = f"--output-prefix {self.prefix}"
-        while True:
-            ownership.check_usable(self.path, self.kind, where)
-            self.path.mkdir(exist_ok=True)
-            lock = self._opened_lock(where)
-            if lock is None:
-                continue
-            try:
-                # Once more: what is there now stays as it is, since nobody else has the lock.
-                ownership.check_usable(self.path, self.kind, where)
-                if ownership.marked_kind(self.path) != self.kind:
-                    ownership.mark(self.path, self.kind)
-            except BaseException:
-                os.close(lock)
-                raise
-            return lock
-
-    def _opened_lock(self, where: str) -> int | None:
-        """The mark, opened and locked; None where another process has deleted it meanwhile."""
-        mark = self.path / ownership.MARK_NAME
-        try:
-            lock = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock), os.stat(mark)):
-                return lock
-        except FileNotFoundError:
-            pass
-        except BlockingIOError as exc:
-            os.close(lock)
-            raise BlockingIOError(
-                f"{where}: another process is writing it ({mark} is locked), needs it to end or "
-                "another prefix"
-            ) from exc
-        os.close(lock)
-        return None
 
 
 def _settings(job: Job) -> dict[str, Any]:

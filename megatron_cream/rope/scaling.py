@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from megatron_cream.errors import UserError
@@ -78,7 +79,12 @@ def make_scaling(
             f"interpolation (--rope-interpolation) is {name!r}: it must be one of {tuple(known)}"
         )
     given = {key: _plain(value) for key, value in options.items() if value is not None}
-    return known[name](name, int(dim), float(base), float(factor), int(original_length), given)
+    return known[name](name, int(dim), _real(base), _real(factor), int(original_length), given)
+
+
+def _real(value: float) -> float:
+    """Return a float; a number that none can hold stays as it is, to be refused by its value."""
+    return float(value) if abs(value) <= sys.float_info.max else value
 
 
 def _plain(value: Any) -> Any:

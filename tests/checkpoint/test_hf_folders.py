@@ -82,6 +82,32 @@ def test_unfinished_work_is_removed_by_the_next_attempt_alone(tmp_path):
     assert files(tmp_path) == ["m2", "m2/weights"]
 
 
+def test_two_conversions_to_one_output_are_kept_apart(tmp_path):
+    with staged(tmp_path / "m2", 0) as folder:
+        (folder / "first").write_text("first")
+        with pytest.raises(BlockingIOError, match=r"--output is .*m2: another process is writing"):
+            write(tmp_path / "m2")
+        assert (folder / "first").read_text() == "first"
+    assert files(tmp_path) == ["m2", "m2/first"]
+    with pytest.raises(UserError, match="it exists"):
+        write(tmp_path / "m2")
+
+
+def test_the_second_looks_again_once_the_first_has_ended(tmp_path, monkeypatch):
+    """It had found the output free, and waited for the place of unfinished work."""
+    own = ownership.lock
+
+    def late(*args):
+        monkeypatch.setattr(ownership, "lock", own)
+        write(tmp_path / "m2")
+        return own(*args)
+
+    monkeypatch.setattr(ownership, "lock", late)
+    with pytest.raises(UserError, match="it exists"):
+        write(tmp_path / "m2", name="second")
+    assert files(tmp_path) == ["m2", "m2/weights"]
+
+
 @pytest.mark.parametrize("error", [UserError, KeyboardInterrupt, OSError])
 def test_a_failed_attempt_leaves_nothing(tmp_path, error):
     with pytest.raises(error), staged(tmp_path / "m2", 0) as folder:

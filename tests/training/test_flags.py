@@ -3,6 +3,7 @@
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from support.runs import FLAGS
@@ -70,6 +71,15 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
             ["--num-query-groups is 3", "--num-attention-heads, 4"],
         ),
         (["--recompute-granularity", "full"], ["recompute_method"]),
+        (["--vocab-size", "9" * 400], ["--vocab-size is 999", "below 2 ** 63"]),
+        (
+            ["--tensor-parallel-num-weight-shards", "2"],
+            ["--tensor-parallel-num-weight-shards is 2 with --cpu", "be 1"],
+        ),
+        (
+            ["--expert-tensor-parallel-num-weight-shards", "2"],
+            ["--expert-tensor-parallel-num-weight-shards is 2 with --cpu", "be 1"],
+        ),
     ],
 )
 def test_wrong_flags(refused, extra, parts):
@@ -239,6 +249,21 @@ def test_training_longer_names_the_flags_that_allow_it(refused, initial):
     ):
         assert part in message
     assert "--lr: 0.001 != 0.01" in refused(*again, "--lr", "0.01")
+
+
+def test_the_schedule_is_compared_with_the_iteration_that_is_taken(tmp_path, initial):
+    """Of two iterations, --ckpt-step names the one before the latest."""
+    from megatron_cream.checkpoint.saved import saved_arguments
+    from megatron_cream.training.entry import _check_schedule
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "iter_0000001").symlink_to(Path(initial) / "iter_0000001")
+    (run / "latest_checkpointed_iteration.txt").write_text("2")  # of which nothing is read
+    saved = vars(saved_arguments(initial)) | {"load": str(run), "pretrained_checkpoint": None}
+    _check_schedule(Namespace(**saved | {"ckpt_step": 1}))
+    with pytest.raises(UserError, match="--lr: 0.001 != 0.1"):
+        _check_schedule(Namespace(**saved | {"ckpt_step": 1, "lr": 0.1}))
 
 
 @pytest.mark.parametrize(
