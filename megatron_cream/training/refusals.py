@@ -15,6 +15,8 @@ from megatron_cream.errors import UserError
 from megatron_cream.training.ranges import flag_of
 
 _ARGUMENT = re.compile(r"\bargs\.(\w+)")
+_FIELD = re.compile(r"\b[a-z]+(?:_[a-z0-9]+)+\b")
+_PREFIXES = ("", "ddp_", "dist_ckpt_", "moe_", "optimizer_")  # a config's field to its flag
 _BEGIN, _END = "- arguments -", "- end of arguments -"
 
 
@@ -36,7 +38,7 @@ def megatrons_refusals(args: Namespace | None = None, *, tell: bool = False) -> 
     except UserError:
         raise
     except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or _asserted(error, args)
+        reason = _with_flags(str(error), args) if str(error) else _asserted(error, args)
         raise UserError(f"Megatron refuses these flags: {reason}") from None
     except SystemExit as error:
         if not error.code:  # it prints why and exits with 0
@@ -44,6 +46,20 @@ def megatrons_refusals(args: Namespace | None = None, *, tell: bool = False) -> 
         raise
     if tell:
         print(without_arguments(output.getvalue()), end="", flush=True)
+
+
+def _with_flags(reason: str, args: Namespace | None) -> str:
+    """Return a reason with the flags and values of the config fields that it names.
+
+    Megatron's configs say ``num_buckets``; the flag may have the config's own prefix before it.
+    """
+    named = []
+    for word in dict.fromkeys(_FIELD.findall(reason)):
+        names = (prefix + word for prefix in _PREFIXES if hasattr(args, prefix + word))
+        name = next(names, None)
+        if name is not None and flag_of(name) not in reason:
+            named.append(f"{flag_of(name)} is {getattr(args, name)}")
+    return f"{reason} ({', '.join(named)})" if named else reason
 
 
 def _asserted(error: BaseException, args: Namespace | None) -> str:

@@ -17,7 +17,12 @@ from support.runs import FLAGS
 
 from megatron_cream.errors import UserError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cpu_megatron")]
+# Hours where others use the cores: the limit of one test of the default run is not for it.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(4 * 3600),
+    pytest.mark.usefixtures("cpu_megatron"),
+]
 
 GROUPS = (
     *("context extension", "training", "learning rate and weight decay", "network size"),

@@ -71,6 +71,7 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
             ["--num-query-groups is 3", "--num-attention-heads, 4"],
         ),
         (["--recompute-granularity", "full"], ["recompute_method"]),
+        (["--ddp-num-buckets", "0"], ["num_buckets", "--ddp-num-buckets is 0", "greater than 0"]),
         (["--vocab-size", "9" * 400], ["--vocab-size is 999", "below 2 ** 63"]),
         (
             ["--tensor-parallel-num-weight-shards", "2"],
