@@ -45,6 +45,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--gpus", type=_positive, required=True, help="in all")
     add("--target-length", type=_positive, required=True, metavar="T", help="in tokens")
     seq_help = "trained window in tokens (default: 4096)"
+    inside_help = "allow a T that the model was already released with"
+    add("--inside-window", action="store_true", help=inside_help)
     add("--seq-length", type=_positive, default=4096, metavar="N", help=seq_help)
     add("--train-iters", type=_positive, default=1000, help="steps, CREAM's (default: 1000)")
     batch_help = "samples of a step, CREAM's (default: 32)"
@@ -134,6 +136,7 @@ def run(args: argparse.Namespace) -> None:
     """Plan, print and, if asked to, write and check."""
     _refuse(args)
     shape, cluster = find_model(args.model), _cluster(args)
+    _refuse_inside(shape, args)
     work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
     short = propose(shape, cluster, work, _fixed(args))
     flags = run_flags(shape, short.layout, work, args.target_length, args.train_iters)
@@ -164,6 +167,14 @@ def _refuse(args: argparse.Namespace) -> None:
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(
             f"--gpus is {args.gpus}: it must be a multiple of --gpus-per-node {args.gpus_per_node}"
+        )
+
+
+def _refuse_inside(shape: BaseModel, args: argparse.Namespace) -> None:
+    if args.target_length <= shape.trained_length and not args.inside_window:
+        raise UserError(
+            f"--target-length is {args.target_length}: {shape.name} was released with "
+            f"{shape.trained_length} tokens, T must be above; --inside-window plans it all the same"
         )
 
 

@@ -9,6 +9,7 @@ from argparse import Namespace
 from megatron_cream.checkpoint.flags import described_shape
 from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.planning.layout import Layout, Workload
+from megatron_cream.planning.memory import ParameterBytes
 
 # What the closed forms of ``memory`` hold for: (attribute, the value it must have, its flag).
 _HOLDS_FOR = (
@@ -43,6 +44,23 @@ def why_not_estimated(args: Namespace) -> str | None:
     if args.recompute_granularity == "full" and args.recompute_method != "uniform":
         return f"--recompute-method is {args.recompute_method}, estimates are for uniform"
     return None
+
+
+def parameter_bytes(args: Namespace) -> ParameterBytes:
+    """Return the bytes per parameter of the gradients' buffer and of the optimizer's state.
+
+    The precision-aware optimizer keeps an fp32 master copy as the 16 bits that the bf16 weight
+    lacks, and its moments as --exp-avg-dtype and --exp-avg-sq-dtype say.
+    """
+    gradient = 2 if args.grad_reduce_in_bf16 else 4
+    if not args.use_precision_aware_optimizer:
+        return ParameterBytes(gradient)
+    moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+    return ParameterBytes(gradient, _PRECISION_AWARE_COPY + moments)
+
+
+_PRECISION_AWARE_COPY = 2
+"""Bytes: fp16, or the remainder of fp32 (Megatron's store_param_remainders, on by default)."""
 
 
 def shape_from_args(args: Namespace) -> ModelShape:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of a GPU: weights, gradients, optimizer and activations, in bytes, by closed forms.
 
-For bf16 training with fp32 gradients and the distributed optimizer, Transformer Engine's fused
+For bf16 training with the distributed optimizer, Transformer Engine's fused
 layers, flash attention and no dropout. Megatron 0.19.2 has an estimator of its own
 (``megatron.training.theoretical_memory_usage``). Its 6 + 12 / DP bytes a parameter are the same as
 here; its parameters leave out biases and uneven stages, and its optimizer is not divided by the
@@ -21,6 +21,22 @@ GIB = 2**30
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes a parameter: bf16; fp32; fp32 copy and the two moments of Adam."""
+
+
+@dataclass(frozen=True)
+class ParameterBytes:
+    """Bytes that a parameter takes, by the variant of the optimizer.
+
+    Attributes:
+        gradient: in the buffer that micro-batches are added up in: 4, or 2 with
+            --grad-reduce-in-bf16.
+        optimizer: master copy and the two moments of Adam, before they are divided over the
+            data and context parallel ranks.
+    """
+
+    gradient: float = GRADIENT
+    optimizer: float = OPTIMIZER
+
 
 RESERVE_GIB = 5.0
 """Left free: CUDA context, NCCL's buffers, workspaces and the allocator's fragmentation.
@@ -94,13 +110,20 @@ def output_activations(shape: ModelShape, tensor: int = 1) -> float:
 
 
 def stage_memory(
-    shape: ModelShape, layout: Layout, work: Workload, stage: int, parameters: int | None = None
+    shape: ModelShape,
+    layout: Layout,
+    work: Workload,
+    stage: int,
+    parameters: int | None = None,
+    each: ParameterBytes | None = None,
 ) -> StageMemory:
     """Return what a GPU of pipeline stage ``stage`` (from 0) needs under the 1F1B schedule.
 
     Args:
         parameters: on that GPU, where they are known better than ``stage_parameters``.
+        each: bytes per parameter; those of fp32 gradients and fp32 Adam where not given.
     """
+    each = each or ParameterBytes()
     if parameters is None:
         parameters = stage_parameters(shape, layout, stage)
     layers = len(layout.stages(shape.layers)[stage])
@@ -114,8 +137,8 @@ def stage_memory(
         working = max(working, output_activations(shape, layout.tensor))
     return StageMemory(
         weights=parameters * WEIGHT,
-        gradients=parameters * GRADIENT,
-        optimizer=parameters * OPTIMIZER / (layout.data * layout.context),
+        gradients=parameters * each.gradient,
+        optimizer=parameters * each.optimizer / (layout.data * layout.context),
         activations=tokens * in_flight * layers * kept,
         working=tokens * working,
     )

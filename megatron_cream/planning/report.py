@@ -8,15 +8,17 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_cream.errors import UserError
 from megatron_cream.planning.arguments import (
     layout_from_args,
+    parameter_bytes,
     shape_from_args,
     why_not_estimated,
     workload_from_args,
 )
 from megatron_cream.planning.memory import GIB, stage_memory
 from megatron_cream.planning.models import BaseModel
-from megatron_cream.planning.propose import Cluster, Plan
+from megatron_cream.planning.propose import Cluster, Plan, propose
 from megatron_cream.planning.stages import RankView, StagesCheck
 
 
@@ -72,7 +74,7 @@ def table(found: Comparison) -> str:
     for label in labels:
         row = [c[label].ljust(n) for c, n in zip(columns, cells, strict=True)]
         lines.append(f"{label:<{width}}  {'  '.join(row)}".rstrip())
-    return "\n".join([*lines, "", *_runs(found)])
+    return "\n".join([*lines, "", *_runs(found), *advice(found)])
 
 
 def _heading(found: Comparison) -> str:
@@ -115,6 +117,37 @@ def _runs(found: Comparison) -> list[str]:
             f"{seconds / found.seconds:.1f} x"
         )
     return lines
+
+
+LOW_MFU, GOOD_MFU = 0.30, 0.40
+
+
+def advice(found: Comparison) -> list[str]:
+    """Return what a reader should know before the run: waste of GPUs, and a better alternative."""
+    lines = []
+    mfu = found.short.mfu(found.shape, found.cluster)
+    if mfu < LOW_MFU:
+        lines.append(f"warning: MFU is {100 * mfu:.1f} %, below 30 %{_fewer_gpus(found)}")
+    if found.full is not None and found.full_seconds(found.tokens) <= found.seconds:
+        lines.append(
+            f"note: full length at {found.target} tokens is as fast for the same number of tokens"
+        )
+    return lines
+
+
+def _fewer_gpus(found: Comparison) -> str:
+    """Name the largest halving of the GPUs on which the step reaches 40 % MFU."""
+    gpus = found.cluster.gpus
+    while gpus % 2 == 0:
+        gpus //= 2
+        cluster = dataclasses.replace(found.cluster, gpus=gpus)
+        try:
+            plan = propose(found.shape, cluster, found.short.work)
+        except UserError:
+            continue  # this many do not hold the model or do not divide the batch
+        if plan.mfu(found.shape, cluster) >= GOOD_MFU:
+            return f": {gpus} GPUs would reach 40 %"
+    return ": no fewer GPUs (by halves) would reach 40 %"
 
 
 def _tokens(tokens: int) -> str:
@@ -193,7 +226,8 @@ def stage_line(args: Namespace, view: RankView) -> str:
 
 def _stage_gib(args: Namespace, stage: int, parameters: int) -> float:
     shape, layout = shape_from_args(args), layout_from_args(args)
-    memory = stage_memory(shape, layout, workload_from_args(args), stage, parameters)
+    each = parameter_bytes(args)
+    memory = stage_memory(shape, layout, workload_from_args(args), stage, parameters, each)
     return memory.total / GIB
 
 

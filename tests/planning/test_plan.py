@@ -8,12 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_cream.planning import report
+from megatron_cream.planning.arguments import parameter_bytes
 from megatron_cream.planning.command import argv, rope_flags, run_flags, script
 from megatron_cream.planning.layout import Layout, Workload
+from megatron_cream.planning.memory import GIB, ParameterBytes, stage_memory
 from megatron_cream.planning.models import MODELS
 from megatron_cream.planning.report import _duration
 from megatron_cream.torchrun import ONE_NODE
@@ -172,3 +177,66 @@ def test_flags_at_their_edges():
     for iterations, warmup in ((1000, "10"), (8, "4"), (1, "0")):
         given = flags(one, iterations=iterations)
         assert given[given.index("--lr-warmup-iters") + 1] == warmup
+
+
+def test_bytes_per_parameter_follow_the_optimizer():
+    """70B at TP8 PP4: 2 bytes less for each of the 2.16 G parameters of a GPU, 34.9 to 30.8 GiB."""
+    args = Namespace(
+        grad_reduce_in_bf16=False,
+        use_precision_aware_optimizer=False,
+        exp_avg_dtype=torch.float32,
+        exp_avg_sq_dtype=torch.float32,
+    )
+    assert parameter_bytes(args) == ParameterBytes(4, 12)
+    args.grad_reduce_in_bf16 = True
+    each = parameter_bytes(args)
+    layout, work = Layout(8, 4, 1, 2), Workload(4096, 32)
+    gib = [
+        stage_memory(MODELS["llama-2-70b"], layout, work, 0, each=e).total / GIB
+        for e in (None, each)
+    ]
+    assert gib == pytest.approx([34.9, 30.8], abs=0.06)
+    args.use_precision_aware_optimizer = True
+    assert parameter_bytes(args) == ParameterBytes(2, 2 + 4 + 4)
+    args.exp_avg_dtype, args.exp_avg_sq_dtype = torch.bfloat16, torch.uint8
+    assert parameter_bytes(args) == ParameterBytes(2, 2 + 2 + 1)
+
+
+def test_a_stage_line_has_the_memory_of_its_own_flags(monkeypatch):
+    monkeypatch.setattr(report, "parameter_bytes", lambda args: ParameterBytes(2, 12))
+    monkeypatch.setattr(report, "shape_from_args", lambda args: MODELS["llama-2-70b"])
+    monkeypatch.setattr(report, "layout_from_args", lambda args: Layout(8, 4, 1, 2))
+    monkeypatch.setattr(report, "workload_from_args", lambda args: Workload(4096, 32))
+    assert report._stage_gib(None, 0, None) == pytest.approx(30.8, abs=0.06)
+
+
+def test_a_window_that_the_model_has_is_refused_unless_asked_twice(tool, capsys):
+    words = ["llama-3.1-8b", "--gpus", "8", "--target-length", "131072"]
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "--target-length is 131072" in error and "--inside-window" in error
+    assert tool.main([*words, "--inside-window"]) == 0
+
+
+def test_low_mfu_is_warned_of_with_the_gpus_that_would_do(planned):
+    wasteful = planned("llama-2-7b", "--gpus", "256", "--target-length", "32768")
+    found = re.search(
+        r"warning: MFU is ([\d.]+) %, below 30 %: (\d+) GPUs would reach 40 %", wasteful
+    )
+    assert found and float(found[1]) < 30
+    fewer = planned("llama-2-7b", "--gpus", found[2], "--target-length", "32768")
+    assert float(re.search(r"MFU of the step +([\d.]+) %", fewer)[1]) >= 40
+    assert "warning" not in fewer
+
+
+def test_full_length_that_is_as_fast_is_said(planned):
+    """Whatever the figures are: the note is there exactly where the table's factor is at most 1."""
+    seen = set()
+    for gpus in ("8", "256"):
+        out = planned("llama-2-7b", "--gpus", gpus, "--target-length", "32768")
+        factor = float(re.search(r"as many tokens: .* ([\d.]+) x", out)[1])
+        assert ("note: full length" in out) == (factor < 1)
+        seen.add(factor < 1)
+    assert seen == {True, False}
