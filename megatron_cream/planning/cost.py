@@ -155,12 +155,24 @@ def replica_seconds(shape: ModelShape, layout: Layout, gpu: Gpu, node: int = 8) 
     replicas = layout.context * layout.data
     parameters = max(stage_parameters(shape, layout, s) for s in range(layout.pipeline))
     sent = (4 + 2) * parameters * (replicas - 1) / replicas
-    return sent / _speed(gpu, layout.tensor * replicas, node)
+    return sent / _ring_speed(gpu, layout.tensor, layout.tensor * replicas, node)
 
 
 def _speed(gpu: Gpu, ranks: int, node: int) -> float:
     """Bytes a second between neighbours of a group that spans ``ranks`` consecutive ranks."""
     return 1e9 * (gpu.node_gbs if ranks <= node else gpu.network_gbs)
+
+
+def _ring_speed(gpu: Gpu, stride: int, ranks: int, node: int) -> float:
+    """Bytes a second of a collective's rings over every ``stride``-th of ``ranks`` ranks.
+
+    A group with k members in a node leaves it through their k network cards, one ring each. The
+    links of the node bound it, and every ring passes through them.
+    """
+    if ranks <= node:
+        return 1e9 * gpu.node_gbs
+    members = max(1, node // stride)
+    return 1e9 * min(gpu.node_gbs, members * gpu.network_gbs)
 
 
 def _update(shape: ModelShape, layout: Layout, batches: int, gpu: Gpu) -> float:

@@ -173,7 +173,14 @@ def test_communication():
     assert seconds == pytest.approx(sent / 450e9)
     inside = cost.replica_seconds(LLAMA, Layout(1, 1, 1, 8), gpu)
     across = cost.replica_seconds(LLAMA, Layout(1, 1, 1, 16), gpu)
-    assert across / inside == pytest.approx(450 / 50 * (15 / 16) / (7 / 8))
+    assert across / inside == pytest.approx(450 / 400 * (15 / 16) / (7 / 8))
+
+
+def test_7b_on_eight_nodes_is_data_parallel():
+    """With one card a group the planner took TP8 PP2 here."""
+    full = propose.Cluster(64, cost.GPUS["h100"], 74.0, cost.measured_mfu())
+    layout = propose.propose(LLAMA, full, CREAM).layout
+    assert (layout.tensor, layout.pipeline, layout.data) == (2, 1, 32)
 
 
 def cluster(gpus, gib=74.0):
@@ -220,7 +227,13 @@ def test_replicas_are_data_and_context_parallel_ranks():
         sent = 6 * held * 3 / 4
         assert cost.replica_seconds(LLAMA, layout, gpu) == pytest.approx(sent / 450e9)
     far = cost.replica_seconds(LLAMA, Layout(1, 1, 4, 4), gpu)
-    assert far == pytest.approx(6 * held * 15 / 16 / 50e9)  # 16 ranks are more than a node
+    assert far == pytest.approx(6 * held * 15 / 16 / 400e9)  # through the 8 cards of a node
+    split = cost.replica_seconds(LLAMA, Layout(2, 1, 1, 32), gpu)
+    held = memory.stage_parameters(LLAMA, Layout(2, 1, 1, 32), 0)
+    assert split == pytest.approx(6 * held * 31 / 32 / 200e9)  # 4 of a node's 8 are members
+    alone = cost.replica_seconds(LLAMA, Layout(8, 1, 1, 2), gpu)
+    held = memory.stage_parameters(LLAMA, Layout(8, 1, 1, 2), 0)
+    assert alone == pytest.approx(6 * held / 2 / 50e9)
     assert cost.replica_seconds(LLAMA, Layout(1, 1, 1, 1), gpu) == 0
 
 
