@@ -43,6 +43,9 @@ def why_not_estimated(args: Namespace) -> str | None:
         return f"--recompute-num-layers is {args.recompute_num_layers}, estimates are for 1"
     if args.recompute_granularity == "full" and args.recompute_method != "uniform":
         return f"--recompute-method is {args.recompute_method}, estimates are for uniform"
+    modules = set(args.recompute_modules or ()) - {"core_attn"}
+    if args.recompute_granularity == "selective" and modules:
+        return f"--recompute-modules is {' '.join(sorted(modules))}, estimates are for core_attn"
     return None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cream.planning import report
+from megatron_cream.planning import arguments, report
 from megatron_cream.planning.arguments import parameter_bytes
 from megatron_cream.planning.command import argv, rope_flags, run_flags, script
 from megatron_cream.planning.layout import Layout, Workload
@@ -240,3 +240,15 @@ def test_full_length_that_is_as_fast_is_said(planned):
         assert ("note: full length" in out) == (factor < 1)
         seen.add(factor < 1)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("modules", [None, ["core_attn"], ["core_attn", "mlp"]])
+def test_selective_recompute_of_other_modules_is_not_estimated(monkeypatch, modules):
+    monkeypatch.setattr(arguments, "_HOLDS_FOR", ())
+    args = Namespace(
+        tensor_model_parallel_size=1,
+        recompute_granularity="selective",
+        recompute_modules=modules,
+    )
+    reason = arguments.why_not_estimated(args)
+    assert ("mlp" in reason) if modules and "mlp" in modules else reason is None
