@@ -11,7 +11,7 @@
 #   HF, BASE         Hugging Face model; the checkpoint that it is imported to, the first time
 #   DATA             indexed dataset (tools/preprocess_data.py), without .bin
 #   OUT, EXPORT      checkpoints of this run; Hugging Face folder that it ends in
-#   METHOD, ROPE     cream, pose, randpos; linear, ntk, yarn, clex ...
+#   METHOD, ROPE     cream, pose, randpos; yarn, linear (the papers'), ntk, clex ...
 #   NODES, NODE_RANK, GPUS_PER_NODE, HEAD, PORT
 #   STEPS            any of: import train export
 #
@@ -35,11 +35,23 @@ trap signalled USR1 TERM
 # shellcheck source=torchrun.sh
 source "$HERE/examples/torchrun.sh"
 
+# Without ROPE the trainer chooses, yarn. It did choose linear: a run that began so is found again and
+# goes on so.
+run_folder() {
+    local run=runs/$NAME-$TARGET_LENGTH-$METHOD
+    if [ -z "$ROPE" ] && [ -e "$run-linear" ] && [ ! -e "$run-yarn" ]; then
+        echo "$NAME: going on in $run-linear as it began; ROPE=yarn begins another run" >&2
+        echo "$run-linear"
+    else
+        echo "$run-${ROPE:-yarn}"
+    fi
+}
+
 METHOD=${METHOD:-cream}
-ROPE=${ROPE:-linear}
+ROPE=${ROPE:-}
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 BASE=${BASE:-checkpoints/$NAME}
-OUT=${OUT:-runs/$NAME-$TARGET_LENGTH-$METHOD-$ROPE}
+OUT=${OUT:-$(run_folder)}
 EXPORT=${EXPORT:-$OUT-hf}
 STEPS=${STEPS:-import train export}
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-200}
@@ -59,12 +71,9 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-100}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
 
 POSITION_ARGS=(--position-strategy "$METHOD")
-# Beyond 8 times the trained window CREAM's published width leaves distances out.
-if [ "$METHOD" = cream ] && [ "$TARGET_LENGTH" -gt $((8 * SEQ_LENGTH)) ]; then
-    POSITION_ARGS+=(--cream-sigma-relative 0.375)
-fi
 
-ROPE_ARGS=(--rope-interpolation "$ROPE")
+ROPE_ARGS=()
+if [ -n "$ROPE" ]; then ROPE_ARGS+=(--rope-interpolation "$ROPE"); fi
 if [ "$ROPE" = llama3 ]; then
     # As Llama 3.1 was released, 8 times for 131072 tokens, and more in proportion beyond.
     LLAMA3_FACTOR=$((TARGET_LENGTH > 131072 ? TARGET_LENGTH / 16384 : 8))

@@ -11,7 +11,13 @@ from megatron_cream.errors import one_line_errors
 from megatron_cream.evaluation.position_plots import draw, validate_picture_path
 from megatron_cream.evaluation.position_report import describe
 from megatron_cream.positions import STRATEGIES, Strategy, coverage, make_strategy
-from megatron_cream.positions.cream import GAUSSIANS
+from megatron_cream.positions.cream import (
+    GAUSSIANS,
+    SIGMA,
+    SIGMA_RELATIVE,
+    WIDE,
+    default_widths,
+)
 from megatron_cream.positions.mixed import Mixed
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 
@@ -20,11 +26,17 @@ from megatron_cream.positions.pose import CONTENTS, LENGTHS
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sigma": (
         "cream",
-        {"type": float, "help": "width of the Gaussian in half windows (default: 3)"},
+        {
+            **{"type": float},
+            "help": f"width of the Gaussian in half windows (default: {SIGMA:g} up to {WIDE} N)",
+        },
     ),
     "sigma_relative": (
         "cream",
-        {"type": float, "help": "its width as a multiple of T / N (default: --sigma instead)"},
+        {
+            **{"type": float},
+            "help": f"its width as a multiple of T / N (default: {SIGMA_RELATIVE} above {WIDE} N)",
+        },
     ),
     "gaussian": (
         "cream",
@@ -123,6 +135,8 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or Path(f"positions-{args.strategy}.png")
     validate_picture_path(output)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if args.strategy == "cream" and not given.keys() & {"sigma", "sigma_relative"}:
+        given |= default_widths(args.train_length, args.target_length)  # as training does
     strategy = _strategy(args, given)
     samples = default_samples(strategy) if args.samples is None else args.samples
     result = coverage(strategy, samples, args.seed)

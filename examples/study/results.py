@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small JSON file a run: settings, training, and every task's cases."""
+"""One small JSON file a run: settings, training, and every task's cases; a table of all.
+
+python examples/study/results.py [FOLDER]    # the table, of examples/study/results
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from variants import Variant
+from variants import VARIANTS, Variant
 
 _ITERATION = re.compile(
     r"iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: ([\dE.+-]+)"
@@ -68,3 +72,28 @@ def record(
         found["training"] = training_record(folder / "train.log", tokens_a_step)
     tasks = sorted(path for path in (folder / "scores").iterdir() if path.is_dir())
     return found | {"tasks": {path.name: task_record(path) for path in tasks}}
+
+
+COLUMNS = ("perplexity", "longchat-lines", "kv-retrieval", "niah-multikey", "needle", "passkey")
+SHOWN = ("4096", "8192", "16384", "32768")
+
+
+def table(folder: Path) -> str:
+    """Return a Markdown table of the results in ``folder``, each cell by length, 4K to 32K."""
+    files = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+    known = [variant.title for variant in VARIANTS if variant.title in files]
+    rows = ["| " + " | ".join(("run", *COLUMNS)) + " |", "|" + "---|" * (1 + len(COLUMNS))]
+    for name in known:
+        cells = [_cell(task, files[name]["tasks"][task]) for task in COLUMNS]
+        rows.append("| " + " | ".join((f"`{name}`", *cells)) + " |")
+    return "\n".join(rows)
+
+
+def _cell(task: str, lengths: dict[str, Any]) -> str:
+    if task == "perplexity":
+        return " ".join(f"{lengths[length]['perplexity']:.4g}" for length in SHOWN)
+    return " ".join(f"{lengths[length]['hit']:.0f}" for length in SHOWN)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "results"))

@@ -8,9 +8,6 @@ from megatron_cream.planning.layout import Layout, Workload
 from megatron_cream.planning.models import BaseModel, megatron_flags
 from megatron_cream.torchrun import ONE_NODE
 
-WIDE = 8
-"""T / N above which CREAM's published width leaves holes; docs/positions.md."""
-
 
 def run_flags(
     shape: BaseModel, layout: Layout, work: Workload, target: int, iterations: int
@@ -75,6 +72,8 @@ def layout_flags(layout: Layout) -> list[str]:
 def rope_flags(shape: BaseModel, target: int) -> list[str]:
     """Return our flags for RoPE at ``target`` tokens, from the window the model has.
 
+    Only what the trainer would not choose by itself: a longer window is interpolated by default.
+
     Raises:
         UserError: the model was released with an interpolation that has no flags of its own.
     """
@@ -89,14 +88,13 @@ def rope_flags(shape: BaseModel, target: int) -> list[str]:
         )
     if target <= shape.trained_length:
         return ["--rope-interpolation", "none", "--original-length", str(target)]
-    return ["--rope-interpolation", "linear", "--original-length", str(shape.trained_length)]
+    return ["--original-length", str(shape.trained_length)]
 
 
 def _position_flags(length: int, target: int) -> list[str]:
     if target <= length:
         return ["--position-strategy", "full"]
-    flags = ["--position-strategy", "cream"]
-    return [*flags, "--cream-sigma-relative", "0.375"] if target > WIDE * length else flags
+    return ["--position-strategy", "cream"]
 
 
 def argv(flags: dict[str, list[str]]) -> list[str]:

@@ -52,6 +52,25 @@ class CreamLayout(ChunkLayout):
         return [(0, head), (middle_offset, middle), (tail_offset, head)]
 
 
+SIGMA, SIGMA_RELATIVE = 3.0, 0.375
+"""The published width in half windows, and the relative one that equals it at factor 8."""
+
+WIDE = 8
+"""T / N above which the published width leaves distances out; docs/positions.md."""
+
+
+def default_widths(train_length: int, target_length: int) -> dict[str, float]:
+    """Return the width of a run that names none: as published, relative above ``WIDE`` times N.
+
+    Args:
+        train_length: N, in tokens.
+        target_length: T, in tokens.
+    """
+    if target_length > WIDE * train_length:
+        return {"sigma_relative": SIGMA_RELATIVE}
+    return {"sigma": SIGMA}
+
+
 @dataclass(frozen=True)
 class Cream(Strategy):
     """CREAM positions.
@@ -70,7 +89,7 @@ class Cream(Strategy):
 
     name = "cream"
 
-    sigma: float = 3.0
+    sigma: float = SIGMA
     sigma_relative: float | None = None
     gaussian: str = "clamped"
     head_lengths: tuple[int, ...] | None = None

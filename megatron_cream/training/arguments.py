@@ -13,7 +13,13 @@ from megatron_cream.config import (
     ExtensionConfig,
 )
 from megatron_cream.errors import UserError
-from megatron_cream.positions.cream import GAUSSIANS
+from megatron_cream.positions.cream import (
+    GAUSSIANS,
+    SIGMA,
+    SIGMA_RELATIVE,
+    WIDE,
+    default_widths,
+)
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED
 from megatron_cream.rope.options import add_options, options_from_args, read_base
@@ -36,8 +42,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="where training tokens pretend to stand (default: cream if T is longer than N)",
     )
     add("--position-seed", type=int, help="seed of the positions (default: --seed)")
-    add("--cream-sigma", type=float, default=3.0, help="width of the Gaussian in half windows")
-    add("--cream-sigma-relative", type=float, help="its width as a multiple of T / N instead")
+    add(
+        "--cream-sigma",
+        type=float,
+        help=f"width of the Gaussian in half windows (default: {SIGMA:g} up to T = {WIDE} N)",
+    )
+    add(
+        "--cream-sigma-relative",
+        type=float,
+        help=f"its width as a multiple of T / N instead (default: {SIGMA_RELATIVE} above that)",
+    )
     add("--cream-gaussian", choices=GAUSSIANS, default="clamped")
     add("--cream-head-lengths", type=int, nargs="+", help="default: N / 3 and 4 T / N")
     add("--pose-chunks", type=int, default=2)
@@ -47,8 +61,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add(
         "--rope-interpolation",
         choices=(*SCALINGS, *TRAINED),
-        help="default: rope-theta if that is given, else linear if T is longer than "
-        "--original-length",
+        help="default: that of a run that is resumed; rope-theta if that is given; linear on "
+        "--rope-base-config; yarn if T is longer than --original-length",
     )
     add("--rope-factor", type=float, help="default: T / --original-length")
     add_options(add)
@@ -85,14 +99,14 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
     if original < 1:
         raise UserError(f"--original-length is {original}: it must be at least 1 token")
     factor = target / original if args.rope_factor is None else args.rope_factor
+    strategy = args.position_strategy or ("cream" if target > train else "full")
     extension = ExtensionConfig(
         train_length=train,
         target_length=target,
         original_length=original,
-        position_strategy=args.position_strategy or ("cream" if target > train else "full"),
+        position_strategy=strategy,
         position_seed=args.seed if args.position_seed is None else args.position_seed,
-        cream_sigma=args.cream_sigma,
-        cream_sigma_relative=args.cream_sigma_relative,
+        **_widths(args, strategy, train, target),
         cream_gaussian=args.cream_gaussian,
         cream_head_lengths=args.cream_head_lengths and tuple(args.cream_head_lengths),
         pose_chunks=args.pose_chunks,
@@ -113,6 +127,14 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
     return extension
 
 
+def _widths(args: Namespace, strategy: str, train: int, target: int) -> dict[str, float | None]:
+    widths = {"sigma": args.cream_sigma, "sigma_relative": args.cream_sigma_relative}
+    if strategy == "cream" and set(widths.values()) == {None}:
+        widths |= default_widths(train, target)
+    widths["sigma"] = SIGMA if widths["sigma"] is None else widths["sigma"]
+    return {f"cream_{name}": value for name, value in widths.items()}
+
+
 def _interpolation(args: Namespace, longer: bool) -> str:
     if args.rope_interpolation in EVALUATION_ONLY:
         able = ", ".join(name for name in SCALINGS if name not in EVALUATION_ONLY)
@@ -125,7 +147,9 @@ def _interpolation(args: Namespace, longer: bool) -> str:
         return args.rope_interpolation
     if args.rope_theta is not None:
         return "rope-theta"
-    return "linear" if longer else "none"
+    if not longer:
+        return "none"
+    return "yarn" if args.rope_base_config is None else "linear"  # yarn goes on no other scaling
 
 
 def rotary_dim(args: Namespace) -> int:

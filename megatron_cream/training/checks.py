@@ -18,7 +18,7 @@ from megatron_cream.checkpoint.iterations import start_of
 from megatron_cream.checkpoint.saved import arguments_in, refuse_other_model, saved_extension
 from megatron_cream.checkpoint.starting import check_start
 from megatron_cream.checkpoint.whole import check as check_whole
-from megatron_cream.config import DEFAULT_UNIT, ExtensionConfig
+from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import DatasetIndex, read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.data.sources import make_sources
@@ -124,17 +124,13 @@ def _check_end_of_document(args: Namespace, prefix: str) -> None:
         )
 
 
-def resumed_unit(args: Namespace) -> str:
-    """Return what samples are read from where --sample-unit is not given.
-
-    A run that is resumed goes on as it began, whatever the default was then.
-    """
+def resumed_extension(args: Namespace) -> ExtensionConfig | None:
+    """Return the settings of the run that is resumed, None where none is."""
     start = start_of(args)
     if start is None or start.flag != "--load" or args.finetune:
-        return DEFAULT_UNIT
+        return None
     check_whole(start.folder, f"{start.flag} is {start.root}", objects=False)
-    before = saved_extension(arguments_in(start.folder))
-    return DEFAULT_UNIT if before is None else before.sample_unit
+    return saved_extension(arguments_in(start.folder))
 
 
 def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -64,14 +65,14 @@ def parse(
     if from_checkpoint:
         check_start(args)  # Megatron's validation reads it, without limits
     else:
-        _keep_unit(args)
+        _keep_begun(args)
         extension, validated = check_flags(args, defaults)
         check_files(args, validated, extension)
     with megatrons_refusals(args, tell=True):
         args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
     if from_checkpoint:
         complete_arguments(args)
-        _keep_unit(args)
+        _keep_begun(args)
         extension = check_ours(args)
         check_files(args, args, extension)
     keep_vocabulary(args)
@@ -83,12 +84,19 @@ def parse(
     return args
 
 
-def _keep_unit(args: Namespace) -> None:
-    """Have a run that is resumed go on with the sample unit that it began with, unless told."""
+# Settings whose default another release may have had; those of a group are given together.
+_BEGUN = (("sample_unit",), ("rope_interpolation",), ("cream_sigma", "cream_sigma_relative"))
+
+
+def _keep_begun(args: Namespace) -> None:
+    """Have a run that is resumed go on as it began where it is not told otherwise."""
     from megatron_cream.training import checks
 
-    if args.sample_unit is None:
-        args.sample_unit = checks.resumed_unit(args)
+    open_ones = [names for names in _BEGUN if all(getattr(args, name) is None for name in names)]
+    before = checks.resumed_extension(args) if open_ones else None
+    if before is not None:
+        for name in itertools.chain(*open_ones):
+            setattr(args, name, getattr(before, name))
 
 
 def _keep_log_short(args: Namespace) -> None:

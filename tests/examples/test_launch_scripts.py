@@ -102,7 +102,8 @@ def test_every_script_passes_its_dry_run(script, tmp_path):
     [
         ({"METHOD": "pose"}, "pose within 32768"),
         ({"METHOD": "randpos", "ROPE": "ntk"}, "RoPE by positions: ntk, factor 8"),
-        ({"ROPE": "yarn"}, "RoPE by positions: yarn, factor 8"),
+        ({}, "RoPE by positions: yarn, factor 8"),
+        ({"ROPE": "linear"}, "RoPE by positions: linear, factor 8"),
         ({"METHOD": "randpos", "ROPE": "clex"}, "RoPE by positions: clex"),
         ({"GLOBAL_BATCH": "64", "NODES": "2"}, "16 GPUs: TP1 PP1 DP16; a step of 64 samples"),
     ],
@@ -111,6 +112,25 @@ def test_every_script_passes_its_dry_run(script, tmp_path):
 def test_variants_by_one_variable(variables, expected, tmp_path):
     lines = forks.call(launch.dry_run, *dry_command(SEVEN, tmp_path, **variables))
     assert expected in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("there", "variables", "folder"),
+    [
+        ([], {}, "yarn"),
+        ([], {"ROPE": "linear"}, "linear"),
+        (["linear"], {}, "linear"),
+        (["linear"], {"ROPE": "yarn"}, "yarn"),
+        (["linear", "yarn"], {}, "yarn"),
+    ],
+)
+def test_a_run_is_found_that_began_with_the_default_of_then(there, variables, folder, tmp_path):
+    runs = tmp_path / "runs"
+    for rope in there:
+        (runs / f"llama-2-7b-32768-cream-{rope}").mkdir(parents=True)
+    words, _ = dry_command(SEVEN, tmp_path, OUT="", **variables)
+    assert launch.flags(words)["--save"] == (f"runs/llama-2-7b-32768-cream-{folder}",)
+    assert ("--rope-interpolation" in words) == bool(variables), "or the trainer decides"
 
 
 def test_the_quickstart_passes_its_dry_run(tmp_path):

@@ -98,6 +98,14 @@ def test_variants_can_be_asked_for_and_have_names_of_their_own(study):
         assert variant.rope in (None, *SCALINGS)
 
 
+def test_the_committed_results_are_the_table_that_is_documented(study):
+    from results import table
+
+    page = (STUDY.parents[1] / "docs" / "choosing.md").read_text("utf-8")
+    for row in table(STUDY / "results").splitlines()[2:]:
+        assert row in page
+
+
 def test_what_is_finished_is_not_done_again(run, tmp_path):
     only = ["--only", "before", "cream-seed1"]
     left, steps = run(*only)

@@ -151,17 +151,20 @@ def test_the_printed_script_gives_torchrun_the_planned_flags(tmp_path, gpus):
         subprocess.run([shellcheck, tmp_path / "run.sh"], check=True)
 
 
+LLAMA3 = "--rope-interpolation llama3 --rope-factor"
+
+
 @pytest.mark.parametrize(
     ("name", "target", "expected"),
     [
-        ("llama-2-7b", 32768, "linear --original-length 4096"),
-        ("llama-3-8b", 8192, "none --original-length 8192"),
-        ("llama-3.1-8b", 131072, "llama3 --rope-factor 8 --original-length 8192"),
-        ("llama-3.1-8b", 262144, "llama3 --rope-factor 16 --original-length 8192"),
+        ("llama-2-7b", 32768, "--original-length 4096"),
+        ("llama-3-8b", 8192, "--rope-interpolation none --original-length 8192"),
+        ("llama-3.1-8b", 131072, f"{LLAMA3} 8 --original-length 8192"),
+        ("llama-3.1-8b", 262144, f"{LLAMA3} 16 --original-length 8192"),
     ],
 )
 def test_rope_goes_on_from_the_base_models(name, target, expected):
-    assert " ".join(rope_flags(MODELS[name], target)) == "--rope-interpolation " + expected
+    assert " ".join(rope_flags(MODELS[name], target)) == expected
 
 
 def test_flags_at_their_edges():
@@ -171,8 +174,7 @@ def test_flags_at_their_edges():
     one, context = Layout(1, 1, 1, 1), Layout(1, 1, 2, 1)
     assert "--overlap-grad-reduce" not in flags(one)
     assert "--overlap-grad-reduce" in flags(context)  # the optimizer is shared over them as well
-    assert "--cream-sigma-relative" not in flags(one, 8 * 4096)  # at 8 x N it is the published one
-    assert "--cream-sigma-relative" in flags(one, 8 * 4096 + 1)
+    assert "--cream-sigma-relative" not in flags(one, 8 * 4096 + 1), "the trainer's default"
     assert "full" in flags(one, 4096) and "cream" in flags(one, 4097)
     for iterations, warmup in ((1000, "10"), (8, "4"), (1, "0")):
         given = flags(one, iterations=iterations)

@@ -42,7 +42,7 @@ def test_70b_on_1024_ranks():
         assert lines[stage].startswith(f"stage {stage}: layers {first}..{first + 9}")
         assert lines[stage].endswith(f"{gib:.1f} GiB")
     assert "65 of 1024 ranks built" in lines[-1]
-    assert "linear, factor 64" in lines[-1]
+    assert "yarn, factor 64" in lines[-1]
 
 
 @pytest.mark.parametrize(

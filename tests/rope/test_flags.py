@@ -61,11 +61,26 @@ T32K = ("--target-length", "32768")
 def test_defaults(extension):
     assert extension().rope_interpolation == "none"
     longer = extension(*T32K)
-    assert (longer.rope_interpolation, longer.rope_factor) == ("linear", 8.0)
+    assert (longer.rope_interpolation, longer.rope_factor) == ("yarn", 8.0)
     raised = extension(*T32K, "--rope-theta", "5e5")
     assert raised.rope_interpolation == "rope-theta"
     assert raised.scaling(128).theta == 5e5
     assert raised.scaling(128).stretch.max() < 50
+
+
+@pytest.mark.parametrize(
+    ("flags", "sigma", "relative"),
+    [
+        (["--target-length", "32768"], 3.0, None),
+        (["--target-length", "32769"], 3.0, 0.375),
+        (["--target-length", "262144", "--cream-sigma", "3"], 3.0, None),
+        (["--target-length", "262144", "--cream-sigma-relative", "0.5"], 3.0, 0.5),
+        (["--target-length", "262144", "--position-strategy", "pose"], 3.0, None),
+    ],
+)
+def test_creams_width_is_relative_above_8_times_the_window(extension, flags, sigma, relative):
+    made = extension(*flags)
+    assert (made.cream_sigma, made.cream_sigma_relative) == (sigma, relative)
 
 
 def test_options_and_theta_reach_the_scaling(extension):
@@ -121,7 +136,7 @@ def test_settings_of_older_checkpoints_are_read(extension):
 
 
 def test_differences_name_the_flags(extension, written):
-    plain = extension(*T32K)
+    plain = extension(*T32K, "--rope-interpolation", "linear")
     based = extension(*T32K, "--rope-base-config", written({**LLAMA31, "rope_theta": 10000.0}))
     (difference,) = plain.differences(based)
     assert difference.startswith("--rope-base-config None != ")
@@ -141,7 +156,7 @@ def test_differences_name_the_flags(extension, written):
         (["--rope-interpolation", "rope-theta"], "--rope-theta.* is missing"),
         (["--rope-interpolation", "none", "--rope-theta", "5e5"], "--rope-theta.*500000.*none"),
         (["--rope-theta", "-1"], "--rope-theta.* is -1"),
-        (["--rope-options", "beta_fast=32"], "beta_fast: linear takes no options"),
+        (["--rope-options", "beta=32"], "beta: yarn takes beta_fast"),
         (["--rope-options", "beta_fast"], "'beta_fast': it must be KEY=VALUE"),
         (["--rope-options", "a=1", "a=2"], "a twice"),
         (["--rope-options", "a=x"], "'a=x': the value must be a number"),

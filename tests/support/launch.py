@@ -42,6 +42,7 @@ def run(script, folder, *arguments, **variables):
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=folder,
     )
     return done, calls(folder)
 

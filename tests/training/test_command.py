@@ -27,7 +27,7 @@ def test_torchrun_trains_and_says_what_it_does(command, flags):
         "trained window N   96 tokens",
         "target window T    768 tokens, 8 x N",
         "positions          cream, seed 1234",
-        "rope               linear, factor 8 over 96 tokens, theta 10000",
+        "rope               yarn, factor 8 over 96 tokens, theta 10000",
         "rope kernel        unfused",
         "samples from: window",
         "tokens read        ",

@@ -2,6 +2,7 @@
 """Bad input ends in one line that names the flag, before a process group or a GPU is asked for."""
 
 import json
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from support import ranks
 from support.runs import write_dataset
 
+from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.index import read_index
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
@@ -136,7 +138,7 @@ def test_resuming_with_other_settings(refused, initial):
 def test_a_scaling_of_the_base_that_would_be_dropped(refused, initial):
     further = ("--original-length", "768", "--target-length", "1536", "--position-strategy", "pose")
     message = refused("--pretrained-checkpoint", initial, *further)
-    for part in ("--original-length is 768", "linear over 96", "--rope-base-config"):
+    for part in ("--original-length is 768", "yarn over 96", "--rope-base-config"):
         assert part in message
 
 
@@ -163,8 +165,6 @@ def test_resuming_a_distributed_optimizer_without_a_gpu(refused, sharded):
 
 
 def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
-    from argparse import Namespace
-
     from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
     from megatron_cream.training.checks import check_checkpoint
 
@@ -178,25 +178,53 @@ def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("finetune", [False, True])
-@pytest.mark.parametrize("before", ["document", "window", None])
-def test_a_resumed_run_reads_what_it_began_with(monkeypatch, tmp_path, before, finetune):
-    from argparse import Namespace
+@pytest.fixture
+def resumed(monkeypatch, tmp_path):
+    """Makes the settings of a run at 16 x N from those that a checkpoint has, and flags."""
+    from megatron_cream.training import checks, entry
+    from megatron_cream.training.arguments import add_arguments, extension_from_args
 
-    from megatron_cream.config import ExtensionConfig
-    from megatron_cream.training import checks
-
-    settings = ExtensionConfig(96, 768, 96, sample_unit=before or "document").to_dict()
-    if before is None:  # saved before there was a choice
-        del settings["sample_unit"]
-    saved = Namespace(megatron_cream=settings)
-    monkeypatch.setattr(checks, "arguments_in", lambda folder: saved)
-    monkeypatch.setattr(checks, "check_whole", lambda folder, flag, objects: None)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
-    weights = {"finetune": finetune, "pretrained_checkpoint": None}
-    found = checks.resumed_unit(Namespace(load=str(tmp_path), **weights))
-    assert found == ("window" if finetune else before or "document")
-    assert checks.resumed_unit(Namespace(load=None, **weights)) == "window"
+    monkeypatch.setattr(checks, "check_whole", lambda folder, flag, objects: None)
+
+    def make(saved, *flags, **others):
+        given = Namespace(megatron_cream=saved)
+        monkeypatch.setattr(checks, "arguments_in", lambda folder: given)
+        parser = add_arguments(ArgumentParser())
+        parser.set_defaults(seq_length=960, rotary_base=10000, seed=1234, hidden_size=None)
+        parser.set_defaults(load=str(tmp_path), pretrained_checkpoint=None, finetune=False)
+        parser.set_defaults(**others)
+        args = parser.parse_args(["--target-length", "15360", *flags])
+        entry._keep_begun(args)
+        return extension_from_args(args)
+
+    return make
+
+
+OLD = {"position_strategy": "cream", "rope_interpolation": "linear", "rope_factor": 16.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"sample_unit": "window"}, {"cream_sigma_relative": 0.375}, {"rope_interpolation": "ntk"}],
+)
+def test_a_resumed_run_goes_on_as_it_began(resumed, settings):
+    """With defaults of then: documents, linear, the published width at 16 times the window."""
+    before = ExtensionConfig(960, 15360, 960, **OLD | settings)
+    saved = before.to_dict()
+    if not settings:
+        del saved["sample_unit"]  # before there was a choice
+    assert before.differences(resumed(saved)) == []
+    for elsewhere in ({"load": None}, {"finetune": True}):
+        new = resumed(saved, **elsewhere)
+        assert (new.sample_unit, new.rope_interpolation) == ("window", "yarn")
+        assert new.cream_sigma_relative == 0.375
+
+
+def test_a_resumed_run_that_is_told_otherwise_differs(resumed):
+    saved = ExtensionConfig(960, 15360, 960, **OLD).to_dict()
+    flags = ("--rope-interpolation", "yarn", "--cream-sigma", "2", "--sample-unit", "packed")
+    assert len(ExtensionConfig.from_dict(saved).differences(resumed(saved, *flags))) == 3
 
 
 def test_a_checkpoint_that_is_not_whole(refused, initial, tmp_path):
