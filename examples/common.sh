@@ -70,7 +70,7 @@ WARMUP=${WARMUP:-10}
 SAVE_INTERVAL=${SAVE_INTERVAL:-100}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
 
-POSITION_ARGS=(--position-strategy "$METHOD")
+POSITION_ARGS=(--position-strategy "$METHOD" ${PLAIN_SHARE:+--plain-share "$PLAIN_SHARE"})
 
 ROPE_ARGS=()
 if [ -n "$ROPE" ]; then ROPE_ARGS+=(--rope-interpolation "$ROPE"); fi

@@ -9,7 +9,7 @@
 # every length, ten depths by three seeds. "before" is the model as it was, "untrained-ROPE" the same
 # with that interpolation, unless it is one that has to be trained. A table and a picture a task end up
 # in WORK/compare. Every name in capitals that run.sh knows can be set. What is done is not repeated:
-# once base and text are there, several GPUs can take ways of their own (CUDA_VISIBLE_DEVICES), and a
+# once base, text and retrieval documents are there, several GPUs can take ways of their own (CUDA_VISIBLE_DEVICES), and a
 # last call with all ways compares them.
 set -euo pipefail
 
@@ -23,6 +23,7 @@ DTYPE=${DTYPE:-bfloat16}
 # shellcheck source=lengths.sh
 source "$HERE/examples/quickstart/lengths.sh"
 export PYTHON WINDOW TARGET LENGTHS DOCUMENTS BASE=$WORK/base DATA=$WORK/text
+export RETRIEVAL_DATA=$WORK/retrieval
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 read -r -a LENGTH_LIST <<<"$LENGTHS"
 

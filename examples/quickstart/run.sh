@@ -4,7 +4,7 @@
 #
 #   HF=SmolLM2-135M TEXT=books/train HELD_OUT=books/validation examples/quickstart/run.sh
 #   examples/quickstart/run.sh --smoke      # a random model, this repository's docs, two CPU cores
-#   examples/quickstart/run.sh --dry-run    # what the third command will be, without a GPU
+#   examples/quickstart/run.sh --dry-run    # what the training command will be, without a GPU
 #
 # As it stands: SmolLM2-135M from 8192 to 32768 tokens with CREAM and YaRN in 130 steps of 131072
 # tokens on one GPU. Every name in capitals can be set from outside. Commands that are done are not
@@ -27,6 +27,7 @@ if [ "${1:-}" = --smoke ]; then
     HF=$WORK/tiny TEXT=$HERE/docs HELD_OUT=$HERE/README.md DOCUMENTS=1
     WINDOW=64 TARGET=256 LENGTHS="64 128 256"
     STEPS=6 MICRO_BATCH=2 GLOBAL_BATCH=4 LR=1e-3
+    RETRIEVAL=0 # 64 tokens are too few for a document with questions
     MACHINE_ARGS=(--cpu --num-workers 0)
     [ -d "$HF" ] || "$PYTHON" "$HERE/examples/quickstart/tiny_model.py" --output "$HF" --text "$TEXT"
 fi
@@ -39,6 +40,9 @@ source "$HERE/examples/torchrun.sh"
 WORK=${WORK:-runs/quickstart}
 BASE=${BASE:-$WORK/base}
 DATA=${DATA:-$WORK/text}
+# Share of the samples that ask for what stands in them; docs/choosing.md has it measured.
+RETRIEVAL=${RETRIEVAL:-0.30}
+RETRIEVAL_DATA=${RETRIEVAL_DATA:-$WORK/retrieval}
 GPUS=${GPUS:-1}
 METHOD=${METHOD:-cream}
 ROPE=${ROPE:-yarn}
@@ -75,6 +79,15 @@ sys.exit(reason and f'without --te-cross-entropy: it needs {reason}')"; then
     MACHINE_ARGS+=(--te-cross-entropy)
 fi
 
+[[ $RETRIEVAL =~ ^0?(\.[0-9]+)?$ && -n $RETRIEVAL ]] || {
+    echo "error: RETRIEVAL is $RETRIEVAL: it must be a share of the samples, at least 0 and below 1" >&2
+    exit 2
+}
+DATA_PATH=("$DATA")
+if [[ $RETRIEVAL == *[1-9]* ]]; then
+    DATA_PATH=("$(LC_ALL=C awk "BEGIN { printf \"%g\", 1 - $RETRIEVAL }")" "$DATA" "$RETRIEVAL" "$RETRIEVAL_DATA")
+fi
+
 train_args() {
     TRAIN_ARGS=(
         "${MODEL_ARGS[@]}" --position-embedding-type rope
@@ -82,7 +95,8 @@ train_args() {
         --seq-length "$WINDOW" --max-position-embeddings "$WINDOW"
         --target-length "$TARGET" --original-length "$WINDOW"
         --position-strategy "$METHOD" --rope-interpolation "$ROPE"
-        --data-path "$DATA" --split "100,0,0" --no-create-attention-mask-in-dataloader
+        ${PLAIN_SHARE:+--plain-share "$PLAIN_SHARE"}
+        --data-path "${DATA_PATH[@]}" --split "100,0,0" --no-create-attention-mask-in-dataloader
         --pretrained-checkpoint "$BASE" --save "$WORK/run" --load "$WORK/run"
         --save-interval "$STEPS" --eval-iters 0 --eval-interval "$STEPS"
         --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
@@ -121,7 +135,16 @@ step "$DATA.idx" "$PYTHON" "$HERE/tools/preprocess_data.py" --input "${TEXT_PATH
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$BASE/hf" \
     --min-tokens "$WINDOW" --workers "${WORKERS:-2}" --output-prefix "$DATA"
 
-step "$WORK/run/latest_checkpointed_iteration.txt" \
+# As many as all samples: more than are drawn of them, so that none is read again.
+TRAINED=$WORK/run/latest_checkpointed_iteration.txt
+if [ "${#DATA_PATH[@]}" -gt 1 ] && [ ! -e "$TRAINED" ]; then
+    step "$RETRIEVAL_DATA.idx" "$PYTHON" "$HERE/tools/make_retrieval_data.py" \
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$BASE/hf" --haystack "${TEXT_PATHS[@]}" \
+        --length "$WINDOW" --documents "${RETRIEVAL_DOCUMENTS:-$((STEPS * GLOBAL_BATCH))}" \
+        --workers "${WORKERS:-2}" --output-prefix "$RETRIEVAL_DATA"
+fi
+
+step "$TRAINED" \
     "$PYTHON" -m torch.distributed.run "${LAUNCH_ARGS[@]}" -m megatron_cream.pretrain "${TRAIN_ARGS[@]}"
 
 step "$WORK/extended" "$PYTHON" "$HERE/tools/convert_checkpoint.py" export \
