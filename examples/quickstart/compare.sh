@@ -5,7 +5,7 @@
 #   HF=SmolLM2-135M TEXT=books/train HELD_OUT=books/validation \
 #       examples/quickstart/compare.sh cream:linear:4e-4 cream:yarn:4e-4 pose:yarn:4e-4
 #
-# A way is METHOD:ROPE:LR: run.sh's five commands in WORK/METHOD-ROPE-LR, then passkey and needle at
+# A way is METHOD:ROPE:LR: run.sh's commands in WORK/METHOD-ROPE-LR, then passkey and needle at
 # every length, ten depths by three seeds. "before" is the model as it was, "untrained-ROPE" the same
 # with that interpolation, unless it is one that has to be trained. A table and a picture a task end up
 # in WORK/compare. Every name in capitals that run.sh knows can be set. What is done is not repeated:
