@@ -2,6 +2,7 @@
 """What a model makes of long text.
 
 tasks           retrieval, tracking and counting tasks, by name
+ruler           RULER's thirteen tasks, case for case, and its figures
 cases           haystacks and questions of an exact token length
 scoring         cases scored by one forward pass, without generation
 perplexity      sliding-window perplexity by context length and position
