@@ -166,7 +166,8 @@ class TestLmEval:
         )
         job = Job(4096, given.count)
         job.random.seed(7)
-        draw = needles._Material(job, kind, materials).draw(200)
+        whole = Materials(materials.essay, split=given.cut)  # with all keys
+        draw = needles._Material(job, kind, whole).draw(200)
         case = split(draw, " The special", 0)
         assert (case.prompt, list(case.answers)) == (text, answers)
 
