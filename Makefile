@@ -6,6 +6,7 @@
 # make check  whether the install works, half a minute
 # make docs   the documentation site, in build/site
 # make test-engines  exports read by transformers 4 and 5, llama.cpp and CTranslate2, which it installs
+# make test-attack  damage, kills and wrong command lines drawn by a seed, an hour
 # make package  wheel and sdist, in build/dist
 VENV ?= .venv
 INPUT ?=
@@ -58,6 +59,11 @@ docs: setup
 .PHONY: test-docs
 test-docs: setup
 	$(BIN)/python -m pytest -m slow tests/docs
+
+# Its size and seed are variables, which CONTRIBUTING.md names.
+.PHONY: test-attack
+test-attack: setup
+	$(BIN)/python -m pytest -m slow tests/attack
 
 package: setup
 	$(BIN)/python -m build --no-isolation --outdir build/dist

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random damage to a saved checkpoint: every reader ends well or names the file, and nothing runs.
 
-``ATTACK_ROUNDS`` says how often each kind is tried (30), ``ATTACK_SEED`` where it begins.
+``support/attack.py`` says what decides its size and its seed.
 """
 
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from support import hf_models
+from support.attack import SEED, rounds
 from support.checkpoints import PLACES, TRACKER, copy_run, plant
 
 pytestmark = [pytest.mark.usefixtures("cpu_megatron"), pytest.mark.slow]
 
-ROUNDS = int(os.environ.get("ATTACK_ROUNDS", "30"))
-SEED = int(os.environ.get("ATTACK_SEED", "0"))
+ROUNDS = rounds(30)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
 Every flag with a value of the groups below meets every bad value, then come pairs drawn by a seed
 and a list by hand. What is accepted is accepted by the dry run too, and a step of it is trained.
 Half an hour on two cores: ``pytest -m slow tests/attack/test_command_lines.py``.
+``support/attack.py`` says what decides its size and its seed: the pairs.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 
 import pytest
 from support import ranks
+from support.attack import SEED, rounds
 from support.runs import FLAGS
 
 from megatron_cream.errors import UserError
@@ -73,7 +75,7 @@ BY_HAND = [
 ]
 # What needs another machine than this, or names no flag because the parser cannot know which.
 ELSEWHERE = re.compile(r"unrecognized arguments|expected|is not installed|needs the package")
-PAIRS = 200
+PAIRS = rounds(200)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def actions():
 
 def command_lines(flags):
     alone = [[flag, value] for flag in flags for value in VALUES]
-    rng = random.Random(1)
+    rng = random.Random(SEED)
     pairs = [[*rng.choice(alone), *rng.choice(alone)] for _ in range(PAIRS)]
     return [*alone, *pairs, *(line.split() for line in BY_HAND)]
 

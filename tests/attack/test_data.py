@@ -4,9 +4,9 @@
 Each attempt ends in the right result or in one line and status 2; never in a traceback, a wait, a
 lost file or a dataset that is wrong in silence.
 
-    CREAM_ATTACKS=2000 .venv/bin/python -m pytest -m slow tests/attack/test_data.py
+    MEGATRON_CREAM_ATTACK_ROUNDS=2000 .venv/bin/python -m pytest -m slow tests/attack/test_data.py
 
-CREAM_ATTACK_SEED draws others.
+``support/attack.py`` says what decides its size and its seed.
 """
 
 import gzip
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.attack import SEED, kills, rounds
 
 from megatron_cream.data.preprocess import PreprocessConfig, preprocess
 from megatron_cream.data.publish import SUFFIXES
@@ -32,8 +33,7 @@ from megatron_cream.data.tokenizers import train_bpe
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = int(os.environ.get("CREAM_ATTACKS", "40"))
-SEED = int(os.environ.get("CREAM_ATTACK_SEED", "1"))
+ROUNDS, KILLS = rounds(40), kills(4)
 RESERVED = ("0", "-1", "99999999999999999999", "1e3", "", "nan", "7", "２", "0x10")
 TEXTS = ["alpha beta", "κόσμε 🎈", "a", "", "x" * 300, "the same again", "the same again"] * 4
 
@@ -279,7 +279,7 @@ def test_kills(rng, tmp_path, name):
     assert whole.returncode == 0, whole.stderr
     prefix = tmp_path / "out" / "data"
     command = [*argv, "--output-prefix", str(prefix), "--workers"]
-    for _ in range(max(ROUNDS // 10, 2)):
+    for _ in range(KILLS):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         for _ in range(rng.randrange(1, 5)):
             killed_once(rng, [*command, str(rng.choice((1, 2, 3)))], prefix)

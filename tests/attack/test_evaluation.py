@@ -2,6 +2,7 @@
 """Evaluation under attack: damaged files, wrong command lines, two at once, kills.
 
 Each input gives the right result, or a UserError or OSError that names the flag or the file.
+``support/attack.py`` says what decides its size and its seed.
 """
 
 import importlib.util
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.arguments import arguments
+from support.attack import SEED, kills, rounds
 from support.commands import exit_status
 from support.evaluation import write_small_hf
 from support.runs import write_dataset
@@ -32,7 +34,7 @@ from megatron_cream.evaluation.run import run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = int(os.environ.get("MEGATRON_CREAM_ATTACKS", "150"))
+ROUNDS, KILLS = rounds(150), kills(8)
 JUNK = [
     *(None, True, -1, 0, 1, 2**31, 10**40, -0.5, 0.5, 1e400, float("nan"), "", "x", "0" * 200),
     *([], [1], {}, {"a": 1}, [[]], [None], ["a", "b"], "\x00", "../..", "٤"),
@@ -42,6 +44,10 @@ JUNK = [
 @pytest.fixture(scope="session")
 def small_hf(tmp_path_factory):
     return write_small_hf(tmp_path_factory.mktemp("hf"))
+
+
+def drawing(part):
+    return random.Random(f"{SEED} {part}")
 
 
 def load(name):
@@ -113,7 +119,7 @@ DAMAGES = (flipped, cut, lines, changed)
 
 
 def attack(seed, data):
-    rng = random.Random(seed)
+    rng = drawing(seed)
     return rng.choice(DAMAGES)(data, rng)
 
 
@@ -128,7 +134,7 @@ def survives(call, *names):
 
 
 def damage_a_file(seed, folder, names):
-    rng = random.Random(seed)
+    rng = drawing(seed)
     path = folder / rng.choice(names)
     path.write_bytes(attack(seed, path.read_bytes()))
     return path
@@ -176,7 +182,7 @@ def test_damaged_results_are_compared(finished, tmp_path, kind):
         folder = tmp_path / "run"
         shutil.copytree(root / kind, folder)
         path = damage_a_file(seed, folder, ["result.json"])
-        runs = [str(folder), str(root / kind)][:: random.Random(seed).choice([1, -1])]
+        runs = [str(folder), str(root / kind)][:: drawing(seed).choice([1, -1])]
         drawn = str(tmp_path / "both") if seed % 10 == 0 else None
         ended += survives(lambda r=runs, d=drawn: compare(r, d), "RUN", path) is None
         shutil.rmtree(folder)
@@ -218,7 +224,7 @@ def test_damaged_files_of_cases(small_hf, tmp_path, task, suffix, monkeypatch):
 
 
 def attack_plain(seed, data):
-    rng = random.Random(seed)
+    rng = drawing(seed)
     return rng.choice((flipped, cut))(data, rng)
 
 
@@ -257,7 +263,7 @@ def test_damaged_data(small_hf, tmp_path):
         whole = {path: path.read_bytes() for path in files}
         asked = arguments(hf=small_hf, data=data, documents=2)
         for seed in range(ROUNDS):
-            rng = random.Random(seed)
+            rng = drawing(seed)
             path = rng.choice(files)
             path.write_bytes(attack_plain(seed, whole[path]))
             found = survives(lambda a=asked: open_documents(a, model, 193), data)
@@ -310,7 +316,7 @@ def flags_of(tool):
 
 def command_lines(tool, name, fill):
     """Each flag with each word, beside a base that is right, then some words at random."""
-    rng = random.Random(5)
+    rng = drawing("command lines")
     flags = flags_of(tool)
     for flag, word in itertools.product(flags, WORDS):
         yield [*rng.choice(BASES[name]), flag, word]
@@ -393,8 +399,8 @@ def test_two_processes_at_once_and_kills(small_hf, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment}
     subprocess.run(command(small_hf, tmp_path / "right"), check=True, **quiet)
-    rng, seen = random.Random(3), set()
-    for _ in range(int(os.environ.get("MEGATRON_CREAM_KILLS", "8"))):
+    rng, seen = drawing("kills"), set()
+    for _ in range(KILLS):
         both = [subprocess.Popen(command(small_hf, tmp_path / "run"), **quiet) for _ in range(2)]
         cases, wait = tmp_path / "run" / "cases.jsonl", rng.random() * 0.2
         while not cases.exists() and any(one.poll() is None for one in both):

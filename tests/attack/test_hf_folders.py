@@ -2,6 +2,7 @@
 """Hugging Face folders damaged by seed: the right result, or an error that names the file.
 
 And conversions that are killed: a whole folder or none, and the same command works afterwards.
+``support/attack.py`` says what decides its size and its seed.
 """
 
 import json
@@ -18,12 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 from support import hf_models as models
+from support.attack import SEED, kills, rounds
 from tqdm import tqdm
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cpu_megatron")]
 
-SEEDS = int(os.environ.get("ATTACK_SEEDS", "300"))
-KILLS = int(os.environ.get("ATTACK_KILLS", "20"))
+ROUNDS, KILLS = rounds(300), kills(20)
 JUNK = [
     *(0, -1, 1e30, 10**12, 10**30, 10**400, 2.5, float("nan"), float("inf"), True, False, None),
     *("", "8", "../../x", "\0", [], [8], [[8]], {}, {"a": 8}, {"a": {"b": None}}),
@@ -193,14 +194,14 @@ def same(one, two):
     )
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", range(ROUNDS))
 def test_damaged_folder(seed, good, tmp_path):
     from megatron_cream.checkpoint.exporting import export_checkpoint
     from megatron_cream.checkpoint.importing import import_checkpoint
     from megatron_cream.evaluation.huggingface import HuggingFaceModel
     from megatron_cream.planning.models import find_model
 
-    rng = random.Random(seed)
+    rng = random.Random(f"{SEED} {seed}")
     folder = tmp_path / "model"
     shutil.copytree(good / "hf", folder)
     DAMAGES[seed % len(DAMAGES)](rng, folder)
@@ -251,7 +252,7 @@ def test_killed_conversion(task, seed, good, tmp_path):
     takes = time.monotonic() - start
     process = multiprocessing.get_context("fork").Process(target=alone, args=(output,))
     process.start()
-    time.sleep(random.Random(seed).random() * takes * 1.2)
+    time.sleep(random.Random(f"{SEED} {task} {seed}").random() * takes * 1.2)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     if not Path(output).exists():
