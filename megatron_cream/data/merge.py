@@ -62,7 +62,8 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
     """Write the documents of all datasets, in order, as one; returns a line that says how many.
 
     Shards of one job give what the job gives in one piece, byte for byte: they must all be there,
-    are put in order, and duplicates across them are dropped where the job asked for it.
+    are put in order, and duplicates across them are dropped where the job asked for it. Where their
+    whole dataset is at ``output`` already, it is left as it is.
 
     Raises:
         UserError: datasets that do not go together, a missing shard, a damaged dataset.
@@ -72,14 +73,36 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
     with WorkFolder(output, MERGING) as folder:
         if folder.is_whole():
             finish_publishing(folder.staged, output)
-        check_absent(output, overwrite)
-        sources = _read(prefixes)
-        _write(sources, folder.staged)
-        publish(folder.staged, output, overwrite)
+        finished = not overwrite and _is_merged(prefixes, output)
+        if not finished:
+            check_absent(output, overwrite)
+            _write(_read(prefixes), folder.staged)
+            publish(folder.staged, output, overwrite)
         folder.remove()
     index = read_index(output)
     tokens = index.lengths.sum(dtype=np.int64)
-    return f"documents: {len(index.documents) - 1}\ntokens: {tokens}\nwritten: {output}.bin .idx"
+    done = "finished before" if finished else "written"
+    return f"documents: {len(index.documents) - 1}\ntokens: {tokens}\n{done}: {output}.bin .idx"
+
+
+def _is_merged(prefixes: Sequence[str], output: str) -> bool:
+    """Say whether ``output`` is what these shards make: all of one job, the job of its note.
+
+    Datasets of several jobs have no fingerprint in common, so that nothing says whether it is.
+    """
+    try:
+        sources = [_read_one(prefix) for prefix in prefixes]
+        merged = _read_one(output)
+        notes = [source.note or {} for source in (merged, *sources)]
+        fingerprints = {note.get(FINGERPRINT) for note in notes}
+        if len(fingerprints) > 1 or None in fingerprints or "shard" in notes[0]:
+            return False
+        if not all("shard" in note for note in notes[1:]):
+            return False
+        _in_order(sources, len(sources))
+    except (UserError, FileNotFoundError):
+        return False
+    return True
 
 
 def _check_arguments(prefixes: Sequence[str], output: str) -> None:

@@ -287,6 +287,16 @@ def test_export_with_the_config_of_another_model(imported, tmp_path):
     refuses_export(imported, "--qk-layernorm of the checkpoint is off", hf=str(other))
 
 
+def test_export_of_fewer_rows_than_tokens(imported):
+    """The two agree by what is saved beside them: only the weights themselves say it."""
+    models.edit_config(imported / "hf", vocab_size=100_000)
+    refuses_export(
+        imported,
+        r"embedding.word_embeddings.weight of the checkpoint has \d+ rows: the vocabulary"
+        " has 100000 tokens",
+    )
+
+
 FULL = 300_000
 
 

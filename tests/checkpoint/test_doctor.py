@@ -50,6 +50,18 @@ def test_each_rank_writes_checksums_of_its_files(tmp_path, flags):
     assert not examine(one).problems
 
 
+def test_an_empty_file_has_a_checksum(tmp_path):
+    """It is missed when it is gone, and noticed when it has grown."""
+    from megatron_cream.checkpoint import checksums
+
+    (tmp_path / "__0_0.distcp").touch()
+    checksums.write(tmp_path)
+    sums, wrong = checksums.read(tmp_path)
+    assert (sums, wrong) == ({"__0_0.distcp": (0, "00000000")}, [])
+    (tmp_path / "__0_0.distcp").write_bytes(b"x")
+    assert "has 1 bytes: 0 were saved" in "".join(checksums.differences(tmp_path, sums, sums))
+
+
 def test_an_import_has_checksums(tmp_path):
     from megatron_cream.checkpoint.importing import import_checkpoint
 

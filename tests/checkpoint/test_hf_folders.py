@@ -15,11 +15,14 @@ from safetensors.torch import save_file
 from support import hf_models as models
 
 from megatron_cream import ownership
+from megatron_cream.checkpoint.card import Base, model_card
 from megatron_cream.checkpoint.config_json import shape_from_config
+from megatron_cream.checkpoint.shape import ModelShape
 from megatron_cream.checkpoint.shards import ShardWriter, TensorPlan
 from megatron_cream.checkpoint.source import find_source, other_files, read_config, source_name
 from megatron_cream.checkpoint.staging import check_output, staged
 from megatron_cream.checkpoint.weights import INDEX, SINGLE, HfWeights
+from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.rope import scaling_from_hf
 
@@ -193,6 +196,37 @@ def test_shards_are_filled_and_indexed(tmp_path):
         header = int.from_bytes((tmp_path / name).read_bytes()[:8], "little")
         assert header % 8 == 0, "data is aligned, as readers that map it expect"
     assert HfWeights(tmp_path).tensors["t8"].shape == (9, 3)
+
+
+def test_the_card_says_the_window_that_is_served(tmp_path):
+    """Not the tokens of a training sample, beyond which the model was made to read."""
+    shape = ModelShape("LlamaForCausalLM", 2, 32, 48, 2, 2, 16, 384, 1e-6, tied=False)
+    extension = ExtensionConfig(64, 256, 96, position_strategy="pose")
+    lines = model_card(Base("org/base", 96), shape, extension, "float32").splitlines()
+    assert {"# org/base, 256 tokens", "| window | 256 tokens |"} <= {*lines}
+    assert "| tokens of a training sample | 64 |" in lines
+    text = " ".join(lines)
+    assert "extended from 96 to 256 tokens" in text
+    assert "--max-model-len 256`" in text and "--context-length 256`" in text
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut leaves no folder of the right name with files that were never written."""
+    written, own = [], os.fsync
+
+    def fsync(descriptor):
+        own(descriptor)
+        written.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "m").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with staged(tmp_path / "m", 0) as folder:
+        (folder / "sub").mkdir()
+        for name in ("config.json", "sub/weights"):
+            (folder / name).write_text("x")
+    before = {path for path, named in written if not named}
+    names = ("", "/config.json", "/sub", "/sub/weights")
+    assert before >= {str(tmp_path / "m.partial") + name for name in names}
+    assert [path for path, named in written if named] == [str(tmp_path / "m"), str(tmp_path)]
 
 
 # Links.

@@ -65,6 +65,18 @@ def test_iterations_without_a_tracker_are_not_overwritten(run, refused, prepare)
     prepare("--load", run, "--save", run)
 
 
+def test_iterations_are_in_the_order_of_their_numbers(tmp_path):
+    from megatron_cream.checkpoint.iterations import iterations
+
+    numbers = (2, 9_999_999, 10_000_000, 20_000_000, 3_000_000)
+    for number in numbers:
+        folder = tmp_path / f"iter_{number:07d}"
+        folder.mkdir()
+        (folder / ".metadata").touch()
+    found = [int(path.name.removeprefix("iter_")) for path in iterations(tmp_path)]
+    assert found == sorted(numbers)
+
+
 def test_what_a_killed_first_save_left_is_no_iteration(run, prepare):
     shutil.rmtree(run / "iter_0000001")
     for name in (TRACKER, "iter_0000002/.metadata", "iter_0000002/metadata.json"):

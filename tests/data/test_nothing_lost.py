@@ -13,6 +13,7 @@ import pytest
 
 from megatron_cream import ownership
 from megatron_cream.data import finish as finish_module
+from megatron_cream.data import merge as merge_module
 from megatron_cream.data import preprocess as module
 from megatron_cream.data.folder import MERGING, PREPROCESSING
 from megatron_cream.data.merge import merge_datasets
@@ -316,3 +317,40 @@ def test_standard_input_is_never_finished_before(job):
     planned = check(replace(job, input=("-",)))[0]
     assert planned.fingerprint(()) is None
     assert not finish_module.is_dataset_of(planned, ())
+
+
+def test_a_finished_merge_ends_well_and_is_not_done_again(job, run, outputs, monkeypatch):
+    shards = [f"{job.output_prefix}-0000{i}-of-00002" for i in range(2)]
+    for i in range(2):
+        run(job, shard=(i, 2), **PARTS)
+    assert "\nwritten: " in merge_datasets(shards, job.output_prefix)
+    before = outputs(job.output_prefix)
+    monkeypatch.setattr(merge_module, "_write", killed)
+    said = merge_datasets(shards[::-1], job.output_prefix)
+    assert (
+        said.endswith(f"\nfinished before: {job.output_prefix}.bin .idx") and "documents: 1" in said
+    )
+    assert outputs(job.output_prefix) == before
+    assert not os.path.exists(job.output_prefix + ".parts")
+    with pytest.raises(Killed):
+        merge_datasets(shards, job.output_prefix, overwrite=True)
+
+
+@pytest.mark.parametrize("what", ["one shard", "one twice", "other input", "damaged", "no shards"])
+def test_another_merge_is_not_the_finished_one(job, run, what):
+    shards = [f"{job.output_prefix}-0000{i}-of-00002" for i in range(2)]
+    for i in range(2):
+        run(job, shard=(i, 2), **PARTS)
+    merge_datasets(shards, job.output_prefix)
+    if what == "other input":
+        os.utime(job.input[0], (1, 1))
+        for i in range(2):
+            run(job, shard=(i, 2), overwrite=True, **PARTS)
+    elif what == "damaged":
+        cut(Path(job.output_prefix + ".bin"))
+    elif what == "no shards":
+        run(job, output_prefix=job.output_prefix + "-all")
+    given = {"one shard": shards[:1], "one twice": shards[:1] * 2}.get(what, shards)
+    given = [job.output_prefix + "-all"] if what == "no shards" else given
+    with pytest.raises(UserError, match="exists, needs a new prefix or --overwrite"):
+        merge_datasets(given, job.output_prefix)

@@ -129,6 +129,17 @@ def test_pieces_of_any_size_give_every_line_once(tmp_path_factory, lines, size, 
     assert [json.loads(rows[number - 1])["text"] for _, number in found] == [t for t, _ in lines]
 
 
+@pytest.mark.parametrize("start", [0, 10])
+def test_a_byte_order_mark_is_one_at_the_start_of_a_file_only(tmp_path, start):
+    """Where a file is cut decides nothing: in its middle the three bytes are part of a line."""
+    path = tmp_path / "a.jsonl"
+    line = b'{"text": "one"}\n'
+    path.write_bytes((b"\xef\xbb\xbf" if not start else b"") + line + b"\xef\xbb\xbf" + line)
+    found = list(read_piece(Piece(str(path), "jsonl", start, path.stat().st_size), Fields()))
+    assert [record.text for record in found] == ([None] if start else ["one", None])
+    assert found[-1].error.kind == "broken JSON"
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst"])
 def test_reading_goes_on_from_any_record(tmp_path, name, pack):
     path = tmp_path / name

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -84,6 +85,26 @@ def test_killed_again_and_again(big, run, outputs):
     assert "continuing with " in error
     assert outputs(big.output_prefix) == outputs(big.output_prefix + "-whole")
     assert not os.path.exists(big.output_prefix + ".parts")
+
+
+@pytest.mark.parametrize("drop_duplicates", [False, True])
+def test_a_part_counts_when_all_of_it_is_on_the_disk(job, run, monkeypatch, drop_duplicates):
+    synced, moved, sync, replace_file = set(), [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        sync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def move(source, target):
+        if re.search(r"[0-9]{8}-[0-9]{6}[.]", str(target)):
+            moved.append((Path(target).suffix, os.stat(source).st_ino in synced))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", move)
+    run(job, drop_duplicates=drop_duplicates)
+    hashes = [(".hash", True)] if drop_duplicates else []
+    assert moved == [(".bin", True), (".len", True), *hashes, (".json", True)]
 
 
 def test_damaged_parts_are_made_again(big, run, outputs, monkeypatch):
