@@ -19,7 +19,7 @@ from megatron_cream.errors import UserError
 MODULES = (
     "megatron_cream.positions",
     "megatron_cream.rope",
-    "megatron_cream.data.preprocess",
+    "megatron_cream.corpus.preprocess",
     "megatron_cream.planning.propose",
     "megatron_cream.checkpoint.saved",
     "megatron_cream.evaluation.position_report",
@@ -68,7 +68,7 @@ def _distributions() -> list[importlib.metadata.Distribution]:
 
 
 def _write_dataset(folder: Path) -> Path:
-    from megatron_cream.data.preprocess import PreprocessConfig, preprocess
+    from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
 
     text = folder / "text.txt"
     text.write_text("A sample has N trained tokens and pretends to span T.\n" * 40)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.data.index import write_index
+from megatron_cream.data.indexed import write_index
 
 _BLOCK = 1 << 16
 _TURN = 250  # samples
@@ -134,7 +134,7 @@ class _Copies:
 
 def _ours(args: argparse.Namespace, prefix: str, cache: str) -> Any:
     from megatron_cream.config import ExtensionConfig
-    from megatron_cream.data.span_dataset import SpanDataset, SpanDatasetConfig
+    from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
 
     extension = ExtensionConfig(
         train_length=args.seq_length,

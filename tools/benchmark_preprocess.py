@@ -30,9 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.data.command_line import Parser
-from megatron_cream.data.index import read_index
-from megatron_cream.data.values import check_count
+from megatron_cream.corpus.command_line import Parser
+from megatron_cream.corpus.setting_values import check_count
+from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError, one_line_errors
 
 TOOL = Path(__file__).with_name("preprocess_data.py")
@@ -157,10 +157,10 @@ def _without(
 
 def stages(args: argparse.Namespace, ours: Side) -> str:
     """Return what reading and tokenizing take of our CPU seconds, each measured alone."""
-    from megatron_cream.data.engine import choose_engine
-    from megatron_cream.data.reading import Piece, read_piece
-    from megatron_cream.data.records import Fields
-    from megatron_cream.data.tokenizers import load_tokenizer
+    from megatron_cream.corpus.engine import choose_engine
+    from megatron_cream.corpus.jsonl import Fields
+    from megatron_cream.corpus.readers import Piece, read_piece
+    from megatron_cream.corpus.tokenizers import load_tokenizer
 
     began = time.process_time()
     found = read_piece(Piece(args.input, "jsonl"), Fields())
@@ -186,7 +186,7 @@ def stand_in(args: argparse.Namespace) -> None:
     """The loop of Megatron's script: json, one call a document, a list of ints, add_document."""
     import tokenizers
 
-    from megatron_cream.data.tokenizers import load_tokenizer
+    from megatron_cream.corpus.tokenizers import load_tokenizer
 
     ours = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
     if args.tokenizer_type == "HuggingFaceTokenizer":
@@ -210,7 +210,7 @@ def stand_in(args: argparse.Namespace) -> None:
                 ids.append(ours.eod)
                 lengths.append(len(ids))
                 out.write(np.array(ids, dtype=dtype).tobytes(order="C"))
-    from megatron_cream.data.index import write_index
+    from megatron_cream.data.indexed import write_index
 
     block = (np.array(lengths), np.ones(len(lengths), dtype=np.int64))
     write_index(args.stand_in + ".idx", np.dtype(dtype), [block], len(lengths), len(lengths))

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import sys
 
-from megatron_cream.data.command_line import Parser
-from megatron_cream.data.inspection import check, describe, document_text
-from megatron_cream.data.tokenizers import TOKENIZERS
+from megatron_cream.corpus.command_line import Parser
+from megatron_cream.corpus.inspection import check, describe, document_text
+from megatron_cream.corpus.tokenizers import TOKENIZERS
 from megatron_cream.errors import one_line_errors
 
 

@@ -21,9 +21,9 @@ from megatron_cream.errors import one_line_errors
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # ruff: noqa: E402
-from megatron_cream.data.engine import ENGINES
-from megatron_cream.data.retrieval import RetrievalConfig, make_dataset
-from megatron_cream.data.tokenizers import TOKENIZERS
+from megatron_cream.corpus.engine import ENGINES
+from megatron_cream.corpus.retrieval import RetrievalConfig, make_dataset
+from megatron_cream.corpus.tokenizers import TOKENIZERS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RetrievalConfig:

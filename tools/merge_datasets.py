@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from megatron_cream.data.command_line import Parser
-from megatron_cream.data.merge import merge_datasets
+from megatron_cream.corpus.command_line import Parser
+from megatron_cream.corpus.merge import merge_datasets
 from megatron_cream.errors import one_line_errors
 
 

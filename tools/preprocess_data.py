@@ -23,12 +23,12 @@ from megatron_cream.errors import one_line_errors
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # ruff: noqa: E402
-from megatron_cream.data.command_line import Parser
-from megatron_cream.data.engine import ENGINES
-from megatron_cream.data.plan import PART_BYTES
-from megatron_cream.data.preprocess import PreprocessConfig, preprocess
-from megatron_cream.data.text import FORMATS
-from megatron_cream.data.tokenizers import TOKENIZERS
+from megatron_cream.corpus.command_line import Parser
+from megatron_cream.corpus.engine import ENGINES
+from megatron_cream.corpus.inputs import FORMATS
+from megatron_cream.corpus.job import PART_BYTES
+from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
+from megatron_cream.corpus.tokenizers import TOKENIZERS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> PreprocessConfig:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_cream.data.chat import render_files
-from megatron_cream.data.command_line import Parser
+from megatron_cream.corpus.chat import render_files
+from megatron_cream.corpus.command_line import Parser
 from megatron_cream.errors import one_line_errors
 
 

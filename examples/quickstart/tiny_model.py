@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_cream.data.tokenizers import train_bpe
+from megatron_cream.corpus.tokenizers import train_bpe
 
 WINDOW = 64
 

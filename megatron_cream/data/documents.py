@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_cream.data.index import read_index
+from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_cream.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_cream.data.index import DatasetIndex
+    from megatron_cream.data.indexed import DatasetIndex
 
 MOST_SHARDS = 99_999
 """Their numbers have five digits in a name."""

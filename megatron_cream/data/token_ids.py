@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from megatron_cream.data.index import DatasetIndex
+from megatron_cream.data.indexed import DatasetIndex
 from megatron_cream.errors import UserError
 
 _BLOCK_TOKENS = 1 << 22

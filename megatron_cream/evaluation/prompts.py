@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.data.tokenizers import Tokenizer
+from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.errors import MissingPackageError, UserError
 
 STYLES = ("base", "chat")

@@ -17,14 +17,9 @@ from megatron.training.utils import (
 
 from megatron_cream.checkpoint.saved import SETTINGS_KEY
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.data.dataset import BlendedSpans, PositionsOnly, SpanDataset, SpanDatasetConfig
 from megatron_cream.data.metadata import read_metadata
-from megatron_cream.data.packed_dataset import PackedPositions, PackedSpanDataset
-from megatron_cream.data.span_dataset import (
-    BlendedSpans,
-    PositionsOnly,
-    SpanDataset,
-    SpanDatasetConfig,
-)
+from megatron_cream.data.packed import PackedPositions, PackedSpanDataset
 from megatron_cream.training.checks import DEFAULT_SPLIT
 
 

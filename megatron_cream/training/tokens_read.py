@@ -11,7 +11,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.index import read_index
+from megatron_cream.data.indexed import read_index
 from megatron_cream.data.packing import pack
 from megatron_cream.data.repetition import Repetition, repetition
 from megatron_cream.data.sources import PACK_MULTIPLE, Sources, make_sources

@@ -26,9 +26,9 @@ import numpy as np
 import pytest
 from support.attack import SEED, kills, rounds
 
-from megatron_cream.data.preprocess import PreprocessConfig, preprocess
-from megatron_cream.data.publish import SUFFIXES
-from megatron_cream.data.tokenizers import train_bpe
+from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
+from megatron_cream.corpus.publish import SUFFIXES
+from megatron_cream.corpus.tokenizers import train_bpe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
@@ -239,7 +239,7 @@ def draws(prefix):
     )
 
     from megatron_cream.config import ExtensionConfig
-    from megatron_cream.data.span_dataset import SpanDataset, SpanDatasetConfig
+    from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
     from megatron_cream.errors import UserError
 
     extension = ExtensionConfig(

@@ -6,11 +6,7 @@ import math
 import pytest
 import torch
 
-from megatron_cream.attention import (
-    dual_chunk_attention,
-    self_extend_attention,
-    string_attention,
-)
+from megatron_cream.attention import dual_chunk_attention, self_extend_attention, string_attention
 from megatron_cream.errors import UserError
 from megatron_cream.rope import make_scaling
 

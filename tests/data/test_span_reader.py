@@ -37,7 +37,7 @@ def build(prefix, mapped=True, eod=None, **changes):
         BlendedMegatronDatasetBuilder,
     )
 
-    from megatron_cream.data.span_dataset import SpanDataset, SpanDatasetConfig
+    from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
 
     options = {"position_strategy": "cream", "sample_unit": "window"} | changes
     config = SpanDatasetConfig(

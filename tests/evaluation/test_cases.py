@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_cream.data.tokenizers import ByteLevelTokenizer, load_tokenizer
+from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer
 from megatron_cream.evaluation.cases import Kit
 from megatron_cream.evaluation.prompts import Prompt, render
 from megatron_cream.evaluation.published import read_haystacks

@@ -114,7 +114,7 @@ def test_more_is_asked_of_longer_common_words(small_hf, unloaded):
 
 
 def test_a_record_that_has_too_few_lines(small_hf, monkeypatch):
-    from megatron_cream.data.tokenizers import load_tokenizer
+    from megatron_cream.corpus.tokenizers import load_tokenizer
     from megatron_cream.evaluation.cases import Kit
     from megatron_cream.evaluation.prompts import Prompt
     from megatron_cream.evaluation.tasks import lines

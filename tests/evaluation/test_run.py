@@ -191,7 +191,7 @@ def test_bad_input_is_one_line(tool, small_hf, tmp_path, capsys, message):
 
 
 def test_tokenizer_of_another_model(small_hf, tmp_path):
-    from megatron_cream.data.tokenizers import train_bpe
+    from megatron_cream.corpus.tokenizers import train_bpe
 
     train_bpe([" ".join(f"w{i}x{i * 7919}" for i in range(900))], 500, tmp_path)
     wrong = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path)}

@@ -11,12 +11,7 @@ from megatron_cream.planning.command import argv, layout_flags, run_flags
 from megatron_cream.planning.layout import Layout, Workload, padded_vocab, uneven_ends
 from megatron_cream.planning.memory import GIB, stage_memory, stage_parameters
 from megatron_cream.planning.models import MODELS
-from megatron_cream.planning.stages import (
-    RankView,
-    _check_copy,
-    _check_layers,
-    _check_parameters,
-)
+from megatron_cream.planning.stages import RankView, _check_copy, _check_layers, _check_parameters
 
 CREAM = Workload(4096, 32)
 QWEN = dataclasses.replace(MODELS["qwen2.5-7b"], layers=9, vocabulary=150000)

@@ -32,7 +32,7 @@ def write_small_hf(folder: Path) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_cream.data.tokenizers import train_bpe
+    from megatron_cream.corpus.tokenizers import train_bpe
 
     train_bpe([TEXT * 50], VOCABULARY - 7, folder)
     torch.manual_seed(3)

@@ -11,7 +11,7 @@ from support import ranks
 from support.runs import write_dataset
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.index import read_index
+from megatron_cream.data.indexed import read_index
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 

@@ -76,7 +76,7 @@ def reference(runs, texts):
     from megatron.core.datasets.utils import Split
 
     from megatron_cream.checkpoint.loading import load_model
-    from megatron_cream.data.span_dataset import SpanDataset, SpanDatasetConfig
+    from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
 
     loaded = load_model(runs[1])
     config = SpanDatasetConfig(

@@ -22,7 +22,7 @@ def test_a_middle_stage_validates_at_the_positions_and_scale_of_the_others(datas
 
     from megatron_cream.checkpoint.saved import SETTINGS_KEY
     from megatron_cream.data.batch import _plain_positions
-    from megatron_cream.data.span_dataset import SpanDataset, SpanDatasetConfig
+    from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
 
     extension = ExtensionConfig(96, 8 * original, original, position_strategy="cream", **rope)
     config = SpanDatasetConfig(

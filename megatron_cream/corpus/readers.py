@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records out of a stretch of a file, from any place that an earlier reading had come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_cream.corpus import jsonl, long_text
+from megatron_cream.corpus.compression import open_stream
+from megatron_cream.corpus.inputs import ARROW, JSONL, PARQUET, format_of
+from megatron_cream.corpus.jsonl import BadRecord, Fields, Line, Record, Text
+from megatron_cream.errors import UserError
+
+_BLOCK_BYTES = 4 << 20
+_AFTER_END_BYTES = 1 << 18
+_BLANK = frozenset(b" \t\r\n\v\f")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a file.
+
+    Attributes:
+        path: the file.
+        format: one of ``text.FORMATS``.
+        start, end: bytes; the lines that begin between them belong to it. No end: the whole file.
+    """
+
+    path: str
+    format: str
+    start: int = 0
+    end: int | None = None
+
+
+def place(piece: Piece, number: int) -> str:
+    """Return the file and the line or row of a record, for an error.
+
+    Args:
+        piece: where the record is.
+        number: its line or row in the file, counted from 1; 0 where a file is one record.
+    """
+    unit = "row" if piece.format in (PARQUET, ARROW) else "line"
+    return f"{piece.path}: {unit} {number}" if number else piece.path
+
+
+def lines_before(path: str, starts: list[int]) -> list[int]:
+    """Return how many lines of a plain file begin before each of ``starts``, sorted bytes."""
+    counts, at, found = [], 0, 0
+    with open(path, "rb", buffering=0) as file:
+        for start in starts:
+            # A line begins at 0 and after each line end, but for one that ends at `start`.
+            while at < start - 1 and (block := file.read(min(start - 1 - at, _BLOCK_BYTES))):
+                found += block.count(b"\n")
+                at += len(block)
+            counts.append(found + (start > 0))
+    return counts
+
+
+def read_piece(
+    piece: Piece,
+    fields: Fields,
+    offset: int = 0,
+    number: int = 0,
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> Iterator[Record]:
+    """Yield the records of ``piece``, from ``offset``, where ``number`` ones had been read.
+
+    Raises:
+        UserError: broken compressed or columnar data.
+        OSError: the file cannot be read.
+    """
+    if piece.format in (PARQUET, ARROW):
+        from megatron_cream.corpus.columnar import read_rows
+
+        yield from read_rows(piece.path, piece.format, fields, offset, on_bytes)
+        return
+    with open_stream(Path(piece.path), on_bytes) as stream:
+        if piece.format == JSONL:
+            yield from _read_jsonl(stream, piece, fields, offset, number)
+        elif not offset:
+            yield _read_text(stream)
+
+
+def read_documents(
+    path: Path, json_key: str = "text", on_bytes: Callable[[int], object] = lambda count: None
+) -> Iterator[str]:
+    """Yield the documents of one file: one per JSONL line or row, or the whole of a plain one.
+
+    Blank JSONL lines are passed over and a byte order mark at the start of the file is removed;
+    nothing else is changed, line ends included.
+
+    Args:
+        path: the file; its suffix (before that of a compression) says how it is read.
+        json_key: the key of a JSONL object, or the column, that holds the text.
+        on_bytes: called with the number of bytes after each read from disk.
+
+    Raises:
+        UserError: not UTF-8, a broken line or a broken compressed stream, naming file and place.
+        OSError: the file cannot be read.
+    """
+    whole = Piece(str(path), format_of(path))
+    for record in read_piece(whole, Fields((json_key,)), on_bytes=on_bytes):
+        if record.error is not None:
+            raise UserError(f"{place(whole, record.number)}: {record.error}") from record.error
+        yield record.text if isinstance(record.text, str) else "".join(record.text)
+
+
+def text_of(line: Line, fields: Fields) -> Text:
+    """Return the text of one line of JSONL; pieces of a giant one may still raise.
+
+    Raises:
+        BadRecord: the line is not an object with strings under ``fields``, or its text holds NUL
+            or half a surrogate pair, which no tokenizer takes.
+    """
+    if len(line) > jsonl.GIANT_BYTES:
+        return long_text.giant_text(line, fields)
+    return jsonl.check_text(jsonl.join_fields(jsonl.parse(line), fields))
+
+
+def _read_text(stream: BinaryIO) -> Record:
+    data = stream.read(jsonl.GIANT_BYTES + 1)
+    if len(data) > jsonl.GIANT_BYTES:
+        return Record(long_text.stream_text(stream, data), None, 0, 1)
+    try:
+        text = jsonl.check_text(jsonl.decode(data.removeprefix(_BOM)))
+        return Record(text, None, 0, 1)
+    except BadRecord as exc:
+        return Record(None, exc, 0, 1)
+
+
+def _read_jsonl(
+    stream: BinaryIO, piece: Piece, fields: Fields, offset: int, number: int
+) -> Iterator[Record]:
+    at = piece.start + offset
+    if offset or not piece.start:
+        _go_to(stream, at)
+    else:
+        at = _next_line(stream, piece)
+    lines = _lines(stream, at, piece.end)
+    for end, line in lines:
+        number += 1
+        if number == 1 and not piece.start and bytes(line[:3]) == _BOM:
+            line = line[3:]
+        if not line or (line[0] in _BLANK and bytes(line).isspace()):
+            continue
+        try:
+            yield Record(text_of(line, fields), None, number, end - piece.start)
+        except BadRecord as exc:
+            yield Record(None, exc, number, end - piece.start)
+
+
+def _go_to(stream: BinaryIO, offset: int) -> None:
+    if stream.seekable():
+        stream.seek(offset)
+        return
+    while offset and (block := stream.read(min(offset, _BLOCK_BYTES))):
+        offset -= len(block)
+
+
+def _next_line(stream: BinaryIO, piece: Piece) -> int:
+    """Go to the first line that begins in ``piece``, or past its end; returns where."""
+    at = piece.start - 1
+    stream.seek(at)
+    while at < piece.end and (block := stream.read(_AFTER_END_BYTES)):
+        stop = block.find(b"\n")
+        if stop >= 0:
+            stream.seek(at + stop + 1)
+            return at + stop + 1
+        at += len(block)
+    return at
+
+
+def _lines(stream: BinaryIO, at: int, end: int | None) -> Iterator[tuple[int, Line]]:
+    """Yield lines that begin before ``end`` without their ends, and where the next one begins.
+
+    Args:
+        stream: stands at byte ``at`` of the file.
+        at: where the first line begins.
+        end: None for the end of the file.
+    """
+    pending, reached = bytearray(), at
+    while (end is None or at < end) and (block := stream.read(_next_size(reached, end))):
+        begin, first = reached, 0
+        reached += len(block)
+        if pending:
+            first = block.find(b"\n") + 1
+            if not first:
+                pending += block
+                continue
+            pending += block[: first - 1]
+            at = begin + first
+            yield at, memoryview(pending)
+        view = memoryview(block)
+        while (end is None or at < end) and (stop := block.find(b"\n", first)) >= 0:
+            line = view[first:stop]
+            first = stop + 1
+            at = begin + first
+            yield at, line
+        pending = bytearray(view[first:])
+    if pending and (end is None or at < end):
+        yield reached, memoryview(pending)
+
+
+def _next_size(reached: int, end: int | None) -> int:
+    if end is None:
+        return _BLOCK_BYTES
+    return min(_BLOCK_BYTES, max(end - reached, 0) + _AFTER_END_BYTES)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One task as text: what is drawn once, and the text for any size of it.
+
+A task has a size, the number of records or of hundreds of characters; its text is a pure function
+of that, so that the size can be fitted to a number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_cream.corpus.retrieval.formats import RECORDS, THINGS, Format
+from megatron_cream.corpus.retrieval.haystack import Haystack
+from megatron_cream.corpus.retrieval.hidden import NEEDLES, PASSKEYS, REFRAINS, Needle
+from megatron_cream.corpus.retrieval.words import KEYS, VALUES, Rng, passkeys, prose
+
+CHARACTERS = 100
+"""Characters of a needle task's text that one more of its size stands for."""
+
+MOST_QUESTIONS = 16
+"""Questions of a task, at most, unless another number is asked for."""
+
+_MOST_NEEDLES = 24
+_SEGMENTS = 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of any size.
+
+    Attributes:
+        name: of the kind, for the record.
+        most: largest size.
+        text: size to text; begins with no white space and ends in one line break.
+    """
+
+    name: str
+    most: int
+    text: Callable[[int], str] = field(repr=False)
+
+
+def draw_task(
+    rng: Rng, tokens: int, haystack: Haystack | None, questions: int = MOST_QUESTIONS
+) -> Task:
+    """Draw a task that can be made as long as ``tokens``, of at most so many ``questions``."""
+    kind = rng.random()
+    if kind < 0.64:
+        return _records(rng, tokens, questions)
+    if kind < 0.88:
+        return _needles(rng, tokens, haystack, questions)
+    return _passkey(rng, tokens, haystack)
+
+
+def _records(rng: Rng, tokens: int, questions: int = MOST_QUESTIONS) -> Task:
+    name = str(rng.choice(list(RECORDS)))
+    style, thing, most = RECORDS[name], str(rng.choice(THINGS)), max(4, tokens // 8)
+    keys = KEYS[str(rng.choice(list(KEYS)))](rng, most)
+    values = VALUES[str(rng.choice(list(VALUES)))](rng, most)
+    numbers = rng.integers(1, 1000, size=most).tolist()
+    first = int(rng.integers(1, 5000))
+    records = [
+        style.record.format(k=k, v=v, t=thing, i=first + i, n=n)
+        for i, (k, v, n) in enumerate(zip(keys, values, numbers, strict=True))
+    ]
+    intro = str(rng.choice(style.intros)).format(t=thing) + style.opening.format(t=thing)
+    asked = _Asked.drawn(rng, questions, style.questions, thing, keys, values)
+    segments = int(rng.integers(2, _SEGMENTS + 1)) if rng.random() < 0.3 else 1
+    return Task(name, most, lambda size: intro + _listed(style, records[:size], asked, segments))
+
+
+def _listed(style: Format, records: list[str], asked: _Asked, segments: int) -> str:
+    """Records in some segments, each followed by its share of the questions."""
+    text, size = [], len(records)
+    borders = [round(size * (i + 1) / segments) for i in range(segments)]
+    for i, (start, end) in enumerate(zip([0, *borders], borders, strict=False)):
+        piece = "".join(records[start:end])
+        if end == size:
+            piece = piece[: len(piece) - style.cut] + style.closing.format()
+        text.append(piece + asked.text(end, i, segments))
+    return "".join(text)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Questions about some of the facts.
+
+    Attributes:
+        question: its template.
+        thing: what the values are.
+        keys, values: the facts.
+        places: float64 ``[questions]`` from 0 to 1, which facts are asked for.
+    """
+
+    question: str
+    thing: str
+    keys: list[str]
+    values: list[str]
+    places: np.ndarray
+
+    @classmethod
+    def drawn(
+        cls,
+        rng: Rng,
+        most: int,
+        wordings: tuple[str, ...],
+        thing: str,
+        keys: list[str],
+        values: list[str],
+    ) -> _Asked:
+        places = rng.random(int(rng.integers(max(1, most // 4), most + 1)))
+        return cls(str(rng.choice(wordings)), thing, keys, values, places)
+
+    def text(self, facts: int, part: int = 0, parts: int = 1) -> str:
+        """Questions about the first ``facts`` facts, the share of one of several parts."""
+        places = self.places[: max(1, facts // 3)][part::parts]
+        chosen = dict.fromkeys((places * facts).astype(int).tolist())
+        return "".join(
+            self.question.format(k=self.keys[i], v=self.values[i], t=self.thing) for i in chosen
+        )
+
+
+def _needles(rng: Rng, tokens: int, haystack: Haystack | None, questions: int) -> Task:
+    count = round(float(2 ** rng.uniform(0, np.log2(_MOST_NEEDLES))))
+    keys = KEYS[str(rng.choice(list(KEYS)))](rng, count)
+    values = VALUES[str(rng.choice(list(VALUES)))](rng, count)
+    return _hidden(rng, tokens, haystack, NEEDLES, keys, values, questions)
+
+
+def _passkey(rng: Rng, tokens: int, haystack: Haystack | None) -> Task:
+    return _hidden(rng, tokens, haystack, PASSKEYS, [""], passkeys(rng, 1))
+
+
+def _hidden(
+    rng: Rng,
+    tokens: int,
+    haystack: Haystack | None,
+    wordings: tuple[Needle, ...],
+    keys: list[str],
+    values: list[str],
+    questions: int = MOST_QUESTIONS,
+) -> Task:
+    wording, thing = wordings[rng.integers(len(wordings))], str(rng.choice(THINGS))
+    needles = [wording.needle.format(k=k, v=v, t=thing) for k, v in zip(keys, values, strict=True)]
+    most = max(1, tokens * 8 // CHARACTERS)
+    filler = _filler(rng, most * CHARACTERS, haystack, refrain=wordings is PASSKEYS)
+    intro, places = str(rng.choice(wording.intros)).format(t=thing), rng.random(len(keys))
+    asked = _Asked.drawn(rng, questions, wording.questions, thing, keys, values)
+    # All that fit are asked for: a needle that is not is a line of noise.
+    chosen = rng.permutation(len(keys))[: len(asked.places)].tolist()
+    answered = "".join(asked.question.format(k=keys[i], v=values[i], t=thing) for i in chosen)
+
+    def text(size: int) -> str:
+        hidden = _planted(filler[: size * CHARACTERS], needles, places)
+        return f"{intro}{hidden}\n{answered}"
+
+    return Task("passkey" if wordings is PASSKEYS else "needles", most, text)
+
+
+def _filler(rng: Rng, characters: int, haystack: Haystack | None, refrain: bool) -> str:
+    kind = rng.random()
+    if refrain and kind < 0.4:
+        sentence = str(rng.choice(REFRAINS))
+        return (sentence * (1 + characters // len(sentence))).lstrip()[:characters]
+    if haystack is None or kind < 0.6:
+        return prose(rng, characters)[:characters]
+    return haystack.passage(rng, characters).lstrip()
+
+
+def _planted(filler: str, needles: list[str], places: np.ndarray) -> str:
+    """Put needles behind sentences of filler, or else between words, each at its place 0 to 1."""
+    cuts = [_cut(filler, int(place * len(filler))) for place in places.tolist()]
+    text, done = [], 0
+    for at, needle in sorted(zip(cuts, needles, strict=True)):
+        text += [filler[done:at], needle]
+        done = at
+    return "".join([*text, filler[done:]])
+
+
+def _cut(text: str, near: int) -> int:
+    sentence = text.find(". ", near, near + 400)
+    if sentence >= 0:
+        return sentence + 1
+    word = text.find(" ", near, near + 400)
+    return len(text) if word < 0 else word

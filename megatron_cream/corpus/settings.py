@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a preprocessing job, and everything wrong with them before any text is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cream import ownership
+from megatron_cream.corpus.inputs import ARROW, PARQUET, STDIN, TextInputs, find_inputs, format_of
+from megatron_cream.corpus.job import PART_BYTES, InputFile, Job, plan_units
+from megatron_cream.corpus.jsonl import Fields
+from megatron_cream.corpus.publish import SUFFIXES, check_prefix
+from megatron_cream.corpus.setting_values import check_part_bytes, check_values
+from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.data.indexed import token_dtype
+from megatron_cream.errors import UserError
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """A job; the fields are the flags of `tools/preprocess_data.py`.
+
+    Attributes:
+        verify: documents to compare the fast tokenizer with the reference on; -1 for all.
+        shard: which shard, from 0, of how many.
+        part_bytes: text per part; never changes the result.
+    """
+
+    input: tuple[str, ...]
+    tokenizer_type: str
+    output_prefix: str
+    tokenizer_model: str | None = None
+    json_key: str | tuple[str, ...] = "text"
+    key_separator: str = "\n\n"
+    input_format: str | None = None
+    append_eod: bool = False
+    prepend_bos: bool = False
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    long_documents: str = "split"
+    drop_duplicates: bool = False
+    on_error: str = "fail"
+    seq_length: int | None = None
+    target_length: int | None = None
+    engine: str = "auto"
+    verify: int = 8
+    workers: int = 1
+    shard: tuple[int, int] = (0, 1)
+    ray: str | None = None
+    overwrite: bool = False
+    restart: bool = False
+    part_bytes: int = PART_BYTES
+
+    def fields(self) -> Fields:
+        """Which keys hold the text."""
+        names = (self.json_key,) if isinstance(self.json_key, str) else tuple(self.json_key)
+        return Fields(names, self.key_separator)
+
+    def thresholds(self) -> tuple[int, ...]:
+        """Lengths to count documents of."""
+        return tuple(n for n in (self.seq_length, self.target_length) if n is not None)
+
+    def noted(self, job: Job) -> dict[str, Any]:
+        """What ``PREFIX.json`` says of tokenizer and limits."""
+        return {
+            "tokenizer_type": self.tokenizer_type,
+            "tokenizer_model": self.tokenizer_model,
+            "vocab_size": job.vocab_size,
+            "eod_id": job.eod_id,
+            "bos_id": job.bos_id,
+            "appended_eod": self.append_eod,
+            "prepended_bos": self.prepend_bos,
+            "min_tokens": self.min_tokens,
+            "max_tokens": self.max_tokens,
+            "dtype": job.dtype,
+        }
+
+
+def output_prefix(config: PreprocessConfig) -> str:
+    """Return where a job writes: shards have a prefix of their own."""
+    index, count = config.shard
+    return config.output_prefix + (f"-{index:05d}-of-{count:05d}" if count > 1 else "")
+
+
+def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
+    """Return the job that the settings ask for.
+
+    Raises:
+        UserError: a setting that cannot work.
+        FileNotFoundError: an input, a model or a folder that is not there.
+    """
+    check_values(config)
+    prefix = output_prefix(config)
+    check_prefix(prefix)
+    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+    _check_special(config, tokenizer)
+    if config.tokenizer_model is not None:
+        where = f"--output-prefix {prefix}"
+        ownership.refuse_inside(config.tokenizer_model, Path(prefix + ".parts"), where)
+    inputs = find_inputs(config.input)
+    targets = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
+    files = []
+    for path in inputs.files:
+        if path == STDIN:
+            files.append(InputFile.of(path, _checked_format(config, path)))
+            continue
+        if os.path.realpath(path) in targets:
+            raise UserError(f"--output-prefix {prefix}: {path} is an input, needs another prefix")
+        ownership.refuse_inside(path, Path(prefix + ".parts"), f"--output-prefix {prefix}")
+        files.append(InputFile.of(path, _checked_format(config, path)))
+    check_part_bytes(config, sum(file.size for file in files))
+    job = Job(
+        prefix=prefix,
+        files=tuple(files),
+        units=plan_units(tuple(files), config.part_bytes),
+        fields=config.fields(),
+        tokenizer=(config.tokenizer_type, config.tokenizer_model),
+        tokenizer_digest=_digest(config, tokenizer),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod,
+        bos_id=tokenizer.bos,
+        append_eod=config.append_eod,
+        prepend_bos=config.prepend_bos,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        min_tokens=config.min_tokens,
+        max_tokens=config.max_tokens,
+        drop_long=config.long_documents == "drop",
+        drop_duplicates=config.drop_duplicates,
+        shard=config.shard,
+        part_bytes=config.part_bytes,
+        on_error=config.on_error,
+        fast=None,
+        verify_all=config.verify < 0,
+    )
+    return job, tokenizer, inputs
+
+
+def _check_special(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
+    wanted = (
+        ("--append-eod", config.append_eod, "an end of document", tokenizer.eod),
+        ("--prepend-bos", config.prepend_bos, "a beginning of sequence", tokenizer.bos),
+    )
+    for flag, asked, kind, token in wanted:
+        if asked and token is None:
+            model = config.tokenizer_model or tokenizer.name
+            raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
+
+
+def _checked_format(config: PreprocessConfig, path: Path) -> str:
+    found = format_of(path, config.input_format)
+    if found in (PARQUET, ARROW):
+        from megatron_cream.corpus.columnar import check_columns
+
+        check_columns(str(path), found, config.fields())
+    return found
+
+
+def _digest(config: PreprocessConfig, tokenizer: Tokenizer) -> str:
+    """A name for the content of the tokenizer, wherever its files are."""
+    state = hashlib.blake2b(digest_size=16)
+    if hasattr(tokenizer, "serialized"):
+        state.update(tokenizer.serialized)
+    state.update(json.dumps([tokenizer.name, tokenizer.eod, tokenizer.bos]).encode())
+    return state.hexdigest()

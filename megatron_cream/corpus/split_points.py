@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a long text may be cut so that the ids of the parts, in a row, are the ids of the whole.
+
+Two kinds of tokenizers have such places. One that splits text into words first (a pre-tokenizer)
+never merges across words: the text is cut between two words, and each cut is tried on the real
+pre-tokenizer. One that marks word starts with U+2581 and knows a line end only as a byte never
+merges across a line end: the text is cut before it, and the mark that the tokenizer puts before
+every text is taken off again. Tokenizers of neither kind get long texts whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_cream.corpus.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+
+CUT_CHARACTERS = 1 << 20
+"""Texts longer than this are encoded in parts of about this size."""
+
+_SEARCHED = (1 << 11, 1 << 16)
+_CONTEXT = 256
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W_])")
+_BEFORE_LINE_END = re.compile(r"(?<=[^\n])(?=\n)")
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Finds cuts for one tokenizer.
+
+    Attributes:
+        pattern: matches, with no width, where a cut may be.
+        dropped: ids at the start of each part but the first that the whole does not have.
+        holds: whether a cut between two stretches of text changes nothing.
+    """
+
+    pattern: re.Pattern[str]
+    dropped: int
+    holds: Callable[[str, str], bool]
+
+    def last(self, text: str, start: int, end: int) -> int | None:
+        """Return the last cut of ``text[start:end]``, None without one."""
+        for found in reversed(list(self.pattern.finditer(text, start, end))):
+            at = found.start()
+            if self.holds(text[max(at - _CONTEXT, 0) : at], text[at : at + _CONTEXT]):
+                return at
+        return None
+
+    def first(self, text: str, start: int) -> int | None:
+        """Return the first cut of ``text`` at or after ``start``, None without one."""
+        for found in self.pattern.finditer(text, start):
+            at = found.start()
+            if self.holds(text[max(at - _CONTEXT, 0) : at], text[at : at + _CONTEXT]):
+                return at
+        return None
+
+
+def find_cutter(tokenizer: Tokenizer) -> Cutter | None:
+    """Return how texts may be cut for ``tokenizer``, None if they may not."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _line_cutter(tokenizer, tokenizer.pieces)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return Cutter(re.compile(""), 0, lambda left, right: True)
+    description = tokenizer.description
+    if description["model"].get("type") != "BPE" or not _plain_added_tokens(description):
+        return None
+    if description.get("pre_tokenizer") is None:
+        return _line_cutter(tokenizer, list(description["model"]["vocab"]))
+    normalizer = description.get("normalizer")
+    if normalizer is not None and normalizer.get("type") not in ("NFC", "NFKC"):
+        return None
+    return Cutter(_BETWEEN_WORDS, 0, lambda left, right: _between_words(tokenizer, left, right))
+
+
+def encode_pieces(
+    tokenizer: Tokenizer, cutter: Cutter | None, pieces: Iterable[str]
+) -> Iterator[np.ndarray]:
+    """Yield the ids of a text that comes in pieces, cut anywhere, ``[tokens]`` at a time."""
+    first = True
+    for part in _parts(cutter, pieces):
+        (ids,) = tokenizer.encode([part])
+        yield ids if first or cutter is None else ids[cutter.dropped :]
+        first = False
+
+
+def encode_long(tokenizer: Tokenizer, cutter: Cutter | None, text: str) -> np.ndarray:
+    """Return the ids of a text, encoded in parts where it is long."""
+    starts = range(0, len(text), CUT_CHARACTERS)
+    pieces = (text[start : start + CUT_CHARACTERS] for start in starts)
+    return np.concatenate(list(encode_pieces(tokenizer, cutter, pieces)))
+
+
+def _parts(cutter: Cutter | None, pieces: Iterable[str]) -> Iterator[str]:
+    """Cut a text of many pieces anew, where ``cutter`` says."""
+    waiting: list[str] = []
+    size = 0
+    for piece in pieces:
+        waiting.append(piece)
+        size += len(piece)
+        if cutter is None or size < CUT_CHARACTERS:
+            continue
+        text = "".join(waiting)
+        tries = (cutter.last(text, max(size - far, 1), size - _CONTEXT) for far in _SEARCHED)
+        at = next(filter(None, tries), None)
+        if at is None:
+            waiting = [text]
+            continue
+        yield text[:at]
+        waiting, size = [text[at:]], size - at
+    yield "".join(waiting)
+
+
+def _plain_added_tokens(description: dict[str, Any]) -> bool:
+    """Say whether no added token can reach across a cut."""
+    for token in description.get("added_tokens") or []:
+        content = token["content"]
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            return False
+        if "\n" in content or content == " " or (" " in content and content.strip()):
+            return False
+    return True
+
+
+def _between_words(tokenizer: HuggingFaceTokenizer, left: str, right: str) -> bool:
+    whole = tokenizer.words(left + right)
+    before, after = tokenizer.words(left), tokenizer.words(right)
+    return whole == before + after
+
+
+def _line_cutter(tokenizer: Tokenizer, pieces: list[str]) -> Cutter | None:
+    if any("\n" in piece for piece in pieces):
+        return None
+    line_end, twice, spaced, plain = (
+        ids.tolist() for ids in tokenizer.encode(["\n", "\n\n", "a  b ", "a b"])
+    )
+    # Of a line end: the mark, then one byte. Spaces must not be removed either.
+    if len(line_end) != 2 or twice != [*line_end, line_end[1]]:
+        return None
+    if len(spaced) <= len(plain):
+        return None
+    return Cutter(_BEFORE_LINE_END, 1, lambda left, right: True)

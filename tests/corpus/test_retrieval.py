@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_cream.corpus.retrieval import (
+    DocumentMaker,
+    Haystack,
+    RetrievalConfig,
+    formats,
+    hidden,
+    make_dataset,
+    read_haystack,
+    tasks,
+    words,
+)
+from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
+from megatron_cream.data.indexed import read_index
+from megatron_cream.data.metadata import check_fits, read_metadata
+from megatron_cream.data.sources import make_sources
+from megatron_cream.errors import UserError
+from megatron_cream.evaluation import filler
+from megatron_cream.evaluation.cases import Kit
+from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.tasks import TASKS
+from megatron_cream.positions import make_strategy, philox
+
+LENGTH = 2048
+TEXT = "It was late when they came home. Nobody had asked for them, and nobody did.\n" * 400
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    texts = [words.prose(rng, 20000), "".join(f'"{u}": {u}\n' for u in words.uuids(rng, 200))]
+    return train_bpe(texts, 600, tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture(scope="module")
+def maker(tokenizer):
+    return DocumentMaker(tokenizer, LENGTH, 1234, Haystack([TEXT]))
+
+
+@pytest.fixture(scope="module")
+def texts(maker):
+    return ["".join(maker.task_texts(number)) for number in range(120)]
+
+
+def test_documents_have_exactly_so_many_tokens_and_are_the_text_that_was_meant(maker):
+    for number in range(40):
+        tokens, parts = maker.make(number), maker.task_texts(number)
+        assert tokens.shape == (LENGTH,) and tokens.dtype == np.int64
+        own = "".join(parts)
+        assert maker.tokenizer.decode(tokens).endswith(own)
+        # Task by task they are the tokens of the text as a whole.
+        whole = maker.encode(own)
+        assert (tokens[LENGTH - len(whole) :] == whole).all()
+
+
+def test_a_document_is_a_pure_function_of_seed_and_number(tokenizer, maker):
+    other = DocumentMaker(tokenizer, LENGTH, 1234, Haystack([TEXT]))
+    assert (other.make(5) == maker.make(5)).all()
+    assert not (maker.make(6) == maker.make(5)).all()
+    assert not (
+        DocumentMaker(tokenizer, LENGTH, 1, Haystack([TEXT])).make(5) == maker.make(5)
+    ).all()
+
+
+def test_tasks_fill_their_documents(maker):
+    shares = [
+        sum(len(maker.encode(text)) for text in maker.task_texts(number)) / LENGTH
+        for number in range(60)
+    ]
+    assert np.mean(shares) > 0.8
+
+
+@pytest.mark.parametrize("name", list(formats.RECORDS))
+def test_every_question_asks_for_a_fact_that_stands_before_it(name, monkeypatch):
+    monkeypatch.setattr(tasks, "RECORDS", {name: formats.RECORDS[name]})
+    monkeypatch.setattr(tasks, "KEYS", {"uuids": words.KEYS["uuids"]})
+    monkeypatch.setattr(tasks, "VALUES", {"numbers": words.digits(9, 9)})
+    key, value = (
+        re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
+        re.compile(r"\b\d{9}\b"),
+    )
+    for seed in range(12):
+        text = tasks._records(philox.generator(seed, 0), 8000).text(40)
+        keys, values = key.findall(text), value.findall(key.sub("", text))
+        facts, asked = {}, 0
+        # A key may be named twice in a question; its value follows the last time.
+        marks = re.findall(f"{key.pattern}|{value.pattern}", text)
+        for before, mark in zip(marks, marks[1:], strict=False):
+            if key.fullmatch(before) and value.fullmatch(mark):
+                asked += before in facts
+                assert facts.setdefault(before, mark) == mark
+        assert len(facts) == 40 and asked >= 4, name
+        assert len(values) == 40 + asked and len(keys) >= len(values)
+
+
+def test_more_questions_when_more_are_asked_for():
+    def asked(most):
+        drawn = (tasks._records(philox.generator(seed, 0), 8000, most) for seed in range(60))
+        return [one.text(200).count("?") for one in drawn]
+
+    few, many = asked(8), asked(64)
+    assert max(few) <= 16 and np.mean(many) > 4 * np.mean(few)
+
+
+def test_answers_stand_anywhere():
+    task = [tasks._records(philox.generator(seed, 0), 4000) for seed in range(150)]
+    places = []
+    for one in task:
+        text = one.text(60)
+        asked = text.rstrip().rsplit(" ", 1)[-1].strip("\"'<>[].,;)")
+        places.append(text.find(asked) / len(text))
+    assert np.histogram(places, bins=3, range=(0, 1))[0].min() > 15
+
+
+def eval_cases():
+    """Cases of every task of the evaluation, as text."""
+    tokenizer = load_tokenizer("ByteLevelTokenizer")
+    kit = Kit(Prompt(tokenizer))
+    for name, task in TASKS.items():
+        for one in task.make(kit, 8000, 0, 3):
+            questions = [tokenizer.decode(tail.tokens) for tail in one.tails]
+            yield name, tokenizer.decode(one.context), questions
+
+
+def test_nothing_of_the_evaluation_stands_in_a_document(texts):
+    ours = "".join(texts)
+    assert not set(words.ADJECTIVES) & set(filler.ADJECTIVES)
+    assert not set(words.NOUNS) & set(filler.NOUNS)
+    # Version 4 of UUIDs is the evaluation's.
+    version = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-([0-9a-f])[0-9a-f]{3}-")
+    assert set(version.findall(ours)) == set(words.UUID_VERSIONS)
+    for name, context, questions in eval_cases():
+        if name == "kv-retrieval":
+            assert set(version.findall(context)) == {"4"}
+        wording = re.split(r"[\d<\"]", context)[0][:60]
+        assert len(wording) > 20 and wording not in ours, name
+        for question in questions:
+            cue = question.strip().split("\n")[0]
+            assert cue not in ours, (name, cue)
+
+
+@pytest.mark.parametrize("phrase", ["REGISTER_CONTENT", "special magic", "pass key", "museum"])
+def test_no_template_has_a_phrase_of_the_evaluation(phrase):
+    assert phrase not in repr((formats.RECORDS, hidden.NEEDLES, hidden.PASSKEYS, hidden.REFRAINS))
+
+
+def test_a_number_without_a_key_is_never_as_long_as_a_passkey():
+    rng = np.random.default_rng(0)
+    lengths = {len(word) for _ in range(200) for word in words.passkeys(rng, 3)}
+    assert lengths == {3, 4, 6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("kind", sorted(words.KEYS))
+def test_keys_are_all_different(kind):
+    keys = words.KEYS[kind](np.random.default_rng(0), 1000)
+    assert len(set(keys)) == len(keys) == 1000
+
+
+@pytest.fixture
+def job(tmp_path):
+    return RetrievalConfig("ByteLevelTokenizer", str(tmp_path / "a"), length=600, documents=40)
+
+
+def test_the_dataset_is_the_same_for_any_number_of_workers(job, tmp_path):
+    note = make_dataset(job, progress=False)
+    other = replace(job, output_prefix=str(tmp_path / "b"), workers=2)
+    make_dataset(other, progress=False)
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+    index = read_index(job.output_prefix)
+    assert index.lengths.tolist() == [600] * 40 and index.dtype == np.uint16
+    assert note == read_metadata(job.output_prefix)
+    check_fits(index, note)
+    assert (note["kind"], note["seed"], note["tokens"]) == ("retrieval", 1234, 24000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{name}{suffix}" for name in "ab" for suffix in (".bin", ".idx", ".json")
+    ]
+    # Each is a sample of a run that trains so many tokens.
+    strategy = make_strategy("cream", train_length=600, target_length=2400)
+    assert len(make_sources("window", index.pointers // 2, index.lengths, strategy)) == 40
+
+
+def test_an_end_of_document_is_the_last_token(job):
+    make_dataset(replace(job, append_eod=True), progress=False)
+    tokens = np.fromfile(job.output_prefix + ".bin", np.uint16).reshape(40, 600)
+    eod = load_tokenizer("ByteLevelTokenizer").eod
+    assert (tokens[:, -1] == eod).all() and (tokens[:, :-1] != eod).all()
+
+
+def test_needles_hide_in_the_text_that_is_given(tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text("Zebulon spoke. " * 5000)
+    haystack = read_haystack([str(tmp_path)])
+    maker = DocumentMaker(tokenizer, LENGTH, 1234, haystack)
+    found = ["Zebulon spoke." in tokenizer.decode(maker.make(number)) for number in range(20)]
+    assert sum(found) > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "words_"),
+    [
+        ({"length": 100}, "--length is 100.*at least 256"),
+        ({"documents": 0}, "--documents is 0.*at least 1"),
+        ({"workers": 0}, "--workers is 0"),
+        ({"questions": 0}, "--questions is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"tokenizer_type": "HuggingFaceTokenizer"}, "--tokenizer-model"),
+    ],
+)
+def test_what_cannot_work_is_refused(job, tmp_path, changes, words_):
+    with pytest.raises(UserError, match=words_):
+        make_dataset(replace(job, **changes), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_haystack_must_hold_text(job, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(UserError, match="--haystack.*holds no text"):
+        make_dataset(replace(job, haystack=(str(tmp_path / "empty.txt"),)), progress=False)
+
+
+def test_files_that_are_there_are_kept(job):
+    make_dataset(job, progress=False)
+    with pytest.raises(UserError, match="exists"):
+        make_dataset(job, progress=False)
+    make_dataset(replace(job, seed=2, overwrite=True), progress=False)
+    assert read_metadata(job.output_prefix)["seed"] == 2

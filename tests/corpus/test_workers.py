@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from megatron_cream.corpus import workers as module
+from megatron_cream.corpus.settings import check
+from megatron_cream.corpus.tokenizers import train_bpe
+
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+PARTS = {"part_bytes": 400}  # of the test's input of about 1200 bytes
+# Runs the tool; its workers say how they were started and whether they hold the lock.
+WATCHED = """
+import importlib.util, multiprocessing, os, sys, threading, time
+spec = importlib.util.spec_from_file_location("preprocess_data", sys.argv[1])
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+from megatron_cream.corpus import encode, workers
+if sys.argv[2] == "a thread":
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+true_run, methods, parent = encode.UnitEncoder.run, [], os.getpid()
+
+def run(encoder, unit):
+    if os.getpid() == parent:
+        time.sleep(0.5)  # so that the worker gets some units
+    else:
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        held = [os.readlink(link) for link in links if os.path.exists(link)]
+        locks = sum(path.endswith(".parts/.megatron_cream.json") for path in held)
+        with open(sys.argv[3], "a") as file:
+            file.write(f"{locks} locks\\n")
+    true_run(encoder, unit)
+
+def get_context(method):
+    methods.append(method)
+    return multiprocessing.get_context(method)
+
+encode.UnitEncoder.run, workers.get_context = run, get_context
+if __name__ == "__main__":
+    status = tool.main(sys.argv[4:])
+    print(*methods)
+    sys.exit(status)
+"""
+
+
+@pytest.fixture
+def bpe_job(job, tmp_path, kept):
+    train_bpe(kept, 300, tmp_path / "tokenizer")
+    model = str(tmp_path / "tokenizer")
+    return replace(
+        job, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model, append_eod=True
+    )
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_same_bytes_for_every_number_of_workers(bpe_job, run, outputs, engine):
+    pytest.importorskip("gigatoken")
+    run(bpe_job, engine="reference")
+    for workers in (1, 2, 3):
+        prefix = f"{bpe_job.output_prefix}-{workers}"
+        run(bpe_job, output_prefix=prefix, engine=engine, workers=workers, **PARTS)
+        assert outputs(prefix) == outputs(bpe_job.output_prefix)
+
+
+@pytest.mark.parametrize(("also", "method"), [("nothing", "fork"), ("a thread", "spawn")])
+def test_the_tool_forks_only_without_threads(bpe_job, run, outputs, tmp_path, also, method):
+    run(bpe_job)
+    (tmp_path / "watched.py").write_text(WATCHED)
+    command = [sys.executable, str(tmp_path / "watched.py"), str(TOOL), also, str(tmp_path / "log")]
+    command += ["--input", *bpe_job.input, "--output-prefix", bpe_job.output_prefix + "-2"]
+    command += ["--tokenizer-type", bpe_job.tokenizer_type, "--append-eod", "--workers", "2"]
+    command += ["--tokenizer-model", bpe_job.tokenizer_model, "--part-bytes", "200"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == method
+    assert outputs(bpe_job.output_prefix + "-2") == outputs(bpe_job.output_prefix)
+    if method == "fork":  # a spawned one is a fresh interpreter that knows nothing of the patch
+        assert set((tmp_path / "log").read_text().splitlines()) == {"0 locks"}
+
+
+def test_a_forked_worker_can_let_go_of_the_lock(tmp_path):
+    code = """
+import os, sys, time
+from megatron_cream.corpus.work_folder import WorkFolder
+folder, (read, write) = WorkFolder(sys.argv[1], 'merging'), os.pipe()
+worker = os.fork()
+if not worker:
+    sys.argv[2] == "lets go" and folder.let_go()
+    os.write(write, b".")
+    time.sleep(60)
+try:
+    os.read(read, 1)
+    os.close(folder._lock)  # what the end of this process does
+    WorkFolder(sys.argv[1], 'merging')
+finally:
+    os.kill(worker, 9)
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "data")]
+    keeps = subprocess.run([*arguments, "keeps it"], capture_output=True, text=True)
+    assert "another process is writing it" in keeps.stderr
+    subprocess.run([*arguments, "lets go"], check=True)
+
+
+def _imported(pipe):
+    from megatron_cream.data import preprocess  # noqa: F401
+
+    pipe.send("megatron" in sys.modules or "torch" in sys.modules)
+
+
+def test_workers_do_not_import_megatron():
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_imported, args=(theirs,))
+    process.start()
+    assert ours.recv() is False
+    process.join()
+
+
+def _die_in_worker(*arguments):
+    os._exit(1)
+
+
+def test_dead_worker_is_an_error_and_not_a_hang(job, monkeypatch):
+    config = replace(job, workers=2, **PARTS)
+    planned, tokenizer, _ = check(config)
+    planned.folder.mkdir()
+    monkeypatch.setattr(module, "_work", _die_in_worker)
+    with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
+        module.run_units(planned, planned.own_units(), 2, lambda count: None, tokenizer)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("long", ["job", "command line"])
+def test_fresh_worker_that_dies_while_it_starts_is_not_waited_for(job, tmp_path, monkeypatch, long):
+    """It reads nothing of what it is to do, which is more than a pipe takes."""
+    code = "import os, sys\nif 'spawn_main' in str(sys.orig_argv): os._exit(1)\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(module, "start_method", lambda: "spawn")
+    planned, tokenizer, _ = check(job)
+    planned.folder.mkdir()
+    units = planned.own_units() * (100_000 if long == "job" else 2)
+    if long != "job":
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, range(50_000))])
+    with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
+        module.run_units(planned, units, 2, lambda count: None, tokenizer)
+    assert len(sys.argv) > 1 or long == "job"
+
+
+def _die_with_the_lock(next_unit, *arguments):
+    next_unit.get_lock().acquire()
+    time.sleep(1)  # until the other process waits for it
+    os._exit(1)
+
+
+@pytest.mark.timeout(60)
+def test_worker_that_dies_with_a_lock_is_not_waited_for(job, monkeypatch):
+    planned, tokenizer, _ = check(replace(job, workers=2, **PARTS))
+    planned.folder.mkdir()
+    monkeypatch.setattr(module, "_work", _die_with_the_lock)
+    with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
+        module.run_units(planned, planned.own_units() * 500, 2, lambda count: None, tokenizer)
+
+
+def test_bytes_read_add_up_to_the_input(job):
+    config = replace(job, **PARTS)
+    planned, tokenizer, inputs = check(config)
+    planned.folder.mkdir()
+    assert len(planned.units) > 2
+    for _ in range(2):  # the second time every part is finished already
+        counts = []
+        module.run_units(planned, planned.own_units(), 2, counts.append, tokenizer)
+        assert sum(counts) >= inputs.total_bytes
