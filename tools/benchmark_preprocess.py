@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cream.corpus.command_line import Parser
-from megatron_cream.corpus.setting_values import check_count
+from megatron_cream.corpus.settings import check_count
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError, one_line_errors
 

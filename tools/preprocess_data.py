@@ -25,9 +25,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # ruff: noqa: E402
 from megatron_cream.corpus.command_line import Parser
 from megatron_cream.corpus.engine import ENGINES
-from megatron_cream.corpus.inputs import FORMATS
 from megatron_cream.corpus.job import PART_BYTES
 from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
+from megatron_cream.corpus.readers import FORMATS
 from megatron_cream.corpus.tokenizers import TOKENIZERS
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.corpus import jsonl, long_text
-from megatron_cream.corpus.inputs import PARQUET
+from megatron_cream.corpus import jsonl
 from megatron_cream.corpus.jsonl import BadRecord, Fields, Record
+from megatron_cream.corpus.readers import PARQUET
 from megatron_cream.errors import UserError
 
 _BATCH_BYTES = 8 << 20
@@ -121,7 +121,7 @@ def _record(values: tuple[bytes | None, ...], fields: Fields, row: int) -> Recor
         if len(values) == 1 and values[0] is not None and len(values[0]) > jsonl.GIANT_BYTES:
             stream = io.BytesIO(values[0])
             first = stream.read(jsonl.PIECE_BYTES)
-            return Record(long_text.stream_text(stream, first), None, row, row)
+            return Record(jsonl.stream_text(stream, first), None, row, row)
         texts = {
             name: None if value is None else jsonl.decode(value)
             for name, value in zip(fields.names, values, strict=True)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from megatron_cream.corpus.engine import CheckedTokenizer, excerpt
 from megatron_cream.corpus.gigatoken import FastTokenizer
 from megatron_cream.corpus.job import Job
 from megatron_cream.corpus.jsonl import BadRecord, Record, Text
@@ -22,7 +23,6 @@ from megatron_cream.corpus.split_points import (
 )
 from megatron_cream.corpus.storage import HASH_BYTES, PartWriter, finished_parts
 from megatron_cream.corpus.tokenizers import Tokenizer
-from megatron_cream.corpus.verify import CheckedTokenizer, excerpt
 from megatron_cream.errors import UserError
 
 _BATCH_CHARACTERS = 1 << 20

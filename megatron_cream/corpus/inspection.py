@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.setting_values import check_count
+from megatron_cream.corpus.settings import check_count
 from megatron_cream.corpus.statistics import draw_histogram, measure, median
 from megatron_cream.corpus.tokenizers import load_tokenizer
-from megatron_cream.data.indexed import read_index
+from megatron_cream.data.indexed import check_tokens, read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
-from megatron_cream.data.token_ids import check_tokens
 from megatron_cream.errors import UserError
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.corpus.gigatoken import FastSource, FastTokenizer
-from megatron_cream.corpus.inputs import JSONL, STDIN, is_compressed
 from megatron_cream.corpus.jsonl import Fields
-from megatron_cream.corpus.readers import Piece
+from megatron_cream.corpus.readers import JSONL, STDIN, Piece, is_compressed
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 
 PART_BYTES = 64 << 20

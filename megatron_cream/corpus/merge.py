@@ -14,14 +14,25 @@ import numpy as np
 
 from megatron_cream import ownership
 from megatron_cream.corpus.assemble import Segment, assemble, first_copies
-from megatron_cream.corpus.note import DUPLICATES, FINGERPRINT, Counts, make_note
-from megatron_cream.corpus.publish import check_absent, check_prefix, finish_publishing, publish
-from megatron_cream.corpus.statistics import Lengths, median
+from megatron_cream.corpus.statistics import (
+    DUPLICATES,
+    FINGERPRINT,
+    Counts,
+    Lengths,
+    make_note,
+    median,
+)
 from megatron_cream.corpus.storage import HASH_BYTES
-from megatron_cream.corpus.work_folder import MERGING, WorkFolder
-from megatron_cream.data.indexed import DatasetIndex, read_index
+from megatron_cream.corpus.work_folder import (
+    MERGING,
+    WorkFolder,
+    check_absent,
+    check_prefix,
+    finish_publishing,
+    publish,
+)
+from megatron_cream.data.indexed import DatasetIndex, check_tokens, read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
-from megatron_cream.data.token_ids import check_tokens
 from megatron_cream.errors import UserError
 
 _OF_A_JOB = ("shard", "job", "thresholds", "drop_duplicates")

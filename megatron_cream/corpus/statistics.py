@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Document lengths of a dataset: histogram, shares, median, in bounded memory."""
+"""Statistics of a dataset: histogram, shares and median of its lengths, and `PREFIX.json`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-_BLOCK = 1 << 20
+from megatron_cream.corpus.storage import LISTED_ERRORS
+from megatron_cream.data.indexed import blocks
 
 
 @dataclass
@@ -77,12 +79,6 @@ def draw_histogram(histogram: dict[str, int], width: int = 40) -> str:
     return "\n".join(lines)
 
 
-def blocks(lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield a long array a block at a time, as int64."""
-    for start in range(0, len(lengths), _BLOCK):
-        yield lengths[start : start + _BLOCK].astype(np.int64)
-
-
 def measure(lengths: np.ndarray, thresholds: Sequence[int] = ()) -> Lengths:
     """Count the lengths of an index."""
     counted = Lengths(tuple(thresholds))
@@ -100,3 +96,64 @@ def _nth(lengths: np.ndarray, n: int) -> int:
         for block in blocks(lengths)
     )
     return (high << 16) + int(np.searchsorted(np.cumsum(lower), n, side="right"))
+
+
+FORMAT_VERSION = 1
+DUPLICATES = "duplicates"
+FINGERPRINT = "fingerprint"
+
+
+@dataclass
+class Counts:
+    """What did not get into a dataset.
+
+    Attributes:
+        dropped: documents by reason.
+        errors: bad records by kind.
+        listed: file and line, and what is wrong with it, of the first bad records.
+        longest: tokens of the longest document, before eod and bos, kept or not.
+    """
+
+    dropped: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    listed: list[list[str]] = field(default_factory=list)
+    longest: int = 0
+
+    def add(self, dropped: dict[str, int], errors: dict[str, int]) -> None:
+        """Add the counts of a part or shard."""
+        for total, more in ((self.dropped, dropped), (self.errors, errors)):
+            for name, count in more.items():
+                total[name] = total.get(name, 0) + count
+
+    def list_errors(self, listed: list[list[str]]) -> None:
+        """Add named bad records as long as there is room."""
+        self.listed += listed[: LISTED_ERRORS - len(self.listed)]
+
+
+def make_note(
+    settings: dict[str, Any], lengths: Lengths, documents: int, median: float, counts: Counts
+) -> dict[str, Any]:
+    """Return the content of ``PREFIX.json``.
+
+    Args:
+        settings: of tokenizer and limits, as they stand in the file.
+        lengths: of the sequences as written.
+        documents: how many documents these are.
+        median: tokens of the median sequence.
+        counts: what is not there.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        **settings,
+        "documents": documents,
+        "sequences": lengths.documents,
+        "tokens": lengths.tokens,
+        "dropped": counts.dropped,
+        "errors": counts.errors,
+        "listed_errors": counts.listed,
+        "longest_document": lengths.longest,
+        "mean_document": lengths.tokens / max(lengths.documents, 1),
+        "median_document": median,
+        "documents_by_length": lengths.histogram(),
+        "share_at_least": lengths.shares(),
+    }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read, check and write the index of a Megatron indexed dataset, without importing megatron.
+"""Reads, checks and writes a Megatron indexed dataset, without importing megatron.
 
 Megatron maps whatever it finds; a truncated or damaged file shows up as a crash, as zeros or as
 text of other documents in the loss, some thousand steps later. Checking all of an index takes two
@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.corpus.publish import INDEX_MAGIC
-from megatron_cream.corpus.statistics import blocks
 from megatron_cream.errors import UserError
 
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_BLOCK = 1 << 20  # numbers of an index that are looked at together
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
 _DTYPES = {
     1: np.uint8,
@@ -53,6 +53,12 @@ class DatasetIndex:
     lengths: np.ndarray = field(repr=False)
     pointers: np.ndarray = field(repr=False)
     documents: np.ndarray = field(repr=False)
+
+
+def blocks(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield a long array a block at a time, as int64."""
+    for start in range(0, len(lengths), _BLOCK):
+        yield lengths[start : start + _BLOCK].astype(np.int64)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -206,3 +212,75 @@ def _check_documents(index: DatasetIndex) -> None:
         else:
             return
     raise UserError(f"{index.prefix}.idx is damaged: its documents do not cover its sequences")
+
+
+_BLOCK_TOKENS = 1 << 22
+_PLACES = 256
+_PLACE_TOKENS = 1 << 12
+
+
+def check_tokens(index: DatasetIndex, limit: int | None) -> int:
+    """Read every token of a dataset and return the largest.
+
+    Args:
+        index: of a dataset that has tokens.
+        limit: what all must be below; None where that is not known.
+
+    Raises:
+        UserError: a token is negative or not below ``limit``.
+    """
+    tokens = _tokens(index)
+    starts = range(0, len(tokens), _BLOCK_TOKENS)
+    return _largest(index, tokens, starts, _BLOCK_TOKENS, limit)
+
+
+def check_token_sample(index: DatasetIndex, limit: int | None) -> int:
+    """Read the tokens at 256 places of a dataset, its first and last among them; as above."""
+    tokens = _tokens(index)
+    last = max(len(tokens) - _PLACE_TOKENS, 0)
+    starts = np.unique(np.linspace(0, last, _PLACES).astype(np.int64)).tolist()
+    return _largest(index, tokens, starts, _PLACE_TOKENS, limit)
+
+
+def _tokens(index: DatasetIndex) -> np.ndarray:
+    return np.memmap(index.prefix + ".bin", mode="r", dtype=index.dtype)
+
+
+def _largest(
+    index: DatasetIndex, tokens: np.ndarray, starts: Iterable[int], size: int, limit: int | None
+) -> int:
+    largest = 0
+    for start in starts:
+        block = tokens[start : start + size]
+        low, high = int(block.min()), int(block.max())
+        if low < 0:
+            raise UserError(f"{index.prefix}.bin holds a negative token, {low}")
+        if limit is not None and high >= limit:
+            raise UserError(
+                f"{index.prefix}.bin holds token {high}, needs all below vocab_size {limit}"
+            )
+        largest = max(largest, high)
+    return largest
+
+
+def read_documents(prefix: str, count: int, tokens: int) -> list[np.ndarray]:
+    """Return the first ``tokens`` tokens of ``count`` documents that have as many.
+
+    The documents are spread evenly over those that are long enough, in order.
+
+    Raises:
+        UserError: fewer than ``count`` documents are long enough.
+    """
+    index = read_index(prefix)
+    eligible = np.flatnonzero(index.lengths >= tokens)
+    if len(eligible) < count:
+        longest = int(index.lengths.max())
+        raise UserError(
+            f"--data is {prefix}: {len(eligible)} of its documents have {tokens} tokens (the "
+            f"longest has {longest}), --documents asks for {count}; take fewer or shorter ones "
+            "(--document-tokens)"
+        )
+    chosen = eligible[np.linspace(0, len(eligible) - 1, count).round().astype(int)]
+    data = np.memmap(prefix + ".bin", mode="r", dtype=index.dtype)
+    starts = index.pointers[chosen] // index.dtype.itemsize
+    return [np.array(data[start : start + tokens]) for start in starts]

@@ -11,10 +11,10 @@ import numpy as np
 
 from megatron_cream.checkpoint.saved import latest_checkpoint, saved_arguments
 from megatron_cream.checkpoint.source import kept_files
-from megatron_cream.corpus.inputs import find_inputs
+from megatron_cream.corpus.readers import find_inputs
 from megatron_cream.corpus.readers import read_documents as read_texts
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
-from megatron_cream.data.documents import read_documents
+from megatron_cream.data.indexed import read_documents
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.other_rope import changed_extension, changed_fields
 from megatron_cream.evaluation.passes import Model

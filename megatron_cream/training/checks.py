@@ -20,10 +20,9 @@ from megatron_cream.checkpoint.starting import check_start
 from megatron_cream.checkpoint.whole import check as check_whole
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.dataset import no_sources_message, split_strategy
-from megatron_cream.data.indexed import DatasetIndex, read_index
+from megatron_cream.data.indexed import DatasetIndex, check_token_sample, read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.data.sources import make_sources
-from megatron_cream.data.token_ids import check_token_sample
 from megatron_cream.errors import UserError
 from megatron_cream.training import cross_entropy
 

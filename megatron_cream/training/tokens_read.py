@@ -12,9 +12,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.indexed import read_index
-from megatron_cream.data.packing import pack
-from megatron_cream.data.repetition import Repetition, repetition
-from megatron_cream.data.sources import PACK_MULTIPLE, Sources, make_sources
+from megatron_cream.data.packed import pack
+from megatron_cream.data.sources import PACK_MULTIPLE, Repetition, Sources, make_sources, repetition
 from megatron_cream.positions import Layout
 from megatron_cream.training.checks import prefixes_by_split
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from megatron_cream.corpus import engine, split_points, verify
+from megatron_cream.corpus import engine, split_points
 from megatron_cream.corpus import gigatoken as module
 from megatron_cream.corpus.engine import choose_engine
 from megatron_cream.corpus.gigatoken import FastTokenizer, NotFast, fast_source
@@ -102,8 +102,8 @@ def test_any_characters(reference, tokenizer, text):
 
 
 def test_hard_texts_hold_every_special_token(reference, tokenizer):
-    texts = verify.hard_texts(reference)
-    assert verify.first_difference(tokenizer, texts) is None
+    texts = engine.hard_texts(reference)
+    assert engine.first_difference(tokenizer, texts) is None
     assert any("<unk>" in text for text in texts)
     if reference.name == "HuggingFaceTokenizer":
         assert any(reference.eod in reference.encode([text])[0] for text in texts)
@@ -202,7 +202,7 @@ def test_any_difference_refuses_the_fast_engine(reference, monkeypatch):
     assert "gigatoken gives other ids, token 0 is [" in line
     with pytest.raises(ValueError, match="--engine fast: gigatoken gives other ids, token 0"):
         choose_engine("fast", reference, [wrong])
-    checked = verify.CheckedTokenizer(FastTokenizer(fast_source(reference), lambda: reference))
+    checked = engine.CheckedTokenizer(FastTokenizer(fast_source(reference), lambda: reference))
     assert checked.encode(["fine"])[0].tolist() == reference.encode(["fine"])[0].tolist()
     with pytest.raises(ValueError, match="differs from the reference tokenizer: token 0"):
         checked.encode([wrong])

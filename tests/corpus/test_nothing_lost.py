@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 
 from megatron_cream import ownership
-from megatron_cream.corpus import finish as finish_module
 from megatron_cream.corpus import preprocess as module
 from megatron_cream.corpus.merge import merge_datasets
-from megatron_cream.corpus.publish import SUFFIXES
-from megatron_cream.corpus.work_folder import MERGING, PREPROCESSING
+from megatron_cream.corpus.work_folder import MERGING, PREPROCESSING, SUFFIXES
 from megatron_cream.corpus import merge as merge_module
 from megatron_cream.errors import UserError
 
@@ -316,7 +314,7 @@ def test_standard_input_is_never_finished_before(job):
 
     planned = check(replace(job, input=("-",)))[0]
     assert planned.fingerprint(()) is None
-    assert not finish_module.is_dataset_of(planned, ())
+    assert not module.is_dataset_of(planned, ())
 
 
 def test_a_finished_merge_ends_well_and_is_not_done_again(job, run, outputs, monkeypatch):

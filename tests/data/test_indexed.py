@@ -7,10 +7,14 @@ import pytest
 
 from megatron_cream.corpus.inspection import check, describe, document_text
 from megatron_cream.corpus.merge import merge_datasets
-from megatron_cream.data.documents import read_documents
-from megatron_cream.data.indexed import read_index, write_index
+from megatron_cream.data.indexed import (
+    check_token_sample,
+    check_tokens,
+    read_documents,
+    read_index,
+    write_index,
+)
 from megatron_cream.data.metadata import check_fits, read_metadata
-from megatron_cream.data.token_ids import check_token_sample, check_tokens
 from megatron_cream.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")

@@ -146,9 +146,8 @@ def test_validation_has_plain_positions_in_every_document(prefixes):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_middle_stages_draw_the_same_positions_without_a_token(prefixes, count, monkeypatch):
-    from megatron_cream.data.dataset import BlendedSpans
+    from megatron_cream.data.dataset import BlendedSpans, SpanReader
     from megatron_cream.data.packed import PackedPositions
-    from megatron_cream.data.span_reader import SpanReader
 
     def build_one():
         train = build(prefixes[:count], weights=[0.5] * count if count > 1 else None)[0]

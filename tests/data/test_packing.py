@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cream.data.packing import pack
+from megatron_cream.data.packed import pack
 
 
 def fill(lengths, capacity):

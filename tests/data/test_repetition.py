@@ -2,8 +2,7 @@
 import numpy as np
 import pytest
 
-from megatron_cream.data.repetition import repetition
-from megatron_cream.data.sources import make_sources
+from megatron_cream.data.sources import make_sources, repetition
 from megatron_cream.positions import make_strategy
 
 N, T = 256, 2048

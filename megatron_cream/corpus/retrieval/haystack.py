@@ -7,8 +7,7 @@ from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
-from megatron_cream.corpus.inputs import find_inputs
-from megatron_cream.corpus.readers import read_documents
+from megatron_cream.corpus.readers import find_inputs, read_documents
 from megatron_cream.corpus.retrieval.words import Rng
 from megatron_cream.errors import UserError
 

@@ -16,16 +16,21 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_cream.corpus.engine import choose_engine
+from megatron_cream.corpus.executors import one_thread, start_method
 from megatron_cream.corpus.gigatoken import FastSource, FastTokenizer
-from megatron_cream.corpus.note import Counts, make_note
-from megatron_cream.corpus.publish import check_absent, check_prefix, finish_publishing, publish
 from megatron_cream.corpus.retrieval.documents import DocumentMaker
 from megatron_cream.corpus.retrieval.haystack import read_haystack
 from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS
-from megatron_cream.corpus.statistics import measure
+from megatron_cream.corpus.statistics import Counts, make_note, measure
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
-from megatron_cream.corpus.work_folder import RETRIEVAL, WorkFolder
-from megatron_cream.corpus.workers import one_thread, start_method
+from megatron_cream.corpus.work_folder import (
+    RETRIEVAL,
+    WorkFolder,
+    check_absent,
+    check_prefix,
+    finish_publishing,
+    publish,
+)
 from megatron_cream.data.indexed import token_dtype, write_index
 from megatron_cream.errors import UserError
 

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the units of a job here and in worker processes.
+"""Runs the units of a job: here, in worker processes, or as tasks of a Ray cluster.
 
 Workers never import megatron. Each takes the next unit when it is done with one, and what it made
-is in the folder of parts, so nothing is sent back but the end of it.
+is in the folder of parts, so nothing is sent back but the end of it. On a Ray cluster, input and
+output are named by path, so every node must see both under the same name.
 
 A process of one thread forks its workers: they have its libraries and its tokenizer at once, where
 a fresh interpreter takes about a CPU second to load them. Any other process starts fresh ones.
+
+This is not concurrent.futures, whose executor cannot stop units that are running when one fails,
+does not end its workers when the parent is killed, and would send every unit through a queue,
+where this process works on units itself and starts no thread that would keep it from forking.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from typing import Any
 from megatron_cream.corpus.encode import UnitEncoder
 from megatron_cream.corpus.job import Job
 from megatron_cream.corpus.tokenizers import Tokenizer
+from megatron_cream.errors import UserError
 
 _POLL_SECONDS = 0.2
 _PIPE_BYTES = 1 << 16  # what Linux takes into a pipe that nobody reads
@@ -252,3 +258,64 @@ def one_thread() -> Iterator[None]:
         del os.environ[key]
         if before is not None:
             os.environ[key] = before
+
+
+def import_ray() -> Any:
+    """Return the ray package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as exc:
+        raise UserError("--ray: needs the ray package, run `pip install 'ray'`") from exc
+    return ray
+
+
+def run_on_ray(job: Job, units: list[int], address: str, on_bytes: Callable[[int], object]) -> None:
+    """Make all parts of ``units`` on the cluster at ``address``, one CPU a unit.
+
+    Args:
+        job: the job.
+        units: which of its units.
+        address: as ``ray.init`` takes it: ``auto``, ``local``, ``ray://host:port``.
+        on_bytes: called with bytes read from disk, a unit at a time.
+
+    Raises:
+        UserError, OSError: what a unit raised; the others are cancelled.
+        ConnectionError: there is no cluster at ``address``.
+    """
+    ray = import_ray()
+    own = not ray.is_initialized()
+    if own:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    try:
+        task = ray.remote(num_cpus=1, max_retries=3)(_run_unit)
+        shared = ray.put(job)
+        waiting = {task.remote(shared, unit): unit for unit in units}
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1)
+            ray.get(done)
+            on_bytes(sum(job.unit_size(waiting.pop(reference)) for reference in done))
+    except ray.exceptions.RayTaskError as exc:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+        if isinstance(exc.cause, (ValueError, OSError)):
+            raise exc.cause from exc
+        raise
+    finally:
+        if own:
+            ray.shutdown()
+
+
+_encoders: dict[str, UnitEncoder] = {}
+
+
+def _run_unit(job: Job, unit: int) -> None:
+    """Runs on a node; a worker process of the cluster keeps its tokenizer between units."""
+    key = job.prefix + job.digest()
+    if key not in _encoders:
+        _encoders.clear()
+        _encoders[key] = UnitEncoder(job)
+    _encoders[key].run(unit)

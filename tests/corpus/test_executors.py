@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.corpus import workers as module
+from megatron_cream.corpus import executors as module
 from megatron_cream.corpus.settings import check
 from megatron_cream.corpus.tokenizers import train_bpe
 
@@ -21,7 +21,7 @@ import importlib.util, multiprocessing, os, sys, threading, time
 spec = importlib.util.spec_from_file_location("preprocess_data", sys.argv[1])
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
-from megatron_cream.corpus import encode, workers
+from megatron_cream.corpus import encode, executors
 if sys.argv[2] == "a thread":
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 true_run, methods, parent = encode.UnitEncoder.run, [], os.getpid()
@@ -41,7 +41,7 @@ def get_context(method):
     methods.append(method)
     return multiprocessing.get_context(method)
 
-encode.UnitEncoder.run, workers.get_context = run, get_context
+encode.UnitEncoder.run, executors.get_context = run, get_context
 if __name__ == "__main__":
     status = tool.main(sys.argv[4:])
     print(*methods)
@@ -108,7 +108,7 @@ finally:
 
 
 def _imported(pipe):
-    from megatron_cream.data import preprocess  # noqa: F401
+    from megatron_cream.corpus import preprocess  # noqa: F401
 
     pipe.send("megatron" in sys.modules or "torch" in sys.modules)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.corpus import jsonl, long_text, readers
+from megatron_cream.corpus import jsonl, readers
 from megatron_cream.corpus.jsonl import BadRecord, Fields
 from megatron_cream.corpus.readers import Piece, lines_before, read_piece, text_of
 
@@ -73,8 +73,8 @@ def test_giant_lines_give_the_same_text(texts, escaped):
     fields = Fields(("text", "a"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonl, "PIECE_BYTES", 29)
-        patch.setattr(long_text, "_LONG", 5)
-        pieces = list(long_text.giant_text(line, fields))
+        patch.setattr(jsonl, "_LONG", 5)
+        pieces = list(jsonl.giant_text(line, fields))
     assert "".join(pieces) == "".join(texts) + "\n\n" + texts[0]
 
 
@@ -91,14 +91,14 @@ def test_giant_lines_give_the_same_text(texts, escaped):
 @pytest.mark.parametrize("key", [b"text", b"other"])
 def test_giant_lines_are_checked_as_small_ones(monkeypatch, value, kind, key):
     monkeypatch.setattr(jsonl, "PIECE_BYTES", 29)
-    monkeypatch.setattr(long_text, "_LONG", 5)
+    monkeypatch.setattr(jsonl, "_LONG", 5)
     line = b'{"%s": "%s", "text": "x"}' % (key, value)
     if key == b"text":
         line = b'{"other": 1, "text": "%s"}' % value
     if kind == jsonl.NUL and key == b"other":
         assert text_of(line, Fields()) == "x"  # NUL is refused in the text only
         return
-    for parse in (text_of, lambda *a: list(long_text.giant_text(*a))):
+    for parse in (text_of, lambda *a: list(jsonl.giant_text(*a))):
         with pytest.raises(BadRecord) as caught:
             parse(line, Fields())
         assert caught.value.kind == kind
