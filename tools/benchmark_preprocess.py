@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cream.corpus.command_line import Parser
-from megatron_cream.corpus.settings import check_count
+from megatron_cream.corpus.settings import validate_count
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError, one_line_errors
 
@@ -159,11 +159,11 @@ def stages(args: argparse.Namespace, ours: Side) -> str:
     """Return what reading and tokenizing take of our CPU seconds, each measured alone."""
     from megatron_cream.corpus.engine import choose_engine
     from megatron_cream.corpus.jsonl import Fields
-    from megatron_cream.corpus.readers import Piece, read_piece
+    from megatron_cream.corpus.readers import InputSpan, read_span
     from megatron_cream.corpus.tokenizers import load_tokenizer
 
     began = time.process_time()
-    found = read_piece(Piece(args.input, "jsonl"), Fields())
+    found = read_span(InputSpan(args.input, "jsonl"), Fields())
     texts = [r.text if isinstance(r.text, str) else "".join(r.text) for r in found]
     reading = time.process_time() - began
     reference = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
@@ -288,9 +288,9 @@ def main(argv: list[str]) -> int:
         stand_in(args)
         return 0
     with one_line_errors():
-        check_count("--workers", args.workers, fewest=1)
-        check_count("--turns", args.turns, fewest=1)
-        check_count("--megatron-turns", args.megatron_turns, fewest=0)
+        validate_count("--workers", args.workers, fewest=1)
+        validate_count("--turns", args.turns, fewest=1)
+        validate_count("--megatron-turns", args.megatron_turns, fewest=0)
         for path in filter(None, (args.input, args.tokenizer_model, args.megatron)):
             if not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: not found")

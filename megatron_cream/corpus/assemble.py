@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts, or whole datasets, in a row to one dataset: tokens copied by the kernel, one index."""
+"""Joins parts, or whole datasets, to one: tokens are copied by the kernel, the index is written."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_cream.corpus.statistics import Lengths
-from megatron_cream.corpus.storage import Part
+from megatron_cream.corpus.storage import EncodedPart
 from megatron_cream.data.indexed import write_index
 from megatron_cream.errors import UserError
 
 _BUCKET_BYTES = 256 << 20
 _COPY_BYTES = 64 << 20
 
-Layout = tuple[np.ndarray, np.ndarray]
+SequenceLayout = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Segment:
 
     bin: str
     documents: int
-    layout: Callable[[], Layout]
+    layout: Callable[[], SequenceLayout]
     hashes: Callable[[], np.ndarray] | None = None
 
 
-def part_segment(part: Part, max_tokens: int | None, head: int, tail: int) -> Segment:
+def part_segment(part: EncodedPart, max_tokens: int | None, head: int, tail: int) -> Segment:
     """Return a part as a segment, its documents split every ``max_tokens`` (see ``split``)."""
     return Segment(
         part.bin,
@@ -48,7 +48,7 @@ def part_segment(part: Part, max_tokens: int | None, head: int, tail: int) -> Se
     )
 
 
-def split(lengths: np.ndarray, max_tokens: int | None, head: int, tail: int) -> Layout:
+def split(lengths: np.ndarray, max_tokens: int | None, head: int, tail: int) -> SequenceLayout:
     """Return the sequences of documents that are split every ``max_tokens`` tokens.
 
     The tokens stay as they are: bos, which is not counted, is in the first sequence of a document
@@ -56,7 +56,7 @@ def split(lengths: np.ndarray, max_tokens: int | None, head: int, tail: int) -> 
 
     Args:
         lengths: int64 ``[documents]``, bos and eod included.
-        max_tokens: None for one sequence a document.
+        max_tokens: None for one sequence per document.
         head, tail: 1 where there is a bos or an eod, else 0.
     """
     if max_tokens is None:
@@ -143,7 +143,9 @@ def _with_kept(
         before = end
 
 
-def _kept_layout(lengths: np.ndarray, counts: np.ndarray, keep: np.ndarray | None) -> Layout:
+def _kept_layout(
+    lengths: np.ndarray, counts: np.ndarray, keep: np.ndarray | None
+) -> SequenceLayout:
     return (lengths, counts) if keep is None else (lengths[np.repeat(keep, counts)], counts[keep])
 
 

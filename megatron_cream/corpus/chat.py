@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations to plain documents, by the chat template of a tokenizer.
+"""Turns conversations into plain documents, by the chat template of a tokenizer.
 
 A document is the text that the chat model sees, special tokens written out; tokenizing turns these
 into their ids. Nothing says which words are the user's: a run trains on all of them.

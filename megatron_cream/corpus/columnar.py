@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of Parquet and Arrow files, a few at a time."""
+"""Reads the rows of Parquet and Arrow files, a few at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def import_pyarrow(path: str) -> Any:
     return pyarrow
 
 
-def check_columns(path: str, format: str, fields: Fields) -> None:
+def validate_columns(path: str, format: str, fields: Fields) -> None:
     """Refuse a file that has no column of text under each of ``fields``, or is not whole.
 
     Raises:
@@ -126,7 +126,7 @@ def _record(values: tuple[bytes | None, ...], fields: Fields, row: int) -> Recor
             name: None if value is None else jsonl.decode(value)
             for name, value in zip(fields.names, values, strict=True)
         }
-        return Record(jsonl.check_text(jsonl.join_fields(texts, fields)), None, row, row)
+        return Record(jsonl.validate_text(jsonl.join_text_fields(texts, fields)), None, row, row)
     except BadRecord as exc:
         return Record(None, exc, row, row)
 

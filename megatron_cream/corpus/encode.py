@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One unit of a job: its records, tokenized, into parts."""
+"""Encodes a unit of a job: reads its records, tokenizes them, writes its parts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from contextlib import ExitStack
 import numpy as np
 
 from megatron_cream.corpus.engine import CheckedTokenizer, excerpt
-from megatron_cream.corpus.gigatoken import FastTokenizer
-from megatron_cream.corpus.job import Job
+from megatron_cream.corpus.gigatoken import GigatokenTokenizer
+from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.corpus.jsonl import BadRecord, Record, Text
-from megatron_cream.corpus.readers import lines_before, place, read_piece
+from megatron_cream.corpus.readers import lines_before, place, read_span
 from megatron_cream.corpus.split_points import (
     CUT_CHARACTERS,
-    Cutter,
+    TextSplitter,
     encode_long,
     encode_pieces,
-    find_cutter,
+    find_text_splitter,
 )
 from megatron_cream.corpus.storage import HASH_BYTES, PartWriter, finished_parts
 from megatron_cream.corpus.tokenizers import Tokenizer
@@ -40,7 +40,7 @@ class UnitEncoder:
 
     def __init__(
         self,
-        job: Job,
+        job: PreprocessJob,
         on_bytes: Callable[[int], object] = lambda count: None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
@@ -48,21 +48,21 @@ class UnitEncoder:
         self.dtype = np.dtype(job.dtype)
         self.tokenizer = tokenizer or job.load_tokenizer()
         self.checked: CheckedTokenizer | None = None
-        if isinstance(self.tokenizer, FastTokenizer):
+        if isinstance(self.tokenizer, GigatokenTokenizer):
             self.checked = CheckedTokenizer(self.tokenizer)
             if job.verify_all:
                 self.tokenizer = self.checked
         self._on_bytes = on_bytes
-        self._cutter: Cutter | None = None
-        self._cutter_found = False
+        self._splitter: TextSplitter | None = None
+        self._splitter_found = False
 
     @property
-    def cutter(self) -> Cutter | None:
+    def splitter(self) -> TextSplitter | None:
         """Where long texts may be cut."""
-        if not self._cutter_found:
+        if not self._splitter_found:
             reference = self.checked.fast.reference if self.checked else self.tokenizer
-            self._cutter, self._cutter_found = find_cutter(reference), True
-        return self._cutter
+            self._splitter, self._splitter_found = find_text_splitter(reference), True
+        return self._splitter
 
     def run(self, unit: int) -> None:
         """Write the parts of ``unit`` that are not finished yet.
@@ -78,12 +78,12 @@ class UnitEncoder:
             return
         number = len(done)
         with ExitStack() as stack:
-            part = stack.enter_context(_Part(self, unit, number))
+            part = stack.enter_context(_PartEncoder(self, unit, number))
             for at, record in self._records(unit, done[-1].note.next if done else (0, 0, 0)):
                 if part.characters >= self.job.part_bytes:
                     part.finish(at)
                     number += 1
-                    part = stack.enter_context(_Part(self, unit, number))
+                    part = stack.enter_context(_PartEncoder(self, unit, number))
                 self._take(unit, part, at[0], record)
             part.finish(None)
 
@@ -94,12 +94,12 @@ class UnitEncoder:
         first, offset, number = start
         pieces = self.job.units[unit]
         for i in range(first, len(pieces)):
-            for record in read_piece(pieces[i], self.job.fields, offset, number, self._on_bytes):
+            for record in read_span(pieces[i], self.job.fields, offset, number, self._on_bytes):
                 yield (i, offset, number), record
                 offset, number = record.offset, record.number
             offset = number = 0
 
-    def _take(self, unit: int, part: _Part, piece: int, record: Record) -> None:
+    def _take(self, unit: int, part: _PartEncoder, piece: int, record: Record) -> None:
         try:
             if record.error is not None:
                 raise record.error
@@ -115,7 +115,7 @@ class UnitEncoder:
         return place(found, before + number)
 
 
-class _Part:
+class _PartEncoder:
     """One part in the making: documents wait until there are enough for one call."""
 
     def __init__(self, encoder: UnitEncoder, unit: int, number: int) -> None:
@@ -129,10 +129,10 @@ class _Part:
         self._waiting_characters = 0
         self._head = [] if job.bos is None else [np.array([job.bos])]
         self._tail = [] if job.eod is None else [np.array([job.eod])]
-        self._around = len(self._head) + len(self._tail)
+        self._added_tokens = len(self._head) + len(self._tail)
         self._longest = self._unusual = ""
 
-    def __enter__(self) -> _Part:
+    def __enter__(self) -> _PartEncoder:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -168,7 +168,7 @@ class _Part:
             if not self._fits(len(ids)):
                 continue
             rows += [*self._head, ids, *self._tail]
-            lengths.append(len(ids) + self._around)
+            lengths.append(len(ids) + self._added_tokens)
             if self._job.drop_duplicates:
                 hashes.append(_new_hash(text.encode()).digest())
         self.writer.add(rows, lengths, hashes)
@@ -182,7 +182,7 @@ class _Part:
         tokenizer = self._encoder.tokenizer
         if max(map(len, texts), default=0) <= CUT_CHARACTERS:
             return tokenizer.encode(texts)
-        return [encode_long(tokenizer, self._encoder.cutter, text) for text in texts]
+        return [encode_long(tokenizer, self._encoder.splitter, text) for text in texts]
 
     def _stream(self, pieces: Iterator[str]) -> None:
         """Write a document bit by bit, and undo it if it turns out bad or of a wrong length."""
@@ -191,7 +191,7 @@ class _Part:
             for ids in self._head:
                 self.writer.write(ids)
             seen = self._seen(pieces, state)
-            for ids in encode_pieces(self._encoder.tokenizer, self._encoder.cutter, seen):
+            for ids in encode_pieces(self._encoder.tokenizer, self._encoder.splitter, seen):
                 self.writer.write(ids)
                 count += len(ids)
             for ids in self._tail:
@@ -203,7 +203,7 @@ class _Part:
             self.writer.undo(mark)
             return
         hashes = [state.digest()] if self._job.drop_duplicates else []
-        self.writer.add_written(count + self._around, hashes)
+        self.writer.add_written(count + self._added_tokens, hashes)
 
     def _seen(self, pieces: Iterator[str], state: hashlib.blake2b) -> Iterator[str]:
         for piece in pieces:

@@ -10,9 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from megatron_cream.corpus.gigatoken import FastTokenizer, NotFast, fast_source
+from megatron_cream.corpus.gigatoken import (
+    GigatokenTokenizer,
+    GigatokenUnsupported,
+    gigatoken_source,
+)
 from megatron_cream.corpus.jsonl import BadRecord, Fields
-from megatron_cream.corpus.readers import STDIN, Piece, read_piece
+from megatron_cream.corpus.readers import STDIN, InputSpan, read_span
 from megatron_cream.corpus.tokenizers import (
     ByteLevelTokenizer,
     HuggingFaceTokenizer,
@@ -65,7 +69,7 @@ def excerpt(text: str) -> str:
     return text[start : start + EXCERPT_CHARACTERS]
 
 
-def first_difference(fast: FastTokenizer, texts: Iterable[str]) -> tuple[int, str] | None:
+def first_difference(fast: GigatokenTokenizer, texts: Iterable[str]) -> tuple[int, str] | None:
     """Return which of ``texts`` has other ids than the reference gives, and how; None if none."""
     for i, text in enumerate(texts):
         (ours,), (theirs,) = fast.encode([text]), fast.reference.encode([text])
@@ -77,7 +81,7 @@ def first_difference(fast: FastTokenizer, texts: Iterable[str]) -> tuple[int, st
 class CheckedTokenizer:
     """The fast tokenizer, refusing to go on where the reference gives other ids."""
 
-    def __init__(self, fast: FastTokenizer) -> None:
+    def __init__(self, fast: GigatokenTokenizer) -> None:
         self.fast = fast
         self.name, self.vocab_size = fast.name, fast.vocab_size
         self.eod, self.bos = fast.eod, fast.bos
@@ -102,7 +106,7 @@ class CheckedTokenizer:
         return self.fast.decode(ids)
 
 
-def _how(fast: FastTokenizer, ours: np.ndarray, theirs: np.ndarray) -> str:
+def _how(fast: GigatokenTokenizer, ours: np.ndarray, theirs: np.ndarray) -> str:
     shared = min(len(ours), len(theirs))
     differ = np.flatnonzero(ours[:shared] != theirs[:shared])
     at = int(differ[0]) if len(differ) else shared
@@ -123,7 +127,7 @@ _LIBRARIES = {
 
 def choose_engine(
     wanted: str, reference: Tokenizer, texts: Iterable[str]
-) -> tuple[FastTokenizer | None, str]:
+) -> tuple[GigatokenTokenizer | None, str]:
     """Return the fast tokenizer, None for the reference, and a line that says why.
 
     Args:
@@ -140,9 +144,9 @@ def choose_engine(
             raise UserError(f"--engine fast: {reference.name} has none, needs --engine auto")
         return None, f"tokenizing with {library}"
     try:
-        fast = FastTokenizer(fast_source(reference), lambda: reference)
+        fast = GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
         difference = _difference(fast, reference, texts)
-    except NotFast as exc:
+    except GigatokenUnsupported as exc:
         fast, difference = None, str(exc)
     if isinstance(difference, int):
         return fast, f"tokenizing with gigatoken, compared with {library} on {difference} texts"
@@ -151,12 +155,12 @@ def choose_engine(
     return None, f"tokenizing with {library}: {difference}"
 
 
-def first_texts(pieces: Iterable[Piece], fields: Fields, count: int) -> Iterator[str]:
+def sample_texts(pieces: Iterable[InputSpan], fields: Fields, count: int) -> Iterator[str]:
     """Yield the beginnings of the first ``count`` documents; nothing of standard input."""
     for piece in pieces:
         if count <= 0 or piece.path == str(STDIN):
             return
-        for record in read_piece(piece, fields):
+        for record in read_span(piece, fields):
             try:
                 text = record.text if isinstance(record.text, str) else next(record.text, "")
             except (TypeError, BadRecord):
@@ -167,7 +171,7 @@ def first_texts(pieces: Iterable[Piece], fields: Fields, count: int) -> Iterator
                 return
 
 
-def _difference(fast: FastTokenizer, reference: Tokenizer, texts: Iterable[str]) -> int | str:
+def _difference(fast: GigatokenTokenizer, reference: Tokenizer, texts: Iterable[str]) -> int | str:
     """Return how many texts have the same ids, or the first difference."""
     every = [*hard_texts(reference), *texts]
     found = first_difference(fast, every)

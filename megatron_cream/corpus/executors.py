@@ -26,7 +26,7 @@ from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 from megatron_cream.corpus.encode import UnitEncoder
-from megatron_cream.corpus.job import Job
+from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.errors import UserError
 
@@ -35,7 +35,7 @@ _PIPE_BYTES = 1 << 16  # what Linux takes into a pipe that nobody reads
 
 
 def run_units(
-    job: Job,
+    job: PreprocessJob,
     units: list[int],
     workers: int,
     on_bytes: Callable[[int], object],
@@ -69,7 +69,7 @@ def run_units(
 class _Inherited:
     """What a forked worker gets from this process; a fresh one is sent the first two."""
 
-    job: Job
+    job: PreprocessJob
     units: list[int]
     tokenizer: Tokenizer
     on_fork: Callable[[], object]
@@ -81,7 +81,7 @@ class _Pool:
     def __init__(
         self, inherited: _Inherited, others: int, on_bytes: Callable[[int], object]
     ) -> None:
-        method = start_method()
+        method = choose_start_method()
         context = get_context(method)
         given = inherited if method == "fork" else None
         self._units, self._on_bytes, self._shown = inherited.units, on_bytes, 0
@@ -119,7 +119,7 @@ class _Pool:
 
     def take(self) -> int | None:
         """Return a unit that nobody has begun, None without one; look how the others do."""
-        self._look(timeout=0)
+        self._poll(timeout=0)
         with self._locked(self._next):
             return _take(self._units, self._next)
 
@@ -127,13 +127,13 @@ class _Pool:
         """Add to the bytes that all have read."""
         with self._locked(self._read):
             self._read.value += size
-        self._show()
+        self._report()
 
     @contextmanager
     def _locked(self, number: Any) -> Iterator[None]:
         """Hold the lock of a shared number; a worker that died with it is an error, not a wait."""
         while not number.get_lock().acquire(timeout=_POLL_SECONDS):
-            self._look(timeout=0)
+            self._poll(timeout=0)
         try:
             yield
         finally:
@@ -142,10 +142,10 @@ class _Pool:
     def wait(self) -> None:
         """Wait for the others, or stop at the first thing that is wrong."""
         while self._processes:
-            self._look(_POLL_SECONDS)
-            self._show()
+            self._poll(_POLL_SECONDS)
+            self._report()
 
-    def _look(self, timeout: float) -> None:
+    def _poll(self, timeout: float) -> None:
         for pipe in connection.wait(list(self._processes), timeout=timeout):
             try:
                 error = pipe.recv()
@@ -155,7 +155,7 @@ class _Pool:
                 raise error
             self._processes.pop(pipe).join()
 
-    def _show(self) -> None:
+    def _report(self) -> None:
         read = self._read.value
         self._on_bytes(read - self._shown)
         self._shown = read
@@ -192,7 +192,7 @@ def _short_command_line() -> Iterator[None]:
         sys.argv = before
 
 
-def start_method() -> str:
+def choose_start_method() -> str:
     """Return ``fork`` where this process has one thread, which copies of it then have too.
 
     A copy of a process with more has none of the others, and hangs at the first lock that one of
@@ -247,7 +247,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def use_one_thread() -> Iterator[None]:
     """Keep one worker to one core: the tokenizers library takes them all if it is not told."""
     key = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(key)
@@ -273,8 +273,10 @@ def import_ray() -> Any:
     return ray
 
 
-def run_on_ray(job: Job, units: list[int], address: str, on_bytes: Callable[[int], object]) -> None:
-    """Make all parts of ``units`` on the cluster at ``address``, one CPU a unit.
+def run_on_ray(
+    job: PreprocessJob, units: list[int], address: str, on_bytes: Callable[[int], object]
+) -> None:
+    """Make all parts of ``units`` on the cluster at ``address``, one CPU per unit.
 
     Args:
         job: the job.
@@ -312,7 +314,7 @@ def run_on_ray(job: Job, units: list[int], address: str, on_bytes: Callable[[int
 _encoders: dict[str, UnitEncoder] = {}
 
 
-def _run_unit(job: Job, unit: int) -> None:
+def _run_unit(job: PreprocessJob, unit: int) -> None:
     """Runs on a node; a worker process of the cluster keeps its tokenizer between units."""
     key = job.prefix + job.digest()
     if key not in _encoders:

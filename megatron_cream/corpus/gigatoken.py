@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same ids from gigatoken, some fifty times as fast as from the reference library.
+"""Tokenizes with gigatoken: the same ids, some fifty times as fast as from the reference library.
 
 gigatoken is optional and may refuse a tokenizer; whether its ids are the same is checked on text,
 not believed (``verify``).
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.split_points import Cutter, find_cutter
+from megatron_cream.corpus.split_points import TextSplitter, find_text_splitter
 from megatron_cream.corpus.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 CACHE_BYTES = 256 << 20
@@ -27,12 +27,12 @@ _CHECK_CHARACTERS = 8 << 20
 _REPAIR_CHARACTERS = 1 << 10
 
 
-class NotFast(Exception):
+class GigatokenUnsupported(Exception):
     """Why gigatoken cannot be used for a tokenizer."""
 
 
 @dataclass(frozen=True)
-class FastSource:
+class GigatokenSource:
     """What gigatoken loads; made once, and sent to the worker processes.
 
     Attributes:
@@ -49,29 +49,29 @@ class FastSource:
     missing: str
 
 
-def fast_source(reference: Tokenizer) -> FastSource:
+def gigatoken_source(reference: Tokenizer) -> GigatokenSource:
     """Return what gigatoken needs to stand in for ``reference``.
 
     Raises:
-        NotFast: gigatoken is not installed, or does not take this tokenizer.
+        GigatokenUnsupported: gigatoken is not installed, or does not take this tokenizer.
     """
     try:
         import gigatoken  # noqa: F401
     except ImportError as exc:
-        raise NotFast("gigatoken is not installed (`pip install gigatoken`)") from exc
+        raise GigatokenUnsupported("gigatoken is not installed (`pip install gigatoken`)") from exc
     missing = ""
     if isinstance(reference, SentencePieceTokenizer):
         source = _sentencepiece_source(reference)
     elif isinstance(reference, HuggingFaceTokenizer):
         source, missing = _with_every_byte(reference.description, reference.vocab_size)
     else:
-        raise NotFast(f"{reference.name} needs no library")
-    return FastSource(
+        raise GigatokenUnsupported(f"{reference.name} needs no library")
+    return GigatokenSource(
         reference.name, reference.vocab_size, reference.eod, reference.bos, source, missing
     )
 
 
-class FastTokenizer:
+class GigatokenTokenizer:
     """gigatoken behind the ``Tokenizer`` protocol.
 
     Some vocabularies lack a byte (most lack those that UTF-8 never has), which gigatoken refuses
@@ -79,14 +79,14 @@ class FastTokenizer:
     comes up is encoded by the reference, from the cut before it to the cut after it.
 
     Args:
-        source: from ``fast_source``.
+        source: from ``gigatoken_source``.
         load_reference: loads the reference tokenizer, when it is first needed.
 
     Raises:
-        NotFast: gigatoken does not take this tokenizer.
+        GigatokenUnsupported: gigatoken does not take this tokenizer.
     """
 
-    def __init__(self, source: FastSource, load_reference: Callable[[], Tokenizer]) -> None:
+    def __init__(self, source: GigatokenSource, load_reference: Callable[[], Tokenizer]) -> None:
         self.name, self.vocab_size = source.name, source.vocab_size
         self.eod, self.bos = source.eod, source.bos
         self.source = source
@@ -100,9 +100,9 @@ class FastTokenizer:
         return self._load_reference()
 
     @cached_property
-    def cutter(self) -> Cutter | None:
+    def splitter(self) -> TextSplitter | None:
         """Where long texts may be cut."""
-        return find_cutter(self.reference)
+        return find_text_splitter(self.reference)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text: uint32 arrays of shape (tokens,), no bos or eod added."""
@@ -129,7 +129,9 @@ class FastTokenizer:
             self._backend = gigatoken.Tokenizer.from_json(self.source.json).backend
         except Exception as exc:  # a Rust panic or error of any type: this tokenizer is not taken
             reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-            raise NotFast(f"gigatoken does not take this tokenizer ({reason})") from exc
+            raise GigatokenUnsupported(
+                f"gigatoken does not take this tokenizer ({reason})"
+            ) from exc
         self._characters = 0
         self._resident = _resident_bytes()
 
@@ -140,10 +142,10 @@ class FastTokenizer:
 
     def _repaired(self, text: str) -> np.ndarray:
         """Encode by the reference what lies between the cuts around each missing byte."""
-        if self.cutter is None:
+        if self.splitter is None:
             return self.reference.encode([text])[0].astype(np.uint32)
         rows, done = [], 0
-        for start, end in _around(text, self._missing, self.cutter):
+        for start, end in _around(text, self._missing, self.splitter):
             rows += [
                 self._backend.encode(text[done:start]),
                 *self.reference.encode([text[start:end]]),
@@ -152,7 +154,7 @@ class FastTokenizer:
         return np.concatenate([*rows, self._backend.encode(text[done:])]).astype(np.uint32)
 
 
-def _around(text: str, missing: re.Pattern[str], cutter: Cutter) -> list[tuple[int, int]]:
+def _around(text: str, missing: re.Pattern[str], splitter: TextSplitter) -> list[tuple[int, int]]:
     """Return stretches from cut to cut that hold all characters matched by ``missing``."""
     stretches: list[tuple[int, int]] = []
     for found in missing.finditer(text):
@@ -160,8 +162,8 @@ def _around(text: str, missing: re.Pattern[str], cutter: Cutter) -> list[tuple[i
         if stretches and at < stretches[-1][1]:
             continue
         floor = stretches[-1][1] if stretches else 0
-        start = cutter.last(text, max(at - _REPAIR_CHARACTERS, floor), at)
-        end = cutter.first(text, at + 1)
+        start = splitter.last(text, max(at - _REPAIR_CHARACTERS, floor), at)
+        end = splitter.first(text, at + 1)
         start = floor if start is None else start
         if stretches and start == floor:
             start = stretches.pop()[0]
@@ -175,7 +177,7 @@ def _sentencepiece_source(reference: SentencePieceTokenizer) -> str:
 
         source = json.loads(sentencepiece_to_tokenizer_json(reference.serialized))
     except (ImportError, ValueError) as exc:
-        raise NotFast(f"gigatoken does not take this model ({exc})") from exc
+        raise GigatokenUnsupported(f"gigatoken does not take this model ({exc})") from exc
     # Control pieces written out in the text are text to sentencepiece.
     source["added_tokens"] = [token for token in source["added_tokens"] if not token["special"]]
     return json.dumps(source)
@@ -184,7 +186,7 @@ def _sentencepiece_source(reference: SentencePieceTokenizer) -> str:
 def _with_every_byte(description: dict[str, Any], vocab_size: int) -> tuple[str, str]:
     model = description["model"]
     if model.get("type") != "BPE":
-        raise NotFast(f"gigatoken takes BPE, this is {model.get('type')}")
+        raise GigatokenUnsupported(f"gigatoken takes BPE, this is {model.get('type')}")
     if "ByteLevel" not in json.dumps(description.get("pre_tokenizer")):
         return json.dumps(description), ""
     vocab = dict(model["vocab"])
@@ -206,12 +208,14 @@ def _led_by(byte: int) -> tuple[int, int] | None:
     """Return the first and last character whose UTF-8 begins with ``byte``, None for no character.
 
     Raises:
-        NotFast: the byte is in the middle of characters of all kinds.
+        GigatokenUnsupported: the byte is in the middle of characters of all kinds.
     """
     if byte < 0x80:
         return byte, byte
     if byte < 0xC0:
-        raise NotFast(f"its vocabulary lacks byte {byte:#x}, which many characters hold")
+        raise GigatokenUnsupported(
+            f"its vocabulary lacks byte {byte:#x}, which many characters hold"
+        )
     if byte < 0xE0:
         return None if byte < 0xC2 else ((byte & 0x1F) << 6, (byte & 0x1F) << 6 | 0x3F)
     if byte < 0xF0:

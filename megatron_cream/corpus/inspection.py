@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in an indexed dataset, and whether its files belong together."""
+"""Describes and checks an indexed dataset, and decodes its documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.settings import check_count
+from megatron_cream.corpus.settings import validate_count
 from megatron_cream.corpus.statistics import draw_histogram, measure, median
 from megatron_cream.corpus.tokenizers import load_tokenizer
 from megatron_cream.data.indexed import check_tokens, read_index
@@ -28,7 +28,7 @@ def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
         FileNotFoundError: a missing one.
     """
     for flag, value in zip(("--seq-length", "--target-length"), thresholds, strict=False):
-        check_count(flag, value, fewest=1)
+        validate_count(flag, value, fewest=1)
     index, note = read_index(prefix), read_metadata(prefix)
     check_fits(index, note)
     thresholds = tuple(n for n in thresholds if n is not None)
@@ -59,7 +59,7 @@ def check(prefix: str, vocab_size: int | None = None) -> str:
     """
     index, note = read_index(prefix), read_metadata(prefix)
     check_fits(index, note)
-    check_count("--vocab-size", vocab_size, fewest=1)
+    validate_count("--vocab-size", vocab_size, fewest=1)
     limits = [vocab_size, None if note is None else note["vocab_size"]]
     largest = check_tokens(index, min((n for n in limits if n is not None), default=None))
     tokens = int(index.lengths.sum(dtype=np.int64))
@@ -82,7 +82,7 @@ def document_text(
     Raises:
         UserError: there is no such document, no word of the tokenizer, or an id it has not.
     """
-    check_count("--tokens", tokens, fewest=0)
+    validate_count("--tokens", tokens, fewest=0)
     index, note = read_index(prefix), read_metadata(prefix)
     check_fits(index, note)
     documents = len(index.documents) - 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job, and the units of work it is cut into: by bytes of input, never by workers or shards."""
+"""A preprocessing job, and its units of work: cut by bytes of input, never by workers or shards."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.corpus.gigatoken import FastSource, FastTokenizer
+from megatron_cream.corpus.gigatoken import GigatokenSource, GigatokenTokenizer
 from megatron_cream.corpus.jsonl import Fields
-from megatron_cream.corpus.readers import JSONL, STDIN, Piece, is_compressed
+from megatron_cream.corpus.readers import JSONL, STDIN, InputSpan, is_compressed
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 
 PART_BYTES = 64 << 20
@@ -38,7 +38,7 @@ class InputFile:
 
 
 @dataclass(frozen=True)
-class Job:
+class PreprocessJob:
     """What decides the bytes of the dataset, and how they are made; sent to every worker.
 
     Attributes:
@@ -62,7 +62,7 @@ class Job:
 
     prefix: str
     files: tuple[InputFile, ...]
-    units: tuple[tuple[Piece, ...], ...]
+    units: tuple[tuple[InputSpan, ...], ...]
     fields: Fields
     tokenizer: tuple[str, str | None]
     tokenizer_digest: str
@@ -79,7 +79,7 @@ class Job:
     shard: tuple[int, int]
     part_bytes: int
     on_error: str
-    fast: FastSource | None
+    fast: GigatokenSource | None
     verify_all: bool
 
     @property
@@ -154,9 +154,9 @@ class Job:
         """The tokenizer that encodes this job, fast where it is to be."""
         if self.fast is None:
             return load_tokenizer(*self.tokenizer)
-        return FastTokenizer(self.fast, lambda: load_tokenizer(*self.tokenizer))
+        return GigatokenTokenizer(self.fast, lambda: load_tokenizer(*self.tokenizer))
 
-    def _piece_size(self, piece: Piece) -> int:
+    def _piece_size(self, piece: InputSpan) -> int:
         if piece.end is not None:
             return piece.end - piece.start
         return self._sizes[piece.path]
@@ -171,13 +171,13 @@ def _digest(settings: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def plan_units(files: tuple[InputFile, ...], part_bytes: int) -> tuple[tuple[Piece, ...], ...]:
+def plan_units(files: tuple[InputFile, ...], part_bytes: int) -> tuple[tuple[InputSpan, ...], ...]:
     """Cut the input into units of at most ``part_bytes``, but for files that are read in one go.
 
     Plain JSONL is cut at multiples of ``part_bytes``; a line belongs to where it begins.
     """
-    units: list[tuple[Piece, ...]] = []
-    waiting: list[Piece] = []
+    units: list[tuple[InputSpan, ...]] = []
+    waiting: list[InputSpan] = []
     room = part_bytes
     for file in files:
         for piece, size in _pieces(file, part_bytes):
@@ -189,12 +189,12 @@ def plan_units(files: tuple[InputFile, ...], part_bytes: int) -> tuple[tuple[Pie
     return (*units, tuple(waiting)) if waiting else tuple(units)
 
 
-def _pieces(file: InputFile, part_bytes: int) -> list[tuple[Piece, int]]:
+def _pieces(file: InputFile, part_bytes: int) -> list[tuple[InputSpan, int]]:
     path = Path(file.path)
     if file.format != JSONL or is_compressed(path) or path == STDIN:
-        return [(Piece(file.path, file.format), file.size)]
+        return [(InputSpan(file.path, file.format), file.size)]
     ends = [*range(part_bytes, file.size, part_bytes), file.size]
     return [
-        (Piece(file.path, file.format, start, end), end - start)
+        (InputSpan(file.path, file.format, start, end), end - start)
         for start, end in zip([0, *ends], ends, strict=False)
     ]

@@ -70,7 +70,7 @@ class Fields:
     separator: str = "\n\n"
 
 
-def check_text(text: str) -> str:
+def validate_text(text: str) -> str:
     """Return ``text``.
 
     Raises:
@@ -112,11 +112,11 @@ def parse(line: Line) -> Any:
             raise BadRecord(NUL, f"byte {bytes(line).index(0)} is NUL") from exc
         detail = f"broken JSON ({exc}), needs one JSON object per line"
         raise BadRecord(BROKEN_JSON, detail) from exc
-    _check_surrogates(value)
+    _validate_surrogates(value)
     return value
 
 
-def join_fields(record: Any, fields: Fields) -> str:
+def join_text_fields(record: Any, fields: Fields) -> str:
     """Return the strings under ``fields`` of a parsed record, one after the other.
 
     Raises:
@@ -127,7 +127,7 @@ def join_fields(record: Any, fields: Fields) -> str:
 
 
 def strings_of(record: Any, fields: Fields) -> list[str]:
-    """Return the string under each of ``fields``; raises as ``join_fields``."""
+    """Return the string under each of ``fields``; raises as ``join_text_fields``."""
     if not isinstance(record, dict):
         found = type(record).__name__
         raise BadRecord(NOT_AN_OBJECT, f"a {found}, needs one JSON object per line")
@@ -143,7 +143,7 @@ def strings_of(record: Any, fields: Fields) -> list[str]:
     return values
 
 
-def _check_surrogates(value: Any) -> None:
+def _validate_surrogates(value: Any) -> None:
     """The standard library takes half a pair anywhere; orjson does not."""
     stack = [value]
     while stack:
@@ -195,7 +195,7 @@ def giant_text(line: Line, fields: Fields) -> Iterator[str]:
         if value in places:
             yield from _pieces(line, *places[value])
         else:
-            yield check_text(value)
+            yield validate_text(value)
 
 
 def stream_text(stream: BinaryIO, first: bytes) -> Iterator[str]:
@@ -214,7 +214,7 @@ def stream_text(stream: BinaryIO, first: bytes) -> Iterator[str]:
         except UnicodeDecodeError as exc:
             detail = f"byte {start + exc.start}: not UTF-8 ({exc.reason})"
             raise BadRecord(NOT_UTF8, detail) from exc
-        yield check_text(text)
+        yield validate_text(text)
         if not data:
             return
         start += waiting + len(data) - len(decoder.getstate()[0])
@@ -245,4 +245,4 @@ def _unescaped(piece: memoryview) -> str:
         if exc.kind != BROKEN_JSON:
             raise
         raise BadRecord(BROKEN_JSON, f"broken JSON in a long string ({exc})") from exc
-    return check_text(text)
+    return validate_text(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several datasets to one: the shards of a job, or any that were written with one tokenizer."""
+"""Merges datasets into one: the shards of a job, or any that were written with one tokenizer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_cream.corpus.statistics import (
     FINGERPRINT,
     Counts,
     Lengths,
-    make_note,
+    make_metadata,
     median,
 )
 from megatron_cream.corpus.storage import HASH_BYTES
 from megatron_cream.corpus.work_folder import (
     MERGING,
     WorkFolder,
-    check_absent,
-    check_prefix,
     finish_publishing,
     publish,
+    validate_absent,
+    validate_prefix,
 )
 from megatron_cream.data.indexed import DatasetIndex, check_tokens, read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
@@ -40,7 +40,7 @@ _SAME = ("tokenizer_type", "vocab_size", "eod_id", "bos_id", "appended_eod", "pr
 
 
 @dataclass(frozen=True)
-class Source:
+class InputDataset:
     """A dataset to merge: its index, and its note, None where another tool wrote it."""
 
     index: DatasetIndex
@@ -80,13 +80,13 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
         UserError: datasets that do not go together, a missing shard, a damaged dataset.
         OSError: a file that is missing, exists or cannot be written.
     """
-    _check_arguments(prefixes, output)
+    _validate_arguments(prefixes, output)
     with WorkFolder(output, MERGING) as folder:
         if folder.is_whole():
             finish_publishing(folder.staged, output)
         finished = not overwrite and _is_merged(prefixes, output)
         if not finished:
-            check_absent(output, overwrite)
+            validate_absent(output, overwrite)
             _write(_read(prefixes), folder.staged)
             publish(folder.staged, output, overwrite)
         folder.remove()
@@ -116,8 +116,8 @@ def _is_merged(prefixes: Sequence[str], output: str) -> bool:
     return True
 
 
-def _check_arguments(prefixes: Sequence[str], output: str) -> None:
-    check_prefix(output)
+def _validate_arguments(prefixes: Sequence[str], output: str) -> None:
+    validate_prefix(output)
     where = f"--output-prefix {output}"
     for prefix in prefixes:
         if not os.path.basename(prefix):
@@ -127,7 +127,7 @@ def _check_arguments(prefixes: Sequence[str], output: str) -> None:
         ownership.refuse_inside(prefix + ".bin", Path(output + ".parts"), where)
 
 
-def _read(prefixes: Sequence[str]) -> list[Source]:
+def _read(prefixes: Sequence[str]) -> list[InputDataset]:
     """Return the datasets, checked whole: what is damaged must not go on under another name."""
     sources = [_read_one(prefix) for prefix in prefixes]
     first = sources[0]
@@ -137,7 +137,7 @@ def _read(prefixes: Sequence[str]) -> list[Source]:
                 f"--input {source.prefix}: holds {source.index.dtype}, needs "
                 f"{first.index.dtype} as {first.prefix}"
             )
-        _check_notes(first, source)
+        _validate_same_tokenizer(first, source)
     sharded = [source for source in sources if source.note and "shard" in source.note]
     sources = _in_order(sharded, len(sources)) if sharded else sources
     for source in sources:
@@ -146,8 +146,8 @@ def _read(prefixes: Sequence[str]) -> list[Source]:
     return sources
 
 
-def _read_one(prefix: str) -> Source:
-    source = Source(read_index(prefix, empty=True), read_metadata(prefix))
+def _read_one(prefix: str) -> InputDataset:
+    source = InputDataset(read_index(prefix, empty=True), read_metadata(prefix))
     check_fits(source.index, source.note)
     missing = {"shard", "job", "thresholds"} - set(source.note or ())
     if source.note and "shard" in source.note and missing:
@@ -155,7 +155,7 @@ def _read_one(prefix: str) -> Source:
     return source
 
 
-def _check_notes(first: Source, other: Source) -> None:
+def _validate_same_tokenizer(first: InputDataset, other: InputDataset) -> None:
     if first.note is None or other.note is None:
         return
     for key in _SAME:
@@ -166,7 +166,7 @@ def _check_notes(first: Source, other: Source) -> None:
             )
 
 
-def _in_order(shards: list[Source], given: int) -> list[Source]:
+def _in_order(shards: list[InputDataset], given: int) -> list[InputDataset]:
     """The shards of one job by their number."""
     count = shards[0].note["shard"][1]
     jobs = {shard.note["job"] for shard in shards}
@@ -183,7 +183,7 @@ def _in_order(shards: list[Source], given: int) -> list[Source]:
     return sorted(shards, key=lambda shard: shard.note["shard"][0])
 
 
-def _write(sources: list[Source], staged: str) -> None:
+def _write(sources: list[InputDataset], staged: str) -> None:
     hashed = _have_hashes(sources)
     segments = [source.segment(hashed=hashed) for source in sources]
     kept = first_copies(segments) if hashed else None
@@ -202,13 +202,13 @@ def _write(sources: list[Source], staged: str) -> None:
         counts.list_errors(note.get("listed_errors", []))
     if kept is not None:
         counts.add({DUPLICATES: int((~kept).sum())}, {})
-    content = make_note(
+    content = make_metadata(
         _settings(notes), lengths, documents, median(read_index(staged).lengths), counts
     )
     Path(staged + ".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _have_hashes(sources: list[Source]) -> bool:
+def _have_hashes(sources: list[InputDataset]) -> bool:
     """Whether duplicates are dropped: where the job of all shards asked for it."""
     there = [os.path.exists(source.prefix + ".hashes") for source in sources]
     asked = any(source.note and source.note.get("drop_duplicates") for source in sources)
@@ -223,7 +223,7 @@ def _have_hashes(sources: list[Source]) -> bool:
 
 def _settings(notes: list[dict[str, Any]]) -> dict[str, Any]:
     """What the first note says of tokenizer and limits, those that all have in common."""
-    made = set(make_note({}, Lengths(), 0, 0.0, Counts())) | set(_OF_A_JOB)
+    made = set(make_metadata({}, Lengths(), 0, 0.0, Counts())) | set(_OF_A_JOB)
     if "shard" not in notes[0]:  # datasets in a row are those of no job
         made.add(FINGERPRINT)
     return {

@@ -21,29 +21,29 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_cream.corpus.assemble import assemble, first_copies, part_segment, write_hashes
-from megatron_cream.corpus.engine import choose_engine, first_texts
-from megatron_cream.corpus.executors import one_thread, run_units
-from megatron_cream.corpus.job import InputFile, Job
+from megatron_cream.corpus.engine import choose_engine, sample_texts
+from megatron_cream.corpus.executors import run_units, use_one_thread
+from megatron_cream.corpus.job import InputFile, PreprocessJob
 from megatron_cream.corpus.readers import STDIN, TextInputs, lines_before, place
-from megatron_cream.corpus.settings import PreprocessConfig, check
+from megatron_cream.corpus.settings import PreprocessConfig, plan_job
 from megatron_cream.corpus.statistics import (
     DUPLICATES,
     FINGERPRINT,
     Counts,
     Lengths,
     draw_histogram,
-    make_note,
+    make_metadata,
     median,
 )
-from megatron_cream.corpus.storage import LISTED_ERRORS, Part, finished_parts
+from megatron_cream.corpus.storage import LISTED_ERRORS, EncodedPart, finished_parts
 from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.corpus.work_folder import (
     PREPROCESSING,
     SUFFIXES,
     WorkFolder,
-    check_absent,
     finish_publishing,
     publish,
+    validate_absent,
 )
 from megatron_cream.data.indexed import read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
@@ -138,13 +138,13 @@ def preprocess(
             process at the same output, or a worker that died (`ChildProcessError`).
     """
     started = time.perf_counter()
-    job, tokenizer, inputs = check(config)
-    with WorkFolder(job.prefix, PREPROCESSING) as folder, one_thread():
+    job, tokenizer, inputs = plan_job(config)
+    with WorkFolder(job.prefix, PREPROCESSING) as folder, use_one_thread():
         try:
             finished = _finished_before(folder, job, config)
             if not finished:
-                check_absent(job.prefix, config.overwrite)
-                _make(config, job, tokenizer, inputs, folder, progress, say)
+                validate_absent(job.prefix, config.overwrite)
+                _run_job(config, job, tokenizer, inputs, folder, progress, say)
         except OSError as exc:
             if exc.errno in _FULL:
                 raise OSError(
@@ -159,7 +159,7 @@ def preprocess(
     return PreprocessStats(note, inputs.skipped, inputs.total_bytes, seconds, files, finished)
 
 
-def _finished_before(folder: WorkFolder, job: Job, config: PreprocessConfig) -> bool:
+def _finished_before(folder: WorkFolder, job: PreprocessJob, config: PreprocessConfig) -> bool:
     """Say whether this very job is done, after moving into place what a killed process left."""
     if folder.is_whole():
         own = folder.is_of(job)
@@ -169,9 +169,9 @@ def _finished_before(folder: WorkFolder, job: Job, config: PreprocessConfig) -> 
     return not config.overwrite and is_dataset_of(job, config.thresholds())
 
 
-def _make(
+def _run_job(
     config: PreprocessConfig,
-    job: Job,
+    job: PreprocessJob,
     tokenizer: Tokenizer,
     inputs: TextInputs,
     folder: WorkFolder,
@@ -182,10 +182,10 @@ def _make(
     if done:
         say(f"continuing with {done} finished parts in {folder.path}")
     pieces = [piece for unit in job.units for piece in unit]
-    texts = first_texts(pieces, job.fields, config.verify if config.verify >= 0 else 0)
+    texts = sample_texts(pieces, job.fields, config.verify if config.verify >= 0 else 0)
     fast, reason = choose_engine(config.engine, tokenizer, texts)
     say(reason)
-    say(_around(tokenizer, job))
+    say(_describe_added_tokens(tokenizer, job))
     job = replace(job, fast=None if fast is None else fast.source)
     units = job.own_units()
     for unit in units:
@@ -193,13 +193,13 @@ def _make(
             folder.drop_unit(unit)
     with _Bar(total=_bytes_of(job, units), unit="B", unit_scale=True, disable=not progress) as bar:
         if config.ray is None:
-            run_units(job, units, config.workers, bar.update, fast or tokenizer, folder.let_go)
+            run_units(job, units, config.workers, bar.update, fast or tokenizer, folder.release)
         else:
             from megatron_cream.corpus.executors import run_on_ray
 
             run_on_ray(job, units, config.ray, bar.update)
-    _check_unchanged(job)
-    finish(config, job, units, folder)
+    _validate_unchanged(job)
+    build_dataset(config, job, units, folder)
     publish(folder.staged, job.prefix, config.overwrite)
 
 
@@ -209,11 +209,11 @@ class _Bar(tqdm):
     monitor_interval = 0
 
 
-def _bytes_of(job: Job, units: list[int]) -> int:
+def _bytes_of(job: PreprocessJob, units: list[int]) -> int:
     return sum(job.unit_size(unit) for unit in units)
 
 
-def _around(tokenizer: Tokenizer, job: Job) -> str:
+def _describe_added_tokens(tokenizer: Tokenizer, job: PreprocessJob) -> str:
     """Say what is put around a document, since a model is trained with one rule or the other."""
     head = "no bos" if job.bos is None else f"bos {job.bos}"
     tail = "no eod" if job.eod is None else f"eod {job.eod}"
@@ -222,7 +222,7 @@ def _around(tokenizer: Tokenizer, job: Job) -> str:
     return f"each document: {head}, its tokens, {tail}{note}"
 
 
-def _check_unchanged(job: Job) -> None:
+def _validate_unchanged(job: PreprocessJob) -> None:
     """Refuse parts of a file that became another one while it was read."""
     for file in job.files:
         if file != InputFile.of(Path(file.path), file.format):
@@ -232,7 +232,9 @@ def _check_unchanged(job: Job) -> None:
             )
 
 
-def finish(config: PreprocessConfig, job: Job, units: list[int], folder: WorkFolder) -> None:
+def build_dataset(
+    config: PreprocessConfig, job: PreprocessJob, units: list[int], folder: WorkFolder
+) -> None:
     """Make the files of the dataset, at ``folder.staged``, out of all parts.
 
     Raises:
@@ -265,18 +267,18 @@ def finish(config: PreprocessConfig, job: Job, units: list[int], folder: WorkFol
             write_hashes(folder.staged + ".hashes", segments, kept)
     middle = median(read_index(folder.staged, empty=True).lengths)
     settings = {**config.noted(job), FINGERPRINT: job.fingerprint(config.thresholds()), **shard}
-    note = make_note(settings, lengths, documents, middle, counts)
+    note = make_metadata(settings, lengths, documents, middle, counts)
     Path(folder.staged + ".json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def is_dataset_of(job: Job, thresholds: tuple[int, ...]) -> bool:
+def is_dataset_of(job: PreprocessJob, thresholds: tuple[int, ...]) -> bool:
     """Say whether the files at the job's prefix are what this job makes: all there, and whole."""
     try:
         note = read_metadata(job.prefix)
         if note is None or tuple(note.get("shard", (0, 1))) != job.shard:
             return False
         wanted = job.fingerprint(thresholds)
-        complete = set(make_note({}, Lengths(), 0, 0.0, Counts())) <= set(note)
+        complete = set(make_metadata({}, Lengths(), 0, 0.0, Counts())) <= set(note)
         if wanted is None or note.get(FINGERPRINT) != wanted or not complete:
             return False
         check_fits(read_index(job.prefix, empty=True), note)
@@ -285,7 +287,7 @@ def is_dataset_of(job: Job, thresholds: tuple[int, ...]) -> bool:
     return True
 
 
-def _counts(job: Job, parts: list[Part]) -> Counts:
+def _counts(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
     """Add up what the parts left out, naming bad records by their line in the file."""
     counts = Counts({"shorter_than_min_tokens": 0, "longer_than_max_tokens": 0, DUPLICATES: 0})
     for part in parts:
@@ -299,7 +301,7 @@ def _counts(job: Job, parts: list[Part]) -> Counts:
     return counts
 
 
-def _listed(job: Job, parts: list[Part]) -> list[list[str]]:
+def _listed(job: PreprocessJob, parts: list[EncodedPart]) -> list[list[str]]:
     """Place and reason of the first bad records, counting the lines of each file once."""
     every = [(job.units[part.unit][bad[0]], *bad[1:]) for part in parts for bad in part.note.listed]
     every = every[:LISTED_ERRORS]

@@ -148,7 +148,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputSpan:
     """A stretch of a file.
 
     Attributes:
@@ -163,7 +163,7 @@ class Piece:
     end: int | None = None
 
 
-def place(piece: Piece, number: int) -> str:
+def place(piece: InputSpan, number: int) -> str:
     """Return the file and the line or row of a record, for an error.
 
     Args:
@@ -187,8 +187,8 @@ def lines_before(path: str, starts: list[int]) -> list[int]:
     return counts
 
 
-def read_piece(
-    piece: Piece,
+def read_span(
+    piece: InputSpan,
     fields: Fields,
     offset: int = 0,
     number: int = 0,
@@ -229,8 +229,8 @@ def read_documents(
         UserError: not UTF-8, a broken line or a broken compressed stream, naming file and place.
         OSError: the file cannot be read.
     """
-    whole = Piece(str(path), format_of(path))
-    for record in read_piece(whole, Fields((json_key,)), on_bytes=on_bytes):
+    whole = InputSpan(str(path), format_of(path))
+    for record in read_span(whole, Fields((json_key,)), on_bytes=on_bytes):
         if record.error is not None:
             raise UserError(f"{place(whole, record.number)}: {record.error}") from record.error
         yield record.text if isinstance(record.text, str) else "".join(record.text)
@@ -245,7 +245,7 @@ def text_of(line: Line, fields: Fields) -> Text:
     """
     if len(line) > jsonl.GIANT_BYTES:
         return jsonl.giant_text(line, fields)
-    return jsonl.check_text(jsonl.join_fields(jsonl.parse(line), fields))
+    return jsonl.validate_text(jsonl.join_text_fields(jsonl.parse(line), fields))
 
 
 def _read_text(stream: BinaryIO) -> Record:
@@ -253,14 +253,14 @@ def _read_text(stream: BinaryIO) -> Record:
     if len(data) > jsonl.GIANT_BYTES:
         return Record(jsonl.stream_text(stream, data), None, 0, 1)
     try:
-        text = jsonl.check_text(jsonl.decode(data.removeprefix(_BOM)))
+        text = jsonl.validate_text(jsonl.decode(data.removeprefix(_BOM)))
         return Record(text, None, 0, 1)
     except BadRecord as exc:
         return Record(None, exc, 0, 1)
 
 
 def _read_jsonl(
-    stream: BinaryIO, piece: Piece, fields: Fields, offset: int, number: int
+    stream: BinaryIO, piece: InputSpan, fields: Fields, offset: int, number: int
 ) -> Iterator[Record]:
     at = piece.start + offset
     if offset or not piece.start:
@@ -288,7 +288,7 @@ def _go_to(stream: BinaryIO, offset: int) -> None:
         offset -= len(block)
 
 
-def _next_line(stream: BinaryIO, piece: Piece) -> int:
+def _next_line(stream: BinaryIO, piece: InputSpan) -> int:
     """Go to the first line that begins in ``piece``, or past its end; returns where."""
     at = piece.start - 1
     stream.seek(at)

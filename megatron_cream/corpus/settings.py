@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_cream import ownership
 from megatron_cream.corpus.engine import ENGINES
-from megatron_cream.corpus.job import PART_BYTES, InputFile, Job, plan_units
+from megatron_cream.corpus.job import PART_BYTES, InputFile, PreprocessJob, plan_units
 from megatron_cream.corpus.jsonl import Fields
 from megatron_cream.corpus.readers import (
     ARROW,
@@ -24,7 +24,7 @@ from megatron_cream.corpus.readers import (
     format_of,
 )
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
-from megatron_cream.corpus.work_folder import SUFFIXES, check_prefix
+from megatron_cream.corpus.work_folder import SUFFIXES, validate_prefix
 from megatron_cream.data.indexed import token_dtype
 from megatron_cream.data.metadata import MOST_SHARDS
 from megatron_cream.errors import UserError
@@ -74,7 +74,7 @@ class PreprocessConfig:
         """Lengths to count documents of."""
         return tuple(n for n in (self.seq_length, self.target_length) if n is not None)
 
-    def noted(self, job: Job) -> dict[str, Any]:
+    def noted(self, job: PreprocessJob) -> dict[str, Any]:
         """What ``PREFIX.json`` says of tokenizer and limits."""
         return {
             "tokenizer_type": self.tokenizer_type,
@@ -96,18 +96,18 @@ def output_prefix(config: PreprocessConfig) -> str:
     return config.output_prefix + (f"-{index:05d}-of-{count:05d}" if count > 1 else "")
 
 
-def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
+def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextInputs]:
     """Return the job that the settings ask for.
 
     Raises:
         UserError: a setting that cannot work.
         FileNotFoundError: an input, a model or a folder that is not there.
     """
-    check_values(config)
+    validate_settings(config)
     prefix = output_prefix(config)
-    check_prefix(prefix)
+    validate_prefix(prefix)
     tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    _check_special(config, tokenizer)
+    _validate_special_tokens(config, tokenizer)
     if config.tokenizer_model is not None:
         where = f"--output-prefix {prefix}"
         ownership.refuse_inside(config.tokenizer_model, Path(prefix + ".parts"), where)
@@ -116,14 +116,14 @@ def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
     files = []
     for path in inputs.files:
         if path == STDIN:
-            files.append(InputFile.of(path, _checked_format(config, path)))
+            files.append(InputFile.of(path, _validated_format(config, path)))
             continue
         if os.path.realpath(path) in targets:
             raise UserError(f"--output-prefix {prefix}: {path} is an input, needs another prefix")
         ownership.refuse_inside(path, Path(prefix + ".parts"), f"--output-prefix {prefix}")
-        files.append(InputFile.of(path, _checked_format(config, path)))
-    check_part_bytes(config, sum(file.size for file in files))
-    job = Job(
+        files.append(InputFile.of(path, _validated_format(config, path)))
+    validate_part_bytes(config, sum(file.size for file in files))
+    job = PreprocessJob(
         prefix=prefix,
         files=tuple(files),
         units=plan_units(tuple(files), config.part_bytes),
@@ -149,7 +149,7 @@ def check(config: PreprocessConfig) -> tuple[Job, Tokenizer, TextInputs]:
     return job, tokenizer, inputs
 
 
-def _check_special(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
+def _validate_special_tokens(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
     wanted = (
         ("--append-eod", config.append_eod, "an end of document", tokenizer.eod),
         ("--prepend-bos", config.prepend_bos, "a beginning of sequence", tokenizer.bos),
@@ -160,12 +160,12 @@ def _check_special(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
             raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
 
 
-def _checked_format(config: PreprocessConfig, path: Path) -> str:
+def _validated_format(config: PreprocessConfig, path: Path) -> str:
     found = format_of(path, config.input_format)
     if found in (PARQUET, ARROW):
-        from megatron_cream.corpus.columnar import check_columns
+        from megatron_cream.corpus.columnar import validate_columns
 
-        check_columns(str(path), found, config.fields())
+        validate_columns(str(path), found, config.fields())
     return found
 
 
@@ -186,20 +186,20 @@ _LARGEST_PART = 1 << 40
 _MOST_PARTS = 1_000_000
 
 
-def check_values(config: PreprocessConfig) -> None:
+def validate_settings(config: PreprocessConfig) -> None:
     """Refuse a setting that cannot work, whatever the input is.
 
     Raises:
         UserError: naming the flag, the value and what it needs.
     """
-    check_count("--workers", config.workers, fewest=1, most=_MOST_WORKERS)
-    check_count("--min-tokens", config.min_tokens, fewest=1)
-    check_count("--max-tokens", config.max_tokens, fewest=1)
-    check_count("--seq-length", config.seq_length, fewest=1)
-    check_count("--target-length", config.target_length, fewest=1)
-    check_count("--part-bytes", config.part_bytes, fewest=1, most=_LARGEST_PART)
-    check_count("--verify", config.verify, fewest=-1)
-    _check_choices(config)
+    validate_count("--workers", config.workers, fewest=1, most=_MOST_WORKERS)
+    validate_count("--min-tokens", config.min_tokens, fewest=1)
+    validate_count("--max-tokens", config.max_tokens, fewest=1)
+    validate_count("--seq-length", config.seq_length, fewest=1)
+    validate_count("--target-length", config.target_length, fewest=1)
+    validate_count("--part-bytes", config.part_bytes, fewest=1, most=_LARGEST_PART)
+    validate_count("--verify", config.verify, fewest=-1)
+    _validate_choices(config)
     if config.max_tokens is not None and config.max_tokens < config.min_tokens:
         raise UserError(
             f"--max-tokens {config.max_tokens}: needs at least --min-tokens, {config.min_tokens}"
@@ -207,25 +207,25 @@ def check_values(config: PreprocessConfig) -> None:
     if config.long_documents == "drop" and config.max_tokens is None:
         raise UserError("--long-documents drop: needs --max-tokens")
     index, count = config.shard
-    check_count(f"--shard {index}/{count}: a count of", count, fewest=1, most=MOST_SHARDS)
+    validate_count(f"--shard {index}/{count}: a count of", count, fewest=1, most=MOST_SHARDS)
     if not 0 <= index < count:
         raise UserError(f"--shard {index}/{count}: needs 0/{count} to {count - 1}/{count}")
     if not config.fields().names:
         raise UserError("--json-key: needs at least one name")
-    _check_standard_input(config)
+    _validate_standard_input(config)
     if config.ray is not None:
         from megatron_cream.corpus.executors import import_ray
 
         import_ray()
 
 
-def check_count(flag: str, value: int | None, fewest: int, most: int = LARGEST_COUNT) -> None:
+def validate_count(flag: str, value: int | None, fewest: int, most: int = LARGEST_COUNT) -> None:
     """Refuse a number outside ``fewest`` to ``most``; None is a flag that is not given."""
     if value is not None and not fewest <= value <= most:
         raise UserError(f"{flag} {value}: needs {fewest} to {most}")
 
 
-def check_part_bytes(config: PreprocessConfig, total_bytes: int) -> None:
+def validate_part_bytes(config: PreprocessConfig, total_bytes: int) -> None:
     """Refuse parts so small that their files would be too many for a folder."""
     if total_bytes // config.part_bytes > _MOST_PARTS:
         raise UserError(
@@ -234,7 +234,7 @@ def check_part_bytes(config: PreprocessConfig, total_bytes: int) -> None:
         )
 
 
-def _check_choices(config: PreprocessConfig) -> None:
+def _validate_choices(config: PreprocessConfig) -> None:
     choices = (
         ("--long-documents", config.long_documents, ("split", "drop")),
         ("--on-error", config.on_error, ("fail", "skip")),
@@ -247,7 +247,7 @@ def _check_choices(config: PreprocessConfig) -> None:
             raise UserError(f"{flag} {value}: needs one of {names}")
 
 
-def _check_standard_input(config: PreprocessConfig) -> None:
+def _validate_standard_input(config: PreprocessConfig) -> None:
     if str(STDIN) not in config.input:
         return
     if config.workers > 1 or config.ray is not None or config.shard[1] > 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a long text may be cut so that the ids of the parts, in a row, are the ids of the whole.
+"""Finds where to cut a long text so that the ids of the parts, in a row, are those of the whole.
 
 Two kinds of tokenizers have such places. One that splits text into words first (a pre-tokenizer)
 never merges across words: the text is cut between two words, and each cut is tried on the real
@@ -29,7 +29,7 @@ _BEFORE_LINE_END = re.compile(r"(?<=[^\n])(?=\n)")
 
 
 @dataclass(frozen=True)
-class Cutter:
+class TextSplitter:
     """Finds cuts for one tokenizer.
 
     Attributes:
@@ -59,52 +59,54 @@ class Cutter:
         return None
 
 
-def find_cutter(tokenizer: Tokenizer) -> Cutter | None:
+def find_text_splitter(tokenizer: Tokenizer) -> TextSplitter | None:
     """Return how texts may be cut for ``tokenizer``, None if they may not."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _line_cutter(tokenizer, tokenizer.pieces)
+        return _line_splitter(tokenizer, tokenizer.pieces)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return Cutter(re.compile(""), 0, lambda left, right: True)
+        return TextSplitter(re.compile(""), 0, lambda left, right: True)
     description = tokenizer.description
     if description["model"].get("type") != "BPE" or not _plain_added_tokens(description):
         return None
     if description.get("pre_tokenizer") is None:
-        return _line_cutter(tokenizer, list(description["model"]["vocab"]))
+        return _line_splitter(tokenizer, list(description["model"]["vocab"]))
     normalizer = description.get("normalizer")
     if normalizer is not None and normalizer.get("type") not in ("NFC", "NFKC"):
         return None
-    return Cutter(_BETWEEN_WORDS, 0, lambda left, right: _between_words(tokenizer, left, right))
+    return TextSplitter(
+        _BETWEEN_WORDS, 0, lambda left, right: _between_words(tokenizer, left, right)
+    )
 
 
 def encode_pieces(
-    tokenizer: Tokenizer, cutter: Cutter | None, pieces: Iterable[str]
+    tokenizer: Tokenizer, splitter: TextSplitter | None, pieces: Iterable[str]
 ) -> Iterator[np.ndarray]:
     """Yield the ids of a text that comes in pieces, cut anywhere, ``[tokens]`` at a time."""
     first = True
-    for part in _parts(cutter, pieces):
+    for part in _parts(splitter, pieces):
         (ids,) = tokenizer.encode([part])
-        yield ids if first or cutter is None else ids[cutter.dropped :]
+        yield ids if first or splitter is None else ids[splitter.dropped :]
         first = False
 
 
-def encode_long(tokenizer: Tokenizer, cutter: Cutter | None, text: str) -> np.ndarray:
+def encode_long(tokenizer: Tokenizer, splitter: TextSplitter | None, text: str) -> np.ndarray:
     """Return the ids of a text, encoded in parts where it is long."""
     starts = range(0, len(text), CUT_CHARACTERS)
     pieces = (text[start : start + CUT_CHARACTERS] for start in starts)
-    return np.concatenate(list(encode_pieces(tokenizer, cutter, pieces)))
+    return np.concatenate(list(encode_pieces(tokenizer, splitter, pieces)))
 
 
-def _parts(cutter: Cutter | None, pieces: Iterable[str]) -> Iterator[str]:
-    """Cut a text of many pieces anew, where ``cutter`` says."""
+def _parts(splitter: TextSplitter | None, pieces: Iterable[str]) -> Iterator[str]:
+    """Cut a text of many pieces anew, where ``splitter`` says."""
     waiting: list[str] = []
     size = 0
     for piece in pieces:
         waiting.append(piece)
         size += len(piece)
-        if cutter is None or size < CUT_CHARACTERS:
+        if splitter is None or size < CUT_CHARACTERS:
             continue
         text = "".join(waiting)
-        tries = (cutter.last(text, max(size - far, 1), size - _CONTEXT) for far in _SEARCHED)
+        tries = (splitter.last(text, max(size - far, 1), size - _CONTEXT) for far in _SEARCHED)
         at = next(filter(None, tries), None)
         if at is None:
             waiting = [text]
@@ -131,7 +133,7 @@ def _between_words(tokenizer: HuggingFaceTokenizer, left: str, right: str) -> bo
     return whole == before + after
 
 
-def _line_cutter(tokenizer: Tokenizer, pieces: list[str]) -> Cutter | None:
+def _line_splitter(tokenizer: Tokenizer, pieces: list[str]) -> TextSplitter | None:
     if any("\n" in piece for piece in pieces):
         return None
     line_end, twice, spaced, plain = (
@@ -142,4 +144,4 @@ def _line_cutter(tokenizer: Tokenizer, pieces: list[str]) -> Cutter | None:
         return None
     if len(spaced) <= len(plain):
         return None
-    return Cutter(_BEFORE_LINE_END, 1, lambda left, right: True)
+    return TextSplitter(_BEFORE_LINE_END, 1, lambda left, right: True)

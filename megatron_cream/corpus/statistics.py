@@ -130,7 +130,7 @@ class Counts:
         self.listed += listed[: LISTED_ERRORS - len(self.listed)]
 
 
-def make_note(
+def make_metadata(
     settings: dict[str, Any], lengths: Lengths, documents: int, median: float, counts: Counts
 ) -> dict[str, Any]:
     """Return the content of ``PREFIX.json``.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished parts of a job on disk: tokens, lengths, hashes and a note that makes a part count.
+"""Stores the finished parts of a job: tokens, lengths, hashes and a note that makes a part count.
 
 A part without its note was being written when its process ended, and is written again.
 """
@@ -21,7 +21,7 @@ LISTED_ERRORS = 1000
 
 
 @dataclass
-class PartNote:
+class PartMetadata:
     """What a part holds, and where its unit goes on.
 
     Attributes:
@@ -61,7 +61,7 @@ class PartWriter:
     def __init__(
         self, folder: Path, unit: int, number: int, dtype: np.dtype, *, hashed: bool
     ) -> None:
-        self.note = PartNote(hashed=hashed)
+        self.note = PartMetadata(hashed=hashed)
         self._stem = part_stem(folder, unit, number)
         self._dtype = dtype
         self._lengths: list[int] = []
@@ -129,12 +129,12 @@ class PartWriter:
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedPart:
     """A finished part."""
 
     stem: str
     unit: int
-    note: PartNote
+    note: PartMetadata
 
     @property
     def bin(self) -> str:
@@ -155,9 +155,9 @@ def part_stem(folder: Path, unit: int, number: int) -> str:
     return str(folder / f"{unit:08d}-{number:06d}")
 
 
-def finished_parts(folder: Path, unit: int, dtype: np.dtype) -> list[Part]:
+def finished_parts(folder: Path, unit: int, dtype: np.dtype) -> list[EncodedPart]:
     """Return the whole parts of a unit, in order, as far as they follow each other."""
-    parts: list[Part] = []
+    parts: list[EncodedPart] = []
     while parts == [] or parts[-1].note.next is not None:
         part = _read_part(part_stem(folder, unit, len(parts)), unit, dtype)
         if part is None:
@@ -166,10 +166,10 @@ def finished_parts(folder: Path, unit: int, dtype: np.dtype) -> list[Part]:
     return parts
 
 
-def _read_part(stem: str, unit: int, dtype: np.dtype) -> Part | None:
+def _read_part(stem: str, unit: int, dtype: np.dtype) -> EncodedPart | None:
     """A part whose files are as long as its note says; None for one that is not whole."""
     try:
-        note = _note_of(json.loads(Path(stem + ".json").read_bytes()))
+        note = _metadata_of(json.loads(Path(stem + ".json").read_bytes()))
         sizes = {".bin": note.tokens * dtype.itemsize, ".len": note.documents * 8}
         if note.hashed:
             sizes[".hash"] = note.documents * HASH_BYTES
@@ -177,11 +177,11 @@ def _read_part(stem: str, unit: int, dtype: np.dtype) -> Part | None:
             return None
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return Part(stem, unit, note)
+    return EncodedPart(stem, unit, note)
 
 
-def _note_of(content: dict[str, Any]) -> PartNote:
-    note = PartNote(**content)
+def _metadata_of(content: dict[str, Any]) -> PartMetadata:
+    note = PartMetadata(**content)
     note.next = None if note.next is None else tuple(note.next)
     return note
 

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_cream.errors import UserError
 
 
-def check_model(path: Path, needed: str) -> None:
+def validate_model_file(path: Path, needed: str) -> None:
     """Raise FileNotFoundError, naming what is ``needed``, where there is no file."""
     if not path.is_file():
         raise FileNotFoundError(f"--tokenizer-model {path}: not found, needs {needed}")
@@ -100,7 +100,7 @@ class HuggingFaceTokenizer:
     def __init__(self, model: str | Path) -> None:
         path = Path(model)
         path = path / "tokenizer.json" if path.is_dir() else path
-        check_model(path, "a tokenizer.json or a folder that holds one")
+        validate_model_file(path, "a tokenizer.json or a folder that holds one")
         self._tokenizer = read_tokenizer_json(path)
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.eod = self._special_id(path.parent, "eos_token")
@@ -165,7 +165,7 @@ class SentencePieceTokenizer:
     name = "SentencePieceTokenizer"
 
     def __init__(self, model: str | Path) -> None:
-        check_model(Path(model), "a SentencePiece .model file")
+        validate_model_file(Path(model), "a SentencePiece .model file")
         from sentencepiece import SentencePieceProcessor
 
         self._processor = SentencePieceProcessor()

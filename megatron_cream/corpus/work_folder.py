@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_cream import ownership
-from megatron_cream.corpus.job import Job
+from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.data.indexed import INDEX_MAGIC
 from megatron_cream.errors import UserError
 
@@ -24,7 +24,7 @@ SUFFIXES = (".bin", ".hashes", ".json", ".idx")
 MARK = ".whole"
 
 
-def check_absent(prefix: str, overwrite: bool) -> None:
+def validate_absent(prefix: str, overwrite: bool) -> None:
     """Refuse a prefix that has any of the files already, unless they may be overwritten.
 
     Only a dataset may be: a file of another kind that happens to have one of the names is kept.
@@ -46,7 +46,7 @@ def check_absent(prefix: str, overwrite: bool) -> None:
             )
 
 
-def check_prefix(prefix: str) -> None:
+def validate_prefix(prefix: str) -> None:
     """Refuse an output that names no file, or a place where no folder can be made.
 
     Raises:
@@ -80,7 +80,7 @@ def publish(staged: str, prefix: str, overwrite: bool) -> tuple[str, ...]:
     for suffix in new:
         _sync(staged + suffix)
     # Once more: another job may have written there since this one was checked.
-    check_absent(prefix, overwrite)
+    validate_absent(prefix, overwrite)
     write_whole(staged + MARK, json.dumps(new).encode())
     try:
         finish_publishing(staged, prefix)
@@ -219,7 +219,7 @@ class WorkFolder:
         finally:
             os.close(self._lock)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """In a forked worker: close its copy of the lock, which is to end with this process."""
         os.close(self._lock)
 
@@ -227,11 +227,11 @@ class WorkFolder:
         """Say whether a whole dataset is here that was not, or in part, moved to its place."""
         return is_whole(self.staged)
 
-    def is_of(self, job: Job) -> bool:
+    def is_of(self, job: PreprocessJob) -> bool:
         """Say whether ``job`` is the one whose parts are here."""
         return self._found() == _settings(job)
 
-    def claim(self, job: Job, *, restart: bool) -> int:
+    def claim(self, job: PreprocessJob, *, restart: bool) -> int:
         """Make the folder this job's; returns how many parts it has already.
 
         Args:
@@ -245,7 +245,7 @@ class WorkFolder:
         if found is None:
             ownership.empty(self.path, self.kind)
         elif found != _settings(job):
-            _refuse_other(self.prefix, self.path, found, _settings(job))
+            _raise_other_job(self.prefix, self.path, found, _settings(job))
         write_whole(str(self.path / _JOB), json.dumps(_settings(job)).encode())
         for pattern in (f"{_STAGED}.*", "*.tmp"):
             for left in self.path.glob(pattern):
@@ -278,11 +278,11 @@ class WorkFolder:
         return found
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def _settings(job: PreprocessJob) -> dict[str, Any]:
     return json.loads(json.dumps({**job.settings(), "shard": job.shard}))
 
 
-def _refuse_other(
+def _raise_other_job(
     prefix: str, folder: Path, found: dict[str, Any], wanted: dict[str, Any]
 ) -> NoReturn:
     name = next((name for name in wanted if found.get(name) != wanted[name]), "version")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pipeline stage hands its model.
+"""Builds the batch of a pipeline stage.
 
 Megatron's own batch function gives middle pipeline stages nothing and takes position ids away
 from the last one; RoPE turns queries and keys on every stage. Here each stage gets position ids:
@@ -60,7 +60,7 @@ def get_batch(args: Namespace, data_iterator: Iterator | None, vp_stage: int | N
         batch = _tokens_and_positions(args, data_iterator, packed)
     else:
         batch = _positions(args, data_iterator, packed)
-    scale = batch.pop("scale", None)  # one a sample: not to be cut
+    scale = batch.pop("scale", None)  # one per sample: not to be cut
     batch = get_batch_on_this_cp_rank(
         {"cu_seqlens": None, "cu_seqlens_padded": None, **batch},
         is_hybrid_cp=False,

@@ -227,7 +227,7 @@ class SpanDataset(MegatronDataset):
 
     @property
     def epoch_size(self) -> int:
-        """Samples an epoch."""
+        """Samples per epoch."""
         return len(self.sources)
 
     def __len__(self) -> int:

@@ -5,7 +5,8 @@ A source is a stretch of consecutive tokens in the ``.bin`` file that one sample
 document. ``document``: each document. ``window``: documents cut every T tokens, so that a book
 gives many samples instead of its first T tokens. ``packed``: all documents in a row, cut every T
 tokens, so that short ones are used too; documents are then apart only by their end-of-document
-token. ``packed-documents``: documents as with ``window``, short ones too, several a sample, apart.
+token. ``packed-documents``: documents as with ``window``, short ones too, several per sample,
+apart.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ def test_shards_share_the_bytes(job):
     Path(job.input[0]).write_text('{"text": "some text of a line"}\n' * 200)
     owned = []
     for index in range(5):
-        planned = settings.check(replace(job, shard=(index, 5), part_bytes=100))[0]
+        planned = settings.plan_job(replace(job, shard=(index, 5), part_bytes=100))[0]
         owned.append(planned.own_units())
     assert sorted(unit for units in owned for unit in units) == list(range(len(planned.units)))
     sizes = [sum(map(planned.unit_size, units)) for units in owned]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cream.corpus.jsonl import Fields
-from megatron_cream.corpus.readers import Piece, read_piece
+from megatron_cream.corpus.readers import InputSpan, read_span
 from megatron_cream.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -31,7 +31,7 @@ def write(path, column, kind="file"):
 
 def read(path):
     format = "parquet" if path.suffix == ".parquet" else "arrow"
-    return [record.text for record in read_piece(Piece(str(path), format), Fields())]
+    return [record.text for record in read_span(InputSpan(str(path), format), Fields())]
 
 
 def with_offset(path, name, i, value):

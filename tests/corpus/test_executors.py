@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cream.corpus import executors as module
-from megatron_cream.corpus.settings import check
+from megatron_cream.corpus.settings import plan_job
 from megatron_cream.corpus.tokenizers import train_bpe
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
@@ -91,7 +91,7 @@ from megatron_cream.corpus.work_folder import WorkFolder
 folder, (read, write) = WorkFolder(sys.argv[1], 'merging'), os.pipe()
 worker = os.fork()
 if not worker:
-    sys.argv[2] == "lets go" and folder.let_go()
+    sys.argv[2] == "lets go" and folder.release()
     os.write(write, b".")
     time.sleep(60)
 try:
@@ -128,7 +128,7 @@ def _die_in_worker(*arguments):
 
 def test_dead_worker_is_an_error_and_not_a_hang(job, monkeypatch):
     config = replace(job, workers=2, **PARTS)
-    planned, tokenizer, _ = check(config)
+    planned, tokenizer, _ = plan_job(config)
     planned.folder.mkdir()
     monkeypatch.setattr(module, "_work", _die_in_worker)
     with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
@@ -142,8 +142,8 @@ def test_fresh_worker_that_dies_while_it_starts_is_not_waited_for(job, tmp_path,
     code = "import os, sys\nif 'spawn_main' in str(sys.orig_argv): os._exit(1)\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(module, "start_method", lambda: "spawn")
-    planned, tokenizer, _ = check(job)
+    monkeypatch.setattr(module, "choose_start_method", lambda: "spawn")
+    planned, tokenizer, _ = plan_job(job)
     planned.folder.mkdir()
     units = planned.own_units() * (100_000 if long == "job" else 2)
     if long != "job":
@@ -161,7 +161,7 @@ def _die_with_the_lock(next_unit, *arguments):
 
 @pytest.mark.timeout(60)
 def test_worker_that_dies_with_a_lock_is_not_waited_for(job, monkeypatch):
-    planned, tokenizer, _ = check(replace(job, workers=2, **PARTS))
+    planned, tokenizer, _ = plan_job(replace(job, workers=2, **PARTS))
     planned.folder.mkdir()
     monkeypatch.setattr(module, "_work", _die_with_the_lock)
     with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
@@ -170,7 +170,7 @@ def test_worker_that_dies_with_a_lock_is_not_waited_for(job, monkeypatch):
 
 def test_bytes_read_add_up_to_the_input(job):
     config = replace(job, **PARTS)
-    planned, tokenizer, inputs = check(config)
+    planned, tokenizer, inputs = plan_job(config)
     planned.folder.mkdir()
     assert len(planned.units) > 2
     for _ in range(2):  # the second time every part is finished already

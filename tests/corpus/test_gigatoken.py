@@ -16,8 +16,12 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from megatron_cream.corpus import engine, split_points
 from megatron_cream.corpus import gigatoken as module
 from megatron_cream.corpus.engine import choose_engine
-from megatron_cream.corpus.gigatoken import FastTokenizer, NotFast, fast_source
-from megatron_cream.corpus.split_points import encode_pieces, find_cutter
+from megatron_cream.corpus.gigatoken import (
+    GigatokenTokenizer,
+    GigatokenUnsupported,
+    gigatoken_source,
+)
+from megatron_cream.corpus.split_points import encode_pieces, find_text_splitter
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
 
 pytest.importorskip("gigatoken")
@@ -86,7 +90,7 @@ def reference(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(reference):
-    return FastTokenizer(fast_source(reference), lambda: reference)
+    return GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
 
 
 @settings(max_examples=400, deadline=None)
@@ -131,7 +135,7 @@ def test_texts_in_pieces_give_the_ids_of_the_whole(reference, tokenizer, texts, 
         patch.setattr(split_points, "CUT_CHARACTERS", size)
         patch.setattr(split_points, "_CONTEXT", 4)
         for each in (reference, tokenizer):
-            rows = list(encode_pieces(each, find_cutter(reference), pieces))
+            rows = list(encode_pieces(each, find_text_splitter(reference), pieces))
             assert np.concatenate(rows).tolist() == reference.encode([text])[0].tolist()
 
 
@@ -140,7 +144,7 @@ def test_long_texts_are_cut(reference, tokenizer, monkeypatch):
     calls = []
     monkeypatch.setattr(type(reference), "encode", _counting(type(reference).encode, calls))
     text = WORDS * 200
-    ids = split_points.encode_long(reference, find_cutter(reference), text)
+    ids = split_points.encode_long(reference, find_text_splitter(reference), text)
     assert len(calls) >= 10 and max(calls) < 4000
     assert ids.tolist() == tokenizer.encode([text])[0].tolist()
 
@@ -164,11 +168,11 @@ def test_added_tokens_that_reach_across_cuts_forbid_them(tmp_path, token):
     description["added_tokens"].append(added)
     description["model"]["vocab"][token["content"]] = 300
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
-    assert find_cutter(load_tokenizer("HuggingFaceTokenizer", tmp_path)) is None
+    assert find_text_splitter(load_tokenizer("HuggingFaceTokenizer", tmp_path)) is None
 
 
 def test_cache_is_bounded(reference, monkeypatch):
-    tokenizer = FastTokenizer(fast_source(reference), lambda: reference)
+    tokenizer = GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
     monkeypatch.setattr(module, "_CHECK_CHARACTERS", 10)
     resident = iter([10**13, 10**13, 0, 0, 0, 0])
     monkeypatch.setattr(module, "_resident_bytes", lambda: next(resident))
@@ -182,27 +186,29 @@ def test_cache_is_bounded(reference, monkeypatch):
 
 def test_engine_is_chosen_and_said(reference):
     chosen, line = choose_engine("auto", reference, [WORDS])
-    assert isinstance(chosen, FastTokenizer)
+    assert isinstance(chosen, GigatokenTokenizer)
     assert line.startswith("tokenizing with gigatoken, compared with ")
     chosen, line = choose_engine("reference", reference, [WORDS])
     assert chosen is None and line.startswith("tokenizing with ")
 
 
 def test_any_difference_refuses_the_fast_engine(reference, monkeypatch):
-    true_encode = FastTokenizer.encode
+    true_encode = GigatokenTokenizer.encode
     wrong = "some text of the job"
 
     def encode(self, texts):
         rows = true_encode(self, texts)
         return [row[::-1] if wrong in text else row for row, text in zip(rows, texts, strict=True)]
 
-    monkeypatch.setattr(FastTokenizer, "encode", encode)
+    monkeypatch.setattr(GigatokenTokenizer, "encode", encode)
     chosen, line = choose_engine("auto", reference, [wrong])
     assert chosen is None
     assert "gigatoken gives other ids, token 0 is [" in line
     with pytest.raises(ValueError, match="--engine fast: gigatoken gives other ids, token 0"):
         choose_engine("fast", reference, [wrong])
-    checked = engine.CheckedTokenizer(FastTokenizer(fast_source(reference), lambda: reference))
+    checked = engine.CheckedTokenizer(
+        GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
+    )
     assert checked.encode(["fine"])[0].tolist() == reference.encode(["fine"])[0].tolist()
     with pytest.raises(ValueError, match="differs from the reference tokenizer: token 0"):
         checked.encode([wrong])
@@ -229,20 +235,20 @@ def test_tokenizers_that_gigatoken_does_not_take(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--engine fast: gigatoken does not take this model"):
         choose_engine("fast", unigram, [])
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    with pytest.raises(NotFast, match="gigatoken is not installed"):
-        fast_source(unigram)
+    with pytest.raises(GigatokenUnsupported, match="gigatoken is not installed"):
+        gigatoken_source(unigram)
 
 
 def test_verifying_reads_the_first_documents(tmp_path):
     from megatron_cream.corpus.jsonl import Fields
-    from megatron_cream.corpus.readers import Piece
+    from megatron_cream.corpus.readers import InputSpan
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\nbroken\n{"text": "two"}\n{"text": "three"}\n')
-    pieces = [Piece(str(path), "jsonl")] * 2
-    assert list(engine.first_texts(pieces, Fields(), 2)) == ["one", "two"]
-    assert list(engine.first_texts(pieces, Fields(), 4)) == ["one", "two", "three", "one"]
-    assert list(engine.first_texts(pieces, Fields(), 0)) == []
+    pieces = [InputSpan(str(path), "jsonl")] * 2
+    assert list(engine.sample_texts(pieces, Fields(), 2)) == ["one", "two"]
+    assert list(engine.sample_texts(pieces, Fields(), 4)) == ["one", "two", "three", "one"]
+    assert list(engine.sample_texts(pieces, Fields(), 0)) == []
 
 
 def test_importing_the_package_needs_no_gigatoken():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_cream.corpus import jsonl, readers
 from megatron_cream.corpus.jsonl import BadRecord, Fields
-from megatron_cream.corpus.readers import Piece, lines_before, read_piece, text_of
+from megatron_cream.corpus.readers import InputSpan, lines_before, read_span, text_of
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200)
 PARSERS = ["orjson", "json"]
@@ -122,7 +122,7 @@ def test_pieces_of_any_size_give_every_line_once(tmp_path_factory, lines, size, 
         found = [
             (record.text, first + record.number)
             for first, start in zip(before, starts, strict=True)
-            for record in read_piece(Piece(str(path), "jsonl", start, start + size), Fields())
+            for record in read_span(InputSpan(str(path), "jsonl", start, start + size), Fields())
         ]
     assert [text for text, _ in found] == [text for text, _ in lines]
     rows = data.split(b"\n")
@@ -144,11 +144,11 @@ def test_a_byte_order_mark_is_one_at_the_start_of_a_file_only(tmp_path, start):
 def test_reading_goes_on_from_any_record(tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(pack(name, b"".join(b'{"text": "%d"}\n\n' % i for i in range(50))))
-    piece = Piece(str(path), "jsonl")
-    every = list(read_piece(piece, Fields()))
+    piece = InputSpan(str(path), "jsonl")
+    every = list(read_span(piece, Fields()))
     assert [record.text for record in every] == [str(i) for i in range(50)]
     for i in (0, 1, 30, 49):
-        rest = read_piece(piece, Fields(), every[i].offset, every[i].number)
+        rest = read_span(piece, Fields(), every[i].offset, every[i].number)
         assert list(rest) == every[i + 1 :]
 
 
@@ -159,7 +159,7 @@ def test_long_files_come_in_pieces(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
 
     def pieces():
-        for record in read_piece(Piece(str(path), "text"), Fields()):
+        for record in read_span(InputSpan(str(path), "text"), Fields()):
             yield from record.text
 
     path.write_bytes(text.encode())

@@ -38,7 +38,7 @@ def working(job):
 def unfinished(job, run, monkeypatch, working):
     """Leaves a job that was killed when its parts were there."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(module, "finish", killed)
+        patch.setattr(module, "build_dataset", killed)
         run(job, **PARTS)
     assert ownership.marked_kind(working) == PREPROCESSING
     return working
@@ -157,7 +157,7 @@ def test_an_empty_input_is_not_the_current_folder(job, run, tmp_path, monkeypatc
 def test_a_finished_job_ends_well_and_is_not_done_again(job, run, outputs, monkeypatch):
     run(job, append_eod=True)
     before = outputs(job.output_prefix)
-    monkeypatch.setattr(module, "_make", killed)
+    monkeypatch.setattr(module, "_run_job", killed)
     for changes in ({}, {"workers": 2}, PARTS, {"restart": True}):
         stats = run(job, append_eod=True, **changes)
         assert stats.documents == 12
@@ -310,9 +310,9 @@ def test_a_document_longer_than_an_index_can_say(tmp_path):
 
 
 def test_standard_input_is_never_finished_before(job):
-    from megatron_cream.corpus.settings import check
+    from megatron_cream.corpus.settings import plan_job
 
-    planned = check(replace(job, input=("-",)))[0]
+    planned = plan_job(replace(job, input=("-",)))[0]
     assert planned.fingerprint(()) is None
     assert not module.is_dataset_of(planned, ())
 

@@ -218,7 +218,7 @@ def test_interrupt_half_way_keeps_what_is_finished(job, monkeypatch, run, output
 def test_settings_are_checked_before_anything_is_read(
     job, monkeypatch, changes, message, run, left_in
 ):
-    monkeypatch.setattr(encode, "read_piece", pytest.fail)
+    monkeypatch.setattr(encode, "read_span", pytest.fail)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(job, **changes)
     assert left_in(job) == []

@@ -20,7 +20,7 @@ import pytest
 
 from megatron_cream.corpus import jsonl
 from megatron_cream.corpus.jsonl import Fields
-from megatron_cream.corpus.readers import Piece, read_documents, read_piece
+from megatron_cream.corpus.readers import InputSpan, read_documents, read_span
 from megatron_cream.corpus.tokenizers import train_bpe
 from megatron_cream.corpus.work_folder import PREPROCESSING, WorkFolder
 from megatron_cream.ownership import MARK_NAME
@@ -114,7 +114,7 @@ def test_damaged_parts_are_made_again(big, run, outputs, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "finish", stop)
+        patch.setattr(module, "build_dataset", stop)
         run(big, part_bytes=20_000)
     files = sorted(glob.glob(big.output_prefix + ".parts/*-*"))
     assert len(files) > 100
@@ -131,7 +131,7 @@ def test_other_settings_do_not_continue(big, run, monkeypatch):
     from megatron_cream.corpus import preprocess as module
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(module, "finish", lambda *arguments: 1 / 0)
+        patch.setattr(module, "build_dataset", lambda *arguments: 1 / 0)
         run(big)
     with pytest.raises(ValueError, match=r"another min_tokens \(1, this one 3\); needs the same"):
         run(big, min_tokens=3)
@@ -292,7 +292,7 @@ def test_broken_lines_are_never_taken_for_good(tmp_path, monkeypatch, parser):
             broken += expected_of(line) is None
     path = tmp_path / "fuzz.jsonl"
     path.write_bytes(b"\n".join(lines))
-    found = list(read_piece(Piece(str(path), "jsonl"), Fields()))
+    found = list(read_span(InputSpan(str(path), "jsonl"), Fields()))
     assert [record.number for record in found] == list(range(1, len(lines) + 1))
     for line, record in zip(lines, found, strict=True):
         assert record.text == expected_of(line), line

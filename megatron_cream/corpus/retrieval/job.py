@@ -16,20 +16,20 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_cream.corpus.engine import choose_engine
-from megatron_cream.corpus.executors import one_thread, start_method
-from megatron_cream.corpus.gigatoken import FastSource, FastTokenizer
+from megatron_cream.corpus.executors import choose_start_method, use_one_thread
+from megatron_cream.corpus.gigatoken import GigatokenSource, GigatokenTokenizer
 from megatron_cream.corpus.retrieval.documents import DocumentMaker
 from megatron_cream.corpus.retrieval.haystack import read_haystack
 from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS
-from megatron_cream.corpus.statistics import Counts, make_note, measure
+from megatron_cream.corpus.statistics import Counts, make_metadata, measure
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import (
     RETRIEVAL,
     WorkFolder,
-    check_absent,
-    check_prefix,
     finish_publishing,
     publish,
+    validate_absent,
+    validate_prefix,
 )
 from megatron_cream.data.indexed import token_dtype, write_index
 from megatron_cream.errors import UserError
@@ -74,10 +74,10 @@ def make_dataset(
         OSError: a file that is missing or exists, or cannot be written.
     """
     _check(config)
-    with WorkFolder(config.output_prefix, RETRIEVAL) as folder, one_thread():
+    with WorkFolder(config.output_prefix, RETRIEVAL) as folder, use_one_thread():
         if folder.is_whole():
             finish_publishing(folder.staged, config.output_prefix)
-        check_absent(config.output_prefix, config.overwrite)
+        validate_absent(config.output_prefix, config.overwrite)
         maker = _maker(config)
         _choose_engine(config, maker, say)
         note = _write(config, maker, folder.staged, progress)
@@ -93,7 +93,7 @@ def _check(config: RetrievalConfig) -> None:
             raise UserError(f"{flag} is {value}: it must be at least 1")
     if config.seed < 0:
         raise UserError(f"--seed is {config.seed}: it must be 0 or more")
-    check_prefix(config.output_prefix)
+    validate_prefix(config.output_prefix)
 
 
 def _maker(config: RetrievalConfig) -> DocumentMaker:
@@ -129,7 +129,7 @@ def _write(
     write_index(staged + ".idx", dtype, [(lengths, ones)], config.documents, config.documents)
     settings = _noted(config, maker.tokenizer, dtype)
     found = Counts({}, longest=config.length)
-    note = make_note(settings, measure(lengths), config.documents, float(config.length), found)
+    note = make_metadata(settings, measure(lengths), config.documents, float(config.length), found)
     Path(staged + ".json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return note
 
@@ -161,7 +161,7 @@ def _blocks(config: RetrievalConfig, maker: DocumentMaker, dtype: np.dtype) -> I
     if config.workers == 1:
         yield from (_make_block(maker, *one) for one in ranges)
         return
-    context = get_context(start_method())
+    context = get_context(choose_start_method())
     workers = min(config.workers, len(ranges))
     given = (config, getattr(maker.tokenizer, "source", None))
     with ProcessPoolExecutor(workers, context, _start, given) as pool:
@@ -175,14 +175,14 @@ def _make_block(maker: DocumentMaker, first: int, end: int, dtype: np.dtype) -> 
 _workers_maker: DocumentMaker | None = None
 
 
-def _start(config: RetrievalConfig, source: FastSource | None) -> None:
+def _start(config: RetrievalConfig, source: GigatokenSource | None) -> None:
     """In a worker, which may be a fresh interpreter: make its own maker."""
     global _workers_maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _workers_maker = _maker(config)
     if source is not None:
         reference = _workers_maker.tokenizer
-        _workers_maker.tokenizer = FastTokenizer(source, lambda: reference)
+        _workers_maker.tokenizer = GigatokenTokenizer(source, lambda: reference)
 
 
 def _in_worker(block: tuple[int, int, np.dtype]) -> np.ndarray:
