@@ -135,7 +135,7 @@ def test_a_byte_order_mark_is_one_at_the_start_of_a_file_only(tmp_path, start):
     path = tmp_path / "a.jsonl"
     line = b'{"text": "one"}\n'
     path.write_bytes((b"\xef\xbb\xbf" if not start else b"") + line + b"\xef\xbb\xbf" + line)
-    found = list(read_piece(Piece(str(path), "jsonl", start, path.stat().st_size), Fields()))
+    found = list(read_span(InputSpan(str(path), "jsonl", start, path.stat().st_size), Fields()))
     assert [record.text for record in found] == ([None] if start else ["one", None])
     assert found[-1].error.kind == "broken JSON"
 

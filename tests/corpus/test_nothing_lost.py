@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from megatron_cream import ownership
+from megatron_cream.corpus import merge as merge_module
 from megatron_cream.corpus import preprocess as module
 from megatron_cream.corpus.merge import merge_datasets
 from megatron_cream.corpus.work_folder import MERGING, PREPROCESSING, SUFFIXES
-from megatron_cream.corpus import merge as merge_module
 from megatron_cream.errors import UserError
 
 PARTS = {"part_bytes": 200}
