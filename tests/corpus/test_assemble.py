@@ -47,8 +47,9 @@ def test_shards_make_the_same_dataset(job, run, outputs, count, changes):
         merge_datasets(shards[1:], merged, overwrite=True)
     with pytest.raises(ValueError, match="with one given twice"):
         merge_datasets([*shards, shards[0]], merged, overwrite=True)
+    assert "finished before: " in merge_datasets(shards, merged)
     with pytest.raises(ValueError, match="exists, needs a new prefix or --overwrite"):
-        merge_datasets(shards, merged)
+        merge_datasets(shards[1:], merged)
 
 
 def test_shards_of_other_jobs_do_not_go_together(job, run):
