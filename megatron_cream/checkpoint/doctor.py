@@ -182,5 +182,6 @@ def _record_fits(section: Section) -> bool:
                         while file.read(_BLOCK):
                             pass
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError):
+        # A damaged header may ask for a compression, a version or a key that zipfile does not have.
         return False
     return True

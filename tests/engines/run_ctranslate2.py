@@ -10,7 +10,7 @@ from runner import Refused, main
 def logits(folder: str, work: str, sequences: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     try:
         TransformersConverter(folder).convert(f"{work}.ct2", force=True)
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # how the converter refuses a RoPE
         raise Refused(str(error)) from None
     model = ctranslate2.Generator(f"{work}.ct2", device="cpu", compute_type="float32")
     return {
