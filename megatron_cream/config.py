@@ -12,7 +12,7 @@ from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
 from megatron_cream.positions.mixed import Mixed, check_share
 from megatron_cream.positions.scaled import Scaled
 from megatron_cream.rope import RopeScaling, compose, make_scaling
-from megatron_cream.rope.clex.scaling import scale_of, scales_up_to
+from megatron_cream.rope.clex import scale_of, scales_up_to
 
 LABEL_RULES = ("true-next", "masked", "reference")
 SAMPLE_UNITS = ("document", "window", "packed", "packed-documents")

@@ -21,7 +21,7 @@ MODULES = (
     "megatron_cream.rope",
     "megatron_cream.corpus.preprocess",
     "megatron_cream.planning.propose",
-    "megatron_cream.checkpoint.saved",
+    "megatron_cream.checkpoint.metadata",
     "megatron_cream.evaluation.position_report",
     "megatron_cream.training.arguments",
 )

@@ -31,15 +31,15 @@ def main() -> None:
     with one_line_errors():
         script = find_script(sys.argv[1:])
         del sys.argv[1]
-        refuse_restart(sys.argv[1:])
-        machine.refuse_without_launcher(f"megatron_cream.launch {script.name}", sys.argv[1:])
-        entry.stand_in_if_asked()
+        validate_no_restart(sys.argv[1:])
+        machine.require_launcher(f"megatron_cream.launch {script.name}", sys.argv[1:])
+        entry.install_cpu_stand_in()
         # As python itself does, and before megatron's import: the script finds what stands beside
         # it, in a clone of Megatron-LM also the megatron it belongs to.
         sys.path.insert(0, str(script.parent))
-        refuse_other_releases()
-    serve_parser()
-    trainer = serve_trainer()
+        validate_megatron_release()
+    patch_parser()
+    trainer = patch_pretrain()
     sys.argv[0] = str(script)
     runpy.run_path(str(script), run_name="__main__")
     with one_line_errors():
@@ -68,7 +68,7 @@ def find_script(words: list[str]) -> Path:
     return script.resolve()
 
 
-def refuse_restart(flags: list[str]) -> None:
+def validate_no_restart(flags: list[str]) -> None:
     """Refuse --inprocess-restart: a script has the trainer alone called again, without arguments.
 
     Raises:
@@ -81,7 +81,7 @@ def refuse_restart(flags: list[str]) -> None:
         )
 
 
-def refuse_other_releases() -> None:
+def validate_megatron_release() -> None:
     """Refuse a megatron of another release than this package is made for.
 
     pip sees to it for an installed one; a clone beside the script comes before that.
@@ -99,7 +99,7 @@ def refuse_other_releases() -> None:
         )
 
 
-def serve_parser() -> None:
+def patch_parser() -> None:
     """Have a script's parser know our flags, and check them. Idempotent.
 
     Symbol: ``megatron.training.arguments.parse_and_validate_args``. The script hands its arguments
@@ -127,7 +127,7 @@ def serve_parser() -> None:
     arguments.parse_and_validate_args = parse_and_validate_args
 
 
-def serve_trainer() -> Callable[..., Any]:
+def patch_pretrain() -> Callable[..., Any]:
     """Have a script's call of the trainer train on our data, positions and angles. Idempotent.
 
     Symbol: ``megatron.training.training.pretrain``, and its second name ``megatron.training
@@ -178,8 +178,8 @@ def swap(call: dict[str, Any]) -> None:
     """
     from megatron.training import get_args
 
-    from megatron_cream.checkpoint.saved import SETTINGS_KEY
-    from megatron_cream.training.data import datasets_provider
+    from megatron_cream.checkpoint.metadata import SETTINGS_KEY
+    from megatron_cream.training.datasets import datasets_provider
     from megatron_cream.training.step import forward_step
 
     args = get_args()

@@ -165,7 +165,7 @@ def empty(folder: Path, kind: str) -> None:
             os.unlink(entry.path)
 
 
-def refuse_inside(path: str | os.PathLike[str], folder: Path, where: str) -> None:
+def validate_outside(path: str | os.PathLike[str], folder: Path, where: str) -> None:
     """Refuse an input that lies in the working folder of an output, links followed.
 
     Raises:

@@ -22,8 +22,8 @@ from megatron_cream.training import entry, machine
 def main() -> None:
     """Parse, check and train; bad input ends in one line and exit status 2."""
     with one_line_errors():
-        machine.refuse_without_launcher("megatron_cream.pretrain", sys.argv[1:])
-        entry.stand_in_if_asked()
+        machine.require_launcher("megatron_cream.pretrain", sys.argv[1:])
+        entry.install_cpu_stand_in()
         args = prepare()
     train(args)
 
@@ -42,9 +42,9 @@ def prepare() -> Namespace:
 def train(args: Namespace) -> None:
     """Hand over to Megatron's ``pretrain``, once or as often as --inprocess-restart asks for."""
     if args.inprocess_restart:
-        from megatron_cream.training import restart
+        from megatron_cream.extras import inprocess_restart
 
-        restart.run(start, args)
+        inprocess_restart.run(start, args)
     else:
         start(args)
 
@@ -55,11 +55,11 @@ def start(args: Namespace, **more: Any) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_cream.training import hooks
-    from megatron_cream.training.data import datasets_provider
+    from megatron_cream.mcore import hooks
+    from megatron_cream.training.datasets import datasets_provider
     from megatron_cream.training.step import forward_step
 
-    config = hooks.stock_config(args)
+    config = hooks.megatron_config(args)
     entry.ready(args, config)
     pretrain(
         pretrain_cfg_container_from_args(args, config),

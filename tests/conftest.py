@@ -13,7 +13,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 @pytest.fixture(scope="session")
 def cpu_megatron():
     """Megatron importable in this process with the CPU standing in for the GPU."""
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     cpu.install()
     import megatron.training  # noqa: F401

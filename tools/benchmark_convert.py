@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from megatron_cream.checkpoint.config_json import config_fields
-from megatron_cream.checkpoint.shape import ModelShape
-from megatron_cream.checkpoint.shards import ShardWriter, TensorPlan
-from megatron_cream.checkpoint.weights import HfWeights
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.safetensors_reader import HfWeights
+from megatron_cream.checkpoint.safetensors_writer import ShardWriter, TensorPlan
 
 _COPY = """
 import os, shutil, sys
@@ -38,12 +38,12 @@ for name in os.listdir(sys.argv[1]):
 """
 _IMPORT = """
 import megatron.training.arguments
-from megatron_cream.checkpoint.importing import import_checkpoint
+from megatron_cream.checkpoint.import_hf import import_checkpoint
 import_checkpoint(sys.argv[1], sys.argv[2])
 """
 _EXPORT = """
 import megatron.core.dist_checkpointing
-from megatron_cream.checkpoint.exporting import export_checkpoint
+from megatron_cream.checkpoint.export_hf import export_checkpoint
 export_checkpoint(sys.argv[1], sys.argv[2])
 """
 _TIMED = """

@@ -18,12 +18,12 @@ import time
 import torch
 
 from megatron_cream.errors import one_line_errors
-from megatron_cream.evaluation.cases import Haystack, Kit
 from megatron_cream.evaluation.checks import parse_length
+from megatron_cream.evaluation.forward import Pass
 from megatron_cream.evaluation.generation import NEW_TOKENS, generated_hit
-from megatron_cream.evaluation.huggingface import HuggingFaceModel
-from megatron_cream.evaluation.opening import check_vocabulary, open_prompt
-from megatron_cream.evaluation.passes import Pass
+from megatron_cream.evaluation.haystacks import Haystack, Kit
+from megatron_cream.evaluation.hf_model import HuggingFaceModel
+from megatron_cream.evaluation.models import check_vocabulary, open_prompt
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.scoring import CaseScore, jobs, make_pass, read_scores
 from megatron_cream.evaluation.tables import markdown, short

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from megatron_cream.errors import MissingPackageError, one_line_errors
-from megatron_cream.rope.clex import on_gpu
-from megatron_cream.rope.clex.ode import Field, grid, solve
+from megatron_cream.extras.clex import on_gpu
+from megatron_cream.extras.clex.ode import Field, grid, solve
 
 Result = tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]
 

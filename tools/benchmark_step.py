@@ -125,7 +125,7 @@ def _step(
         loss = model(input_ids=tokens, position_ids=positions, attention_mask=None, labels=tokens)
         loss.float().mean().backward()
     if clex:
-        from megatron_cream.rope.clex.gradients import weights_gradient
+        from megatron_cream.extras.clex.gradients import weights_gradient
 
         table = model.rotary_pos_emb.table
         weights_gradient(table, float(len(scales)))
@@ -156,7 +156,8 @@ def _model(
     from megatron.core.transformer import TransformerConfig
 
     from megatron_cream.checkpoint.loading import initialize_one_process
-    from megatron_cream.rope import install_rotary, make_scaling
+    from megatron_cream.mcore.install_rotary import install_rotary
+    from megatron_cream.rope import make_scaling
 
     initialize_one_process()
     config = TransformerConfig(

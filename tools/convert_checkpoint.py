@@ -66,11 +66,11 @@ def convert(args: argparse.Namespace) -> str:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.task == "import":
-        from megatron_cream.checkpoint.importing import describe, import_checkpoint
+        from megatron_cream.checkpoint.import_hf import describe, import_checkpoint
 
         return describe(import_checkpoint(args.hf, args.output, dtype), args.output)
     most = shard_bytes(args.max_shard_size)
-    from megatron_cream.checkpoint.exporting import describe, export_checkpoint
+    from megatron_cream.checkpoint.export_hf import describe, export_checkpoint
 
     return describe(
         export_checkpoint(args.checkpoint, args.output, args.hf, dtype, most), args.output

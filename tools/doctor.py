@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with one_line_errors():
         from megatron_cream.checkpoint.doctor import examine
-        from megatron_cream.checkpoint.whole import go_on_before
+        from megatron_cream.checkpoint.integrity import go_on_before
 
         report = examine(args.checkpoint)
         print("\n".join(report.lines()))

@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> str:
             "note: --lengths is not used: the cases of --cases-file have their own", file=sys.stderr
         )
     if args.cpu and args.checkpoint is not None:
-        from megatron_cream.training import cpu
+        from megatron_cream.mcore import cpu
 
         cpu.install()
     from megatron_cream.evaluation.run import run as evaluate

@@ -11,13 +11,7 @@ from megatron_cream.errors import one_line_errors
 from megatron_cream.evaluation.position_plots import draw, validate_picture_path
 from megatron_cream.evaluation.position_report import describe
 from megatron_cream.positions import STRATEGIES, Strategy, coverage, make_strategy
-from megatron_cream.positions.cream import (
-    GAUSSIANS,
-    SIGMA,
-    SIGMA_RELATIVE,
-    WIDE,
-    default_widths,
-)
+from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
 from megatron_cream.positions.mixed import Mixed
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 

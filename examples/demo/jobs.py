@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_cream import torchrun
-from megatron_cream.training import cpu
+from megatron_cream.mcore import cpu
 
 MODEL = [
     *("--num-layers", "3", "--hidden-size", "128", "--ffn-hidden-size", "384"),
@@ -122,7 +122,7 @@ def perplexities(
 ) -> dict[str, Any]:
     """Return the results of one run's checkpoint, with other settings if given."""
     cpu.install()
-    from megatron_cream.evaluation.opening import open_model
+    from megatron_cream.evaluation.models import open_model
     from megatron_cream.evaluation.score_documents import score_perplexity
 
     options = Namespace(
@@ -144,7 +144,7 @@ def perplexities(
 
 def export(folder: Path, run: str, name: str) -> str:
     """Write a run's model for transformers, its tokenizer beside it; return lines that load it."""
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
 
     output = folder / name
     shutil.rmtree(output, ignore_errors=True)

@@ -73,7 +73,7 @@ fi
 # Its cross entropy kernel is ready in a second; before 2.19 it was not one to train with.
 if [ "${1:-}" != --smoke ] && "$PYTHON" -c "
 import sys
-from megatron_cream.training.cross_entropy import why_absent
+from megatron_cream.extras.te_cross_entropy import why_absent
 reason = why_absent()
 sys.exit(reason and f'without --te-cross-entropy: it needs {reason}')"; then
     MACHINE_ARGS+=(--te-cross-entropy)

@@ -43,7 +43,7 @@ SMOKE = {
 
 def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: list[str]) -> None:
     """Write the results of every task to ``output/TASK``."""
-    from megatron_cream.evaluation.opening import open_model
+    from megatron_cream.evaluation.models import open_model
     from megatron_cream.evaluation.run import check
     from megatron_cream.evaluation.score_cases import score_cases
     from megatron_cream.evaluation.score_documents import score_perplexity

@@ -10,10 +10,10 @@ from argparse import ArgumentParser, Namespace
 import torch
 
 from megatron_cream.checkpoint.config_json import WINDOWED
-from megatron_cream.checkpoint.families import FAMILIES
-from megatron_cream.checkpoint.flags import described_shape, kind_flags, size_flags
-from megatron_cream.checkpoint.saved import SETTINGS_KEY
-from megatron_cream.checkpoint.shape import ModelShape
+from megatron_cream.checkpoint.metadata import SETTINGS_KEY
+from megatron_cream.checkpoint.model_flags import described_shape, kind_flags, size_flags
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.weight_map import FAMILIES
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 
@@ -71,7 +71,7 @@ def shape_from_arguments(args: Namespace, architecture: str | None = None) -> Mo
     Raises:
         UserError: a model that no family describes, naming the flag.
     """
-    _refuse_unlike_llama(args)
+    _validate_llama_like(args)
     shape = described_shape(args, architecture)
     _check_features(shape)
     return shape
@@ -94,7 +94,7 @@ _LIKE_LLAMA = (
 )
 
 
-def _refuse_unlike_llama(args: Namespace) -> None:
+def _validate_llama_like(args: Namespace) -> None:
     for attribute, needed, flag in _LIKE_LLAMA:
         value = getattr(args, attribute, needed)
         if value != needed and not (needed is False and value is None):

@@ -121,7 +121,7 @@ def wait() -> None:
     _reader.submit(lambda: None).result()
 
 
-def serve_saves() -> None:
+def patch_saves() -> None:
     """Have checksums written after each save, also an asynchronous one. Idempotent.
 
     Symbol: ``megatron.core.dist_checkpointing.save``, which Megatron's trainer calls by that name

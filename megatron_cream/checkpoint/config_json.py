@@ -6,8 +6,8 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-from megatron_cream.checkpoint.families import FAMILIES, Family
-from megatron_cream.checkpoint.shape import ModelShape
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.weight_map import FAMILIES, Family
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import MOST, flag, integer, number
 
@@ -37,7 +37,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     architecture, family = _architecture(config)
     config = _ABSENT.get(family.model_type, {}) | config
     check_values(config)
-    _refuse_unserved(config, family)
+    _validate_features(config, family)
     heads = _integer(config, "num_attention_heads")
     hidden = _integer(config, "hidden_size")
     groups = integer(config, "num_key_value_heads", heads)
@@ -176,7 +176,7 @@ _SERVED = (
 )
 
 
-def _refuse_unserved(config: dict[str, Any], family: Family) -> None:
+def _validate_features(config: dict[str, Any], family: Family) -> None:
     for key, served in _SERVED:
         value = config.get(key, served[0])
         if value not in served:

@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 
 from megatron_cream.checkpoint import checksums
+from megatron_cream.checkpoint.integrity import problems
 from megatron_cream.checkpoint.iterations import (
     folder_named,
     is_iteration,
     read_tracker,
     without_tracker,
 )
-from megatron_cream.checkpoint.records import Place, Table, read_table
 from megatron_cream.checkpoint.section import Section
-from megatron_cream.checkpoint.stored import data_start
-from megatron_cream.checkpoint.whole import problems
+from megatron_cream.checkpoint.torch_dist_reader import data_start
+from megatron_cream.checkpoint.torch_dist_table import Place, Table, read_table
 from megatron_cream.errors import UserError
 
 _MEGATRONS = "integrity.json"  # of --verify-integrity

@@ -12,10 +12,10 @@ from math import prod
 import numpy as np
 import torch
 
-from megatron_cream.checkpoint.families import Row, ranges
-from megatron_cream.checkpoint.shape import ModelShape
-from megatron_cream.checkpoint.shards import ShardWriter, TensorPlan
-from megatron_cream.checkpoint.stored import StoredTensors
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.safetensors_writer import ShardWriter, TensorPlan
+from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
+from megatron_cream.checkpoint.weight_map import Row, ranges
 from megatron_cream.errors import UserError
 
 BLOCK_BYTES = 64 << 20

@@ -14,13 +14,13 @@ from megatron.core import dist_checkpointing, mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_cream.checkpoint.saved import arguments_in, latest_checkpoint, saved_extension
+from megatron_cream.checkpoint.integrity import check
+from megatron_cream.checkpoint.metadata import arguments_in, latest_checkpoint, saved_extension
 from megatron_cream.checkpoint.unpickling import only_listed_globals
-from megatron_cream.checkpoint.whole import check
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.training.hooks import model_config
-from megatron_cream.training.hybrid import without_stages
+from megatron_cream.extras.hybrid import without_stages
+from megatron_cream.mcore.hooks import model_config
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """How many ranks the model is spread over to be evaluated; each size is Megatron's flag."""
 
     tensor: int = 1
@@ -52,7 +52,7 @@ class Layout:
         return self.tensor * self.pipeline * self.context
 
 
-ONE_PROCESS = Layout()
+ONE_PROCESS = ParallelLayout()
 
 # Layout and memory choices of the run that saved the model; evaluation needs none of them.
 _UNUSED = {
@@ -76,7 +76,7 @@ _UNUSED = {
 }
 
 
-# What only GPUs have, turned off as by megatron_cream.training.cpu.FLAGS.
+# What only GPUs have, turned off as by megatron_cream.mcore.cpu.FLAGS.
 _ON_CPU = {
     "transformer_impl": "local",
     "use_cpu_initialization": True,
@@ -93,7 +93,7 @@ _ON_CPU = {
 }
 
 
-def initialize(layout: Layout) -> None:
+def initialize(layout: ParallelLayout) -> None:
     """Set Megatron's parallel state up: for this process alone, or for torchrun's. Idempotent.
 
     Raises:
@@ -130,7 +130,7 @@ def initialize_one_process() -> None:
 
 
 def load_model(
-    path: str, extension: ExtensionConfig | None = None, layout: Layout = ONE_PROCESS
+    path: str, extension: ExtensionConfig | None = None, layout: ParallelLayout = ONE_PROCESS
 ) -> LoadedModel:
     """Load this rank's part of the latest checkpoint under ``path``.
 
@@ -158,7 +158,7 @@ def load_model(
             f"--checkpoint is {path}: it was not trained by megatron_cream, so it does not say "
             "how its positions are interpolated"
         )
-    _refuse_untrained(path, args, extension)
+    _validate_clex_weights(path, args, extension)
     initialize(layout)
     vars(args).update(_UNUSED)
     args.tensor_model_parallel_size = layout.tensor
@@ -183,7 +183,7 @@ def load_model(
     return LoadedModel(chunks[0].eval(), extension, args)
 
 
-def _refuse_untrained(path: str, args: Namespace, extension: ExtensionConfig) -> None:
+def _validate_clex_weights(path: str, args: Namespace, extension: ExtensionConfig) -> None:
     """Refuse CLEX where the checkpoint has no weights of it, or others."""
     before = saved_extension(args)
     if not extension.draws_scales:

@@ -86,7 +86,7 @@ def check_output(output: Path, reads: Iterable[Path] = ()) -> Path:
     if os.path.ismount(real):
         raise UserError(f"{where}: a disk is mounted there; it must be a folder on that disk")
     for folder in reads:
-        ownership.refuse_inside(folder, _partial(real), where)
+        ownership.validate_outside(folder, _partial(real), where)
     ownership.check_usable(_partial(real), _kind(real), where)
     return real
 

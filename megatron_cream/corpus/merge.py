@@ -124,7 +124,7 @@ def _validate_arguments(prefixes: Sequence[str], output: str) -> None:
             raise UserError(f"--input {prefix!r}: names no dataset, needs its path without suffix")
         if os.path.realpath(prefix + ".bin") == os.path.realpath(output + ".bin"):
             raise UserError(f"{where}: {prefix} is an input, needs another prefix")
-        ownership.refuse_inside(prefix + ".bin", Path(output + ".parts"), where)
+        ownership.validate_outside(prefix + ".bin", Path(output + ".parts"), where)
 
 
 def _read(prefixes: Sequence[str]) -> list[InputDataset]:

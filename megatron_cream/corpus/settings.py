@@ -110,7 +110,7 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
     _validate_special_tokens(config, tokenizer)
     if config.tokenizer_model is not None:
         where = f"--output-prefix {prefix}"
-        ownership.refuse_inside(config.tokenizer_model, Path(prefix + ".parts"), where)
+        ownership.validate_outside(config.tokenizer_model, Path(prefix + ".parts"), where)
     inputs = find_inputs(config.input)
     targets = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
     files = []
@@ -120,7 +120,7 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
             continue
         if os.path.realpath(path) in targets:
             raise UserError(f"--output-prefix {prefix}: {path} is an input, needs another prefix")
-        ownership.refuse_inside(path, Path(prefix + ".parts"), f"--output-prefix {prefix}")
+        ownership.validate_outside(path, Path(prefix + ".parts"), f"--output-prefix {prefix}")
         files.append(InputFile.of(path, _validated_format(config, path)))
     validate_part_bytes(config, sum(file.size for file in files))
     job = PreprocessJob(

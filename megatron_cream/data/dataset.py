@@ -25,7 +25,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.indexed import read_index
 from megatron_cream.data.sources import Sources, fewest_tokens, make_sources
 from megatron_cream.errors import UserError
-from megatron_cream.positions import Layout, Span, Strategy, philox
+from megatron_cream.positions import SampleLayout, Span, Strategy, philox
 from megatron_cream.positions.scaled import Scaled
 
 _NO_TOKEN = np.zeros(1, dtype=np.int64)  # label where no token follows
@@ -87,7 +87,7 @@ class SpanReader:
         self.__dict__.update(state)
         self.tokens = self._open()
 
-    def read(self, source: int, layout: Layout) -> dict[str, np.ndarray]:
+    def read(self, source: int, layout: SampleLayout) -> dict[str, np.ndarray]:
         """Return the four arrays ``[train_length]`` of a sample, the caller's own.
 
         ``tokens``, ``labels`` and ``position_ids`` are int64, ``loss_mask`` is float32.
@@ -248,7 +248,7 @@ class SpanDataset(MegatronDataset):
         epoch, slot = divmod(int(idx), self.epoch_size)
         return self._epoch_order(epoch).item(slot)
 
-    def read(self, source: int, layout: Layout) -> dict[str, np.ndarray]:
+    def read(self, source: int, layout: SampleLayout) -> dict[str, np.ndarray]:
         """Return tokens, labels, loss mask and position ids of a source read at ``layout``."""
         return self.reader.read(source, layout)
 

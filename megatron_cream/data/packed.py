@@ -25,7 +25,7 @@ import torch
 from megatron_cream.data.dataset import SpanDataset
 from megatron_cream.data.sources import PACK_MULTIPLE
 from megatron_cream.errors import UserError
-from megatron_cream.positions import Layout, Strategy
+from megatron_cream.positions import SampleLayout, Strategy
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class PackedSpanDataset(SpanDataset):
             **_boundaries([len(part) for part in ids]),
         }
 
-    def _members(self, idx: int, draw: int) -> Iterator[tuple[int, Layout]]:
+    def _members(self, idx: int, draw: int) -> Iterator[tuple[int, SampleLayout]]:
         seed = self.config.extension.position_seed
         for i, source in enumerate(self.bins[self.chosen(idx)].tolist()):
             strategy = _for_length(self.strategy, int(self.trained[source]))

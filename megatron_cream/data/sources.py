@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.positions import Layout, Span, Strategy, philox
+from megatron_cream.positions import SampleLayout, Span, Strategy, philox
 
 PACK_MULTIPLE = 16
 """Packed documents are cut to multiples of this many tokens, whatever the layout of the run:
@@ -123,7 +123,7 @@ class Repetition:
 
 
 def repetition(
-    sources: Sources, epochs: float, layout_of: Callable[[int, int], Layout]
+    sources: Sources, epochs: float, layout_of: Callable[[int, int], SampleLayout]
 ) -> Repetition:
     """Return how often tokens are read by a run of so many epochs.
 

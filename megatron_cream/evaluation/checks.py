@@ -8,9 +8,9 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_cream.checkpoint.saved import latest_checkpoint
+from megatron_cream.checkpoint.metadata import latest_checkpoint
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation import published
+from megatron_cream.evaluation import published_cases
 from megatron_cream.evaluation.score_documents import document_tokens
 from megatron_cream.evaluation.store import SETTINGS
 
@@ -90,8 +90,8 @@ def _check_cases_file(args: Namespace) -> None:
             "--seeds says how many of the file's cases are taken"
         )
     for task in args.tasks:
-        published.check_task(task)
-    published.read_cases(args.cases_file)
+        published_cases.check_task(task)
+    published_cases.read_cases(args.cases_file)
 
 
 def _check_windows(args: Namespace) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_cream.evaluation.cases import Haystack
+from megatron_cream.evaluation.haystacks import Haystack
 
 # Most new tokens in the published scripts.
 NEW_TOKENS = {"longchat-lines": 35, "kv-retrieval": 50, "passkey": 20}

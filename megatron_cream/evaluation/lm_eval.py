@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_cream.checkpoint.saved import latest_checkpoint
+from megatron_cream.checkpoint.metadata import latest_checkpoint
 from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
-from megatron_cream.evaluation.passes import Pass
+from megatron_cream.evaluation.forward import Pass
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -75,20 +75,16 @@ class MegatronCreamLM(TemplateLM):
                 "checkpoint"
             )
         if cpu:
-            from megatron_cream.training import cpu as stand_in
+            from megatron_cream.mcore import cpu as stand_in
 
             stand_in.install()
-        from megatron_cream.evaluation.opening import (
-            check_vocabulary,
-            open_tokenizer,
-            refuse_without_gpu,
-        )
+        from megatron_cream.evaluation.models import check_vocabulary, open_tokenizer, require_gpu
 
-        refuse_without_gpu("cpu=true in --model_args")
-        from megatron_cream.checkpoint.loading import Layout
-        from megatron_cream.evaluation.megatron import MegatronModel
+        require_gpu("cpu=true in --model_args")
+        from megatron_cream.checkpoint.loading import ParallelLayout
+        from megatron_cream.evaluation.megatron_model import MegatronModel
 
-        self.model = MegatronModel(checkpoint, layout=Layout(tensor, pipeline))
+        self.model = MegatronModel(checkpoint, layout=ParallelLayout(tensor, pipeline))
         words = Namespace(
             hf=None,
             checkpoint=checkpoint,

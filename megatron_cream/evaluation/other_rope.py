@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
+from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig, rope_settings
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.passes import Model, Pass
+from megatron_cream.evaluation.forward import Model, Pass
 
 _FIRST_BUCKET = 256
 

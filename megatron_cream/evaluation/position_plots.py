@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.evaluation.position_report import percent, range_name
-from megatron_cream.positions import Coverage, Layout, Strategy
+from megatron_cream.positions import Coverage, SampleLayout, Strategy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def validate_picture_path(path: Path) -> None:
         raise UserError(f"--output is {path}: it must end in one of .{', .'.join(known)}")
 
 
-def draw(strategy: Strategy, result: Coverage, layouts: list[Layout], output: Path) -> None:
+def draw(strategy: Strategy, result: Coverage, layouts: list[SampleLayout], output: Path) -> None:
     """Write a picture of ``layouts`` (some samples) and of ``result`` (many) to ``output``.
 
     Raises:
@@ -104,7 +104,7 @@ def _style_x(axes: Axes, target: int) -> None:
     axes.set_xlabel("tokens: position above, relative distance below", fontsize=9.5, color=MUTED)
 
 
-def _draw_layouts(axes: Axes, strategy: Strategy, layouts: list[Layout]) -> None:
+def _draw_layouts(axes: Axes, strategy: Strategy, layouts: list[SampleLayout]) -> None:
     if all(len(getattr(layout, "chunks", ())) in range(1, MOST_BARS + 1) for layout in layouts):
         # In order of the middle or last chunk the rows draw the spread as a curve.
         layouts = sorted(layouts, key=lambda layout: layout.chunks[len(layout.chunks) // 2][0])
@@ -122,7 +122,7 @@ def _draw_layouts(axes: Axes, strategy: Strategy, layouts: list[Layout]) -> None
     axes.tick_params(axis="x", labelbottom=False)
 
 
-def _draw_chunks(axes: Axes, strategy: Strategy, layouts: list[Layout]) -> None:
+def _draw_chunks(axes: Axes, strategy: Strategy, layouts: list[SampleLayout]) -> None:
     from matplotlib.patches import Patch
 
     target = strategy.target_length
@@ -143,7 +143,7 @@ def _draw_chunks(axes: Axes, strategy: Strategy, layouts: list[Layout]) -> None:
         _legend(axes, handles=patches)
 
 
-def _draw_density(axes: Axes, strategy: Strategy, layouts: list[Layout]) -> None:
+def _draw_density(axes: Axes, strategy: Strategy, layouts: list[SampleLayout]) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     edges = _edges(0, strategy.target_length, ROW_BINS)

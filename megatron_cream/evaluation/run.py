@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.evaluation.checks import check
-from megatron_cream.evaluation.common import say_without_picture
-from megatron_cream.evaluation.opening import (
+from megatron_cream.evaluation.forward import Model
+from megatron_cream.evaluation.models import (
     check_vocabulary,
     open_documents,
     open_model,
     open_prompt,
 )
-from megatron_cream.evaluation.passes import Model
 from megatron_cream.evaluation.pictures import draw_suite
 from megatron_cream.evaluation.position_plots import has_matplotlib
+from megatron_cream.evaluation.progress import say_without_picture
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.score_cases import check_fit, score_cases
 from megatron_cream.evaluation.score_documents import document_tokens, score_perplexity

@@ -8,12 +8,12 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megatron_cream.evaluation import published
-from megatron_cream.evaluation.cases import Haystack, Kit
-from megatron_cream.evaluation.common import finish, progress_bar, settings, weighed
-from megatron_cream.evaluation.passes import Model
+from megatron_cream.evaluation import published_cases
+from megatron_cream.evaluation.forward import Model
+from megatron_cream.evaluation.haystacks import Haystack, Kit
+from megatron_cream.evaluation.progress import finish, progress_bar, settings, weighed
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.records import CASES, NUMBER_CASES, Record
+from megatron_cream.evaluation.result_files import CASES, NUMBER_CASES, Record
 from megatron_cream.evaluation.results import case_results
 from megatron_cream.evaluation.scoring import CaseScore, Job, jobs, make_pass, read_scores
 from megatron_cream.evaluation.store import Store
@@ -47,7 +47,7 @@ def case_settings(args: Namespace, model: Model, task: str, prompt: Prompt) -> d
         "first_seed": args.first_seed,
         "cases": args.cases,
         "cases_file": args.cases_file,
-        "cases_file_content": args.cases_file and published.content(args.cases_file),
+        "cases_file_content": args.cases_file and published_cases.content(args.cases_file),
         "most_tokens": args.most_tokens,
     }
 
@@ -60,7 +60,7 @@ def make_haystacks(args: Namespace, prompt: Prompt, task: str) -> list[Haystack]
     """
     kit = _kit(args, prompt, task)
     if args.cases_file is not None:
-        return published.read_haystacks(task, args.cases_file, kit, args.seeds, args.cases)
+        return published_cases.read_haystacks(task, args.cases_file, kit, args.seeds, args.cases)
     return _drawn(args, kit, task, args.lengths)
 
 
@@ -73,7 +73,7 @@ def check_fit(args: Namespace, prompt: Prompt, task: str) -> list[int]:
     kind = TASKS[task]
     kit = _kit(args, prompt, task)
     if args.cases_file is not None:
-        made = published.read_haystacks(task, args.cases_file, kit, args.seeds, args.cases)
+        made = published_cases.read_haystacks(task, args.cases_file, kit, args.seeds, args.cases)
         return [made[0].length]
     # What fits a length fits longer ones too, but for those that a task asks more of.
     reached = [[n for n in args.lengths if n >= least] for least in (1, *kind.harder_from)]

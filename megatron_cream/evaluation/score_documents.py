@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_cream.evaluation.common import finish, progress_bar, settings, weighed
-from megatron_cream.evaluation.opening import open_documents
-from megatron_cream.evaluation.passes import Model
+from megatron_cream.evaluation.forward import Model
+from megatron_cream.evaluation.models import open_documents
 from megatron_cream.evaluation.perplexity import cost, score_document
-from megatron_cream.evaluation.records import DOCUMENTS
+from megatron_cream.evaluation.progress import finish, progress_bar, settings, weighed
+from megatron_cream.evaluation.result_files import DOCUMENTS
 from megatron_cream.evaluation.results import perplexity_results
 from megatron_cream.evaluation.store import Store
 

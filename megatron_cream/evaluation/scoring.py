@@ -15,8 +15,8 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from megatron_cream.evaluation.cases import Haystack, Tail
-from megatron_cream.evaluation.passes import Pass, Scores
+from megatron_cream.evaluation.forward import Pass, Scores
+from megatron_cream.evaluation.haystacks import Haystack, Tail
 
 _MOST_MASK = 2**26  # values of a tail mask
 

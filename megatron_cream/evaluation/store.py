@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.records import Kind, Record, read_object, read_records
+from megatron_cream.evaluation.result_files import Kind, Record, read_object, read_records
 
 SETTINGS, CASES, RESULT = "settings.json", "cases.jsonl", "result.json"
 _SEAL = "seal"  # key of a line of CASES: hash of the line and of the settings it was made with

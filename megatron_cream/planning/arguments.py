@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 
-from megatron_cream.checkpoint.flags import described_shape
-from megatron_cream.checkpoint.shape import ModelShape
-from megatron_cream.planning.layout import Layout, Workload
+from megatron_cream.checkpoint.model_flags import described_shape
+from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.planning.memory import ParameterBytes
+from megatron_cream.planning.parallel_layout import ParallelLayout, Workload
 
 # What the closed forms of ``memory`` hold for: (attribute, the value it must have, its flag).
 _HOLDS_FOR = (
@@ -71,9 +71,9 @@ def shape_from_args(args: Namespace) -> ModelShape:
     return dataclasses.replace(described_shape(args), vocabulary=args.padded_vocab_size)
 
 
-def layout_from_args(args: Namespace) -> Layout:
+def layout_from_args(args: Namespace) -> ParallelLayout:
     """Return the layout; Megatron has computed the data parallel size."""
-    return Layout(
+    return ParallelLayout(
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
         context=args.context_parallel_size,

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from megatron_cream.errors import UserError
-from megatron_cream.planning.layout import Layout, Workload
 from megatron_cream.planning.models import BaseModel, megatron_flags
+from megatron_cream.planning.parallel_layout import ParallelLayout, Workload
 from megatron_cream.torchrun import ONE_NODE
 
 
 def run_flags(
-    shape: BaseModel, layout: Layout, work: Workload, target: int, iterations: int
+    shape: BaseModel, layout: ParallelLayout, work: Workload, target: int, iterations: int
 ) -> dict[str, list[str]]:
     """Return the flags of ``megatron_cream.pretrain`` by theme; paths are shell variables.
 
@@ -49,7 +49,7 @@ def run_flags(
     }
 
 
-def layout_flags(layout: Layout) -> list[str]:
+def layout_flags(layout: ParallelLayout) -> list[str]:
     """Return Megatron's flags for a layout; the data parallel size is what remains."""
     flags = ["--tensor-model-parallel-size", str(layout.tensor)]
     flags += ["--sequence-parallel"] if layout.tensor > 1 else []

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_cream.checkpoint.shape import ModelShape
-from megatron_cream.planning.layout import Layout, Workload
+from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.planning.memory import layer_matrices, stage_parameters
 from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.parallel_layout import ParallelLayout, Workload
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def measured_mfu() -> float:
 
 
 def step_time(
-    shape: ModelShape, layout: Layout, work: Workload, gpu: Gpu, mfu: float, node: int = 8
+    shape: ModelShape, layout: ParallelLayout, work: Workload, gpu: Gpu, mfu: float, node: int = 8
 ) -> Step:
     """Return the seconds of a step on ``layout``.
 
@@ -114,7 +114,7 @@ def step_time(
     )
 
 
-def _stage_flops(shape: ModelShape, layout: Layout, work: Workload) -> list[float]:
+def _stage_flops(shape: ModelShape, layout: ParallelLayout, work: Workload) -> list[float]:
     """Operations of one GPU of each stage for one micro-batch."""
     tokens = work.seq_length * work.micro_batch / (layout.context * layout.tensor)
     again = 4 / 3 if layout.recompute else 1.0
@@ -125,7 +125,7 @@ def _stage_flops(shape: ModelShape, layout: Layout, work: Workload) -> list[floa
 
 
 def activation_seconds(
-    shape: ModelShape, layout: Layout, work: Workload, gpu: Gpu, node: int = 8
+    shape: ModelShape, layout: ParallelLayout, work: Workload, gpu: Gpu, node: int = 8
 ) -> float:
     """Return the seconds in which a GPU of the fullest stage sends activations in a step.
 
@@ -150,7 +150,7 @@ def activation_seconds(
     return layout.micro_batches(work) * each
 
 
-def replica_seconds(shape: ModelShape, layout: Layout, gpu: Gpu, node: int = 8) -> float:
+def replica_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, node: int = 8) -> float:
     """Return the seconds in which a GPU scatters fp32 gradients and gathers bf16 weights."""
     replicas = layout.context * layout.data
     parameters = max(stage_parameters(shape, layout, s) for s in range(layout.pipeline))
@@ -175,7 +175,7 @@ def _ring_speed(gpu: Gpu, stride: int, ranks: int, node: int) -> float:
     return 1e9 * min(gpu.node_gbs, members * gpu.network_gbs)
 
 
-def _update(shape: ModelShape, layout: Layout, batches: int, gpu: Gpu) -> float:
+def _update(shape: ModelShape, layout: ParallelLayout, batches: int, gpu: Gpu) -> float:
     """Seconds in which weights and gradients go through the GPU's memory.
 
     Bytes a parameter: each micro-batch's gradient is read (2) and added up in fp32 (8); once a

@@ -21,7 +21,7 @@ from megatron_cream.planning.arguments import layout_from_args, shape_from_args,
 from megatron_cream.planning.memory import stage_parameters
 from megatron_cream.planning.report import stage_line
 from megatron_cream.planning.stages import RankView, rank_view
-from megatron_cream.positions import Layout
+from megatron_cream.positions import SampleLayout
 from megatron_cream.positions.coverage import Tally
 
 _SHOWN = 3  # samples whose positions are printed
@@ -40,7 +40,7 @@ class DryRun:
     """
 
     views: tuple[RankView, ...]
-    layouts: tuple[Layout, ...]
+    layouts: tuple[SampleLayout, ...]
     args: Namespace
     extension: ExtensionConfig
 
@@ -92,7 +92,7 @@ def _trained_frequencies(extension: ExtensionConfig, dim: int) -> int:
     return extension.scaling(dim).option("param_factor") * dim**2
 
 
-def _check_positions(index: int, layout: Layout) -> None:
+def _check_positions(index: int, layout: SampleLayout) -> None:
     ids = layout.position_ids
     if len(ids) != layout.train_length or (np.diff(ids) < 1).any():
         raise UserError(f"sample {index} has {len(ids)} positions that do not all increase")
@@ -139,7 +139,7 @@ def _position_lines(run: DryRun) -> list[str]:
     return [head, *(f"  sample {i}: {_pieces(layout)}" for i, layout in enumerate(shown))]
 
 
-def _pieces(layout: Layout) -> str:
+def _pieces(layout: SampleLayout) -> str:
     runs = layout.runs()
     if runs is None:
         ids = layout.position_ids

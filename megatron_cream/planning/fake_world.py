@@ -56,7 +56,7 @@ def prepare() -> None:
         RuntimeError: it has process groups already, or has started a GPU.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     cpu.install()
     import torch
@@ -76,9 +76,10 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-    from megatron_cream.training import arguments, cpu
-    from megatron_cream.training.flags import check_flags, check_model
-    from megatron_cream.training.refusals import megatrons_refusals
+    from megatron_cream.mcore import cpu
+    from megatron_cream.mcore.validation_errors import megatron_validation_errors
+    from megatron_cream.training import arguments
+    from megatron_cream.training.validate import check_flags, check_model
 
     with _command_line(cpu.FLAGS * ("--cpu" in argv), argv, world_size):
         given = parse_args(arguments.add_arguments)
@@ -87,7 +88,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
     # What is built here is built from Megatron's local modules.
     with _command_line(argv, [*cpu.FLAGS, "--fake-process-group"], world_size):
         args = parse_args(arguments.add_arguments)
-        with megatrons_refusals(args):
+        with megatron_validation_errors(args):
             validate_args(args)
         if args.padded_vocab_size is None:  # what loading the tokenizer would set
             args.padded_vocab_size = calculate_padded_vocab_size(
@@ -207,7 +208,7 @@ def build(args: Namespace, extension: ExtensionConfig, groups: Any) -> list[Any]
     """Build the model chunks of the rank this process is, unwrapped, as training builds them."""
     import torch
 
-    from megatron_cream.training.hooks import model_config
+    from megatron_cream.mcore.hooks import model_config
 
     config = model_config(buildable(args), extension)
     builder = config.get_builder_cls()(config)

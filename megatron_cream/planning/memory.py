@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_cream.checkpoint.shape import ModelShape
-from megatron_cream.planning.layout import Layout, Workload, padded_vocab
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.planning.parallel_layout import ParallelLayout, Workload, padded_vocab
 
 GIB = 2**30
 
@@ -79,7 +79,7 @@ def layer_norms(shape: ModelShape) -> int:
     return 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
 
 
-def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
+def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
     """Return the parameters on each GPU of a pipeline stage; padding of the vocabulary counts."""
     layers = len(layout.stages(shape.layers)[stage])
     matrices = layers * layer_matrices(shape)
@@ -111,7 +111,7 @@ def output_activations(shape: ModelShape, tensor: int = 1) -> float:
 
 def stage_memory(
     shape: ModelShape,
-    layout: Layout,
+    layout: ParallelLayout,
     work: Workload,
     stage: int,
     parameters: int | None = None,
@@ -144,7 +144,7 @@ def stage_memory(
     )
 
 
-def peak_memory(shape: ModelShape, layout: Layout, work: Workload) -> StageMemory:
+def peak_memory(shape: ModelShape, layout: ParallelLayout, work: Workload) -> StageMemory:
     """Return the memory of the stage that needs most."""
     stages = (stage_memory(shape, layout, work, stage) for stage in range(layout.pipeline))
     return max(stages, key=lambda memory: memory.total)

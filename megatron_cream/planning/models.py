@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.checkpoint.config_json import shape_from_config, window_of
-from megatron_cream.checkpoint.families import FAMILIES
-from megatron_cream.checkpoint.flags import kind_flags, size_flags
-from megatron_cream.checkpoint.shape import ModelShape
+from megatron_cream.checkpoint.model_flags import kind_flags, size_flags
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.weight_map import FAMILIES
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
 from megatron_cream.rope.huggingface import scaling_from_hf
@@ -146,7 +146,7 @@ def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
             an unknown interpolation.
     """
     shape = shape_from_config(config)
-    _refuse_unplanned(shape)
+    _validate_plannable(shape)
     scaling = scaling_from_hf(config)
     released_with = {
         "rope_type": scaling.name,
@@ -162,7 +162,7 @@ def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
     )
 
 
-def _refuse_unplanned(shape: ModelShape) -> None:
+def _validate_plannable(shape: ModelShape) -> None:
     if shape.experts:
         dense = [name for name, family in FAMILIES.items() if not family.experts]
         raise UserError(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from megatron_cream.errors import UserError
 from megatron_cream.planning.cost import Gpu, Step, model_flops, step_time
-from megatron_cream.planning.layout import Layout, Workload, layouts
 from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
 from megatron_cream.planning.models import BaseModel
+from megatron_cream.planning.parallel_layout import ParallelLayout, Workload, layouts
 
 LARGEST_SEARCH = 65536
 """GPUs up to which a smallest cluster is looked for."""
@@ -43,7 +43,7 @@ class Plan:
         step: seconds by part.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     work: Workload
     memory: StageMemory
     step: Step

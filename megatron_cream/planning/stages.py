@@ -132,7 +132,7 @@ def _tensor_rank() -> int:
 
 
 def _check_rotary(chunk: Any, args: Namespace, extension: ExtensionConfig, rank: int) -> None:
-    from megatron_cream.rope.rotary import PositionRotaryEmbedding
+    from megatron_cream.mcore.rotary import PositionRotaryEmbedding
     from megatron_cream.training.arguments import rotary_dim
 
     rotary = getattr(chunk, "rotary_pos_emb", None)

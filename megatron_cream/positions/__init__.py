@@ -20,10 +20,18 @@ from megatron_cream.errors import UserError
 from megatron_cream.positions.contiguous import Full, RandPos
 from megatron_cream.positions.coverage import Coverage, coverage
 from megatron_cream.positions.cream import Cream
-from megatron_cream.positions.layout import Layout, Span, Strategy
+from megatron_cream.positions.layout import SampleLayout, Span, Strategy
 from megatron_cream.positions.pose import Pose
 
-__all__ = ["STRATEGIES", "Coverage", "Layout", "Span", "Strategy", "coverage", "make_strategy"]
+__all__ = [
+    "STRATEGIES",
+    "Coverage",
+    "SampleLayout",
+    "Span",
+    "Strategy",
+    "coverage",
+    "make_strategy",
+]
 
 STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Full, Cream, Pose, RandPos)}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_cream.positions import philox
-from megatron_cream.positions.layout import ChunkLayout, Layout, Span, Strategy
+from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span, Strategy
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Full(Strategy):
     def content_length(self) -> int:
         return self.train_length
 
-    def layout(self, seed: int, index: int) -> Layout:
+    def layout(self, seed: int, index: int) -> SampleLayout:
         return FullLayout(self.train_length, self.target_length, ((0, self.train_length),))
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no one truth value
-class RandPosLayout(Layout):
+class RandPosLayout(SampleLayout):
     """N sorted positions out of T over the first N tokens."""
 
     positions: np.ndarray = field(repr=False)
@@ -60,7 +60,7 @@ class RandPos(Strategy):
     def content_length(self) -> int:
         return self.train_length
 
-    def layout(self, seed: int, index: int) -> Layout:
+    def layout(self, seed: int, index: int) -> SampleLayout:
         rng = philox.generator(seed, index)
         positions = rng.choice(self.target_length, self.train_length, replace=False, shuffle=False)
         positions.sort()

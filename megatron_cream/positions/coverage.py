@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.positions.layout import ChunkLayout, Layout, Span, Strategy
+from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span, Strategy
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Tally:
         self.thirds = np.zeros(3)
         self.third_edges = [-(-i * target_length // 3) for i in range(4)]
 
-    def add(self, layout: Layout) -> None:
+    def add(self, layout: SampleLayout) -> None:
         runs = layout.runs()
         if runs is None:
             self._add_dense(layout.position_ids)

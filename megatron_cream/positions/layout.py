@@ -17,7 +17,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Layout(ABC):
+class SampleLayout(ABC):
     """One sample of ``train_length`` tokens that pretends to span ``target_length``."""
 
     train_length: int
@@ -59,7 +59,7 @@ class Layout(ABC):
 
 
 @dataclass(frozen=True)
-class ChunkLayout(Layout):
+class ChunkLayout(SampleLayout):
     """A layout made of a few chunks of consecutive positions.
 
     ``chunks`` are (first position, length), in increasing order; some may be adjacent.
@@ -144,5 +144,5 @@ class Strategy(ABC):
         return replace(self, train_length=train_length)
 
     @abstractmethod
-    def layout(self, seed: int, index: int) -> Layout:
+    def layout(self, seed: int, index: int) -> SampleLayout:
         """Return the layout of sample ``index``; pure, no state, any order."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import make_strategy, philox
-from megatron_cream.positions.layout import ChunkLayout, Layout, Span, Strategy
+from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span, Strategy
 
 _PLAIN_STREAM = 4  # keeps the coin apart from the layout of the same sample
 
@@ -73,7 +73,7 @@ class Mixed(Strategy):
         """Say whether sample ``index`` is plain; pure, as its layout."""
         return self._coin(seed, index)[0]
 
-    def layout(self, seed: int, index: int) -> Layout:
+    def layout(self, seed: int, index: int) -> SampleLayout:
         plain, word = self._coin(seed, index)
         if not plain:
             return self.strategy.layout(seed, index)

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import make_strategy, philox
-from megatron_cream.positions.layout import Layout, Strategy
+from megatron_cream.positions.layout import SampleLayout, Strategy
 
 _SCALE_STREAM = 2  # keeps the scale apart from the layout of the same sample, and from shuffling
 
@@ -76,5 +76,5 @@ class Scaled(Strategy):
     def shortest_length(self) -> int:
         return max(strategy.shortest_length for strategy in self.strategies)
 
-    def layout(self, seed: int, index: int) -> Layout:
+    def layout(self, seed: int, index: int) -> SampleLayout:
         return self.strategies[self._drawn(seed, index)].layout(seed, index)

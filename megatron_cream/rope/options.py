@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.clex.scaling import ACTIVATIONS
+from megatron_cream.rope.clex import ACTIVATIONS
 from megatron_cream.rope.huggingface import scaling_from_hf
 
 FACTOR_LISTS = ("short_factor", "long_factor")

@@ -8,13 +8,8 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.rope.base import RopeScaling
-from megatron_cream.rope.by_pair import (
-    CopeScaling,
-    DropeScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-)
-from megatron_cream.rope.clex.scaling import ClexScaling
+from megatron_cream.rope.by_pair import CopeScaling, DropeScaling, Llama3Scaling, LongRopeScaling
+from megatron_cream.rope.clex import ClexScaling
 from megatron_cream.rope.uniform import (
     DynamicScaling,
     LinearScaling,

@@ -13,18 +13,12 @@ from megatron_cream.config import (
     ExtensionConfig,
 )
 from megatron_cream.errors import UserError
-from megatron_cream.positions.cream import (
-    GAUSSIANS,
-    SIGMA,
-    SIGMA_RELATIVE,
-    WIDE,
-    default_widths,
-)
+from megatron_cream.extras import te_cross_entropy
+from megatron_cream.mcore.parser import make_readable
+from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED
 from megatron_cream.rope.options import add_options, options_from_args, read_base
-from megatron_cream.training import cross_entropy
-from megatron_cream.training.parser import make_readable
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -77,7 +71,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help=f"what a sample reads from (default: {DEFAULT_UNIT}; that of a run that is resumed)",
     )
     add(
-        cross_entropy.FLAG,
+        te_cross_entropy.FLAG,
         action="store_true",
         help="cross entropy by Transformer Engine's kernel, version 2.19 or later",
     )

@@ -14,17 +14,17 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_cream.checkpoint.integrity import check as check_whole
 from megatron_cream.checkpoint.iterations import start_of
-from megatron_cream.checkpoint.saved import arguments_in, refuse_other_model, saved_extension
-from megatron_cream.checkpoint.starting import check_start
-from megatron_cream.checkpoint.whole import check as check_whole
+from megatron_cream.checkpoint.metadata import arguments_in, saved_extension, validate_same_model
+from megatron_cream.checkpoint.run_folders import check_start
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.dataset import no_sources_message, split_strategy
 from megatron_cream.data.indexed import DatasetIndex, check_token_sample, read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.data.sources import make_sources
 from megatron_cream.errors import UserError
-from megatron_cream.training import cross_entropy
+from megatron_cream.extras import te_cross_entropy
 
 DEFAULT_SPLIT = "969,30,1"  # Megatron's
 
@@ -50,7 +50,7 @@ def check_packages(args: Namespace) -> None:
             "--transformer-impl is 'transformer_engine', which is not installed: pip install "
             "'.[gpu]' (megatron_cream's extra), or give --transformer-impl local"
         )
-    cross_entropy.refuse_absent(args)
+    te_cross_entropy.validate_available(args)
 
 
 def check_datasets(args: Namespace, extension: ExtensionConfig) -> None:
@@ -149,14 +149,14 @@ def check_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
         return
     saved = arguments_in(start.folder)
     if start.flag == "--load" and not args.finetune:
-        _refuse_differences(args.load, saved, extension)
-        _refuse_optimizer_layout(args, saved)
+        _validate_same_settings(args.load, saved, extension)
+        _validate_optimizer_layout(args, saved)
     else:
-        refuse_other_model(str(start.root), saved, args)
-        _refuse_dropped_scaling(str(start.root), saved, extension)
+        validate_same_model(str(start.root), saved, args)
+        _validate_base_scaling(str(start.root), saved, extension)
 
 
-def _refuse_dropped_scaling(path: str, saved: Namespace, extension: ExtensionConfig) -> None:
+def _validate_base_scaling(path: str, saved: Namespace, extension: ExtensionConfig) -> None:
     """Refuse to interpolate from a window that the weights know with a scaling of their own."""
     before = saved_extension(saved)
     if before is None or before.rope_interpolation == "none" or extension.rope_base is not None:
@@ -170,7 +170,7 @@ def _refuse_dropped_scaling(path: str, saved: Namespace, extension: ExtensionCon
         )
 
 
-def _refuse_differences(path: str, saved: Namespace, extension: ExtensionConfig) -> None:
+def _validate_same_settings(path: str, saved: Namespace, extension: ExtensionConfig) -> None:
     before = saved_extension(saved)
     if before is None:
         raise UserError(
@@ -186,7 +186,7 @@ def _refuse_differences(path: str, saved: Namespace, extension: ExtensionConfig)
         )
 
 
-def _refuse_optimizer_layout(args: Namespace, saved: Namespace) -> None:
+def _validate_optimizer_layout(args: Namespace, saved: Namespace) -> None:
     """Refuse a resume whose optimizer state Megatron would find unreadable after its start."""
     if args.no_load_optim or saved.no_save_optim:
         return

@@ -20,19 +20,19 @@ from megatron_cream.training import machine
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def stand_in_if_asked() -> None:
+def install_cpu_stand_in() -> None:
     """Let the CPU stand in for the GPU if ``sys.argv`` has ``--cpu``; before megatron's import.
 
     Raises:
         UserError: there is no GPU, and no ``--cpu``.
     """
     if "--cpu" in sys.argv[1:]:
-        from megatron_cream.training import cpu
+        from megatron_cream.mcore import cpu
 
         cpu.install()
         sys.argv[1:1] = cpu.FLAGS
     else:
-        machine.refuse_without_gpu(sys.argv[1:])
+        machine.require_gpu(sys.argv[1:])
 
 
 def parse(
@@ -52,10 +52,10 @@ def parse(
     """
     from megatron.training.arguments import parse_args
 
-    from megatron_cream.checkpoint.saved import SETTINGS_KEY, complete_arguments, keep_vocabulary
-    from megatron_cream.checkpoint.starting import check_start
-    from megatron_cream.training.flags import check_flags, check_ours
-    from megatron_cream.training.refusals import megatrons_refusals
+    from megatron_cream.checkpoint.metadata import SETTINGS_KEY, complete_arguments, keep_vocabulary
+    from megatron_cream.checkpoint.run_folders import check_start
+    from megatron_cream.mcore.validation_errors import megatron_validation_errors
+    from megatron_cream.training.validate import check_flags, check_ours
 
     provider = _ours_after(extra_args_provider)
     defaults = args_defaults or {}
@@ -68,7 +68,7 @@ def parse(
         _keep_begun(args)
         extension, validated = check_flags(args, defaults)
         check_files(args, validated, extension)
-    with megatrons_refusals(args, tell=True):
+    with megatron_validation_errors(args, tell=True):
         args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
     if from_checkpoint:
         complete_arguments(args)
@@ -132,11 +132,11 @@ def check_files(args: Namespace, validated: Namespace, extension: ExtensionConfi
         validated: the same, validated by Megatron.
     """
     from megatron_cream.training import checks, tokenizer
-    from megatron_cream.training.flags import check_model
+    from megatron_cream.training.validate import check_model
 
     checks.check_packages(args)
     check_model(validated)
-    tokenizer.refuse_absent(args)
+    tokenizer.validate_available(args)
     checks.check_datasets(args, extension)
     checks.check_checkpoint(args, extension)
     _check_schedule(validated)
@@ -144,15 +144,15 @@ def check_files(args: Namespace, validated: Namespace, extension: ExtensionConfi
 
 def _check_schedule(validated: Namespace) -> None:
     from megatron_cream.checkpoint.iterations import start_of
-    from megatron_cream.checkpoint.saved import arguments_in
-    from megatron_cream.training import schedule
+    from megatron_cream.checkpoint.metadata import arguments_in
+    from megatron_cream.mcore import schedule_flags
 
     start = start_of(validated)
     if start is None or start.flag != "--load" or validated.finetune:
         return
     saved = arguments_in(start.folder)
     if saved is not None:
-        schedule.refuse_other_schedule(validated.load, validated, saved)
+        schedule_flags.validate_same_schedule(validated.load, validated, saved)
 
 
 def ready(args: Namespace, config: Any) -> None:
@@ -161,17 +161,21 @@ def ready(args: Namespace, config: Any) -> None:
     The last thing before ``megatron.training.pretrain``.
     """
     from megatron_cream.checkpoint import checksums
-    from megatron_cream.checkpoint.saved import SETTINGS_KEY
-    from megatron_cream.training import hooks, losses, report, scalars
-    from megatron_cream.training.megatron import answer_for_dataset_helpers, keep_save_results_here
+    from megatron_cream.checkpoint.metadata import SETTINGS_KEY
+    from megatron_cream.mcore import hooks, losses
+    from megatron_cream.mcore.start import (
+        skip_dataset_helper_compilation,
+        use_in_process_save_queue,
+    )
+    from megatron_cream.training import report, scalars
 
-    answer_for_dataset_helpers()
+    skip_dataset_helper_compilation()
     if args.cpu:
-        keep_save_results_here()
-    checksums.serve_saves()
+        use_in_process_save_queue()
+    checksums.patch_saves()
     extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
-    hooks.hook_into(config, args, extension)
+    hooks.add_hooks(config, args, extension)
     losses.count_first_iteration_once()
-    scalars.write_scalars(args, extension)
+    scalars.patch_training_log(args, extension)
     if args.rank == 0:
         print(report.start_block(args, extension), flush=True)

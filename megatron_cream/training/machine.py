@@ -12,7 +12,7 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _NO_START = {"-h", "--help", "--fake-process-group"}
 
 
-def refuse_without_launcher(module: str, flags: Sequence[str]) -> None:
+def require_launcher(module: str, flags: Sequence[str]) -> None:
     """Refuse a process that nothing has told its rank.
 
     Args:
@@ -29,7 +29,7 @@ def refuse_without_launcher(module: str, flags: Sequence[str]) -> None:
         )
 
 
-def refuse_without_gpu(flags: Sequence[str]) -> None:
+def require_gpu(flags: Sequence[str]) -> None:
     """Refuse a machine with no GPU where the CPU is not asked to stand in.
 
     Raises:

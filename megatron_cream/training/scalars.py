@@ -79,7 +79,7 @@ class Scalars:
         return values
 
 
-def write_scalars(args: Namespace, extension: ExtensionConfig) -> None:
+def patch_training_log(args: Namespace, extension: ExtensionConfig) -> None:
     """Have this run write our scalars, if it logs at all. The last call decides.
 
     Symbol: ``megatron.training.training.training_log``. The trainer calls it after each iteration;

@@ -52,12 +52,12 @@ def token_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:
     loss = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
-        _refuse_non_finite(loss)
+        _validate_finite(loss)
     report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
     return loss, tokens, report
 
 
-def _refuse_non_finite(loss: torch.Tensor) -> None:
+def _validate_finite(loss: torch.Tensor) -> None:
     checks: list[tuple[Any, str]] = [(torch.isnan, "NaN"), (torch.isinf, "Inf")]
     for rejected, name in checks:
         get_rerun_state_machine().validate_result(

@@ -23,7 +23,7 @@ _TIMEOUT = 10.0  # seconds; Megatron's own look, with its repetitions, takes a m
 _ADVICE = "or take --tokenizer-type NullTokenizer with --vocab-size, datasets hold tokens already"
 
 
-def refuse_absent(args: Namespace) -> None:
+def validate_available(args: Namespace) -> None:
     """Refuse a tokenizer whose files are neither here nor on a hub within reach.
 
     Raises:

@@ -14,7 +14,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.indexed import read_index
 from megatron_cream.data.packed import pack
 from megatron_cream.data.sources import PACK_MULTIPLE, Repetition, Sources, make_sources, repetition
-from megatron_cream.positions import Layout
+from megatron_cream.positions import SampleLayout
 from megatron_cream.training.checks import prefixes_by_split
 
 A_FEW = 4
@@ -72,7 +72,7 @@ def _repetition(extension: ExtensionConfig, sources: Sources, epochs: float) -> 
         return repetition(sources, epochs, lambda source, draw: strategy.layout(seed, draw))
     trained = _trained(extension, sources)
 
-    def layout_of(source: int, draw: int) -> Layout:
+    def layout_of(source: int, draw: int) -> SampleLayout:
         return strategy.for_length(int(trained[source])).layout(seed, draw)
 
     return repetition(sources, epochs, layout_of)

@@ -22,7 +22,7 @@ ROUNDS = rounds(30)
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     folder = tmp_path_factory.mktemp("imported")
     hf_models.make(folder / "hf")
@@ -97,9 +97,9 @@ def ends_well(call, root):
 def readers(root, output):
     from argparse import Namespace
 
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.saved import saved_arguments
-    from megatron_cream.checkpoint.starting import check_start
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.metadata import saved_arguments
+    from megatron_cream.checkpoint.run_folders import check_start
 
     more = {"save": None, "ckpt_step": None, "finetune": False, "non_persistent_ckpt_type": None}
     load = Namespace(load=str(root), pretrained_checkpoint=None, **more)
@@ -175,7 +175,7 @@ def test_payloads(place, initial, imported, tmp_path):
 
 
 def read_export(root, output):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
     from megatron_cream.errors import UserError
 
     try:

@@ -108,7 +108,7 @@ def said_of(line, base, monkeypatch):
     from megatron.training.training import destroy_global_state
 
     from megatron_cream import pretrain
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *cpu.FLAGS, "--cpu", *base, *line])
     try:

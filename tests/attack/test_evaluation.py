@@ -28,7 +28,7 @@ from support.runs import write_dataset
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.published import read_cases
+from megatron_cream.evaluation.published_cases import read_cases
 from megatron_cream.evaluation.run import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -231,7 +231,7 @@ def attack_plain(seed, data):
 def prepared(asked):
     """All of a run up to the model."""
     from megatron_cream.evaluation.checks import check
-    from megatron_cream.evaluation.opening import open_prompt
+    from megatron_cream.evaluation.models import open_prompt
     from megatron_cream.evaluation.score_cases import check_fit
 
     args = arguments(**asked)
@@ -256,7 +256,7 @@ def data_files(folder):
 
 
 def test_damaged_data(small_hf, tmp_path):
-    from megatron_cream.evaluation.opening import open_documents, open_model
+    from megatron_cream.evaluation.models import open_documents, open_model
 
     model = open_model(arguments(hf=small_hf))
     for data, files in data_files(tmp_path):

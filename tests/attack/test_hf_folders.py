@@ -34,8 +34,8 @@ JUNK = [
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A source in several shards, with tokenizer files and a licence."""
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     folder = tmp_path_factory.mktemp("good")
     small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
@@ -196,9 +196,9 @@ def same(one, two):
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_damaged_folder(seed, good, tmp_path):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
-    from megatron_cream.evaluation.huggingface import HuggingFaceModel
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
+    from megatron_cream.evaluation.hf_model import HuggingFaceModel
     from megatron_cream.planning.models import find_model
 
     rng = random.Random(f"{SEED} {seed}")
@@ -231,8 +231,8 @@ def test_damaged_folder(seed, good, tmp_path):
 @pytest.mark.parametrize("task", ["import", "export"])
 def test_killed_conversion(task, seed, good, tmp_path):
     """At a moment drawn from the time that a whole one takes."""
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     output = str(tmp_path / "out")
 

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A source in several shards, and its import."""
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     folder = tmp_path_factory.mktemp("good")
     models.make(folder / "one")
@@ -50,7 +50,7 @@ def imported(good, tmp_path):
 
 
 def refuses_import(source, match, error=ValueError, dtype=None):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     output = source.parent / "out"
     with pytest.raises(error, match=match):
@@ -59,7 +59,7 @@ def refuses_import(source, match, error=ValueError, dtype=None):
 
 
 def refuses_export(imported, match, error=ValueError, **options):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
 
     output = imported.parent / "out"
     with pytest.raises(error, match=match):
@@ -174,7 +174,7 @@ def test_config_and_weights_that_disagree(source, changes, match):
 
 
 def test_types_that_are_mixed_need_a_choice(source, tmp_path):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     def halve_one(loaded):
         name = min(loaded)
@@ -200,8 +200,8 @@ def test_no_such_folder_or_repository(tmp_path):
 
 
 def test_output_that_exists(source, imported):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     before = sorted(path.name for path in imported.iterdir())
     with pytest.raises(ValueError, match="--output is .*it exists"):
@@ -212,7 +212,7 @@ def test_output_that_exists(source, imported):
 
 
 def test_tied_model_may_store_the_output_layer_if_it_is_equal(tmp_path):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     source = models.make(tmp_path / "source", "Llama, tied (SmolLM2)")
 
@@ -224,7 +224,7 @@ def test_tied_model_may_store_the_output_layer_if_it_is_equal(tmp_path):
 
 
 def test_frequencies_of_old_checkpoints_are_left_out(source, tmp_path):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     def add(loaded):
         loaded["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -243,7 +243,7 @@ def test_export_of_no_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nothing"):
         refuses_export(tmp_path / name, "must hold a torch_dist checkpoint", FileNotFoundError)
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
 
     with pytest.raises(FileNotFoundError, match="--checkpoint is : it must hold"):
         export_checkpoint("", str(tmp_path / "out"), quiet=True)
@@ -317,7 +317,7 @@ def fill_disk(monkeypatch, folder, limit=FULL):
 
 
 def test_disk_that_becomes_full_in_an_export(imported, monkeypatch):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
 
     output = imported.parent / "out"
     with monkeypatch.context() as patch:
@@ -344,7 +344,7 @@ def small_disk(tmp_path):
 
 
 def test_disk_that_is_too_small_is_refused_before_work(source, small_disk):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     with pytest.raises(ValueError, match=r"has 0.00 GB free, 0.00 GB are needed"):
         import_checkpoint(str(source), str(small_disk / "out"), quiet=True)
@@ -353,7 +353,7 @@ def test_disk_that_is_too_small_is_refused_before_work(source, small_disk):
 
 def test_disk_that_becomes_full_in_an_import(source, small_disk, monkeypatch):
     from megatron_cream.checkpoint import staging
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     plenty = shutil._ntuple_diskusage(1, 0, 1 << 40)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: plenty)
@@ -363,22 +363,22 @@ def test_disk_that_becomes_full_in_an_import(source, small_disk, monkeypatch):
 
 
 def _slow_import(source, output):
-    from megatron_cream.checkpoint import importing
+    from megatron_cream.checkpoint import import_hf
 
     tqdm.set_lock(threading.RLock())  # its own is shared with the test, and would die locked
-    own = importing._Rows.__call__
+    own = import_hf._Rows.__call__
 
     def slowly(self, out):
         time.sleep(0.02)
         own(self, out)
 
-    importing._Rows.__call__ = slowly
-    importing.import_checkpoint(source, output, quiet=True)
+    import_hf._Rows.__call__ = slowly
+    import_hf.import_checkpoint(source, output, quiet=True)
 
 
 def test_killed_import_leaves_nothing_that_looks_whole(source, tmp_path):
-    from megatron_cream.checkpoint.importing import import_checkpoint
-    from megatron_cream.checkpoint.saved import latest_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
+    from megatron_cream.checkpoint.metadata import latest_checkpoint
 
     output = tmp_path / "out"
     process = multiprocessing.get_context("fork").Process(

@@ -63,7 +63,7 @@ def test_an_empty_file_has_a_checksum(tmp_path):
 
 
 def test_an_import_has_checksums(tmp_path):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     hf_models.make(tmp_path / "hf")
     import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "base"), quiet=True)
@@ -97,7 +97,7 @@ def test_kinds_of_damage(kind, summed, iteration):
 
 
 def test_without_checksums_the_records_own_are_compared(iteration):
-    from megatron_cream.checkpoint.records import read_table
+    from megatron_cream.checkpoint.torch_dist_table import read_table
 
     (iteration / SUMS).unlink()
     report = examine(iteration)
@@ -137,8 +137,8 @@ def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch
 
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr(dist_checkpointing, "save", lambda *_, **__: Request())
-    checksums.serve_saves()
-    checksums.serve_saves()  # idempotent
+    checksums.patch_saves()
+    checksums.patch_saves()  # idempotent
     dist_checkpointing.save({}, str(tmp_path), async_sharded_save=True)
     (tmp_path / "__0_0.distcp").write_bytes(b"data")
     checksums.wait()

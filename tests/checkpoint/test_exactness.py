@@ -20,8 +20,8 @@ def record_difference():
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_same_logits_and_same_bits(name, tmp_path, record_difference):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
     from megatron_cream.checkpoint.loading import load_model
 
     source = models.make(tmp_path / "source", name)
@@ -44,9 +44,9 @@ def test_same_logits_and_same_bits(name, tmp_path, record_difference):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_back_bit_by_bit(dtype, tmp_path):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
-    from megatron_cream.checkpoint.saved import saved_arguments
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
+    from megatron_cream.checkpoint.metadata import saved_arguments
 
     source = models.make(tmp_path / "source", dtype=dtype)
     imported = import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
@@ -57,8 +57,8 @@ def test_half_precision_comes_back_bit_by_bit(dtype, tmp_path):
 
 
 def test_other_type_is_the_rounded_one(tmp_path):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     source = models.make(tmp_path / "source")
     import_checkpoint(str(source), str(tmp_path / "half"), torch.bfloat16, quiet=True)
@@ -74,15 +74,15 @@ def test_other_type_is_the_rounded_one(tmp_path):
 
 def test_small_pieces_and_several_shards(tmp_path, monkeypatch):
     """Pieces that cut through heads, and files smaller than the model."""
-    from megatron_cream.checkpoint import exporting, extraction, importing, torch_dist
+    from megatron_cream.checkpoint import export_hf, extraction, import_hf, torch_dist_writer
 
-    monkeypatch.setattr(importing, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(import_hf, "CHUNK_BYTES", 5000)
     monkeypatch.setattr(extraction, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(torch_dist, "_FILE_BYTES", 50_000)
+    monkeypatch.setattr(torch_dist_writer, "_FILE_BYTES", 50_000)
     source = models.make(tmp_path / "source")
-    importing.import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
+    import_hf.import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
     assert len(list((tmp_path / "imported/release").glob("*.distcp"))) > 5
-    exporting.export_checkpoint(
+    export_hf.export_checkpoint(
         str(tmp_path / "imported"), str(tmp_path / "exported"), shard_bytes=100_000, quiet=True
     )
     assert models.same_bits(source, tmp_path / "exported")

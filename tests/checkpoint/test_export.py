@@ -24,7 +24,7 @@ LIKE_LLAMA = [
 
 def test_model_trained_from_scratch(tmp_path, dataset):
     """No Hugging Face folder anywhere: config.json is made of the arguments."""
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
     from megatron_cream.checkpoint.loading import load_model
 
     save = ["--data-path", dataset, "--save", str(tmp_path / "run"), "--save-interval", "2"]
@@ -47,15 +47,15 @@ def test_model_trained_from_scratch(tmp_path, dataset):
 
 
 def test_model_that_no_family_describes(initial, tmp_path):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
 
     with pytest.raises(ValueError, match="--normalization of the checkpoint is 'LayerNorm'"):
         export_checkpoint(initial, str(tmp_path / "out"), quiet=True)
 
 
 def test_import_keeps_the_files_beside_the_weights(tmp_path):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     source = models.make(tmp_path / "My-Model")
     kept = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "LICENSE": "free"}
@@ -81,8 +81,8 @@ def test_import_keeps_the_files_beside_the_weights(tmp_path):
 @pytest.mark.parametrize("version", [4, 5])
 def test_config_of_either_transformers(version, tmp_path):
     """Version 4 has rope_theta and rope_scaling, and an older one no head count for keys."""
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     source = models.make(tmp_path / "source", num_key_value_heads=4, rope_theta=20000.0)
     if version == 4:
@@ -109,8 +109,8 @@ def lists(count, last):
 
 def test_longrope_comes_back_for_either_transformers(tmp_path):
     """Version 4 chooses between the lists by the original window at the top of config.json."""
-    from megatron_cream.checkpoint.exporting import describe, export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import describe, export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     rope = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 24}
     source = models.make(tmp_path / "source", rope_scaling=rope | lists(8, 4.0))
@@ -131,8 +131,8 @@ def test_longrope_comes_back_for_either_transformers(tmp_path):
 
 
 def test_an_export_is_no_part_of_its_checkpoint_and_files_are_read_first(tmp_path):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     source = models.make(tmp_path / "source")
     (source / "tokenizer_config.json").write_text("[]")
@@ -159,8 +159,8 @@ _PEAK = """
 import re, sys, warnings
 warnings.simplefilter("ignore")
 import megatron.training.arguments
-from megatron_cream.checkpoint.exporting import export_checkpoint
-from megatron_cream.checkpoint.importing import import_checkpoint
+from megatron_cream.checkpoint.export_hf import export_checkpoint
+from megatron_cream.checkpoint.import_hf import import_checkpoint
 
 def peak():  # ru_maxrss would be that of the process that started this one, if larger
     with open("/proc/self/status") as file:

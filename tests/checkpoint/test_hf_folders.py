@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from support import hf_models as models
 
 from megatron_cream import ownership
-from megatron_cream.checkpoint.card import Base, model_card
 from megatron_cream.checkpoint.config_json import shape_from_config
-from megatron_cream.checkpoint.shape import ModelShape
-from megatron_cream.checkpoint.shards import ShardWriter, TensorPlan
-from megatron_cream.checkpoint.source import find_source, other_files, read_config, source_name
+from megatron_cream.checkpoint.hf_files import find_source, other_files, read_config, source_name
+from megatron_cream.checkpoint.model_card import Base, model_card
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.safetensors_reader import INDEX, SINGLE, HfWeights
+from megatron_cream.checkpoint.safetensors_writer import ShardWriter, TensorPlan
 from megatron_cream.checkpoint.staging import check_output, staged
-from megatron_cream.checkpoint.weights import INDEX, SINGLE, HfWeights
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.rope import scaling_from_hf

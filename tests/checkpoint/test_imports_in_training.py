@@ -67,8 +67,8 @@ def flags(prefix, start, save, *more, vocabulary=120):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_starts_from_it_and_comes_back(name, tmp_path, text):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     family, count, layout = LAYOUTS[name]
     prefix, tokens = text
@@ -97,8 +97,8 @@ def test_states_that_only_some_implementations_ask_for(tmp_path):
     """The loader of a GPU's modules ends a run for one that is missing."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    from megatron_cream.checkpoint.importing import import_checkpoint
-    from megatron_cream.checkpoint.saved import latest_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
+    from megatron_cream.checkpoint.metadata import latest_checkpoint
 
     source = models.make(tmp_path / "source", "Llama")
     import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
@@ -113,10 +113,10 @@ def test_states_that_only_some_implementations_ask_for(tmp_path):
 
 def test_vocabulary_is_padded_and_unpadded_in_half_precision(tmp_path, text):
     """120 tokens, 128 rows on two tensor-parallel ranks, distributed optimizer, bfloat16."""
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
-    from megatron_cream.checkpoint.saved import latest_checkpoint
-    from megatron_cream.checkpoint.stored import StoredTensors
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
+    from megatron_cream.checkpoint.metadata import latest_checkpoint
+    from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
 
     source = models.make(tmp_path / "source", dtype=torch.bfloat16)
     import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
@@ -133,8 +133,8 @@ def test_vocabulary_is_padded_and_unpadded_in_half_precision(tmp_path, text):
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     """A CREAM run of 12 steps from 96 to 384 tokens at TP2 x PP2, and its export."""
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     folder = tmp_path_factory.mktemp("extended")
     prefix = write_dataset(folder / "text", np.full(8, 800))
@@ -231,7 +231,7 @@ def test_extended_model_says_how(extended):
 
 
 def test_export_needs_the_import_or_hf(extended, tmp_path):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
 
     folder = extended[0]
     moved = folder / "imported.moved"
@@ -249,7 +249,7 @@ def test_export_needs_the_import_or_hf(extended, tmp_path):
 
 def test_flags_of_another_model_are_refused(tmp_path, text):
     """Norm epsilon and theta do not change a shape: nothing would be noticed."""
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     source = models.make(tmp_path / "source", "Llama, one head a group, theta 5e5")
     import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
 @pytest.fixture
 def prepare():
     """Looks at the folders of a command line as a run does before it starts."""
-    from megatron_cream.checkpoint.starting import check_start
+    from megatron_cream.checkpoint.run_folders import check_start
 
     def call(*extra):
         parser = ArgumentParser()
@@ -184,7 +184,7 @@ def test_a_save_that_cannot_be_written_is_found_at_start(refused, tmp_path):
 
 
 def test_the_start_block_says_what_a_checkpoint_may_do(initial):
-    from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
+    from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
     from megatron_cream.training.report import start_block
 
     args = saved_arguments(initial)
@@ -198,7 +198,7 @@ def test_the_start_block_says_what_a_checkpoint_may_do(initial):
 def test_a_run_asks_before_megatron_reads(run, monkeypatch, dataset, capsys):
     """Also where Megatron's own validation takes arguments from the checkpoint."""
     from megatron_cream import pretrain
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     data_file(run / "iter_0000002").unlink()
     for more in ([], ["--use-checkpoint-args"]):

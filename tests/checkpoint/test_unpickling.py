@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     folder = tmp_path_factory.mktemp("imported")
     hf_models.make(folder / "hf")
@@ -75,7 +75,7 @@ def test_doctor_says_so(malicious):
 )
 def test_training_refuses_it_before_it_starts(malicious, flags, monkeypatch, dataset):
     from megatron_cream import pretrain
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     root, marker = malicious
     argv = [*cpu.FLAGS, "--cpu", *FLAGS, "--data-path", dataset, *flags, str(root)]
@@ -87,8 +87,8 @@ def test_training_refuses_it_before_it_starts(malicious, flags, monkeypatch, dat
 def test_export_and_every_reader_of_arguments_refuse_it(place, imported, tmp_path):
     from argparse import Namespace
 
-    from megatron_cream.checkpoint.exporting import export_checkpoint
-    from megatron_cream.checkpoint.saved import starts_without_clex
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.metadata import starts_without_clex
 
     root, marker = copy_run(imported, tmp_path / "run", [1]), tmp_path / "marker"
     plant(root / "iter_0000001", place, marker)
@@ -117,8 +117,8 @@ def test_megatrons_loader_is_limited_in_evaluation(imported, tmp_path):
 def test_a_user_may_trust_a_name(imported, tmp_path, monkeypatch):
     from fractions import Fraction
 
+    from megatron_cream.checkpoint.integrity import problems
     from megatron_cream.checkpoint.unpickling import TRUSTED_VARIABLE
-    from megatron_cream.checkpoint.whole import problems
 
     folder = copy_run(imported, tmp_path / "run", [1]) / "iter_0000001"
     replace_object(folder, extra_state(folder), [Fraction(1, 3)])
@@ -133,7 +133,7 @@ def test_a_user_may_trust_a_name(imported, tmp_path, monkeypatch):
 def test_a_record_outside_the_folder_is_refused(imported, tmp_path):
     from support.checkpoints import write_table
 
-    from megatron_cream.checkpoint.whole import problems
+    from megatron_cream.checkpoint.integrity import problems
 
     folder = copy_run(imported, tmp_path / "run", [1]) / "iter_0000001"
     metadata = table(folder)
@@ -147,6 +147,6 @@ def test_everything_that_megatron_saves_is_read(initial):
     """Random states, reruns, an optimizer: in one process that saved them and one that did not."""
     from pathlib import Path
 
-    from megatron_cream.checkpoint.whole import problems
+    from megatron_cream.checkpoint.integrity import problems
 
     assert not list(problems(Path(initial) / "iter_0000001"))

@@ -22,7 +22,7 @@ from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.data.sources import make_sources
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import filler
-from megatron_cream.evaluation.cases import Kit
+from megatron_cream.evaluation.haystacks import Kit
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.tasks import TASKS
 from megatron_cream.positions import make_strategy, philox

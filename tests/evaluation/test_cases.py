@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer
-from megatron_cream.evaluation.cases import Kit
+from megatron_cream.evaluation.haystacks import Kit
 from megatron_cream.evaluation.prompts import Prompt, render
-from megatron_cream.evaluation.published import read_haystacks
+from megatron_cream.evaluation.published_cases import read_haystacks
 from megatron_cream.evaluation.tasks import TASKS
 
 LENGTH = 3001

@@ -12,7 +12,8 @@ import torch
 from support.arguments import arguments
 from support.commands import exit_status
 
-from megatron_cream.evaluation import opening
+from megatron_cream.checkpoint import hf_files
+from megatron_cream.evaluation import models
 from megatron_cream.evaluation.checks import check
 from megatron_cream.evaluation.run import run
 
@@ -36,13 +37,13 @@ def tool():
 @pytest.fixture
 def unloaded(monkeypatch):
     """No model can be loaded: what is refused must be refused before."""
-    from megatron_cream.evaluation import huggingface, run
+    from megatron_cream.evaluation import hf_model, run
 
     def fail(*_):
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr(run, "open_model", fail)
-    monkeypatch.setattr(huggingface, "_load", fail)
+    monkeypatch.setattr(hf_model, "_load", fail)
 
 
 NUMBERS = {
@@ -115,7 +116,7 @@ def test_more_is_asked_of_longer_common_words(small_hf, unloaded):
 
 def test_a_record_that_has_too_few_lines(small_hf, monkeypatch):
     from megatron_cream.corpus.tokenizers import load_tokenizer
-    from megatron_cream.evaluation.cases import Kit
+    from megatron_cream.evaluation.haystacks import Kit
     from megatron_cream.evaluation.prompts import Prompt
     from megatron_cream.evaluation.tasks import lines
 
@@ -215,12 +216,11 @@ def test_several_tasks_do_not_write_into_a_folder_of_something_else(small_hf, tm
 def test_a_checkpoint_without_gpu_or_flag(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--cpu is not given, and this machine has no GPU"):
-        opening.open_model(arguments(checkpoint="run"))
+        models.open_model(arguments(checkpoint="run"))
 
 
 def test_a_run_finds_the_tokenizer_of_the_import_it_began_from(small_hf, tmp_path, monkeypatch):
     """As the export does, over two runs, each trained with NullTokenizer."""
-    from megatron_cream.checkpoint import source
 
     base, runs = tmp_path / "base", [tmp_path / "one", tmp_path / "two"]
     (base / "hf").mkdir(parents=True)
@@ -235,16 +235,16 @@ def test_a_run_finds_the_tokenizer_of_the_import_it_began_from(small_hf, tmp_pat
         str(runs[0]): Namespace(**null, pretrained_checkpoint=str(base)),
         str(runs[1]): Namespace(**null, pretrained_checkpoint=str(runs[0])),
     }
-    for module in (opening, source):
+    for module in (models, hf_files):
         monkeypatch.setattr(module, "saved_arguments", lambda path: saved[str(path)])
-    tokenizer, found = opening.open_tokenizer(arguments(checkpoint=str(runs[1])))
+    tokenizer, found = models.open_tokenizer(arguments(checkpoint=str(runs[1])))
     assert (
         found == str(base / "hf")
-        and tokenizer.vocab_size == opening.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
+        and tokenizer.vocab_size == models.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
     )
     (base / "hf" / "config.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer.json or tokenizer.model beside .*two or"):
-        opening.open_tokenizer(arguments(checkpoint=str(runs[1])))
+        models.open_tokenizer(arguments(checkpoint=str(runs[1])))
 
 
 def flags_of(name):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import hf_models as models
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.huggingface import HuggingFaceModel
+from megatron_cream.evaluation.hf_model import HuggingFaceModel
 from megatron_cream.evaluation.other_rope import changed_fields
 
 

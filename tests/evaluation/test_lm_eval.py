@@ -17,7 +17,7 @@ def test_log_likelihoods(small_hf, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: megatron_cream[lm-eval]")
     from transformers import AutoModelForCausalLM
 
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
     from megatron_cream.evaluation.lm_eval import MegatronCreamLM
 
     import_checkpoint(small_hf, str(tmp_path / "import"), quiet=True)

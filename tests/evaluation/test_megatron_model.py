@@ -12,7 +12,7 @@ from support.evaluation import scored_lines
 from support.runs import write_dataset
 from transformers import AutoModelForCausalLM
 
-from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.result_files import read_result
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
 CASES = {"lengths": [384], "cases": 3, "seeds": 2}
@@ -21,7 +21,7 @@ CASES = {"lengths": [384], "cases": 3, "seeds": 2}
 @pytest.fixture(scope="module")
 def checkpoint(small_hf, tmp_path_factory):
     """The small model as a Megatron checkpoint; its vocabulary is padded there."""
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     folder = tmp_path_factory.mktemp("megatron") / "import"
     import_checkpoint(small_hf, str(folder), quiet=True)
@@ -79,7 +79,7 @@ def test_one_process(checkpoint, from_hf, text, tmp_path):
 @pytest.mark.usefixtures("cpu_megatron")
 def test_bfloat16(small_hf, text, tmp_path):
     """A 16-bit model is wrapped in Megatron; it rounds elsewhere than transformers does."""
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
     from megatron_cream.evaluation.run import run
 
     model = AutoModelForCausalLM.from_pretrained(small_hf, dtype=torch.bfloat16)

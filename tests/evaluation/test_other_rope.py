@@ -11,8 +11,8 @@ import torch
 from support.arguments import arguments
 from transformers import AutoModelForCausalLM
 
-from megatron_cream.evaluation.opening import open_model
-from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.models import open_model
+from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.run import run
 
 # As a person writes them into config.json; the small model's window is 512 and theta 10000.
@@ -59,7 +59,7 @@ def test_hidden_states_are_those_of_a_config_written_by_hand(name, small_hf, tmp
 @pytest.mark.usefixtures("cpu_megatron")
 @pytest.mark.parametrize("name", ["linear", "ntk", "yarn", "yarn-pose"])
 def test_a_checkpoint_and_a_folder_agree(name, small_hf, tmp_path):
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     import_checkpoint(small_hf, str(tmp_path / "import"), quiet=True)
     asked = {"tasks": ["passkey"], "lengths": [640], **flags(name)}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_cream.evaluation.opening import check_vocabulary
+from megatron_cream.evaluation.models import check_vocabulary
 from megatron_cream.evaluation.results import case_results, perplexity_results
 from megatron_cream.evaluation.score_cases import _record
 from megatron_cream.evaluation.scoring import CaseScore

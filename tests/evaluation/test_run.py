@@ -12,10 +12,10 @@ import pytest
 from support.arguments import arguments
 from support.commands import exit_status
 
-from megatron_cream.evaluation.cases import Haystack
 from megatron_cream.evaluation.checks import parse_length
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.records import CASES, read_result
+from megatron_cream.evaluation.haystacks import Haystack
+from megatron_cream.evaluation.result_files import CASES, read_result
 from megatron_cream.evaluation.run import run
 from megatron_cream.evaluation.score_cases import affordable
 from megatron_cream.evaluation.store import Store
@@ -62,16 +62,16 @@ def test_files_of_a_run(finished):
 
 
 def test_killed_run_continues(finished, small_hf, tmp_path, monkeypatch):
-    from megatron_cream.evaluation import huggingface
+    from megatron_cream.evaluation import hf_model
 
     whole = finished[0]
     lines = (whole / "cases.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "settings.json").write_bytes((whole / "settings.json").read_bytes())
     (tmp_path / "cases.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:20])
     scored = []
-    own = huggingface.HuggingFaceModel._score
+    own = hf_model.HuggingFaceModel._score
     monkeypatch.setattr(
-        huggingface.HuggingFaceModel, "_score", lambda m, one: scored.append(one) or own(m, one)
+        hf_model.HuggingFaceModel, "_score", lambda m, one: scored.append(one) or own(m, one)
     )
     run(asked(small_hf, tmp_path))
     assert scored and all(one.tokens.shape[1] >= 768 for one in scored)  # not the finished 384
@@ -200,18 +200,18 @@ def test_tokenizer_of_another_model(small_hf, tmp_path):
 
 
 def test_a_trained_checkpoint_names_its_tokenizer(small_hf, tmp_path, monkeypatch):
-    from megatron_cream.evaluation import opening
+    from megatron_cream.evaluation import models
 
     words = arguments(checkpoint=str(tmp_path))
     saved = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=small_hf)
     (tmp_path / "metadata.json").write_text("{}")
-    monkeypatch.setattr(opening, "saved_arguments", lambda path: saved)
-    tokenizer, source = opening.open_tokenizer(words)
+    monkeypatch.setattr(models, "saved_arguments", lambda path: saved)
+    tokenizer, source = models.open_tokenizer(words)
     assert source == small_hf
-    assert tokenizer.vocab_size == opening.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
+    assert tokenizer.vocab_size == models.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
     saved.tokenizer_model = str(tmp_path / "gone")
     with pytest.raises(ValueError, match="--tokenizer-type is not given"):
-        opening.open_tokenizer(words)
+        models.open_tokenizer(words)
 
 
 def test_data_of_another_tokenizer(small_hf, tmp_path):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cream.evaluation.cases import Haystack, Kit, Tail
-from megatron_cream.evaluation.huggingface import HuggingFaceModel
-from megatron_cream.evaluation.opening import load_tokenizer
-from megatron_cream.evaluation.passes import Pass
+from megatron_cream.evaluation.forward import Pass
+from megatron_cream.evaluation.haystacks import Haystack, Kit, Tail
+from megatron_cream.evaluation.hf_model import HuggingFaceModel
+from megatron_cream.evaluation.models import load_tokenizer
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.scoring import jobs, make_pass, read_scores
 from megatron_cream.evaluation.tasks import TASKS

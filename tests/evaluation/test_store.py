@@ -7,7 +7,7 @@ import pytest
 from support.arguments import arguments
 
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.records import CASES, DOCUMENTS, NUMBER_CASES, read_result
+from megatron_cream.evaluation.result_files import CASES, DOCUMENTS, NUMBER_CASES, read_result
 from megatron_cream.evaluation.run import run
 from megatron_cream.evaluation.store import Store
 

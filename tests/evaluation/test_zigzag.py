@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from megatron_cream.evaluation.passes import Pass
-from megatron_cream.evaluation.zigzag import Slice
+from megatron_cream.evaluation.context_parallel import Slice
+from megatron_cream.evaluation.forward import Pass
 
 
 def make(length=21, rows=(3, 7, 8, 20)):

@@ -26,25 +26,25 @@ from support.runs import write_dataset  # noqa: E402
 from megatron_cream import torchrun  # noqa: E402
 from megatron_cream.planning.command import argv, run_flags  # noqa: E402
 from megatron_cream.planning.cost import GPUS, measured_mfu, step_time  # noqa: E402
-from megatron_cream.planning.layout import Layout, Workload  # noqa: E402
 from megatron_cream.planning.memory import GIB, peak_memory  # noqa: E402
 from megatron_cream.planning.models import MODELS, BaseModel  # noqa: E402
+from megatron_cream.planning.parallel_layout import ParallelLayout, Workload  # noqa: E402
 
 WORK = Workload(4096, 8)
-ROWS: list[tuple[str, int, Layout]] = [
-    ("llama-2-7b", 4, Layout(1, 1, 1, 1)),
-    ("llama-2-7b", 8, Layout(1, 1, 1, 1, recompute=True)),
-    ("llama-3-8b", 4, Layout(1, 1, 1, 1)),
-    ("llama-2-7b", 8, Layout(1, 1, 1, 2)),
-    ("llama-2-7b", 8, Layout(2, 1, 1, 1)),
-    ("llama-2-7b", 8, Layout(1, 2, 1, 1)),
-    ("llama-2-7b", 8, Layout(1, 1, 2, 1)),
+ROWS: list[tuple[str, int, ParallelLayout]] = [
+    ("llama-2-7b", 4, ParallelLayout(1, 1, 1, 1)),
+    ("llama-2-7b", 8, ParallelLayout(1, 1, 1, 1, recompute=True)),
+    ("llama-3-8b", 4, ParallelLayout(1, 1, 1, 1)),
+    ("llama-2-7b", 8, ParallelLayout(1, 1, 1, 2)),
+    ("llama-2-7b", 8, ParallelLayout(2, 1, 1, 1)),
+    ("llama-2-7b", 8, ParallelLayout(1, 2, 1, 1)),
+    ("llama-2-7b", 8, ParallelLayout(1, 1, 2, 1)),
 ]
 _MEMORY = re.compile(r"memory \(MB\) .* max allocated: (\S+)")
 _STEP = re.compile(r"elapsed time per iteration \(ms\): (\S+)")
 
 
-def train(shape: BaseModel, layout: Layout, data: str) -> tuple[float, float]:
+def train(shape: BaseModel, layout: ParallelLayout, data: str) -> tuple[float, float]:
     """Return GiB at the peak and seconds of a step of one run.
 
     Raises:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 def keep_first_gradient(path: str) -> None:
     """Write the weights' gradient ``[size]`` of the first step, as all ranks have it."""
-    from megatron_cream.rope.clex import gradients
+    from megatron_cream.extras.clex import gradients
 
     own = gradients.weights_gradient
 

@@ -12,8 +12,8 @@ if getattr(torch.cuda, "_stood_in_by_cpu", False) or not torch.cuda.is_available
     pytest.skip("needs a GPU: it runs compiled Triton kernels", allow_module_level=True)
 pytest.importorskip("triton", reason="needs triton, which comes with torch on Linux")
 
-from megatron_cream.rope.clex import on_gpu  # noqa: E402
-from megatron_cream.rope.clex.ode import solve  # noqa: E402
+from megatron_cream.extras.clex import on_gpu  # noqa: E402
+from megatron_cream.extras.clex.ode import solve  # noqa: E402
 
 _path = Path(__file__).parents[1] / "rope" / "clex_interpreted.py"
 _spec = importlib.util.spec_from_file_location("clex_interpreted", _path)

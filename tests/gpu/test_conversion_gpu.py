@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 
 from support import hf_models as models
 
-from megatron_cream.checkpoint.exporting import export_checkpoint
-from megatron_cream.checkpoint.importing import import_checkpoint
+from megatron_cream.checkpoint.export_hf import export_checkpoint
+from megatron_cream.checkpoint.import_hf import import_checkpoint
 from megatron_cream.checkpoint.loading import load_model
 
 

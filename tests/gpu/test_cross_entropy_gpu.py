@@ -27,10 +27,10 @@ def loss_and_gradient(tp_group, te):
     """By ``LanguageModule.compute_language_model_loss``, with the config that our flag makes."""
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
-    from megatron_cream.training import cross_entropy
+    from megatron_cream.extras import te_cross_entropy
 
     config = SimpleNamespace(cross_entropy_loss_fusion=False, cross_entropy_fusion_impl="native")
-    cross_entropy.serve(config, SimpleNamespace(te_cross_entropy=te))
+    te_cross_entropy.serve(config, SimpleNamespace(te_cross_entropy=te))
     assert config.cross_entropy_loss_fusion == te
     module = SimpleNamespace(
         config=config, tp_group=tp_group, pg_collection=SimpleNamespace(tp=tp_group)
@@ -77,6 +77,6 @@ def test_as_exact_as_megatrons_own(tp_group):
 
 
 def test_the_kernel_that_is_here_is_taken():
-    from megatron_cream.training import cross_entropy
+    from megatron_cream.extras import te_cross_entropy
 
-    assert cross_entropy.why_absent() is None
+    assert te_cross_entropy.why_absent() is None

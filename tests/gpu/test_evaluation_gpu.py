@@ -17,7 +17,7 @@ from support import hf_models as models
 from support.runs import write_dataset
 
 from megatron_cream import torchrun
-from megatron_cream.checkpoint.importing import import_checkpoint
+from megatron_cream.checkpoint.import_hf import import_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 

@@ -21,7 +21,8 @@ def build(fused):
     from megatron.core.transformer import TransformerConfig
 
     from megatron_cream.checkpoint.loading import initialize_one_process
-    from megatron_cream.rope import install_rotary, make_scaling
+    from megatron_cream.mcore.install_rotary import install_rotary
+    from megatron_cream.rope import make_scaling
 
     initialize_one_process()
     torch.manual_seed(1)

@@ -10,8 +10,8 @@ from support import forks, planning
 from megatron_cream.dry_run import world_size
 from megatron_cream.planning.command import argv, run_flags
 from megatron_cream.planning.dry_run import _check_positions
-from megatron_cream.planning.layout import Layout, Workload, uneven_ends
 from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.parallel_layout import ParallelLayout, Workload, uneven_ends
 from megatron_cream.positions import make_strategy
 
 SMALL = dataclasses.replace(
@@ -19,7 +19,7 @@ SMALL = dataclasses.replace(
     **{"layers": 9, "hidden": 256, "ffn": 512, "vocabulary": 1000, "heads": 8, "groups": 4},
     head_dim=32,
 )
-LAYOUT = Layout(2, 4, 1, 2, *uneven_ends(9, 4))
+LAYOUT = ParallelLayout(2, 4, 1, 2, *uneven_ends(9, 4))
 WORK = Workload(4096, 32)
 
 

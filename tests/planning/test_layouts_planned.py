@@ -10,15 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megatron_cream.planning import cost, memory, propose
-from megatron_cream.planning.layout import (
+from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.parallel_layout import (
     SHORTEST_SLICE,
-    Layout,
+    ParallelLayout,
     Workload,
     layouts,
     padded_vocab,
     uneven_ends,
 )
-from megatron_cream.planning.models import MODELS
 
 LLAMA, LLAMA_70B, SMOL = (MODELS[n] for n in ("llama-2-7b", "llama-2-70b", "smollm2-135m"))
 CREAM = Workload(4096, 32)
@@ -66,15 +66,15 @@ def test_uneven_ends(layers, stages, ends):
 
 def test_a_split_that_does_not_work_out():
     with pytest.raises(ValueError, match="30 layers cannot be split over 4 pipeline stages"):
-        Layout(1, 4, 1, 1).stages(30)
+        ParallelLayout(1, 4, 1, 1).stages(30)
     with pytest.raises(ValueError, match="25 layers for 2 stages"):
-        Layout(1, 4, 1, 1, 3, 2).stages(30)
+        ParallelLayout(1, 4, 1, 1, 3, 2).stages(30)
 
 
 @pytest.mark.parametrize("shape", [LLAMA, MODELS["qwen2.5-7b"], SMOL], ids=lambda s: s.name)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (1, 2), (1, 4)])
 def test_parameters_of_stages_add_up(shape, tensor, pipeline):
-    layout = Layout(tensor, pipeline, 1, 1, *uneven_ends(shape.layers, pipeline))
+    layout = ParallelLayout(tensor, pipeline, 1, 1, *uneven_ends(shape.layers, pipeline))
     held = sum(memory.stage_parameters(shape, layout, s) for s in range(pipeline))
     copies = 1 if shape.tied and pipeline > 1 else 0
     padding = (padded_vocab(shape, tensor) - shape.vocabulary) * shape.hidden
@@ -85,12 +85,12 @@ def test_parameters_of_stages_add_up(shape, tensor, pipeline):
 # H200s, Megatron's trainer at micro-batch 1 of 4096 tokens, 8 samples a step: GiB that PyTorch had
 # allocated at the peak on the fullest, and seconds of a step. docs/planning.md.
 MEASURED = [
-    ("llama-2-7b", 4, Layout(1, 1, 1, 1), 20.87, 0.408),
-    ("llama-2-7b", 8, Layout(1, 1, 1, 1, recompute=True), 32.68, 0.925),
-    ("llama-3-8b", 4, Layout(1, 1, 1, 1), 37.46, 0.621),
-    ("llama-2-7b", 8, Layout(1, 1, 1, 2), 25.94, 0.400),
-    ("llama-2-7b", 8, Layout(2, 1, 1, 1), 18.30, 0.481),
-    ("llama-2-7b", 8, Layout(1, 2, 1, 1), 20.02, 0.445),
+    ("llama-2-7b", 4, ParallelLayout(1, 1, 1, 1), 20.87, 0.408),
+    ("llama-2-7b", 8, ParallelLayout(1, 1, 1, 1, recompute=True), 32.68, 0.925),
+    ("llama-3-8b", 4, ParallelLayout(1, 1, 1, 1), 37.46, 0.621),
+    ("llama-2-7b", 8, ParallelLayout(1, 1, 1, 2), 25.94, 0.400),
+    ("llama-2-7b", 8, ParallelLayout(2, 1, 1, 1), 18.30, 0.481),
+    ("llama-2-7b", 8, ParallelLayout(1, 2, 1, 1), 20.02, 0.445),
 ]
 
 
@@ -104,7 +104,7 @@ def test_estimates_are_near_what_gpus_did(name, layers, layout, gib, seconds):
 
 
 def test_memory_of_micro_batches_in_flight():
-    layout = Layout(8, 8, 1, 1)
+    layout = ParallelLayout(8, 8, 1, 1)
     stages = [memory.stage_memory(LLAMA_70B, layout, CREAM, stage) for stage in range(8)]
     one = 10 * 4096 * memory.layer_activations(LLAMA_70B, 8)
     assert [round(s.activations / one, 6) for s in stages] == [8, 7, 6, 5, 4, 3, 2, 1]
@@ -116,7 +116,7 @@ def test_memory_of_micro_batches_in_flight():
 
 
 def test_optimizer_is_shared_by_data_and_context_parallel_ranks():
-    alone, shared = Layout(8, 1, 1, 1), Layout(8, 1, 4, 2)
+    alone, shared = ParallelLayout(8, 1, 1, 1), ParallelLayout(8, 1, 4, 2)
     long = Workload(131072, 2)
     whole = memory.stage_memory(LLAMA_70B, alone, long, 0)
     part = memory.stage_memory(LLAMA_70B, shared, long, 0)
@@ -155,24 +155,24 @@ def test_measured_mfu():
 
 
 def test_pipeline_ends_are_idle():
-    step = cost.step_time(LLAMA_70B, Layout(8, 8, 1, 1), CREAM, cost.GPUS["h100"], 0.5)
+    step = cost.step_time(LLAMA_70B, ParallelLayout(8, 8, 1, 1), CREAM, cost.GPUS["h100"], 0.5)
     assert step.bubble / step.kernels == pytest.approx(7 / 32)
-    again = Layout(8, 8, 1, 1, recompute=True)
+    again = ParallelLayout(8, 8, 1, 1, recompute=True)
     slower = cost.step_time(LLAMA_70B, again, CREAM, cost.GPUS["h100"], 0.5)
     assert 1.3 < slower.kernels / step.kernels < 4 / 3  # the output layer is not run again
 
 
 def test_communication():
     gpu = cost.GPUS["h100"]
-    one = Layout(1, 1, 1, 1)
+    one = ParallelLayout(1, 1, 1, 1)
     assert cost.activation_seconds(LLAMA, one, CREAM, gpu) == 0
     assert cost.replica_seconds(LLAMA, one, gpu) == 0
     # 32 layers, 10 times 32 MiB of which half is sent, 32 micro-batches.
     sent = 32 * 10 * (2 * 4096 * 4096) / 2 * 32
-    seconds = cost.activation_seconds(LLAMA, Layout(2, 1, 1, 1), CREAM, gpu)
+    seconds = cost.activation_seconds(LLAMA, ParallelLayout(2, 1, 1, 1), CREAM, gpu)
     assert seconds == pytest.approx(sent / 450e9)
-    inside = cost.replica_seconds(LLAMA, Layout(1, 1, 1, 8), gpu)
-    across = cost.replica_seconds(LLAMA, Layout(1, 1, 1, 16), gpu)
+    inside = cost.replica_seconds(LLAMA, ParallelLayout(1, 1, 1, 8), gpu)
+    across = cost.replica_seconds(LLAMA, ParallelLayout(1, 1, 1, 16), gpu)
     assert across / inside == pytest.approx(450 / 400 * (15 / 16) / (7 / 8))
 
 
@@ -198,7 +198,7 @@ def test_the_proposal_fits_and_none_that_fits_is_faster():
 
 def test_one_gpu_does_not_split_a_small_model():
     plan = propose.propose(SMOL, cluster(1), CREAM)
-    assert plan.layout == Layout(1, 1, 1, 1)
+    assert plan.layout == ParallelLayout(1, 1, 1, 1)
     assert 0.3 < plan.mfu(SMOL, cluster(1)) < 0.5
 
 
@@ -222,19 +222,23 @@ def test_what_does_not_divide_says_why():
 def test_replicas_are_data_and_context_parallel_ranks():
     """Gradients in fp32 go out and weights in bf16 come in, over DP x CP ranks."""
     gpu = cost.GPUS["h100"]
-    held = memory.stage_parameters(LLAMA, Layout(1, 1, 1, 1), 0)
-    for layout in (Layout(1, 1, 1, 4), Layout(1, 1, 4, 1), Layout(1, 1, 2, 2)):
+    held = memory.stage_parameters(LLAMA, ParallelLayout(1, 1, 1, 1), 0)
+    for layout in (
+        ParallelLayout(1, 1, 1, 4),
+        ParallelLayout(1, 1, 4, 1),
+        ParallelLayout(1, 1, 2, 2),
+    ):
         sent = 6 * held * 3 / 4
         assert cost.replica_seconds(LLAMA, layout, gpu) == pytest.approx(sent / 450e9)
-    far = cost.replica_seconds(LLAMA, Layout(1, 1, 4, 4), gpu)
+    far = cost.replica_seconds(LLAMA, ParallelLayout(1, 1, 4, 4), gpu)
     assert far == pytest.approx(6 * held * 15 / 16 / 400e9)  # through the 8 cards of a node
-    split = cost.replica_seconds(LLAMA, Layout(2, 1, 1, 32), gpu)
-    held = memory.stage_parameters(LLAMA, Layout(2, 1, 1, 32), 0)
+    split = cost.replica_seconds(LLAMA, ParallelLayout(2, 1, 1, 32), gpu)
+    held = memory.stage_parameters(LLAMA, ParallelLayout(2, 1, 1, 32), 0)
     assert split == pytest.approx(6 * held * 31 / 32 / 200e9)  # 4 of a node's 8 are members
-    alone = cost.replica_seconds(LLAMA, Layout(8, 1, 1, 2), gpu)
-    held = memory.stage_parameters(LLAMA, Layout(8, 1, 1, 2), 0)
+    alone = cost.replica_seconds(LLAMA, ParallelLayout(8, 1, 1, 2), gpu)
+    held = memory.stage_parameters(LLAMA, ParallelLayout(8, 1, 1, 2), 0)
     assert alone == pytest.approx(6 * held / 2 / 50e9)
-    assert cost.replica_seconds(LLAMA, Layout(1, 1, 1, 1), gpu) == 0
+    assert cost.replica_seconds(LLAMA, ParallelLayout(1, 1, 1, 1), gpu) == 0
 
 
 def test_communication_of_rings_and_stages():
@@ -247,34 +251,34 @@ def test_communication_of_rings_and_stages():
 
     hidden = 2 * 4096 * 8192
     once = 80 * hidden / 2 / 450e9 * 32
-    assert seconds(Layout(2, 1, 1, 1)) == pytest.approx(10 * once)
-    assert seconds(Layout(2, 1, 1, 1, recompute=True)) == pytest.approx(14 * once)
+    assert seconds(ParallelLayout(2, 1, 1, 1)) == pytest.approx(10 * once)
+    assert seconds(ParallelLayout(2, 1, 1, 1, recompute=True)) == pytest.approx(14 * once)
     # Keys and values of 8 groups go round a ring of 4: forward, backward, and their gradients.
     ring = 80 * 3 * (4 * 1024 * 8 * 128) * 3
-    assert seconds(Layout(1, 1, 4, 1)) == pytest.approx(ring / 450e9 * 32)
-    assert seconds(Layout(1, 1, 4, 1), groups=16) == pytest.approx(2 * ring / 450e9 * 32)
+    assert seconds(ParallelLayout(1, 1, 4, 1)) == pytest.approx(ring / 450e9 * 32)
+    assert seconds(ParallelLayout(1, 1, 4, 1), groups=16) == pytest.approx(2 * ring / 450e9 * 32)
     # A ring of 4 groups of 8 ranks leaves the node, and each rank sends an eighth.
     tensor = 80 * 10 * (hidden / 4) * 7 / 8 / 450e9
-    assert seconds(Layout(8, 1, 4, 1)) == pytest.approx(32 * (tensor + ring / 8 / 50e9))
+    assert seconds(ParallelLayout(8, 1, 4, 1)) == pytest.approx(32 * (tensor + ring / 8 / 50e9))
     # A stage hands its activations on, and gradients back.
-    assert seconds(Layout(1, 2, 1, 1)) == pytest.approx(2 * hidden / 450e9 * 32)
+    assert seconds(ParallelLayout(1, 2, 1, 1)) == pytest.approx(2 * hidden / 450e9 * 32)
 
 
 def test_weights_and_gradients_pass_through_memory_once_a_micro_batch():
-    gpu, layout = cost.GPUS["h100"], Layout(1, 1, 1, 1)
+    gpu, layout = cost.GPUS["h100"], ParallelLayout(1, 1, 1, 1)
     held = memory.stage_parameters(LLAMA, layout, 0)
     for samples in (1, 8):
         step = cost.step_time(LLAMA, layout, Workload(4096, samples), gpu, 0.5)
         assert step.update == pytest.approx(held * (10 * samples + 4 + 30) / 3350e9)
-    shared = cost.step_time(LLAMA, Layout(1, 1, 2, 2), Workload(8192, 2), gpu, 0.5)
+    shared = cost.step_time(LLAMA, ParallelLayout(1, 1, 2, 2), Workload(8192, 2), gpu, 0.5)
     assert shared.update == pytest.approx(held * (10 + 4 + 30 / 4) / 3350e9)
 
 
 def test_the_output_layer_is_work_of_the_last_stage():
     short = dataclasses.replace(LLAMA, layers=4)
     gpu, work = cost.GPUS["h100"], Workload(4096, 2)
-    even = cost.step_time(short, Layout(1, 2, 1, 1), work, gpu, 0.5).kernels
-    fewer = cost.step_time(short, Layout(1, 2, 1, 1, 3, 1), work, gpu, 0.5).kernels
+    even = cost.step_time(short, ParallelLayout(1, 2, 1, 1), work, gpu, 0.5).kernels
+    fewer = cost.step_time(short, ParallelLayout(1, 2, 1, 1, 3, 1), work, gpu, 0.5).kernels
     layer = cost.layer_flops(short, 4096)
     head = 6 * short.vocabulary * short.hidden
     rate = gpu.tflops * 1e12 * 0.5
@@ -285,7 +289,7 @@ def test_the_output_layer_is_work_of_the_last_stage():
 def test_parts_of_the_memory_of_a_stage():
     qk = dataclasses.replace(LLAMA, qk_norm=True)
     assert memory.layer_norms(qk) - memory.layer_norms(LLAMA) == 2 * 128
-    one, again = Layout(1, 1, 1, 1), Layout(1, 1, 1, 1, recompute=True)
+    one, again = ParallelLayout(1, 1, 1, 1), ParallelLayout(1, 1, 1, 1, recompute=True)
     whole = memory.layer_activations(LLAMA)
     small = dataclasses.replace(LLAMA, vocabulary=128)
     kept, made = (memory.stage_memory(small, x, CREAM, 0).working for x in (one, again))

@@ -17,14 +17,14 @@ import torch
 from megatron_cream.planning import arguments, report
 from megatron_cream.planning.arguments import parameter_bytes
 from megatron_cream.planning.command import argv, rope_flags, run_flags, script
-from megatron_cream.planning.layout import Layout, Workload
 from megatron_cream.planning.memory import GIB, ParameterBytes, stage_memory
 from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.report import _duration
 from megatron_cream.torchrun import ONE_NODE
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
-LAYOUT = Layout(8, 8, 1, 16)
+LAYOUT = ParallelLayout(8, 8, 1, 16)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_flags_at_their_edges():
     def flags(layout, target=32768, iterations=1000):
         return argv(run_flags(MODELS["llama-2-7b"], layout, Workload(4096, 32), target, iterations))
 
-    one, context = Layout(1, 1, 1, 1), Layout(1, 1, 2, 1)
+    one, context = ParallelLayout(1, 1, 1, 1), ParallelLayout(1, 1, 2, 1)
     assert "--overlap-grad-reduce" not in flags(one)
     assert "--overlap-grad-reduce" in flags(context)  # the optimizer is shared over them as well
     assert "--cream-sigma-relative" not in flags(one, 8 * 4096 + 1), "the trainer's default"
@@ -192,7 +192,7 @@ def test_bytes_per_parameter_follow_the_optimizer():
     assert parameter_bytes(args) == ParameterBytes(4, 12)
     args.grad_reduce_in_bf16 = True
     each = parameter_bytes(args)
-    layout, work = Layout(8, 4, 1, 2), Workload(4096, 32)
+    layout, work = ParallelLayout(8, 4, 1, 2), Workload(4096, 32)
     gib = [
         stage_memory(MODELS["llama-2-70b"], layout, work, 0, each=e).total / GIB
         for e in (None, each)
@@ -207,7 +207,7 @@ def test_bytes_per_parameter_follow_the_optimizer():
 def test_a_stage_line_has_the_memory_of_its_own_flags(monkeypatch):
     monkeypatch.setattr(report, "parameter_bytes", lambda args: ParameterBytes(2, 12))
     monkeypatch.setattr(report, "shape_from_args", lambda args: MODELS["llama-2-70b"])
-    monkeypatch.setattr(report, "layout_from_args", lambda args: Layout(8, 4, 1, 2))
+    monkeypatch.setattr(report, "layout_from_args", lambda args: ParallelLayout(8, 4, 1, 2))
     monkeypatch.setattr(report, "workload_from_args", lambda args: Workload(4096, 32))
     assert report._stage_gib(None, 0, None) == pytest.approx(30.8, abs=0.06)
 

@@ -8,9 +8,14 @@ import pytest
 from support import forks, planning
 
 from megatron_cream.planning.command import argv, layout_flags, run_flags
-from megatron_cream.planning.layout import Layout, Workload, padded_vocab, uneven_ends
 from megatron_cream.planning.memory import GIB, stage_memory, stage_parameters
 from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.parallel_layout import (
+    ParallelLayout,
+    Workload,
+    padded_vocab,
+    uneven_ends,
+)
 from megatron_cream.planning.stages import RankView, _check_copy, _check_layers, _check_parameters
 
 CREAM = Workload(4096, 32)
@@ -23,7 +28,7 @@ def planned(shape, layout, work=CREAM, target=262144):
 
 def test_70b_on_1024_ranks():
     """TP8 PP8 DP16: every stage, every tensor-parallel rank, and a rank of another copy."""
-    shape, layout = MODELS["llama-2-70b"], Layout(8, 8, 1, 16)
+    shape, layout = MODELS["llama-2-70b"], ParallelLayout(8, 8, 1, 16)
     views, parameters, lines = forks.call(planning.views, planned(shape, layout), 1024)
     assert parameters == shape.parameters + 2 * 8192 * (padded_vocab(shape, 8) - 32000)
     assert len(views) == 65 and views[-1].rank == 1023
@@ -43,9 +48,9 @@ def test_70b_on_1024_ranks():
 @pytest.mark.parametrize(
     ("shape", "layout", "work"),
     [
-        (MODELS["smollm2-135m"], Layout(3, 2, 1, 2), CREAM),  # tied, padded, 3 heads a rank
-        (QWEN, Layout(4, 4, 1, 2, *uneven_ends(9, 4)), CREAM),  # biases, uneven, padded
-        (QWEN, Layout(2, 1, 4, 2, recompute=True), Workload(131072, 2)),  # context parallel
+        (MODELS["smollm2-135m"], ParallelLayout(3, 2, 1, 2), CREAM),  # tied, padded, 3 heads a rank
+        (QWEN, ParallelLayout(4, 4, 1, 2, *uneven_ends(9, 4)), CREAM),  # biases, uneven, padded
+        (QWEN, ParallelLayout(2, 1, 4, 2, recompute=True), Workload(131072, 2)),  # context parallel
     ],
     ids=["tied", "uneven", "context"],
 )
@@ -65,7 +70,7 @@ def small(*more):
     """Flags of a model that is built in no time, on one rank unless they say otherwise."""
     shape = dataclasses.replace(MODELS["llama-3-8b"], layers=8, hidden=256, ffn=512)
     shape = dataclasses.replace(shape, heads=8, groups=4, head_dim=32, vocabulary=1000)
-    return [*planned(shape, Layout(1, 1, 1, 1)), *more]
+    return [*planned(shape, ParallelLayout(1, 1, 1, 1)), *more]
 
 
 def test_virtual_stages_experts_and_other_layouts_are_built_too():
@@ -93,7 +98,7 @@ def test_a_hybrid_model_is_built_too():
 
 
 def test_weights_and_optimizer_are_megatrons_own_estimate():
-    shape, layout = MODELS["llama-2-70b"], Layout(8, 8, 1, 16)
+    shape, layout = MODELS["llama-2-70b"], ParallelLayout(8, 8, 1, 16)
     theirs = forks.call(planning.megatrons_estimate, planned(shape, layout), 1024)
     ours = stage_memory(shape, layout, CREAM, 0)
     total = ours.weights + ours.gradients + ours.optimizer
@@ -132,7 +137,7 @@ def test_a_vocabulary_must_be_given():
 def test_what_is_wrong_is_found():
     with pytest.raises(ValueError, match="rank 0 rotates by RotaryEmbedding"):
         forks.call(planning.with_stock_rotary, small(), 1)
-    flags = small(*layout_flags(Layout(1, 2, 1, 1)))
+    flags = small(*layout_flags(ParallelLayout(1, 2, 1, 1)))
     with pytest.raises(ValueError, match=re.escape("the stages have layers [1, 2, 3, 5, 6, 7]")):
         forks.call(planning.with_layers_left_out, flags, 2)
     with pytest.raises(RuntimeError, match="in one of its own"):

@@ -80,5 +80,5 @@ def test_input_inside_is_refused_through_links_too(folder, tmp_path):
     link.symlink_to(folder)
     for path in (folder, folder / "in.txt", link / "in.txt", link):
         with pytest.raises(UserError, match="where unfinished work is kept"):
-            ownership.refuse_inside(path, folder, "--output x")
-    ownership.refuse_inside(tmp_path / "x.parts2", folder, "--output x")
+            ownership.validate_outside(path, folder, "--output x")
+    ownership.validate_outside(tmp_path / "x.parts2", folder, "--output x")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.checkpoint.readers import ENGINES, ROPE_TYPES, by_answer, sentence
+from megatron_cream.checkpoint.inference_engines import ENGINES, ROPE_TYPES, by_answer, sentence
 from megatron_cream.rope import SCALINGS, make_scaling
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"

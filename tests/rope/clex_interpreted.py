@@ -26,7 +26,7 @@ CASES = {
 
 def case(name):
     """Field, weights, scales and a gradient of ``log_stretch``."""
-    from megatron_cream.rope.clex.ode import Field
+    from megatron_cream.extras.clex.ode import Field
 
     dim, width, act, step, scales = CASES[name]
     field, rng = Field(dim, 10000.0, width, act, step), np.random.default_rng(1)
@@ -38,8 +38,8 @@ def case(name):
 
 def table(std):
     """A table and its weights; W_down of standard deviation 50 brings pairs to their limits."""
+    from megatron_cream.extras.clex.table import ScaleTable
     from megatron_cream.rope import make_scaling
-    from megatron_cream.rope.clex.table import ScaleTable
 
     scaling = make_scaling("clex", dim=16, factor=7.5, original_length=96)
     powers = torch.tensor([10000.0 ** (i / 8) for i in range(8)])
@@ -65,7 +65,7 @@ STANDARD_DEVIATIONS = {"trained": 0.1, "at the limits": 50.0, "no numbers": floa
 
 
 def main(path):
-    from megatron_cream.rope.clex import on_gpu
+    from megatron_cream.extras.clex import on_gpu
 
     results = {}
     for name in CASES:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_cream.extras.clex import on_gpu
+from megatron_cream.extras.clex.frozen import divisors
+from megatron_cream.extras.clex.ode import Field, limits, solve
 from megatron_cream.rope.base import rounded_list
-from megatron_cream.rope.clex import on_gpu
-from megatron_cream.rope.clex.frozen import divisors
-from megatron_cream.rope.clex.ode import Field, limits, solve
 
 SCRIPT = Path(__file__).with_name("clex_interpreted.py")
 _spec = importlib.util.spec_from_file_location("clex_interpreted", SCRIPT)
@@ -56,7 +56,7 @@ def test_compiler_keeps_what_a_loop_hands_on(kernel, carried):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_cream.rope.clex import kernels
+    from megatron_cream.extras.clex import kernels
 
     function = getattr(kernels, kernel)
     fixed = {n: v for n, v in kernels.sizes(Field(128, 10000.0)).items() if n.isupper()}
@@ -114,7 +114,7 @@ def test_frequencies_are_rounded_as_a_servers():
     ],
 )
 def test_end_of_a_step_refuses(monkeypatch, finite, gradient, checked, message):
-    from megatron_cream.rope.clex import gradients
+    from megatron_cream.extras.clex import gradients
 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: None)
     forgotten = []

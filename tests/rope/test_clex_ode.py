@@ -12,8 +12,8 @@ import torch
 from scipy.integrate import solve_ivp
 from scipy.optimize import approx_fprime
 
+from megatron_cream.extras.clex.ode import Field, grid, limits, solve
 from megatron_cream.rope import make_scaling
-from megatron_cream.rope.clex.ode import Field, grid, limits, solve
 
 
 def trained(field, std=0.02, seed=1):

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
 
 def rotary(name="none", dim=64, base=1e4, factor=1.0, *, original=4096, **options):
-    from megatron_cream.rope import PositionRotaryEmbedding
+    from megatron_cream.mcore.rotary import PositionRotaryEmbedding
 
     of_module = {k: options.pop(k) for k in ("rotary_interleaved",) if k in options}
     scaling = make_scaling(
@@ -97,7 +97,7 @@ class TestAttentionFactorOnRotatedDimensions:
         from megatron.core.models.common.embeddings import rope_utils
         from megatron.core.transformer import attention
 
-        from megatron_cream.rope.install import serve_per_token_angles
+        from megatron_cream.mcore.install_rotary import patch_apply_rotary_pos_emb
 
         def kernel(t, freqs, interleaved=False):
             attention.kernel_calls += 1
@@ -105,7 +105,7 @@ class TestAttentionFactorOnRotatedDimensions:
 
         monkeypatch.setattr(attention, "kernel_calls", 0, raising=False)
         monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", kernel)
-        serve_per_token_angles()
+        patch_apply_rotary_pos_emb()
         return attention
 
     @pytest.mark.parametrize("batch", [1, 3])
@@ -197,7 +197,7 @@ def test_wrong_number_of_position_ids():
 
 
 def test_install_refuses_a_model_without_rope():
-    from megatron_cream.rope import install_rotary
+    from megatron_cream.mcore.install_rotary import install_rotary
 
     with pytest.raises(ValueError, match="--position-embedding-type rope"):
         install_rotary(torch.nn.Linear(1, 1), rotary().scaling)

@@ -10,7 +10,7 @@ TEXT = "The pass key is 12345. line amber-lantern: REGISTER_CONTENT is <67890>\n
 
 def scored_lines(checkpoint: str, task: str, settings: dict, layout: tuple[int, int]) -> None:
     """Run tools/evaluate.py's run on this rank."""
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     cpu.install()
     from megatron_cream.evaluation.run import run

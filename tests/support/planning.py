@@ -15,9 +15,9 @@ def views(argv, world_size):
 
 def with_stock_rotary(argv, world_size):
     """Check stages where our rotary is not put in."""
-    from megatron_cream.training import hooks
+    from megatron_cream.mcore import hooks
 
-    hooks.model_config = lambda args, extension: hooks.stock_config(args)
+    hooks.model_config = lambda args, extension: hooks.megatron_config(args)
     return views(argv, world_size)
 
 
@@ -77,7 +77,7 @@ def dry_run_with_layers_left_out(argv, world_size):
 
 def loss_kernel(argv, world_size):
     """Return which cross entropy the model's config asks for."""
-    from megatron_cream.training import hooks
+    from megatron_cream.mcore import hooks
 
     fake_world.prepare()
     config = hooks.model_config(*fake_world.parse(argv, world_size)).transformer

@@ -48,9 +48,10 @@ def trainers_log(flags, moved):
         del training.training_log
     sys.argv = ["pretrain", "--cpu", *flags]
     from megatron_cream import pretrain
-    from megatron_cream.training import entry, hooks
+    from megatron_cream.mcore import hooks
+    from megatron_cream.training import entry
 
-    entry.stand_in_if_asked()
+    entry.install_cpu_stand_in()
     args = pretrain.prepare()
-    entry.ready(args, hooks.stock_config(args))
+    entry.ready(args, hooks.megatron_config(args))
     return hasattr(training.training_log, "without_our_scalars")

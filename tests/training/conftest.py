@@ -11,7 +11,7 @@ def refused(monkeypatch, capsys, dataset):
     import torch
 
     from megatron_cream import pretrain
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     def call(*extra, data=dataset):
         argv = ["pretrain", *cpu.FLAGS, "--cpu", *FLAGS, "--data-path", str(data), *extra]

@@ -23,7 +23,7 @@ CLEX = ["--rope-interpolation", "clex", "--rope-options", "act=silu", "param_fac
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, dataset):
     """An imported model after four steps, at TP2 x PP2 from weights that knew nothing of CLEX."""
-    from megatron_cream.checkpoint.importing import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     folder = tmp_path_factory.mktemp("served")
     source = models.make(folder / "source")
@@ -36,7 +36,7 @@ def trained(tmp_path_factory, dataset):
 
 
 def test_evaluates_and_exports_alike(trained):
-    from megatron_cream.checkpoint.exporting import export_checkpoint
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
     from megatron_cream.checkpoint.loading import load_model
 
     export_checkpoint(str(trained / "run"), str(trained / "out"), quiet=True)
@@ -60,7 +60,7 @@ def test_evaluates_and_exports_alike(trained):
 
 def test_other_weights_cannot_be_evaluated_so(trained):
     from megatron_cream.checkpoint.loading import load_model
-    from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
+    from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
 
     extension = saved_extension(saved_arguments(str(trained / "run")))
     with pytest.raises(ValueError, match="'clex': its weights are trained, and --checkpoint"):

@@ -8,11 +8,11 @@ import pytest
 from support import forks, planning
 from support.runs import FLAGS
 
-from megatron_cream.training import cross_entropy
+from megatron_cream.extras import te_cross_entropy
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"), [([], (False, "native")), ([cross_entropy.FLAG], (True, "te"))]
+    ("flags", "expected"), [([], (False, "native")), ([te_cross_entropy.FLAG], (True, "te"))]
 )
 def test_the_models_config(flags, expected):
     assert forks.call(planning.loss_kernel, [*FLAGS, *flags], 1) == expected
@@ -32,7 +32,7 @@ def install(monkeypatch, kernel):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["transformer_engine"].__version__ = "2.18.0"
     sys.modules[name].parallel_cross_entropy = kernel
-    monkeypatch.setattr(cross_entropy, "find_spec", lambda name: object())
+    monkeypatch.setattr(te_cross_entropy, "find_spec", lambda name: object())
 
 
 ARGS = SimpleNamespace(te_cross_entropy=True, cpu=False)
@@ -40,14 +40,14 @@ ARGS = SimpleNamespace(te_cross_entropy=True, cpu=False)
 
 def test_kernels_by_what_they_can_do(monkeypatch):
     install(monkeypatch, of_2_19)
-    cross_entropy.refuse_absent(ARGS)
+    te_cross_entropy.validate_available(ARGS)
     install(monkeypatch, of_2_18)
     with pytest.raises(ValueError, match=r"^--te-cross-entropy is given: .* 2\.19 .*2\.18\.0 is"):
-        cross_entropy.refuse_absent(ARGS)
-    cross_entropy.refuse_absent(SimpleNamespace(te_cross_entropy=False, cpu=False))
+        te_cross_entropy.validate_available(ARGS)
+    te_cross_entropy.validate_available(SimpleNamespace(te_cross_entropy=False, cpu=False))
 
 
 def test_no_transformer_engine(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "find_spec", lambda name: None)
+    monkeypatch.setattr(te_cross_entropy, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^--te-cross-entropy .* 2\.19 .* is not installed"):
-        cross_entropy.refuse_absent(ARGS)
+        te_cross_entropy.validate_available(ARGS)

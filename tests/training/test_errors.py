@@ -165,7 +165,7 @@ def test_resuming_a_distributed_optimizer_without_a_gpu(refused, sharded):
 
 
 def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
-    from megatron_cream.checkpoint.saved import saved_arguments, saved_extension
+    from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
     from megatron_cream.training.checks import check_checkpoint
 
     saved = saved_arguments(sharded)
@@ -237,7 +237,7 @@ def test_gpu_present_refuses_the_stand_in(monkeypatch):
     import torch
 
     from megatron_cream.errors import UserError
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     monkeypatch.setattr(torch.cuda, "_stood_in_by_cpu", False)
     with pytest.raises(UserError, match="leave out --cpu"):

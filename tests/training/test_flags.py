@@ -104,11 +104,13 @@ def test_blends_that_cannot_be_read(refused, words, part):
 
 
 def test_blends_that_can(tmp_path, monkeypatch):
-    from megatron_cream.training import blend
+    from megatron_cream.mcore import blend_flags
 
     listed = tmp_path / "list"
     listed.write_text("0.3 A 0.7 B")
-    empty = dict.fromkeys((*blend._WHOLE, *blend._PER_SPLIT, "per_split_data_args_path"))
+    empty = dict.fromkeys(
+        (*blend_flags._WHOLE, *blend_flags._PER_SPLIT, "per_split_data_args_path")
+    )
     split = tmp_path / "split.json"
     split.write_text('{"train": ["A"], "valid": "B", "test": "B C"}')
     for given in (
@@ -119,12 +121,12 @@ def test_blends_that_can(tmp_path, monkeypatch):
         {"data_args_path": str(listed)},
         {"per_split_data_args_path": str(split)},
     ):
-        blend.refuse_blend(Namespace(**{**empty, "split": None, **given}))
+        blend_flags.validate_blend(Namespace(**{**empty, "split": None, **given}))
     with pytest.raises(FileNotFoundError):
-        blend.refuse_blend(Namespace(**{**empty, "data_args_path": str(tmp_path / "none")}))
+        blend_flags.validate_blend(Namespace(**{**empty, "data_args_path": str(tmp_path / "none")}))
     split.write_text('{"train": ["A"]}')
     with pytest.raises(UserError, match="--per-split-data-args-path is .*train, valid and test"):
-        blend.refuse_blend(Namespace(**{**empty, "per_split_data_args_path": str(split)}))
+        blend_flags.validate_blend(Namespace(**{**empty, "per_split_data_args_path": str(split)}))
 
 
 HUGGING_FACE = ["--tokenizer-type", "HuggingFaceTokenizer"]
@@ -163,10 +165,10 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch):
     monkeypatch.setattr(hub.HfApi, "model_info", out_of_reach)
     began = time.monotonic()
     with pytest.raises(FileNotFoundError, match="--tokenizer-model is no-one.*no route to host"):
-        tokenizer.refuse_absent(args)
+        tokenizer.validate_available(args)
     assert time.monotonic() - began < 5
     monkeypatch.setattr(hub.HfApi, "model_info", lambda self, name, timeout: None)
-    tokenizer.refuse_absent(args)
+    tokenizer.validate_available(args)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_help_is_printed(monkeypatch, capsys):
 
 
 def test_megatrons_list_of_arguments_is_left_out_and_the_rest_kept():
-    from megatron_cream.training.refusals import without_arguments
+    from megatron_cream.mcore.validation_errors import without_arguments
 
     text = "using 1 GPU\n--- arguments ---\n  lr ... 1\n--- end of arguments ---\nlast\n"
     assert without_arguments(text) == "using 1 GPU\nlast\n"
@@ -236,8 +238,8 @@ def test_without_a_gpu_cpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="no GPU here .CUDA_VISIBLE_DEVICES is ''.*--cpu"):
-        machine.refuse_without_gpu([])
-    machine.refuse_without_gpu(["--help"])
+        machine.require_gpu([])
+    machine.require_gpu(["--help"])
 
 
 def test_training_longer_names_the_flags_that_allow_it(refused, initial):
@@ -254,7 +256,7 @@ def test_training_longer_names_the_flags_that_allow_it(refused, initial):
 
 def test_the_schedule_is_compared_with_the_iteration_that_is_taken(tmp_path, initial):
     """Of two iterations, --ckpt-step names the one before the latest."""
-    from megatron_cream.checkpoint.saved import saved_arguments
+    from megatron_cream.checkpoint.metadata import saved_arguments
     from megatron_cream.training.entry import _check_schedule
 
     run = tmp_path / "run"
@@ -272,13 +274,13 @@ def test_the_schedule_is_compared_with_the_iteration_that_is_taken(tmp_path, ini
     ["--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler", "--no-load-optim"],
 )
 def test_training_longer_is_allowed_by_them(initial, allowed):
-    from megatron_cream.checkpoint.saved import saved_arguments
-    from megatron_cream.training import schedule
+    from megatron_cream.checkpoint.metadata import saved_arguments
+    from megatron_cream.mcore import schedule_flags
 
     saved = saved_arguments(initial)
     now = Namespace(**{**vars(saved), "train_iters": 20})
     setattr(now, allowed[2:].replace("-", "_"), True)
-    schedule.refuse_other_schedule(initial, now, saved)
+    schedule_flags.validate_same_schedule(initial, now, saved)
 
 
 def test_the_schedule_is_megatrons(initial, monkeypatch):
@@ -286,8 +288,8 @@ def test_the_schedule_is_megatrons(initial, monkeypatch):
 
     from megatron.training import training
 
-    from megatron_cream.checkpoint.saved import saved_arguments
-    from megatron_cream.training.schedule import schedule
+    from megatron_cream.checkpoint.metadata import saved_arguments
+    from megatron_cream.mcore.schedule_flags import schedule
 
     saved = saved_arguments(initial)
     iterations = {"train_iters": 30, "lr_decay_iters": 20, "lr_warmup_fraction": 0.1}

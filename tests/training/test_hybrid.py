@@ -135,7 +135,7 @@ def test_experts(tmp_path, flags):
 @pytest.mark.parametrize("flag", ["--hybrid-layer-pattern", "--hybrid-override-pattern"])
 def test_patterns_that_cannot_be_served(flag, pattern, parts, flags, monkeypatch):
     from megatron_cream import pretrain
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     argv = ["pretrain", *cpu.FLAGS, "--cpu", *flags, flag, pattern]
     monkeypatch.setattr("sys.argv", argv)
@@ -151,8 +151,8 @@ def test_checkpoint_with_layers_that_need_gpu_kernels():
     """A layer left out of the local stack would be passed through in silence."""
     from types import SimpleNamespace
 
-    from megatron_cream.training.hybrid import serve_local_layers
+    from megatron_cream.extras.hybrid import configure_local_layers
 
     config = SimpleNamespace(hybrid_layer_pattern="M*-", hybrid_stack_spec=None)
     with pytest.raises(ValueError, match="layers M need GPU kernels"):
-        serve_local_layers(config, SimpleNamespace(transformer_impl="local"))
+        configure_local_layers(config, SimpleNamespace(transformer_impl="local"))

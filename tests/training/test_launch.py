@@ -154,17 +154,17 @@ class TestSymbols:
 
         from megatron_cream import launch
 
-        assert launch.serve_trainer() is launch.serve_trainer()
-        launch.serve_parser()
+        assert launch.patch_pretrain() is launch.patch_pretrain()
+        launch.patch_parser()
         first = arguments.parse_and_validate_args
-        launch.serve_parser()
+        launch.patch_parser()
         assert arguments.parse_and_validate_args is first
 
     @pytest.mark.parametrize(
         ("module", "name", "serve"),
         [
-            ("megatron.training.arguments", "parse_and_validate_args", "serve_parser"),
-            ("megatron.training.training", "pretrain", "serve_trainer"),
+            ("megatron.training.arguments", "parse_and_validate_args", "patch_parser"),
+            ("megatron.training.training", "pretrain", "patch_pretrain"),
         ],
     )
     def test_moved_symbol(self, module, name, serve, monkeypatch):
@@ -179,18 +179,18 @@ class TestSymbols:
 
         from megatron_cream import launch
 
-        launch.refuse_other_releases()
+        launch.validate_megatron_release()
         monkeypatch.setattr(package_info, "MINOR", 20)
         with pytest.raises(ValueError, match=r"from .*package_info.py: it must be 0\.19"):
-            launch.refuse_other_releases()
+            launch.validate_megatron_release()
 
     def test_config_of_another_model(self):
         from types import SimpleNamespace
 
-        from megatron_cream.training.hooks import hook_into
+        from megatron_cream.mcore.hooks import add_hooks
 
         with pytest.raises(ValueError, match="must be Megatron's GPTModelConfig or"):
-            hook_into(SimpleNamespace(), None, None)
+            add_hooks(SimpleNamespace(), None, None)
 
 
 @pytest.mark.usefixtures("cpu_megatron")
@@ -211,7 +211,7 @@ class TestSymbols:
 def test_flags_of_what_is_swapped_are_refused(extra, monkeypatch, flags):
     """The script's datasets and forward step would follow them; ours would not."""
     from megatron_cream import pretrain
-    from megatron_cream.training import cpu
+    from megatron_cream.mcore import cpu
 
     monkeypatch.setattr("sys.argv", ["pretrain", *cpu.FLAGS, "--cpu", *flags, *extra])
     with pytest.raises(ValueError, match=f"^{extra[0]} is .*: it must be left out, "):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_cream.evaluation.cases import Draft, Haystack, Kit
+from megatron_cream.evaluation.haystacks import Draft, Haystack, Kit
 from megatron_cream.evaluation.tasks import lines, needles, words
 
 Maker = Callable[[Kit, int, int, int], list[Haystack]]

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question, rng
 from megatron_cream.evaluation.filler import names, spread
+from megatron_cream.evaluation.haystacks import Draft, Haystack, Kit, Question, rng
 
 _LINES_INTRO = (
     "Below is a record of lines. Each line has a name and a number, its REGISTER_CONTENT. "

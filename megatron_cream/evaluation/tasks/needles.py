@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 
-from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question, rng
 from megatron_cream.evaluation.filler import ADJECTIVES, NOUNS, names, sentences, spread
+from megatron_cream.evaluation.haystacks import Draft, Haystack, Kit, Question, rng
 
 _PASSKEY_INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "

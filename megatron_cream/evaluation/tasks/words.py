@@ -12,8 +12,8 @@ import functools
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.cases import Draft, Haystack, Kit, Question, rng
 from megatron_cream.evaluation.filler import MOST_NAMES, names
+from megatron_cream.evaluation.haystacks import Draft, Haystack, Kit, Question, rng
 
 _COMMON_INTRO = (
     "Below is a numbered list of words. In these words, some appear more often than others. "

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Megatron checkpoint of any layout becomes a Hugging Face folder for any reader of those."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_cream.checkpoint.arguments import shape_from_arguments
+from megatron_cream.checkpoint.config_json import config_fields, shape_from_config, window_of
+from megatron_cream.checkpoint.extraction import parts_of, write_parts
+from megatron_cream.checkpoint.hf_files import (
+    TOKENIZER,
+    check_files,
+    find_source,
+    kept_files,
+    other_files,
+    read_config,
+    source_name,
+    validate_extension_target,
+)
+from megatron_cream.checkpoint.inference_engines import sentence
+from megatron_cream.checkpoint.metadata import latest_checkpoint, saved_arguments, saved_extension
+from megatron_cream.checkpoint.model_card import Base, model_card
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.safetensors_writer import ShardWriter
+from megatron_cream.checkpoint.staging import check_output, staged
+from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
+from megatron_cream.json_values import naming, read_object
+from megatron_cream.rope import RopeScaling, hf_rope_fields
+from megatron_cream.rope.huggingface import with_rope
+
+SHARD_BYTES = 5_000_000_000
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+_TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an export made: the model, its settings and RoPE, and the bytes of its weights."""
+
+    shape: ModelShape
+    extension: ExtensionConfig
+    dtype: torch.dtype
+    nbytes: int
+    rope_type: str
+
+
+def export_checkpoint(
+    checkpoint: str,
+    output: str,
+    hf: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    quiet: bool = False,
+) -> Exported:
+    """Write the Hugging Face folder ``output`` with the weights of ``checkpoint``.
+
+    Args:
+        checkpoint: folder given to --save, or one iteration in it; saved at any layout.
+        output: new folder.
+        hf: folder whose config.json, tokenizer and licence the model takes over; by default the
+            one that the checkpoint was imported from, as kept beside the import.
+        dtype: type of the weights; by default the one they were saved in.
+        shard_bytes: most bytes of one safetensors file.
+        quiet: no progress bar.
+
+    Raises:
+        UserError, FileNotFoundError: a checkpoint that cannot be exported, before anything is
+            written.
+        OSError: the disk is full, or fails; nothing is kept.
+    """
+    args = saved_arguments(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
+    if args is None:
+        raise FileNotFoundError(
+            f"--checkpoint is {checkpoint}: it must hold a torch_dist checkpoint"
+        )
+    extension = saved_extension(args) or _plain_extension(args)
+    source = _source(checkpoint, args, hf)
+    reads = [Path(checkpoint), *([source] if source else [])]
+    place = validate_extension_target(check_output(Path(output), reads), checkpoint)
+    config = _checked_config(source) if source else {}
+    stored = StoredTensors(latest_checkpoint(checkpoint))
+    try:
+        shape = _shape(args, config, source, stored)
+        scaling = _exported_scaling(stored, extension, shape.head_dim)
+        tensors = list(parts_of(stored, shape, dtype))
+        plans = [tensor.plan for tensor in tensors]
+        total = sum(plan.nbytes for plan in plans)
+        with (
+            staged(place, total, reads) as folder,
+            tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar,
+        ):
+            writer = ShardWriter(folder, plans, shard_bytes)
+            write_parts(writer, stored, tensors, bar.update)
+            _write_files(folder, source, config, shape, extension, scaling, plans[0].dtype)
+    finally:
+        stored.close()
+    return Exported(shape, extension, plans[0].dtype, total, scaling.to_hf()["rope_type"])
+
+
+def _checked_config(source: Path) -> dict[str, Any]:
+    """Return config.json of ``source``, when all that an export takes from there can be read."""
+    config = read_config(source)
+    with naming(source):
+        window_of(config)
+        shape_from_config(config)
+    check_files(source)
+    return config
+
+
+def _source(checkpoint: str, args: Namespace, hf: str | None) -> Path | None:
+    """Return the folder to take config and tokenizer from; None for a model trained from scratch.
+
+    Raises:
+        FileNotFoundError: the import that the run started from is gone.
+    """
+    return kept_files(checkpoint, args) if hf is None else find_source(hf)
+
+
+def _shape(
+    args: Namespace, config: dict[str, Any], source: Path | None, stored: StoredTensors
+) -> ModelShape:
+    """Return what the model is, by the saved arguments, config.json and the weights alike.
+
+    Raises:
+        UserError: they disagree.
+    """
+    wanted = shape_from_config(config) if config else None
+    shape = shape_from_arguments(args, wanted and wanted.architecture)
+    if wanted is not None:
+        # A run may have another window, and pad the vocabulary or name the tokenizer's.
+        shape = dataclasses.replace(shape, vocabulary=wanted.vocabulary)
+        differences = dataclasses.replace(shape, window=wanted.window).differences(wanted)
+        if differences:
+            raise UserError(
+                f"the checkpoint and {source}/config.json are of different models (checkpoint != "
+                f"config.json): {'; '.join(differences)}"
+            )
+    rows = stored.shape(EMBEDDING)[0] if EMBEDDING in stored else 0
+    if rows < shape.vocabulary:
+        raise UserError(
+            f"{EMBEDDING} of the checkpoint has {rows} rows: the vocabulary has "
+            f"{shape.vocabulary} tokens"
+        )
+    return shape
+
+
+def _plain_extension(args: Namespace) -> ExtensionConfig:
+    """Return the settings of a model that Megatron trained without ours: its own plain RoPE."""
+    for attribute, flag in _MEGATRON_ROPE:
+        if getattr(args, attribute, None):
+            raise UserError(
+                f"{flag} of the checkpoint is {getattr(args, attribute)}: without megatron_cream's "
+                "settings in a checkpoint its RoPE must be plain"
+            )
+    window = args.max_position_embeddings
+    return ExtensionConfig(window, window, window, rotary_base=float(args.rotary_base))
+
+
+_MEGATRON_ROPE = (
+    ("use_rope_scaling", "--use-rope-scaling"),
+    ("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor"),
+)
+
+
+def _exported_scaling(stored: StoredTensors, extension: ExtensionConfig, dim: int) -> RopeScaling:
+    """Return the interpolation to write down; that of CLEX is frozen at T, from its weights."""
+    scaling = extension.scaling(dim)
+    if not extension.draws_scales:
+        return scaling
+    from megatron_cream.extras.clex.frozen import freeze, read_weights
+
+    return freeze(scaling, read_weights(stored), scaling.factor)
+
+
+def _write_files(
+    folder: Path,
+    source: Path | None,
+    config: dict[str, Any],
+    shape: ModelShape,
+    extension: ExtensionConfig,
+    scaling: RopeScaling,
+    dtype: torch.dtype,
+) -> None:
+    """Write config.json and the model card, and take over the rest from ``source``."""
+    for path in other_files(source) if source else ():
+        shutil.copyfile(path, folder / path.name)
+    fields = config_fields(shape)
+    if config:  # of the base model: what says the same in its own words stays
+        fields = {key: fields[key] for key in ("sliding_window",) if key in fields}
+    written = with_rope(config | fields, hf_rope_fields(scaling, extension.target_length))
+    written |= {"dtype": _TYPE_NAMES[dtype], "torch_dtype": _TYPE_NAMES[dtype]}
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    _raise_tokenizer_length(folder, extension.target_length)
+    base = Base(source_name(source), config["max_position_embeddings"]) if source else None
+    card = model_card(base, shape, extension, _TYPE_NAMES[dtype], scaling)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _raise_tokenizer_length(folder: Path, target_length: int) -> None:
+    """Let the tokenizer know the new window: it warns beyond, and some servers cut there."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return
+    settings = read_object(path)
+    most = settings.get("model_max_length")
+    if isinstance(most, int | float) and most < target_length:
+        settings["model_max_length"] = target_length
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
+def describe(exported: Exported, output: str) -> str:
+    """Return what was made, and in a second line which inference engines read it."""
+    return (
+        f"{output}: {exported.shape.architecture}, {exported.shape.layers} layers, window "
+        f"{exported.extension.target_length} tokens, RoPE {exported.extension.rope_interpolation}, "
+        f"{_TYPE_NAMES[exported.dtype]}, {exported.nbytes / 1e9:.2f} GB\n"
+        f"{sentence(exported.rope_type)}"
+    )

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a Hugging Face folder that are not weights, and where they are kept.
+
+An import keeps them in ``hf/`` beside the weights; an export takes them from there, through any
+number of runs that each started from the one before.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.checkpoint.metadata import latest_checkpoint, saved_arguments
+from megatron_cream.checkpoint.safetensors_reader import INDEX
+from megatron_cream.errors import UserError
+from megatron_cream.json_values import read_json, read_object
+
+RELEASE = "release"
+"""What Megatron calls a checkpoint that is the start of training, without an iteration."""
+
+KEPT = "hf"
+"""Subfolder of an imported checkpoint with the files of its source."""
+
+TOKENIZER = "tokenizer_config.json"
+
+_NAME_FILE = "imported_from.txt"
+_PATTERNS = (
+    *("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+_LEFT_OUT = (INDEX, "pytorch_model.bin.index.json")
+_MOST_RUNS = 100  # in a chain of runs, each started from the one before
+
+
+def find_source(name: str) -> Path:
+    """Return the folder of ``--hf``: a folder, or the name of a repository on the hub.
+
+    Raises:
+        FileNotFoundError: no such folder, and the hub has no such repository or is out of reach.
+    """
+    folder = Path(name)
+    if name and folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or name[:1] in "." or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"--hf is {name}: it must be a folder with config.json and safetensors files, or the "
+            "name of a repository on the Hugging Face hub (OWNER/NAME)"
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"--hf is {name}: there is no such folder, and downloading it needs huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "*.safetensors"]))
+    except Exception as error:  # of requests, httpx or the hub's own kind, by version
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(
+            f"--hf is {name}: there is no such folder, and it cannot be downloaded ({reason})"
+        ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is no Hugging Face checkpoint")
+    return read_object(path)
+
+
+def keep_files(source: Path, name: str, target: Path) -> None:
+    """Copy what is not weights into ``target``, and note what the source was called."""
+    target.mkdir(exist_ok=True)
+    for path in other_files(source):
+        shutil.copyfile(path, target / path.name)
+    folder = Path(name)
+    called = folder.resolve().name if folder.is_dir() else name
+    (target / _NAME_FILE).write_text(called + "\n", encoding="utf-8")
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Return configs, tokenizer files and licences of a Hugging Face folder.
+
+    Raises:
+        UserError: one is a link that is not followed; see ``followed``.
+    """
+    found = {path for pattern in _PATTERNS for path in folder.glob(pattern)}
+    named = (path for path in found if path.name not in _LEFT_OUT)
+    return sorted(path for path in map(followed, named) if path.is_file())
+
+
+def check_files(folder: Path) -> None:
+    """Read what ``other_files`` will copy, before any weights are written.
+
+    Raises:
+        UserError: a link that is not followed, or a damaged JSON file.
+    """
+    for path in other_files(folder):
+        if path.suffix == ".json":
+            read_json(path)
+    if (folder / TOKENIZER).is_file():
+        read_object(folder / TOKENIZER)
+
+
+def followed(path: Path) -> Path:
+    """Return ``path`` if it is no link, or one that a copy of the model has.
+
+    A link in a model's folder may lead to a file of the same folder, and to ``blobs/`` of a cache
+    of the Hugging Face hub, where a snapshot's files are. Any other one would carry a file of this
+    machine, a key for instance, into what is made of the model.
+
+    Raises:
+        UserError: a link that leads elsewhere, or to nothing.
+    """
+    if not path.is_symlink():
+        return path
+    real = Path(os.path.realpath(path))
+    if not real.exists():
+        raise UserError(f"{path} is a link to {real}, which is not there: copy the file there")
+    inside = Path(os.path.realpath(path.parent)) in real.parents
+    if not (inside or _is_blob(real)):
+        raise UserError(
+            f"{path} is a link to {real}, outside the model's folder: it must be a file of the "
+            "folder; copy it there or remove the link"
+        )
+    return path
+
+
+def _is_blob(real: Path) -> bool:
+    """Whether a file is one of a hub's cache: ``models--OWNER--NAME/blobs/HASH``."""
+    repository = real.parents[1].name if len(real.parents) > 1 else ""
+    hashed = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name)
+    return bool(hashed) and real.parent.name == "blobs" and repository.startswith("models--")
+
+
+def source_name(folder: Path) -> str:
+    """Return what the source of an import was called, a repository or the name of a folder."""
+    file = folder / _NAME_FILE
+    if not file.is_file():
+        return folder.resolve().name
+    lines = file.read_text("utf-8", "replace").strip().splitlines()
+    return lines[0] if lines else folder.resolve().name
+
+
+def kept_files(checkpoint: str, args: Namespace) -> Path | None:
+    """Return the ``hf/`` folder of the import that a checkpoint goes back to.
+
+    Follows --pretrained-checkpoint (or --load with --finetune) from run to run. None where the
+    first run started from nothing.
+
+    Raises:
+        FileNotFoundError: a checkpoint on the way, or the import's ``hf/``, is gone.
+    """
+    for _ in range(_MOST_RUNS):
+        folder = latest_checkpoint(checkpoint)
+        for place in (Path(checkpoint), folder, folder.parent):
+            if (place / KEPT / "config.json").is_file():
+                return place / KEPT
+        started_from = getattr(args, "pretrained_checkpoint", None)
+        if started_from is None and getattr(args, "finetune", False):
+            started_from = getattr(args, "load", None)
+        if started_from is None or started_from == checkpoint:
+            if folder.name == RELEASE:
+                raise _gone(checkpoint)
+            return None
+        checkpoint = started_from
+        found = saved_arguments(checkpoint) if Path(checkpoint).is_dir() else None
+        if found is None:
+            raise _gone(checkpoint)
+        args = found
+    raise _gone(checkpoint)
+
+
+def validate_extension_target(output: Path, checkpoint: str) -> Path:
+    """Return ``output`` unless readers of the checkpoint would take it for a part of that.
+
+    Raises:
+        UserError: it is ``hf``, ``release`` or an iteration in the checkpoint's own folder.
+    """
+    read = output.name in (KEPT, RELEASE) or output.name.startswith("iter_")
+    if read and output.parent in {Path(checkpoint).resolve(), latest_checkpoint(checkpoint).parent}:
+        raise UserError(
+            f"--output is {output}: a folder of that name is read as a part of the checkpoint; "
+            "it must have another one"
+        )
+    return output
+
+
+def _gone(checkpoint: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"--checkpoint goes back to {checkpoint}, which has no {KEPT}/config.json now; say with "
+        "--hf which folder to take config and tokenizer from"
+    )

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face directory as a model to score with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from megatron_cream.checkpoint.config_json import MOST_MODULES, check_values
+from megatron_cream.checkpoint.hf_files import read_config
+from megatron_cream.checkpoint.safetensors_reader import HfWeights
+from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
+from megatron_cream.errors import MissingPackageError, UserError
+from megatron_cream.evaluation.attention import attend, tails
+from megatron_cream.evaluation.forward import Pass, Scores
+from megatron_cream.evaluation.vocabulary import score_rows
+from megatron_cream.json_values import integer, naming, reason
+from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAME = "megatron_cream"
+
+# Settings by which a model changes logits behind its output layer; scoring reads that layer.
+_BEHIND_OUTPUT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class HuggingFaceModel:
+    """A causal language model of transformers; see ``passes.Model``.
+
+    Args:
+        path: folder with config.json and weights.
+        dtype: a name of ``DTYPES``; as saved unless given.
+        device: where it runs; a GPU where there is one unless given.
+        rope: fields of config.json that take the place of its own.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        UserError: a folder that transformers cannot read, or logits that are changed behind the
+            output layer.
+        ImportError: transformers is not installed.
+    """
+
+    primary = True
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str | None = None,
+        device: str | None = None,
+        rope: dict[str, Any] | None = None,
+    ) -> None:
+        if not path or not (Path(path) / "config.json").is_file():
+            raise FileNotFoundError(f"--hf is {path}: it must be a folder with a config.json")
+        self.name = path
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.module = _load(path, DTYPES.get(dtype, "auto"), rope or {}).to(self.device).eval()
+        config = self.module.config.get_text_config()
+        for key in _BEHIND_OUTPUT:
+            if getattr(config, key, None) not in (None, 1.0):
+                raise UserError(f"--hf is {path}: its config.json has {key}, which is not scored")
+        self.window = config.max_position_embeddings
+        self.vocabulary = config.vocab_size
+        self.shares_context = _takes_ours(self.module, config)
+        self.settings = {"dtype": str(self.module.dtype).removeprefix("torch.")}
+        if rope is not None:
+            self.settings["rope"] = rope["rope_parameters"]
+
+    def set_length(self, length: int) -> None:
+        """Nothing to do: transformers looks at the position ids of each call."""
+
+    def run(self, passes: Iterator[Pass]) -> Iterator[Scores]:
+        """Answer passes in order."""
+        for one in passes:
+            yield self._score(one)
+
+    @torch.inference_mode()
+    def _score(self, one: Pass) -> Scores:
+        kept = self.hidden(one)[:, one.rows.to(self.device)]
+        head = self.module.get_output_embeddings()
+        targets = one.targets.flatten().to(self.device)
+        logprobs, best = score_rows(kept.flatten(0, 1), head, targets, self.vocabulary)
+        return Scores(*(x.view(one.targets.shape).cpu() for x in (logprobs, best)))
+
+    def hidden(self, one: Pass) -> Tensor:
+        """Return what the output layer is given, ``[b, n, hidden]``."""
+        seen: list[Tensor] = []
+        head = self.module.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, args: _keep_one(seen, args[0]))
+        try:
+            with tails(one.tails, one.tail):
+                self.module(
+                    input_ids=one.tokens.to(self.device),
+                    position_ids=one.positions().to(self.device),
+                    use_cache=False,
+                )
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def _keep_one(seen: list[Tensor], hidden: Tensor) -> tuple[Tensor]:
+    """Keep all hidden states and have logits made of one."""
+    seen.append(hidden)
+    return (hidden[:, -1:],)
+
+
+def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as exc:
+        raise MissingPackageError(
+            "--hf needs transformers: pip install -e '.[hf]' in a checkout", name="transformers"
+        ) from exc
+    _check_folder(Path(path))
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if rope:
+            config = type(config).from_dict(with_rope(config.to_dict(), rope))
+        module, loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be named, and refused, below
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (*_UNREADABLE, StrictDataclassError) as exc:
+        kind = type(exc).__name__
+        raise UserError(
+            f"--hf is {path}: transformers cannot load it ({kind}: {reason(exc)})"
+        ) from exc
+    _refuse_partial(path, loaded)
+    return module
+
+
+# What transformers raises about a folder that is damaged, or of a model that it does not have: it
+# has no error of its own for that.
+_UNREADABLE = (
+    *(OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, RuntimeError, SafetensorError),
+)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what transformers would build a wrong model of, or never come back from.
+
+    Raises:
+        UserError: config.json is damaged, for the families that are converted in any value; or a
+            safetensors file is.
+    """
+    config = read_config(folder)
+    with naming(folder):
+        integer(config, "num_hidden_layers", most=MOST_MODULES)
+        named = config.get("architectures")
+        if isinstance(named, list) and named and named[0] in tuple(FAMILIES):
+            check_values(config)
+            scaling_from_hf(config)
+    if any(folder.glob("*.safetensors")):
+        HfWeights(folder).close()
+
+
+def _refuse_partial(path: str, loaded: dict[str, Any]) -> None:
+    """Refuse a model whose weights are not all from the folder, or not all of the folder.
+
+    transformers draws what is missing at random, and says so in a line of its log.
+    """
+    for kind, what in _PARTIAL.items():
+        names = sorted(
+            str(name[0] if isinstance(name, tuple) else name)
+            for name in loaded.get(kind) or ()
+            if not str(name).endswith(IGNORED)
+        )
+        if names:
+            few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise UserError(f"--hf is {path}: its weights {what.format(len(names))}: {few}")
+
+
+_PARTIAL = {
+    "missing_keys": "lack {} tensors of the model that its config.json describes",
+    "mismatched_keys": "have {} tensors of other shapes than its config.json says",
+    "unexpected_keys": "have {} tensors that the model of its config.json has no place for",
+}
+
+
+def _takes_ours(module: Any, config: Any) -> bool:
+    """Give the model our attention; say whether it took it.
+
+    A model with a sliding window, or with attention of its own, keeps what it has and is given
+    one tail at a time.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None and getattr(config, "use_sliding_window", True)
+    if slides or kinds != {"full_attention"} or not module._supports_attention_backend:
+        return False
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attention)
+    module.set_attn_implementation(_NAME)
+    return True
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Transformers' interface: ``[b, h, n, d]`` in, ``[b, n, h, d]`` out."""
+    if mask is not None or options.get("sliding_window") or options.get("softcap"):
+        raise UserError(
+            f"{type(module).__name__} asks for a mask, a window or a soft cap, which is not scored"
+        )
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    return attend(query, key, value, scale).transpose(1, 2).contiguous(), None

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is put into Megatron's model config, through its own hooks."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+from megatron.core.transformer import MegatronModule
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+from megatron_cream.checkpoint.metadata import SETTINGS_KEY, starts_without_clex
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
+from megatron_cream.extras import hybrid, te_cross_entropy
+from megatron_cream.mcore.install_rotary import fold_attention_factor_into_softmax, install_rotary
+from megatron_cream.rope.scaling import RopeScaling
+from megatron_cream.training.arguments import rotary_dim
+
+
+def model_config(args: Namespace, extension: ExtensionConfig) -> Any:
+    """Return Megatron's GPT or Hybrid model config with our rotary and metadata in it."""
+    return add_hooks(megatron_config(args), args, extension)
+
+
+def megatron_config(args: Namespace) -> Any:
+    """Return the GPT or Hybrid model config that Megatron makes of its flags."""
+    is_hybrid = getattr(args, "hybrid_layer_pattern", None) is not None
+    return hybrid_config_from_args(args) if is_hybrid else gpt_config_from_args(args)
+
+
+def add_hooks(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
+    """Put our rotary and metadata into a GPT or Hybrid model config, and return it. Idempotent.
+
+    Raises:
+        UserError: another model's config, which has no place for hooks.
+    """
+    if not hasattr(config, "pre_wrap_hooks"):
+        raise UserError(
+            f"the model config is {type(config).__name__}: it must be Megatron's GPTModelConfig or "
+            "HybridModelConfig, through whose hooks positions reach the model"
+        )
+    if not any(isinstance(hook, _InstallRotary) for hook in config.pre_wrap_hooks):
+        scaling = extension.scaling(rotary_dim(args))
+        in_softmax = fold_attention_factor_into_softmax(config.transformer, scaling)
+        config.pre_wrap_hooks.append(_InstallRotary(scaling, in_softmax))
+        if extension.draws_scales:
+            _configure_clex(config, args)
+    config.extra_checkpoint_metadata = {
+        **(config.extra_checkpoint_metadata or {}),
+        SETTINGS_KEY: extension.to_dict(),
+    }
+    te_cross_entropy.serve(config.transformer, args)
+    hybrid.configure_local_layers(config, args)
+    return config
+
+
+def _configure_clex(config: Any, args: Namespace) -> None:
+    from megatron_cream.extras.clex import gradients
+
+    gradients.serve(config.transformer)
+    config.pre_wrap_hooks.append(partial(gradients.share, fresh=starts_without_clex(args)))
+
+
+class _InstallRotary:
+    """The hook that Megatron calls with the built model chunks of a rank."""
+
+    def __init__(self, scaling: RopeScaling, in_softmax: bool) -> None:
+        self.scaling = scaling
+        self.in_softmax = in_softmax
+
+    def __call__(self, chunks: list[MegatronModule]) -> list[MegatronModule]:
+        for chunk in chunks:
+            install_rotary(chunk, self.scaling, attention_factor_in_softmax=self.in_softmax)
+        return chunks
