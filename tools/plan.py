@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_cream.errors import UserError, one_line_errors
+from megatron_cream.parallel_layout import Workload
 from megatron_cream.planning.command import argv as run_argv
 from megatron_cream.planning.command import run_flags, script
 from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
 from megatron_cream.planning.memory import RESERVE_GIB
 from megatron_cream.planning.models import BaseModel, find_model
-from megatron_cream.planning.parallel_layout import Workload
 from megatron_cream.planning.propose import Cluster, Plan, propose
 from megatron_cream.planning.report import Comparison, record, stage_lines, table
 

@@ -21,6 +21,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.extras.hybrid import without_stages
 from megatron_cream.mcore.hooks import model_config
+from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,6 @@ class LoadedModel:
     extension: ExtensionConfig
     args: Namespace
 
-
-@dataclass(frozen=True)
-class ParallelLayout:
-    """How many ranks the model is spread over to be evaluated; each size is Megatron's flag."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """Processes that hold one copy of the model."""
-        return self.tensor * self.pipeline * self.context
-
-
-ONE_PROCESS = ParallelLayout()
 
 # Layout and memory choices of the run that saved the model; evaluation needs none of them.
 _UNUSED = {
@@ -100,11 +85,11 @@ def initialize(layout: ParallelLayout) -> None:
         UserError: torchrun started another number of processes than the layout has.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks != layout.ranks:
+    if ranks != layout.gpus:
         raise UserError(
             f"--tensor-model-parallel-size {layout.tensor} x --pipeline-model-parallel-size "
-            f"{layout.pipeline} x --context-parallel-size {layout.context} is {layout.ranks}: "
-            f"torchrun started {ranks} processes, --nproc-per-node must be {layout.ranks}"
+            f"{layout.pipeline} x --context-parallel-size {layout.context} is {layout.gpus}: "
+            f"torchrun started {ranks} processes, --nproc-per-node must be {layout.gpus}"
         )
     cpu = getattr(torch.cuda, "_stood_in_by_cpu", False)
     if not torch.distributed.is_initialized():

@@ -81,8 +81,8 @@ class MegatronCreamLM(TemplateLM):
         from megatron_cream.evaluation.models import check_vocabulary, open_tokenizer, require_gpu
 
         require_gpu("cpu=true in --model_args")
-        from megatron_cream.checkpoint.loading import ParallelLayout
         from megatron_cream.evaluation.megatron_model import MegatronModel
+        from megatron_cream.parallel_layout import ParallelLayout
 
         self.model = MegatronModel(checkpoint, layout=ParallelLayout(tensor, pipeline))
         words = Namespace(

@@ -17,7 +17,7 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_cream.checkpoint.loading import ONE_PROCESS, ParallelLayout, load_model
+from megatron_cream.checkpoint.loading import load_model
 from megatron_cream.checkpoint.metadata import latest_checkpoint
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
@@ -25,6 +25,7 @@ from megatron_cream.evaluation.attention import attend, tails
 from megatron_cream.evaluation.context_parallel import Slice
 from megatron_cream.evaluation.forward import Pass, Scores
 from megatron_cream.evaluation.vocabulary import score_rows
+from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
 from megatron_cream.rope.huggingface import claimed_window
 
 

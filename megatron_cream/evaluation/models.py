@@ -29,8 +29,8 @@ def open_model(args: Namespace) -> Model:
     """
     if args.hf is None:
         require_gpu()
-        from megatron_cream.checkpoint.loading import ParallelLayout
         from megatron_cream.evaluation.megatron_model import MegatronModel
+        from megatron_cream.parallel_layout import ParallelLayout
 
         layout = ParallelLayout(
             args.tensor_model_parallel_size,

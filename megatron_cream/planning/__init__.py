@@ -2,7 +2,7 @@
 """What a run needs before there is a cluster: layout, memory, time, command, and a check of it.
 
 models      shapes of models, by name or config.json, and Megatron's flags for them
-layout      parallel sizes that divide a model and a batch
+layouts     parallel sizes that divide a model and a batch
 memory      bytes on a GPU of each pipeline stage
 cost        operations, communication and seconds of a step
 propose     the fastest layout that fits

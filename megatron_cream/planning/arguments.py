@@ -8,8 +8,8 @@ from argparse import Namespace
 
 from megatron_cream.checkpoint.model_flags import described_shape
 from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.memory import ParameterBytes
-from megatron_cream.planning.parallel_layout import ParallelLayout, Workload
 
 # What the closed forms of ``memory`` hold for: (attribute, the value it must have, its flag).
 _HOLDS_FOR = (

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from megatron_cream.errors import UserError
+from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.models import BaseModel, megatron_flags
-from megatron_cream.planning.parallel_layout import ParallelLayout, Workload
 from megatron_cream.torchrun import ONE_NODE
 
 

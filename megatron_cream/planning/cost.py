@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.memory import layer_matrices, stage_parameters
 from megatron_cream.planning.models import MODELS
-from megatron_cream.planning.parallel_layout import ParallelLayout, Workload
 
 
 @dataclass(frozen=True)

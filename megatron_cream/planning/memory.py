@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cream.checkpoint.model_shape import ModelShape
-from megatron_cream.planning.parallel_layout import ParallelLayout, Workload, padded_vocab
+from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.planning.layouts import padded_vocab
 
 GIB = 2**30
 

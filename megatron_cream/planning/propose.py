@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cream.errors import UserError
+from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.cost import Gpu, Step, model_flops, step_time
+from megatron_cream.planning.layouts import layouts
 from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
 from megatron_cream.planning.models import BaseModel
-from megatron_cream.planning.parallel_layout import ParallelLayout, Workload, layouts
 
 LARGEST_SEARCH = 65536
 """GPUs up to which a smallest cluster is looked for."""

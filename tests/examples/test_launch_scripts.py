@@ -12,10 +12,10 @@ import time
 import pytest
 from support import forks, launch
 
+from megatron_cream.parallel_layout import Workload
 from megatron_cream.planning.command import argv, run_flags
 from megatron_cream.planning.memory import GIB
 from megatron_cream.planning.models import find_model
-from megatron_cream.planning.parallel_layout import Workload
 from megatron_cream.planning.propose import propose
 from megatron_cream.planning.report import _duration
 

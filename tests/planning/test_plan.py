@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning import arguments, report
 from megatron_cream.planning.arguments import parameter_bytes
 from megatron_cream.planning.command import argv, rope_flags, run_flags, script
 from megatron_cream.planning.memory import GIB, ParameterBytes, stage_memory
 from megatron_cream.planning.models import MODELS
-from megatron_cream.planning.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.report import _duration
 from megatron_cream.torchrun import ONE_NODE
 
