@@ -22,7 +22,7 @@ MODULES = (
     "megatron_cream.corpus.preprocess",
     "megatron_cream.planning.propose",
     "megatron_cream.checkpoint.metadata",
-    "megatron_cream.evaluation.position_report",
+    "megatron_cream.evaluation.tasks",
     "megatron_cream.training.arguments",
 )
 PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "numpy")

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_cream.errors import one_line_errors
-from megatron_cream.evaluation.position_plots import draw, validate_picture_path
-from megatron_cream.evaluation.position_report import describe
 from megatron_cream.positions import STRATEGIES, Strategy, coverage, make_strategy
 from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
 from megatron_cream.positions.mixed import Mixed
+from megatron_cream.positions.plots import describe, draw, validate_picture_path
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 
 # Option of a strategy: (whose, how it is read). Each has the name it has in training as well,

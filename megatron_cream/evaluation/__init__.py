@@ -12,5 +12,4 @@ run             one evaluation, written case by case
 compare         several runs in one table and picture
 pictures        heat maps, lines by length and place
 lm_eval         a model class for lm-eval
-position_plots  pictures of layouts and of the distances they train
 """

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.position_plots import has_matplotlib
 from megatron_cream.evaluation.progress import say_without_picture
 from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.store import RESULT, SETTINGS, write_whole
 from megatron_cream.evaluation.tables import joined_table
+from megatron_cream.positions.plots import has_matplotlib
 
 # What must be the same for runs to be compared; missing in a run of another kind of task.
 _SAME = (

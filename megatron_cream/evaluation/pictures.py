@@ -33,8 +33,8 @@ from megatron_cream.evaluation.plotting import (
     name_lines,
     style,
 )
-from megatron_cream.evaluation.position_plots import require_matplotlib
 from megatron_cream.evaluation.tables import short
+from megatron_cream.positions.plots import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

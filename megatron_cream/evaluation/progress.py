@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from megatron_cream.evaluation.forward import Model
 from megatron_cream.evaluation.models import fingerprint
-from megatron_cream.evaluation.position_plots import has_matplotlib
 from megatron_cream.evaluation.store import Store
 from megatron_cream.evaluation.tables import table
+from megatron_cream.positions.plots import has_matplotlib
 
 
 def settings(args: Namespace, model: Model, task: str) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from megatron_cream.evaluation.models import (
     open_prompt,
 )
 from megatron_cream.evaluation.pictures import draw_suite
-from megatron_cream.evaluation.position_plots import has_matplotlib
 from megatron_cream.evaluation.progress import say_without_picture
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.score_cases import check_fit, score_cases
 from megatron_cream.evaluation.score_documents import document_tokens, score_perplexity
 from megatron_cream.evaluation.store import write_whole
 from megatron_cream.evaluation.tables import suite_table, table
+from megatron_cream.positions.plots import has_matplotlib
 
 
 def run(args: Namespace) -> str:

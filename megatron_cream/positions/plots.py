@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw where a strategy puts its tokens and which relative distances it trains."""
+"""Reports and draws where a strategy puts its tokens and which relative distances it trains."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_cream.errors import MissingPackageError, UserError
-from megatron_cream.evaluation.position_report import percent, range_name
 from megatron_cream.positions import Coverage, SampleLayout, Strategy
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ INK, MUTED, HOLE = "#22303c", "#6b7785", "#c0392b"
 CHUNKS = ("#3b6ea5", "#e39b3b", "#4f9d69", "#8d6bb0", "#c46a7d", "#5aa7b5")
 BINS = 1024  # columns of the distance panel; about one a pixel
 ROW_BINS = 512  # columns of a layout of very many pieces
+HOLES_SHOWN = 8  # in words
 MOST_BARS = 64  # a row of more chunks than these is drawn by density
 
 
@@ -53,6 +54,68 @@ def validate_picture_path(path: Path) -> None:
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in known:
         raise UserError(f"--output is {path}: it must end in one of .{', .'.join(known)}")
+
+
+def describe(strategy: Strategy, result: Coverage) -> str:
+    """Return the report of ``coverage`` as lines of text; distances and positions in tokens."""
+    train, target = strategy.train_length, strategy.target_length
+    pairs, far = result.pair_counts[1:], result.pair_counts[train:]
+    lines = [
+        f"{strategy.name}: N = {train}, T = {target}, factor {strategy.factor:g}, "
+        f"{result.samples} samples",
+        f"distances covered: {percent(result.covered)} of [1, {target})",
+        *_hole_lines(result),
+        "samples that contain a distance, on average:",
+        *(f"  {name:<20}{percent(share)}" for name, share in _seen(train, result)),
+        f"pairs at distance >= N: {percent(far.sum() / max(pairs.sum(), 1))}",
+    ]
+    if result.middle_thirds is not None:
+        lines.append(f"middle chunks' centres:  {_thirds(result.middle_thirds)}")
+    lines.append(f"trained positions:       {_thirds(result.token_thirds)}")
+    return "\n".join(lines)
+
+
+def _thirds(shares: tuple[float, float, float]) -> str:
+    names = ("first", "middle", "last")
+    return ", ".join(f"{n} third {percent(s)}" for n, s in zip(names, shares, strict=True))
+
+
+def _hole_lines(result: Coverage) -> Iterator[str]:
+    holes = sorted(result.holes, key=lambda hole: hole[0] - hole[1])
+    if not holes:
+        yield "holes: none"
+        return
+    yield f"holes: {len(holes)}, distances that no sample contains"
+    for low, high in sorted(holes[:HOLES_SHOWN]):
+        size = high - low + 1
+        share = size / (result.target_length - 1)
+        yield f"  {range_name(low, high):<20}{size} distance{'s'[: size > 1]}, {percent(share)}"
+    if len(holes) > HOLES_SHOWN:
+        yield f"  and {len(holes) - HOLES_SHOWN} more, none longer"
+
+
+def _seen(train: int, result: Coverage) -> Iterator[tuple[str, float]]:
+    """Mean share of samples by range of distances; ranges that are empty are left out."""
+    target = result.target_length
+    shares = result.sample_counts / result.samples
+    edges = [1, train, *(max(train, -(-i * target // 3)) for i in (1, 2)), target]
+    for low, high in zip(edges, edges[1:], strict=False):
+        if low < high:
+            yield f"[{low}, {high})", float(shares[low:high].mean())
+    if train < target:
+        yield f"least, from {train} on", float(shares[train:].min())
+
+
+def percent(share: float) -> str:
+    """Write a share with three digits, and never 0 or 100 % for what is not quite that."""
+    if 0.999 < share < 1:
+        return f"{100 * share:.5f} %"
+    return f"{100 * share:.3g} %"
+
+
+def range_name(low: int, high: int) -> str:
+    """Write a range of distances, both ends inclusive."""
+    return f"{low}..{high}" if high > low else f"{low}"
 
 
 def draw(strategy: Strategy, result: Coverage, layouts: list[SampleLayout], output: Path) -> None:

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 from support.commands import exit_status
 
-from megatron_cream.evaluation.position_plots import draw
-from megatron_cream.evaluation.position_report import describe
 from megatron_cream.positions import Coverage, coverage, make_strategy
+from megatron_cream.positions.plots import describe, draw
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_positions.py"
 LENGTHS = ["--train-length", "256", "--target-length", "4096"]
