@@ -43,9 +43,9 @@ SMOKE = {
 
 def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: list[str]) -> None:
     """Write the results of every task to ``output/TASK``."""
-    from megatron_cream.evaluation.models import open_model
+    from megatron_cream.evaluation.models import check_vocabulary, open_model, open_prompt
     from megatron_cream.evaluation.run import check
-    from megatron_cream.evaluation.score_cases import score_cases
+    from megatron_cream.evaluation.score_cases import check_fit, score_cases
     from megatron_cream.evaluation.score_documents import score_perplexity
 
     common = ["--hf", hf, "--name", Path(output).parent.name, "--data", data, *rope]
@@ -58,9 +58,15 @@ def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: 
             continue
         args = parse_args([task, *common, *flags])
         check(args)
+        prompt = None if task == "perplexity" else open_prompt(args)
+        if prompt is not None:
+            check_fit(args, prompt, task)
         model = model or open_model(args)
-        scored = score_perplexity if task == "perplexity" else score_cases
-        scored(args, model, task, str(folder))
+        if prompt is None:
+            score_perplexity(args, model, task, str(folder))
+        else:
+            check_vocabulary(prompt.tokenizer, model)
+            score_cases(args, model, prompt, task, str(folder))
 
 
 def main() -> int:
