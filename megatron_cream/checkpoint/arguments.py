@@ -16,6 +16,7 @@ from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.checkpoint.weight_map import FAMILIES
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
+from megatron_cream.mcore.arguments import flag_of, values
 
 PADDING = 128
 """Megatron's --make-vocab-size-divisible-by: any tensor-parallel size up to it divides."""
@@ -77,30 +78,13 @@ def shape_from_arguments(args: Namespace, architecture: str | None = None) -> Mo
     return shape
 
 
-# Arguments that every family here shares: (attribute, value, flag).
-_LIKE_LLAMA = (
-    ("normalization", "RMSNorm", "--normalization"),
-    ("swiglu", True, "--swiglu"),
-    ("position_embedding_type", "rope", "--position-embedding-type"),
-    ("rotary_percent", 1.0, "--rotary-percent"),
-    ("rotary_interleaved", False, "--rotary-interleaved"),
-    ("multi_latent_attention", False, "--multi-latent-attention"),
-    ("apply_layernorm_1p", False, "--apply-layernorm-1p"),
-    ("hybrid_layer_pattern", None, "--hybrid-layer-pattern"),
-    ("moe_router_pre_softmax", False, "--moe-router-pre-softmax"),
-    ("moe_router_score_function", "softmax", "--moe-router-score-function"),
-    ("moe_shared_expert_intermediate_size", None, "--moe-shared-expert-intermediate-size"),
-    ("window_attn_skip_freq", None, "--window-attn-skip-freq"),
-)
-
-
 def _validate_llama_like(args: Namespace) -> None:
-    for attribute, needed, flag in _LIKE_LLAMA:
-        value = getattr(args, attribute, needed)
+    for name, needed in values("hugging_face").items():
+        value = getattr(args, name, needed)
         if value != needed and not (needed is False and value is None):
             raise UserError(
-                f"{flag} of the checkpoint is {value!r}: it must be {needed!r} for a Hugging Face "
-                f"model of the families {tuple(FAMILIES)}"
+                f"{flag_of(name)} of the checkpoint is {value!r}: it must be {needed!r} for a "
+                f"Hugging Face model of the families {tuple(FAMILIES)}"
             )
 
 

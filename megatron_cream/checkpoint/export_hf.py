@@ -36,6 +36,7 @@ from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
+from megatron_cream.mcore.arguments import flag_of, marked
 from megatron_cream.rope import RopeScaling, hf_rope_fields
 from megatron_cream.rope.huggingface import with_rope
 
@@ -159,20 +160,14 @@ def _shape(
 
 def _plain_extension(args: Namespace) -> ExtensionConfig:
     """Return the settings of a model that Megatron trained without ours: its own plain RoPE."""
-    for attribute, flag in _MEGATRON_ROPE:
-        if getattr(args, attribute, None):
+    for name in marked("scales_rope"):
+        if getattr(args, name, None):
             raise UserError(
-                f"{flag} of the checkpoint is {getattr(args, attribute)}: without megatron_cream's "
-                "settings in a checkpoint its RoPE must be plain"
+                f"{flag_of(name)} of the checkpoint is {getattr(args, name)}: without "
+                "megatron_cream's settings in a checkpoint its RoPE must be plain"
             )
     window = args.max_position_embeddings
     return ExtensionConfig(window, window, window, rotary_base=float(args.rotary_base))
-
-
-_MEGATRON_ROPE = (
-    ("use_rope_scaling", "--use-rope-scaling"),
-    ("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor"),
-)
 
 
 def _exported_scaling(stored: StoredTensors, extension: ExtensionConfig, dim: int) -> RopeScaling:

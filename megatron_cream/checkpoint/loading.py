@@ -20,6 +20,7 @@ from megatron_cream.checkpoint.unpickling import only_listed_globals
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.extras.hybrid import without_stages
+from megatron_cream.mcore.arguments import values
 from megatron_cream.mcore.hooks import model_config
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
 
@@ -37,45 +38,6 @@ class LoadedModel:
     module: torch.nn.Module
     extension: ExtensionConfig
     args: Namespace
-
-
-# Layout and memory choices of the run that saved the model; evaluation needs none of them.
-_UNUSED = {
-    "tensor_parallel_num_weight_shards": None,
-    "expert_tensor_parallel_num_weight_shards": None,
-    "virtual_pipeline_model_parallel_size": None,
-    "pipeline_model_parallel_layout": None,
-    "expert_model_parallel_size": 1,
-    "sequence_parallel": False,
-    "gradient_accumulation_fusion": False,
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "tp_comm_overlap": False,
-    "te_cross_entropy": False,  # logits are what is asked for
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    # Where the run started from is not what is loaded.
-    "load": None,
-    "pretrained_checkpoint": None,
-}
-
-
-# What only GPUs have, turned off as by megatron_cream.mcore.cpu.FLAGS.
-_ON_CPU = {
-    "transformer_impl": "local",
-    "use_cpu_initialization": True,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_dropout_fusion": False,
-    "bias_swiglu_fusion": False,
-    "apply_rope_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "no_persist_layer_norm": True,
-    "moe_grouped_gemm": False,
-    "use_te_activation_func": False,
-    "fused_residual_rmsnorm": False,
-}
 
 
 def initialize(layout: ParallelLayout) -> None:
@@ -145,13 +107,13 @@ def load_model(
         )
     _validate_clex_weights(path, args, extension)
     initialize(layout)
-    vars(args).update(_UNUSED)
+    vars(args).update(values("one_rank") | values("evaluated"))
     args.tensor_model_parallel_size = layout.tensor
     args.expert_tensor_parallel_size = layout.tensor
     args.pipeline_model_parallel_size = layout.pipeline
     args.context_parallel_size = layout.context
     if getattr(torch.cuda, "_stood_in_by_cpu", False):
-        vars(args).update(_ON_CPU)
+        vars(args).update(values("cpu"))
     if args.vocab_size and args.padded_vocab_size:
         # Padded rows would take part in the softmax; no token has their ids. Tensor parallelism
         # needs some: evaluation leaves them out.

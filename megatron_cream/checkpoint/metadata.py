@@ -16,6 +16,7 @@ from megatron_cream.checkpoint.iterations import (
 )
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
+from megatron_cream.mcore.arguments import flag_of, marked
 
 SETTINGS_KEY = "megatron_cream"
 """Attribute of the arguments that Megatron saves with a checkpoint; holds our settings."""
@@ -80,22 +81,6 @@ def saved_extension(args: Namespace) -> ExtensionConfig | None:
     return None if settings is None else ExtensionConfig.from_dict(settings)
 
 
-# What --use-checkpoint-args of Megatron leaves behind.
-_LEFT_BEHIND = ("layernorm_epsilon", "qk_layernorm", "window_size")
-
-# What a model is beside the shapes of its weights, which Megatron compares itself: (argument,
-# flag).
-_MUST_AGREE = (
-    ("layernorm_epsilon", "--norm-epsilon"),
-    ("rotary_base", "--rotary-base"),
-    ("rotary_percent", "--rotary-percent"),
-    ("rotary_interleaved", "--rotary-interleaved"),
-    ("normalization", "--normalization"),
-    ("moe_router_topk", "--moe-router-topk"),
-    ("moe_router_pre_softmax", "--moe-router-pre-softmax"),
-)
-
-
 def _started_from(args: Namespace) -> Namespace | None:
     """Return the arguments saved with the weights that a run starts from or resumes."""
     start = start_of(args)
@@ -115,7 +100,7 @@ def complete_arguments(args: Namespace) -> None:
     Without them a model would be built with another norm epsilon, say, and nobody told.
     """
     saved = _started_from(args)
-    for name in _LEFT_BEHIND if saved else ():
+    for name in marked("restored") if saved else ():
         if getattr(saved, name, None) is not None:
             setattr(args, name, getattr(saved, name))
 
@@ -147,8 +132,8 @@ def validate_same_model(path: str, saved: Namespace, args: Namespace) -> None:
         UserError: naming each flag, with both values.
     """
     differences = [
-        f"{flag} {getattr(saved, name)} != {getattr(args, name)}"
-        for name, flag in _MUST_AGREE
+        f"{flag_of(name)} {getattr(saved, name)} != {getattr(args, name)}"
+        for name in marked("same_model")
         if getattr(saved, name, None) is not None and getattr(saved, name) != getattr(args, name)
     ]
     if differences:

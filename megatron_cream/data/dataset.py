@@ -206,7 +206,10 @@ class SpanDataset(MegatronDataset):
             self.strategy,
         )
         if not len(self.sources) and num_samples != 0:
-            raise UserError(no_sources_message(dataset_path, index_split.name, self))
+            split = index_split.name
+            raise UserError(
+                no_sources_message(dataset_path, split, self.sources, self.strategy, self.unit)
+            )
         self.reader = SpanReader(
             dataset,
             self.sources,
@@ -270,16 +273,18 @@ def drawn_scale(strategy: Strategy, seed: int, index: int) -> dict[str, torch.Te
     return {"scale": torch.tensor(strategy.scale(seed, int(index)), dtype=torch.float32)}
 
 
-def no_sources_message(dataset_path: str | None, split: str, dataset: Any) -> str:
-    """Say why a split has no sample; ``dataset`` has ``sources``, ``strategy`` and ``unit``."""
-    fewest = fewest_tokens(dataset.unit, dataset.strategy)
-    short = fewest < dataset.strategy.train_length
+def no_sources_message(
+    path: str | None, split: str, sources: Sources, strategy: Strategy, unit: str
+) -> str:
+    """Say why a split of a dataset has no sample."""
+    fewest = fewest_tokens(unit, strategy)
+    short = fewest < strategy.train_length
     why = "what the strategy can place in --target-length" if short else "--seq-length"
     return (
-        f"dataset {dataset_path} has no document for the {split} split: a sample takes at least "
-        f"{fewest} tokens of one ({why}), and the longest of its "
-        f"{dataset.sources.dropped} has {dataset.sources.longest}; give longer documents, a "
-        "shorter --seq-length, another --split, or --sample-unit packed"
+        f"dataset {path} has no document for the {split} split: a sample takes at least "
+        f"{fewest} tokens of one ({why}), and the longest of its {sources.dropped} has "
+        f"{sources.longest}; give longer documents, a shorter --seq-length, another --split, or "
+        "--sample-unit packed"
     )
 
 

@@ -20,33 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_cream.errors import UserError
-
-FLAGS = [
-    *("--transformer-impl", "local"),
-    *("--distributed-backend", "gloo"),
-    "--use-cpu-initialization",
-    "--no-masked-softmax-fusion",
-    "--no-bias-gelu-fusion",
-    "--no-bias-dropout-fusion",
-    "--no-bias-swiglu-fusion",
-    "--no-rope-fusion",
-    "--no-gradient-accumulation-fusion",
-    "--no-persist-layer-norm",
-]
-"""Megatron flags that turn off what only GPUs have."""
-
-_UNSERVED = {
-    "sequence_parallel": "--sequence-parallel",
-    "fp8": "--fp8-format",
-    "use_torch_fsdp2": "--use-torch-fsdp2",
-    "use_megatron_fsdp": "--use-megatron-fsdp",
-    "async_save": "--async-save",
-    "enable_cuda_graph": "--enable-cuda-graph",
-    "external_cuda_graph": "--external-cuda-graph",
-    "optimizer_cuda_graph": "--optimizer-cuda-graph",
-    "optimizer_cpu_offload": "--optimizer-cpu-offload",
-    "hierarchical_context_parallel_sizes": "--hierarchical-context-parallel-sizes",
-}
+from megatron_cream.mcore.arguments import flag_of, marked
 
 
 def install() -> None:
@@ -94,9 +68,9 @@ def validate_flags(args: Any) -> None:
     Raises:
         UserError: naming the flag.
     """
-    for attribute, flag in _UNSERVED.items():
-        if getattr(args, attribute, None):
-            raise UserError(f"{flag} is given with --cpu: it needs GPUs; leave it out")
+    for name in marked("needs_gpu"):
+        if getattr(args, name, None):
+            raise UserError(f"{flag_of(name)} is given with --cpu: it needs GPUs; leave it out")
     if args.context_parallel_size > 1:
         raise UserError(
             f"--context-parallel-size is {args.context_parallel_size} with --cpu: it must be 1, "

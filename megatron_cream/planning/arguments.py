@@ -8,35 +8,19 @@ from argparse import Namespace
 
 from megatron_cream.checkpoint.model_flags import described_shape
 from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.mcore.arguments import ARGUMENTS, flag_of, values
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.memory import ParameterBytes
-
-# What the closed forms of ``memory`` hold for: (attribute, the value it must have, its flag).
-_HOLDS_FOR = (
-    ("hybrid_layer_pattern", None, "--hybrid-layer-pattern"),
-    ("num_experts", None, "--num-experts"),
-    ("swiglu", True, "--swiglu"),
-    ("normalization", "RMSNorm", "--normalization"),
-    ("add_bias_linear", False, "--disable-bias-linear"),
-    ("bf16", True, "--bf16"),
-    ("use_distributed_optimizer", True, "--use-distributed-optimizer"),
-    ("num_distributed_optimizer_instances", 1, "--num-distributed-optimizer-instances"),
-    ("fp8", None, "--fp8-format"),
-    ("hidden_dropout", 0.0, "--hidden-dropout"),
-    ("attention_dropout", 0.0, "--attention-dropout"),
-    ("virtual_pipeline_model_parallel_size", None, "virtual pipeline stages"),
-    ("pipeline_model_parallel_layout", None, "--pipeline-model-parallel-layout"),
-    ("account_for_embedding_in_pipeline_split", False, "--account-for-embedding-in-pipeline-split"),
-    ("account_for_loss_in_pipeline_split", False, "--account-for-loss-in-pipeline-split"),
-)
 
 
 def why_not_estimated(args: Namespace) -> str | None:
     """Name the first flag under which memory is not estimated, or return None."""
-    for attribute, needed, flag in _HOLDS_FOR:
-        value = getattr(args, attribute, None)
+    for name, needed in values("estimated").items():
+        value, off = getattr(args, name, None), ARGUMENTS[name].off
+        if value != needed and off:
+            return f"{off} is missing, estimates are for models with it"
         if value != needed:
-            return f"{flag} is {value}, estimates are for {needed}"
+            return f"{flag_of(name)} is {value}, estimates are for {needed}"
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         return "--sequence-parallel is missing, estimates are for tensor parallelism with it"
     if args.recompute_granularity == "full" and args.recompute_num_layers != 1:

@@ -4,7 +4,7 @@
 Models are built on the meta device, which has shapes and no memory, with our rotary put in as in
 training. A machine without GPUs has no Transformer Engine: layers are built from Megatron's local
 modules, which hold the same parameters, and settings that decide only how a step runs
-(``NOT_BUILT``) are validated and then left out.
+(their ``meta`` value in ``mcore/arguments.py``) are validated and then left out.
 """
 
 from __future__ import annotations
@@ -20,33 +20,7 @@ from typing import Any
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-
-NOT_BUILT = {
-    "sequence_parallel": False,
-    "context_parallel_size": 1,
-    "tp_comm_overlap": False,
-    "fp8": None,
-    "fp8_param_gather": False,
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "perform_initialization": False,
-}
-"""What the local modules refuse, or need not do, and no parameter's shape depends on."""
-
-_ONE_RANK = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": 1,
-    "world_size": 1,
-    "data_parallel_size": 1,
-}
+from megatron_cream.mcore.arguments import cpu_flags, values
 
 
 def prepare() -> None:
@@ -76,17 +50,16 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-    from megatron_cream.mcore import cpu
-    from megatron_cream.mcore.validation_errors import megatron_validation_errors
+    from megatron_cream.mcore.validation import megatron_validation_errors, validate_model_config
     from megatron_cream.training import arguments
-    from megatron_cream.training.validate import check_flags, check_model
+    from megatron_cream.training.validate import validate_flags
 
-    with _command_line(cpu.FLAGS * ("--cpu" in argv), argv, world_size):
+    with _command_line(cpu_flags() * ("--cpu" in argv), argv, world_size):
         given = parse_args(arguments.add_arguments)
         _refuse(given)
-        extension, _ = check_flags(given)
+        extension, _ = validate_flags(given)
     # What is built here is built from Megatron's local modules.
-    with _command_line(argv, [*cpu.FLAGS, "--fake-process-group"], world_size):
+    with _command_line(argv, [*cpu_flags(), "--fake-process-group"], world_size):
         args = parse_args(arguments.add_arguments)
         with megatron_validation_errors(args):
             validate_args(args)
@@ -94,13 +67,13 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
             args.padded_vocab_size = calculate_padded_vocab_size(
                 args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             )
-        check_model(buildable(args))
+        validate_model_config(buildable(args))
     return args, extension
 
 
 def buildable(args: Namespace) -> Namespace:
     """Return the arguments without what the local modules refuse."""
-    return Namespace(**{**vars(args), **NOT_BUILT})
+    return Namespace(**{**vars(args), **values("meta")})
 
 
 def _refuse(args: Namespace) -> None:
@@ -134,8 +107,10 @@ def _command_line(first: Sequence[str], last: Sequence[str], world_size: int) ->
 def one_rank(args: Namespace) -> Namespace:
     """Return the arguments of the same model, its vocabulary padded alike, on one rank."""
     pattern = getattr(args, "hybrid_layer_pattern", None)
-    changes = {"hybrid_layer_pattern": pattern.replace("|", "")} if pattern else {}
-    return Namespace(**{**vars(args), **_ONE_RANK, **changes})
+    changes: dict[str, Any] = {"world_size": 1, "data_parallel_size": 1}
+    if pattern:
+        changes["hybrid_layer_pattern"] = pattern.replace("|", "")
+    return Namespace(**{**vars(args), **values("one_rank"), **changes})
 
 
 def model_ranks(args: Namespace) -> list[int]:

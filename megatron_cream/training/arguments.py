@@ -14,7 +14,7 @@ from megatron_cream.config import (
 )
 from megatron_cream.errors import UserError
 from megatron_cream.extras import te_cross_entropy
-from megatron_cream.mcore.parser import make_readable
+from megatron_cream.mcore.validation import make_readable
 from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
 from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED

@@ -20,7 +20,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.dataset import BlendedSpans, PositionsOnly, SpanDataset, SpanDatasetConfig
 from megatron_cream.data.metadata import read_metadata
 from megatron_cream.data.packed import PackedPositions, PackedSpanDataset
-from megatron_cream.training.checks import DEFAULT_SPLIT
+from megatron_cream.training.blend import DEFAULT_SPLIT
 
 
 def datasets_provider(

@@ -28,9 +28,10 @@ def install_cpu_stand_in() -> None:
     """
     if "--cpu" in sys.argv[1:]:
         from megatron_cream.mcore import cpu
+        from megatron_cream.mcore.arguments import cpu_flags
 
         cpu.install()
-        sys.argv[1:1] = cpu.FLAGS
+        sys.argv[1:1] = cpu_flags()
     else:
         machine.require_gpu(sys.argv[1:])
 
@@ -54,8 +55,12 @@ def parse(
 
     from megatron_cream.checkpoint.metadata import SETTINGS_KEY, complete_arguments, keep_vocabulary
     from megatron_cream.checkpoint.run_folders import check_start
-    from megatron_cream.mcore.validation_errors import megatron_validation_errors
-    from megatron_cream.training.validate import check_flags, check_ours
+    from megatron_cream.mcore.validation import megatron_validation_errors
+    from megatron_cream.training.validate import (
+        validate_files,
+        validate_flags,
+        validate_our_flags,
+    )
 
     provider = _ours_after(extra_args_provider)
     defaults = args_defaults or {}
@@ -66,15 +71,15 @@ def parse(
         check_start(args)  # Megatron's validation reads it, without limits
     else:
         _keep_begun(args)
-        extension, validated = check_flags(args, defaults)
-        check_files(args, validated, extension)
+        extension, validated = validate_flags(args, defaults)
+        validate_files(args, validated, extension)
     with megatron_validation_errors(args, tell=True):
         args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
     if from_checkpoint:
         complete_arguments(args)
         _keep_begun(args)
-        extension = check_ours(args)
-        check_files(args, args, extension)
+        extension = validate_our_flags(args)
+        validate_files(args, args, extension)
     keep_vocabulary(args)
     # Micro-batches may hold different numbers of trained tokens (texts end, borders are masked);
     # averaging their averages would make the result depend on the layout.
@@ -90,10 +95,10 @@ _BEGUN = (("sample_unit",), ("rope_interpolation",), ("cream_sigma", "cream_sigm
 
 def _keep_begun(args: Namespace) -> None:
     """Have a run that is resumed go on as it began where it is not told otherwise."""
-    from megatron_cream.training import checks
+    from megatron_cream.training import resume
 
     open_ones = [names for names in _BEGUN if all(getattr(args, name) is None for name in names)]
-    before = checks.resumed_extension(args) if open_ones else None
+    before = resume.resumed_extension(args) if open_ones else None
     if before is not None:
         for name in itertools.chain(*open_ones):
             setattr(args, name, getattr(before, name))
@@ -122,37 +127,6 @@ def _with_defaults(args: Namespace, defaults: dict[str, Any]) -> Namespace:
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     return args
-
-
-def check_files(args: Namespace, validated: Namespace, extension: ExtensionConfig) -> None:
-    """Check what flags name: packages, tokenizer, datasets and checkpoints.
-
-    Args:
-        args: as parsed.
-        validated: the same, validated by Megatron.
-    """
-    from megatron_cream.training import checks, tokenizer
-    from megatron_cream.training.validate import check_model
-
-    checks.check_packages(args)
-    check_model(validated)
-    tokenizer.validate_available(args)
-    checks.check_datasets(args, extension)
-    checks.check_checkpoint(args, extension)
-    _check_schedule(validated)
-
-
-def _check_schedule(validated: Namespace) -> None:
-    from megatron_cream.checkpoint.iterations import start_of
-    from megatron_cream.checkpoint.metadata import arguments_in
-    from megatron_cream.mcore import schedule_flags
-
-    start = start_of(validated)
-    if start is None or start.flag != "--load" or validated.finetune:
-        return
-    saved = arguments_in(start.folder)
-    if saved is not None:
-        schedule_flags.validate_same_schedule(validated.load, validated, saved)
 
 
 def ready(args: Namespace, config: Any) -> None:

@@ -15,7 +15,7 @@ from megatron_cream.data.indexed import read_index
 from megatron_cream.data.packed import pack
 from megatron_cream.data.sources import PACK_MULTIPLE, Repetition, Sources, make_sources, repetition
 from megatron_cream.positions import SampleLayout
-from megatron_cream.training.checks import prefixes_by_split
+from megatron_cream.training.blend import prefixes_by_split
 
 A_FEW = 4
 """Times that a token is read from which a run is warned: a model then learns text by heart."""

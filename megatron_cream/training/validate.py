@@ -1,24 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether flags are right: one function, asked by training, by a script's start and the dry run."""
+"""Validates a run before a GPU is asked for: every check of it, in order.
+
+Training, a script's start and the dry run ask these functions, so that they agree.
+"""
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.extras import hybrid
-from megatron_cream.extras.clex import flags
-from megatron_cream.mcore import blend_flags, cpu, flag_ranges, schedule_flags, unsupported_flags
-from megatron_cream.mcore.validation_errors import megatron_validation_errors
-from megatron_cream.training import arguments
+from megatron_cream.errors import UserError
+from megatron_cream.extras import hybrid, te_cross_entropy
+from megatron_cream.mcore import cpu
+from megatron_cream.mcore.arguments import flag_of
+from megatron_cream.mcore.validation import validate_model_config, validate_with_megatron
+from megatron_cream.training import blend, flags, resume
+from megatron_cream.training.arguments import extension_from_args
+
+_TOKENIZER_FILES = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "BertWordPieceLowerCase": ("vocab_file",),
+    "BertWordPieceCase": ("vocab_file",),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "GPTSentencePieceTokenizer": ("tokenizer_model",),
+    "Llama2Tokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model",),
+}
+_OF_HUB = ("HuggingFaceTokenizer", "SFTTokenizer")
+_HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_TIMEOUT = 10.0  # seconds; Megatron's own look, with its repetitions, takes a minute
+_ADVICE = "or take --tokenizer-type NullTokenizer with --vocab-size, datasets hold tokens already"
 
 
-def check_flags(
+def validate_flags(
     args: Namespace, defaults: dict[str, Any] | None = None
 ) -> tuple[ExtensionConfig, Namespace]:
-    """Check all that flags alone say, on any machine; no dataset or checkpoint is looked at.
+    """Validate all that flags alone say, on any machine; no dataset or checkpoint is looked at.
 
     Args:
         args: as parsed; not changed.
@@ -30,47 +50,116 @@ def check_flags(
     Raises:
         UserError: naming the flag, its value and the value needed.
     """
-    extension = check_ours(args)
-    validated = copy.deepcopy(args)
-    with megatron_validation_errors(validated):
-        _validate(validated, defaults or {})
-    schedule_flags.validate_schedule(validated)
+    extension = validate_our_flags(args)
+    validated = validate_with_megatron(args, defaults or {})
+    resume.validate_schedule(validated)
     return extension, validated
 
 
-def check_ours(args: Namespace) -> ExtensionConfig:
-    """Check what Megatron does not, of arguments before or after its validation."""
-    flag_ranges.validate_required(args)
-    flag_ranges.validate_ranges(args)
-    flag_ranges.validate_divisibility(args)
-    unsupported_flags.validate_supported(args)
+def validate_our_flags(args: Namespace) -> ExtensionConfig:
+    """Validate what Megatron does not, of arguments before or after its validation."""
+    flags.validate_required(args)
+    flags.validate_ranges(args)
+    flags.validate_divisibility(args)
+    flags.validate_left_out(args)
+    flags.validate_supported(args)
     hybrid.validate_pattern(args)
     if args.cpu:
         cpu.validate_flags(args)
-    blend_flags.validate_blend(args)
-    extension = arguments.extension_from_args(args)
-    if extension.draws_scales:
-        flags.validate_flags(args)
+    blend.validate_blend(args)
+    extension = extension_from_args(args)
+    flags.validate_with_scales(args, extension)
     return extension
 
 
-def _validate(args: Namespace, defaults: dict[str, Any]) -> None:
-    from megatron.training.arguments import validate_args
+def validate_files(args: Namespace, validated: Namespace, extension: ExtensionConfig) -> None:
+    """Validate what flags name: packages, tokenizer, datasets and checkpoints.
 
-    args.calculate_per_token_loss = True  # as training will; entry.py says why
-    validate_args(args, defaults)
-
-
-def check_model(validated: Namespace) -> None:
-    """Make the configs that Megatron makes of its flags, which check more of them.
+    Args:
+        args: as parsed.
+        validated: the same, validated by Megatron.
 
     Raises:
-        UserError: with Megatron's reason.
+        UserError, OSError: naming the flag or file, and what it needs.
     """
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    validate_packages(args)
+    validate_model_config(validated)
+    validate_tokenizer(args)
+    blend.validate_datasets(args, extension)
+    resume.validate_checkpoint(args, extension)
+    resume.validate_same_schedule(validated)
 
-    from megatron_cream.mcore.hooks import megatron_config
 
-    args = copy.deepcopy(validated)
-    with megatron_validation_errors(args):
-        pretrain_cfg_container_from_args(args, megatron_config(args))
+def validate_packages(args: Namespace) -> None:
+    """Refuse what needs a package that is not installed here.
+
+    Raises:
+        UserError: naming the flag and the package.
+    """
+    if args.inprocess_restart and find_spec("nvidia_resiliency_ext") is None:
+        raise UserError(
+            "--inprocess-restart is given: it needs the package nvidia-resiliency-ext, without "
+            "which Megatron would train as if it were not"
+        )
+    if args.optimizer not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:
+        raise UserError(
+            f"--optimizer is {args.optimizer!r}: it needs the package emerging-optimizers; adam "
+            "and sgd need none"
+        )
+    if args.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise UserError(
+            "--transformer-impl is 'transformer_engine', which is not installed: pip install "
+            "'.[gpu]' (megatron_cream's extra), or give --transformer-impl local"
+        )
+    te_cross_entropy.validate_available(args)
+
+
+def validate_tokenizer(args: Namespace) -> None:
+    """Refuse a tokenizer whose files are neither here nor on a hub within reach.
+
+    Raises:
+        UserError: naming the flag.
+        FileNotFoundError: likewise, with the file.
+    """
+    for attribute in _TOKENIZER_FILES.get(args.tokenizer_type, ()):
+        flag, path = flag_of(attribute), getattr(args, attribute)
+        if path is None:
+            raise UserError(f"{flag} is missing: --tokenizer-type {args.tokenizer_type} reads it")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{flag} is {path}: it must be an existing file; {_ADVICE}")
+    if args.tokenizer_type in _OF_HUB:
+        _validate_name(args.tokenizer_type, args.tokenizer_model)
+
+
+def _validate_name(kind: str, name: str | None) -> None:
+    if name is None:
+        raise UserError(f"--tokenizer-model is missing: --tokenizer-type {kind} reads it")
+    folder = Path(name)
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in _HUB_FILES):
+            raise FileNotFoundError(
+                f"--tokenizer-model is {name}: that folder has none of {', '.join(_HUB_FILES)}; "
+                f"it must be that of a tokenizer, {_ADVICE}"
+            )
+        return
+    reason = _why_out_of_reach(name)
+    if reason is not None:
+        raise FileNotFoundError(
+            f"--tokenizer-model is {name}: there is no such folder, and {reason}; {_ADVICE}"
+        )
+
+
+def _why_out_of_reach(name: str) -> str | None:
+    """Return why a repository of the hub cannot be had, or None if it was downloaded or can be."""
+    try:
+        from huggingface_hub import HfApi, try_to_load_from_cache
+    except ImportError:
+        return "to look for it on the Hugging Face hub needs the package huggingface_hub"
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in _HUB_FILES):
+            return None
+        HfApi().model_info(name, timeout=_TIMEOUT)
+    except Exception as error:  # of requests, httpx or the hub's own kind, by version
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"the Hugging Face hub does not give it ({reason})"
+    return None

@@ -108,9 +108,9 @@ def said_of(line, base, monkeypatch):
     from megatron.training.training import destroy_global_state
 
     from megatron_cream import pretrain
-    from megatron_cream.mcore import cpu
+    from megatron_cream.mcore.arguments import cpu_flags
 
-    monkeypatch.setattr(sys, "argv", ["pretrain", *cpu.FLAGS, "--cpu", *base, *line])
+    monkeypatch.setattr(sys, "argv", ["pretrain", *cpu_flags(), "--cpu", *base, *line])
     try:
         pretrain.prepare()
     except (UserError, OSError) as error:

@@ -75,10 +75,10 @@ def test_doctor_says_so(malicious):
 )
 def test_training_refuses_it_before_it_starts(malicious, flags, monkeypatch, dataset):
     from megatron_cream import pretrain
-    from megatron_cream.mcore import cpu
+    from megatron_cream.mcore.arguments import cpu_flags
 
     root, marker = malicious
-    argv = [*cpu.FLAGS, "--cpu", *FLAGS, "--data-path", dataset, *flags, str(root)]
+    argv = [*cpu_flags(), "--cpu", *FLAGS, "--data-path", dataset, *flags, str(root)]
     monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
     assert "posix.mkdir" in refuses(pretrain.prepare, marker)
 

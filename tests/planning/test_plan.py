@@ -246,7 +246,7 @@ def test_full_length_that_is_as_fast_is_said(planned):
 
 @pytest.mark.parametrize("modules", [None, ["core_attn"], ["core_attn", "mlp"]])
 def test_selective_recompute_of_other_modules_is_not_estimated(monkeypatch, modules):
-    monkeypatch.setattr(arguments, "_HOLDS_FOR", ())
+    monkeypatch.setattr(arguments, "values", lambda fact: {})
     args = Namespace(
         tensor_model_parallel_size=1,
         recompute_granularity="selective",

@@ -46,11 +46,11 @@ def megatron_model(monkeypatch, flags):
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_cream.checkpoint.loading import initialize_one_process
-    from megatron_cream.mcore import cpu
+    from megatron_cream.mcore.arguments import cpu_flags
     from megatron_cream.mcore.hooks import model_config
     from megatron_cream.training import arguments
 
-    monkeypatch.setattr(sys, "argv", ["pretrain", *cpu.FLAGS, "--cpu", *FLAGS, *flags])
+    monkeypatch.setattr(sys, "argv", ["pretrain", *cpu_flags(), "--cpu", *FLAGS, *flags])
     args = parse_args(arguments.add_arguments)
     validate_args(args)
     initialize_one_process()

@@ -9,6 +9,6 @@ import megatron.training  # noqa: E402, F401
 from transformers import AutoTokenizer  # noqa: E402, F401  (megatron's tokenizers import it late)
 
 import megatron_cream.mcore.hooks  # noqa: E402, F401
-import megatron_cream.training.checks  # noqa: E402, F401
 import megatron_cream.training.datasets  # noqa: E402, F401
 import megatron_cream.training.step  # noqa: E402, F401
+import megatron_cream.training.validate  # noqa: E402, F401

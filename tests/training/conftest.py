@@ -11,10 +11,10 @@ def refused(monkeypatch, capsys, dataset):
     import torch
 
     from megatron_cream import pretrain
-    from megatron_cream.mcore import cpu
+    from megatron_cream.mcore.arguments import cpu_flags
 
     def call(*extra, data=dataset):
-        argv = ["pretrain", *cpu.FLAGS, "--cpu", *FLAGS, "--data-path", str(data), *extra]
+        argv = ["pretrain", *cpu_flags(), "--cpu", *FLAGS, "--data-path", str(data), *extra]
         monkeypatch.setattr(sys, "argv", argv)
         before = torch.distributed.is_initialized()  # other tests of this process may have
         with pytest.raises((ValueError, FileNotFoundError)) as error:

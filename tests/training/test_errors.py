@@ -166,14 +166,14 @@ def test_resuming_a_distributed_optimizer_without_a_gpu(refused, sharded):
 
 def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
     from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
-    from megatron_cream.training.checks import check_checkpoint
+    from megatron_cream.training.resume import validate_checkpoint
 
     saved = saved_arguments(sharded)
     now = Namespace(**{**vars(saved), "cpu": False, "load": sharded, "no_load_optim": False})
-    check_checkpoint(now, saved_extension(saved))
+    validate_checkpoint(now, saved_extension(saved))
     now.pipeline_model_parallel_size = 2
     with pytest.raises(ValueError) as error:
-        check_checkpoint(now, saved_extension(saved))
+        validate_checkpoint(now, saved_extension(saved))
     for part in ("--pipeline-model-parallel-size is 2", "--dist-ckpt-optim-fully-reshardable"):
         assert part in str(error.value)
 
@@ -181,15 +181,15 @@ def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
 @pytest.fixture
 def resumed(monkeypatch, tmp_path):
     """Makes the settings of a run at 16 x N from those that a checkpoint has, and flags."""
-    from megatron_cream.training import checks, entry
+    from megatron_cream.training import entry, resume
     from megatron_cream.training.arguments import add_arguments, extension_from_args
 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
-    monkeypatch.setattr(checks, "check_whole", lambda folder, flag, objects: None)
+    monkeypatch.setattr(resume, "check_whole", lambda folder, flag, objects: None)
 
     def make(saved, *flags, **others):
         given = Namespace(megatron_cream=saved)
-        monkeypatch.setattr(checks, "arguments_in", lambda folder: given)
+        monkeypatch.setattr(resume, "arguments_in", lambda folder: given)
         parser = add_arguments(ArgumentParser())
         parser.set_defaults(seq_length=960, rotary_base=10000, seed=1234, hidden_size=None)
         parser.set_defaults(load=str(tmp_path), pretrained_checkpoint=None, finetune=False)

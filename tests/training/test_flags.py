@@ -104,13 +104,11 @@ def test_blends_that_cannot_be_read(refused, words, part):
 
 
 def test_blends_that_can(tmp_path, monkeypatch):
-    from megatron_cream.mcore import blend_flags
+    from megatron_cream.training import blend
 
     listed = tmp_path / "list"
     listed.write_text("0.3 A 0.7 B")
-    empty = dict.fromkeys(
-        (*blend_flags._WHOLE, *blend_flags._PER_SPLIT, "per_split_data_args_path")
-    )
+    empty = dict.fromkeys((*blend._WHOLE, *blend._PER_SPLIT, "per_split_data_args_path"))
     split = tmp_path / "split.json"
     split.write_text('{"train": ["A"], "valid": "B", "test": "B C"}')
     for given in (
@@ -121,12 +119,12 @@ def test_blends_that_can(tmp_path, monkeypatch):
         {"data_args_path": str(listed)},
         {"per_split_data_args_path": str(split)},
     ):
-        blend_flags.validate_blend(Namespace(**{**empty, "split": None, **given}))
+        blend.validate_blend(Namespace(**{**empty, "split": None, **given}))
     with pytest.raises(FileNotFoundError):
-        blend_flags.validate_blend(Namespace(**{**empty, "data_args_path": str(tmp_path / "none")}))
+        blend.validate_blend(Namespace(**{**empty, "data_args_path": str(tmp_path / "none")}))
     split.write_text('{"train": ["A"]}')
     with pytest.raises(UserError, match="--per-split-data-args-path is .*train, valid and test"):
-        blend_flags.validate_blend(Namespace(**{**empty, "per_split_data_args_path": str(split)}))
+        blend.validate_blend(Namespace(**{**empty, "per_split_data_args_path": str(split)}))
 
 
 HUGGING_FACE = ["--tokenizer-type", "HuggingFaceTokenizer"]
@@ -156,7 +154,7 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch):
     import time
 
     hub = pytest.importorskip("huggingface_hub")
-    from megatron_cream.training import tokenizer
+    from megatron_cream.training.validate import validate_tokenizer
 
     def out_of_reach(self, name, timeout):
         raise OSError("no route to host")
@@ -165,10 +163,10 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch):
     monkeypatch.setattr(hub.HfApi, "model_info", out_of_reach)
     began = time.monotonic()
     with pytest.raises(FileNotFoundError, match="--tokenizer-model is no-one.*no route to host"):
-        tokenizer.validate_available(args)
+        validate_tokenizer(args)
     assert time.monotonic() - began < 5
     monkeypatch.setattr(hub.HfApi, "model_info", lambda self, name, timeout: None)
-    tokenizer.validate_available(args)
+    validate_tokenizer(args)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +201,7 @@ def test_help_is_printed(monkeypatch, capsys):
 
 
 def test_megatrons_list_of_arguments_is_left_out_and_the_rest_kept():
-    from megatron_cream.mcore.validation_errors import without_arguments
+    from megatron_cream.mcore.validation import without_arguments
 
     text = "using 1 GPU\n--- arguments ---\n  lr ... 1\n--- end of arguments ---\nlast\n"
     assert without_arguments(text) == "using 1 GPU\nlast\n"
@@ -257,16 +255,16 @@ def test_training_longer_names_the_flags_that_allow_it(refused, initial):
 def test_the_schedule_is_compared_with_the_iteration_that_is_taken(tmp_path, initial):
     """Of two iterations, --ckpt-step names the one before the latest."""
     from megatron_cream.checkpoint.metadata import saved_arguments
-    from megatron_cream.training.entry import _check_schedule
+    from megatron_cream.training.resume import validate_same_schedule
 
     run = tmp_path / "run"
     run.mkdir()
     (run / "iter_0000001").symlink_to(Path(initial) / "iter_0000001")
     (run / "latest_checkpointed_iteration.txt").write_text("2")  # of which nothing is read
     saved = vars(saved_arguments(initial)) | {"load": str(run), "pretrained_checkpoint": None}
-    _check_schedule(Namespace(**saved | {"ckpt_step": 1}))
+    validate_same_schedule(Namespace(**saved | {"ckpt_step": 1}))
     with pytest.raises(UserError, match="--lr: 0.001 != 0.1"):
-        _check_schedule(Namespace(**saved | {"ckpt_step": 1, "lr": 0.1}))
+        validate_same_schedule(Namespace(**saved | {"ckpt_step": 1, "lr": 0.1}))
 
 
 @pytest.mark.parametrize(
@@ -275,12 +273,14 @@ def test_the_schedule_is_compared_with_the_iteration_that_is_taken(tmp_path, ini
 )
 def test_training_longer_is_allowed_by_them(initial, allowed):
     from megatron_cream.checkpoint.metadata import saved_arguments
-    from megatron_cream.mcore import schedule_flags
+    from megatron_cream.training.resume import validate_same_schedule
 
-    saved = saved_arguments(initial)
-    now = Namespace(**{**vars(saved), "train_iters": 20})
+    started = {"load": initial, "pretrained_checkpoint": None, "train_iters": 20}
+    now = Namespace(**vars(saved_arguments(initial)) | started)
+    with pytest.raises(UserError, match="another learning-rate schedule"):
+        validate_same_schedule(now)
     setattr(now, allowed[2:].replace("-", "_"), True)
-    schedule_flags.validate_same_schedule(initial, now, saved)
+    validate_same_schedule(now)
 
 
 def test_the_schedule_is_megatrons(initial, monkeypatch):
@@ -289,7 +289,7 @@ def test_the_schedule_is_megatrons(initial, monkeypatch):
     from megatron.training import training
 
     from megatron_cream.checkpoint.metadata import saved_arguments
-    from megatron_cream.mcore.schedule_flags import schedule
+    from megatron_cream.training.resume import schedule
 
     saved = saved_arguments(initial)
     iterations = {"train_iters": 30, "lr_decay_iters": 20, "lr_warmup_fraction": 0.1}

@@ -211,9 +211,9 @@ class TestSymbols:
 def test_flags_of_what_is_swapped_are_refused(extra, monkeypatch, flags):
     """The script's datasets and forward step would follow them; ours would not."""
     from megatron_cream import pretrain
-    from megatron_cream.mcore import cpu
+    from megatron_cream.mcore.arguments import cpu_flags
 
-    monkeypatch.setattr("sys.argv", ["pretrain", *cpu.FLAGS, "--cpu", *flags, *extra])
+    monkeypatch.setattr("sys.argv", ["pretrain", *cpu_flags(), "--cpu", *flags, *extra])
     with pytest.raises(ValueError, match=f"^{extra[0]} is .*: it must be left out, "):
         pretrain.prepare()
 

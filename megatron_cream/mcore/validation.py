@@ -1,18 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's own validation of flags: its refusals in one line, its print-out left out."""
+"""Megatron's own parser and validation of flags: errors in one line, no lists of all flags."""
 
 from __future__ import annotations
 
+import copy
 import io
 import linecache
 import re
 import traceback
-from argparse import Namespace
+from argparse import Action, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import Any, NoReturn
 
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.flag_ranges import flag_of
+from megatron_cream.mcore.arguments import flag_of
+
+
+def make_readable(parser: ArgumentParser) -> ArgumentParser:
+    """Have a parser of some 800 flags say what is wrong without listing them all.
+
+    ``--help`` lists them, one of whose texts in Megatron 0.19.2 has a ``%`` that argparse cannot
+    format.
+    """
+    parser.formatter_class = _Formatter
+    parser.usage = "%(prog)s [Megatron-Core's flags] [megatron_cream's flags]"
+    parser.error = _raise_error
+    return parser
+
+
+def _raise_error(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+class _Formatter(HelpFormatter):
+    """Prints a text as it is where its ``%`` makes no format."""
+
+    def _expand_help(self, action: Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return action.help or ""
+
 
 _ARGUMENT = re.compile(r"\bargs\.(\w+)")
 _FIELD = re.compile(r"\b[a-z]+(?:_[a-z0-9]+)+\b")
@@ -93,3 +122,37 @@ def without_arguments(text: str) -> str:
             kept.append(line)
         inside = (inside or begins) and not ends
     return "".join(kept)
+
+
+def validate_with_megatron(args: Namespace, defaults: dict[str, Any]) -> Namespace:
+    """Return a copy of parsed arguments that Megatron has validated and completed.
+
+    Args:
+        args: as parsed; not changed.
+        defaults: a script's own, as Megatron's validation takes them.
+
+    Raises:
+        UserError: with Megatron's reason.
+    """
+    from megatron.training.arguments import validate_args
+
+    validated = copy.deepcopy(args)
+    validated.calculate_per_token_loss = True  # as training will; entry.py says why
+    with megatron_validation_errors(validated):
+        validate_args(validated, defaults)
+    return validated
+
+
+def validate_model_config(validated: Namespace) -> None:
+    """Make the configs that Megatron makes of its flags, which check more of them.
+
+    Raises:
+        UserError: with Megatron's reason.
+    """
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_cream.mcore.hooks import megatron_config
+
+    args = copy.deepcopy(validated)
+    with megatron_validation_errors(args):
+        pretrain_cfg_container_from_args(args, megatron_config(args))

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads and checks the blend of datasets that a run names: flags, files, documents, tokens.
+
+Flags are read as Megatron reads them, and refused where it only asserts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.utils import Split
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.data.dataset import no_sources_message, split_strategy
+from megatron_cream.data.indexed import DatasetIndex, check_token_sample, read_index
+from megatron_cream.data.metadata import check_fits, read_metadata
+from megatron_cream.data.sources import make_sources
+from megatron_cream.errors import UserError
+from megatron_cream.mcore.arguments import flag_of
+
+DEFAULT_SPLIT = "969,30,1"  # Megatron's
+_PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
+_WHOLE = ("data_path", "data_args_path")
+_SPLITS = ("train", "valid", "test")
+
+
+def validate_blend(args: Namespace) -> None:
+    """Refuse lists of datasets and weights that Megatron cannot blend, and splits of nothing.
+
+    Raises:
+        UserError: naming the flag and the value in it.
+        FileNotFoundError: a file that should hold the list.
+    """
+    ways = (*_WHOLE, *_PER_SPLIT, "per_split_data_args_path")
+    given = [name for name in ways if getattr(args, name) is not None]
+    if len(given) > 1 and not set(given) <= set(_PER_SPLIT):
+        flags = " and ".join(map(flag_of, given))
+        raise UserError(f"{flags} are given: datasets must be named in one of these ways")
+    for name in given:
+        for words in _lists(name, getattr(args, name)):
+            _validate_words(flag_of(name), words)
+    if args.split is not None:
+        _validate_split(args.split)
+
+
+def _lists(name: str, value: Any) -> list[list[str]]:
+    """Return the words of each list that a flag gives, or the file that it names."""
+    if name == "data_args_path":
+        return [Path(value).read_text(encoding="utf-8", errors="replace").split()]
+    if name != "per_split_data_args_path":
+        return [value]
+    try:
+        lists = json.loads(Path(value).read_text(encoding="utf-8"))
+        found = [lists[split] for split in _SPLITS]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{flag_of(name)} is {value}: it must be a JSON object with train, valid and test "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    return [one.split() if isinstance(one, str) else list(map(str, one or [])) for one in found]
+
+
+def _validate_words(flag: str, words: list[str]) -> None:
+    if not words:
+        raise UserError(f"{flag} is empty: it must name at least one dataset")
+    weights = [_number(word) for word in words[::2]]
+    if len(words) == 1 or not any(weight is not None for weight in weights):
+        return  # prefixes alone
+    if len(words) % 2 or any(weight is None for weight in weights):
+        raise UserError(
+            f"{flag} is {' '.join(words)}: it must be prefixes alone, or a weight before each of "
+            "them: 0.3 A 0.7 B"
+        )
+    for weight, prefix in zip(weights, words[1::2], strict=True):
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(
+                f"{flag} gives {prefix} the weight {weight:g}: it must be above 0; leave out a "
+                "dataset that is not to be read"
+            )
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _validate_split(split: str) -> None:
+    parts = [_number(part) for part in split.split(",")]
+    wrong = any(part is None or not math.isfinite(part) or part < 0 for part in parts)
+    if wrong or len(parts) > len(_SPLITS) or not sum(parts):
+        raise UserError(
+            f"--split is {split!r}: it must be up to three shares, for training, validation and "
+            "test, as 99,1,0"
+        )
+    if not parts[0]:
+        raise UserError(f"--split is {split!r}: training's share, the first, must be above 0")
+
+
+def validate_datasets(args: Namespace, extension: ExtensionConfig) -> None:
+    """Validate every dataset of the blend: files whole, long enough, its tokens in the vocabulary.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the dataset and what it needs.
+    """
+    wanted = prefixes_by_split(args)
+    if not wanted:
+        raise UserError("--data-path is missing: it must name at least one indexed dataset")
+    for prefix, splits in wanted.items():
+        index = read_index(prefix)
+        _validate_vocabulary(args, index)
+        _validate_end_of_document(args, prefix)
+        for split, (begin, end) in splits.items():
+            if split is not Split.train and not args.eval_iters:
+                continue
+            first, last = round(begin * len(index.lengths)), round(end * len(index.lengths))
+            strategy, unit = split_strategy(extension, split), extension.sample_unit
+            sources = make_sources(
+                unit,
+                index.pointers[first:last] // index.dtype.itemsize,
+                index.lengths[first:last],
+                strategy,
+            )
+            if not len(sources):
+                raise UserError(no_sources_message(prefix, split.name, sources, strategy, unit))
+
+
+def prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, float]]]:
+    """Return dataset prefixes, each with the part of its documents that each split takes."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    wanted: dict[str, dict[Split, tuple[float, float]]] = {}
+    if blend is not None:
+        vector = parse_and_normalize_split(args.split or DEFAULT_SPLIT)
+        matrix = convert_split_vector_to_split_matrix(vector)
+        parts = {s: matrix[s.value] for s in Split if matrix[s.value] is not None}
+        for prefix in blend[0]:
+            wanted[prefix] = parts
+    for split in Split if per_split is not None else ():
+        for prefix in (per_split[split.value] or ([], None))[0]:
+            wanted.setdefault(prefix, {})[split] = (0.0, 1.0)
+    return wanted
+
+
+def _validate_vocabulary(args: Namespace, index: DatasetIndex) -> None:
+    prefix = index.prefix
+    metadata = read_metadata(prefix)
+    check_fits(index, metadata)
+    vocabulary = args.padded_vocab_size or args.vocab_size
+    if metadata and vocabulary and metadata["vocab_size"] > vocabulary:
+        raise UserError(
+            f"--vocab-size is {vocabulary}: dataset {prefix} was written with "
+            f"{metadata['vocab_size']} tokens ({metadata['tokenizer_type']}); it must be at least "
+            "that"
+        )
+    sizes = [vocabulary, metadata["vocab_size"] if metadata else None]
+    check_token_sample(index, min((size for size in sizes if size), default=None))
+
+
+def _validate_end_of_document(args: Namespace, prefix: str) -> None:
+    metadata = read_metadata(prefix)
+    if args.eod_mask_loss and not (metadata and metadata["appended_eod"]):
+        raise UserError(
+            f"--eod-mask-loss is given: dataset {prefix} must say which token ends a document; "
+            "write it with tools/preprocess_data.py --append-eod"
+        )
