@@ -14,8 +14,8 @@ RUN apt-get update \
 USER 10001
 WORKDIR /home/cream/megatron_cream
 # What the install depends on comes first: a change of the source does not install 6 GB again.
-COPY --chown=cream LICENSE Makefile NOTICE README.md pyproject.toml requirements.lock setup.cfg setup.py ./
-COPY --chown=cream tools/__init__.py tools/find_python.sh tools/
+COPY --chown=cream LICENSE Makefile NOTICE README.md pyproject.toml requirements.lock setup.cfg ./
+COPY --chown=cream tools/find_python.sh tools/
 COPY --chown=cream megatron_cream/__init__.py megatron_cream/
 RUN make setup
 COPY --chown=cream . .
@@ -29,8 +29,7 @@ ENV CUDA_DEVICE_MAX_CONNECTIONS=1 PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 10001 cream \
     && install --directory --owner cream /workspace/megatron_cream /workspace/megatron_cream/runs
 WORKDIR /workspace/megatron_cream
-COPY --chown=cream LICENSE NOTICE README.md pyproject.toml requirements.lock setup.cfg setup.py ./
-COPY --chown=cream tools/__init__.py tools/
+COPY --chown=cream LICENSE NOTICE README.md pyproject.toml requirements.lock setup.cfg ./
 COPY --chown=cream megatron_cream/__init__.py megatron_cream/
 # torch, transformer-engine, apex and flash-attn stay the image's: PIP_CONSTRAINT holds them there.
 # Of our lock only what the image lacks is taken.
@@ -40,5 +39,5 @@ RUN grep -E '^(accelerate|Flask-RESTful|megatron-core|omegaconf|sentencepiece|ti
     && rm /tmp/missing.txt
 COPY --chown=cream . .
 USER 10001
-RUN python tools/check_install.py
+RUN megatron-cream check-install
 CMD ["bash"]

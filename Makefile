@@ -50,7 +50,7 @@ format: setup
 	$(BIN)/ruff format .
 
 check: setup
-	$(BIN)/python tools/check_install.py
+	$(BIN)/megatron-cream check-install
 
 docs: setup
 	$(BIN)/mkdocs build --strict
@@ -72,7 +72,7 @@ setup: $(READY)
 
 # 6 GB, mostly torch's CUDA libraries. The mark comes last: an interrupted set-up is finished the
 # next time.
-$(READY): requirements.lock setup.cfg setup.py pyproject.toml
+$(READY): requirements.lock setup.cfg pyproject.toml
 	@test -x $(BIN)/python || { python=$$(./tools/find_python.sh) && \
 	  echo "setting up $(VENV) with $$python, some minutes" && "$$python" -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -14,6 +14,9 @@ from contextlib import contextmanager, suppress
 BAD_INPUT_STATUS = 2
 """Exit status of a command that was given something wrong."""
 
+INTERRUPTED_STATUS = 128 + 2
+"""Exit status of a command that control-C stopped: as a shell has it, of SIGINT."""
+
 NO_READER_STATUS = 128 + 13
 """Exit status where nobody reads what is printed any more: as a shell has it, of SIGPIPE."""
 
@@ -35,7 +38,8 @@ def one_line_errors() -> Iterator[None]:
 
     ``UserError`` and ``OSError`` (a file that is missing, a disk that is full) are the user's to
     mend. Everything else is a bug and keeps its traceback. Where the reader of standard output has
-    gone (``| head``) the command ends without a word and with exit status 141.
+    gone (``| head``) the command ends without a word and with exit status 141; stopped by control-C
+    it ends with 130.
     """
     try:
         with _printed_whole():
@@ -46,6 +50,9 @@ def one_line_errors() -> Iterator[None]:
             raise SystemExit(NO_READER_STATUS) from None
         _tell(" ".join(str(error).split()))
         raise SystemExit(BAD_INPUT_STATUS) from None
+    except KeyboardInterrupt as stop:
+        print("error: " + "; ".join(["interrupted", *stop.args]), file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED_STATUS) from None
 
 
 @contextmanager

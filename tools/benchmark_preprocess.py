@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.corpus.command_line import Parser
+from megatron_cream.cli import Parser
 from megatron_cream.corpus.settings import validate_count
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError, one_line_errors
@@ -65,7 +65,7 @@ class Side:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--input", required=True, metavar="JSONL", help="text under the key `text`")
     add("--tokenizer-type", required=True, help="HuggingFaceTokenizer or SentencePieceTokenizer")

@@ -16,8 +16,8 @@ HERE = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HERE))
 
 # ruff: noqa: E402
+from megatron_cream.cli import make_parser
 from megatron_cream.errors import one_line_errors
-from tools.evaluate import parse_args
 
 LENGTHS = ("4K", "8K", "16K", "32K")
 FLAGS = {
@@ -56,7 +56,7 @@ def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: 
         folder = Path(output) / task
         if (folder / "result.json").is_file():
             continue
-        args = parse_args([task, *common, *flags])
+        args = make_parser("evaluate").parse_args([task, *common, *flags])
         check(args)
         prompt = None if task == "perplexity" else open_prompt(args)
         if prompt is not None:

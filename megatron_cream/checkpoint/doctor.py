@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_cream.checkpoint import checksums
-from megatron_cream.checkpoint.integrity import problems
+from megatron_cream.checkpoint.integrity import go_on_before, problems
 from megatron_cream.checkpoint.iterations import (
     folder_named,
     is_iteration,
@@ -28,6 +29,14 @@ from megatron_cream.errors import UserError
 
 _MEGATRONS = "integrity.json"  # of --verify-integrity
 _BLOCK = 4 << 20
+
+EXAMPLES = """
+    megatron-cream doctor runs/cream                  # the latest iteration
+    megatron-cream doctor runs/cream/iter_0000010     # one of them
+
+Sizes, every record, and the checksums that megatron_cream writes when it saves; a checkpoint of
+another trainer has those in its records. Nothing in the checkpoint is run.
+"""
 
 
 @dataclass(frozen=True)
@@ -185,3 +194,24 @@ def _record_fits(section: Section) -> bool:
         # A damaged header may ask for a compression, a version or a key that zipfile does not have.
         return False
     return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder given to --save, or one")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what is found.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    report = examine(args.checkpoint)
+    print("\n".join(report.lines()))
+    if report.problems:
+        raise UserError(
+            f"{report.folder} is damaged: {len(report.problems)} problem(s); "
+            f"{go_on_before(report.folder, '--load')}"
+        )
+    print("whole")

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -45,6 +47,12 @@ SHARD_BYTES = 5_000_000_000
 EMBEDDING = "embedding.word_embeddings.weight"
 
 _TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+EXAMPLES = """
+    megatron-cream export --checkpoint runs/cream --output llama-2-7b-32k
+
+An export is what transformers, vLLM and SGLang load.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,3 +233,37 @@ def describe(exported: Exported, output: str) -> str:
         f"{_TYPE_NAMES[exported.dtype]}, {exported.nbytes / 1e9:.2f} GB\n"
         f"{sentence(exported.rope_type)}"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="folder given to --save, or one iteration in it")
+    add("--output", required=True, help="new folder")
+    add("--hf", help="where config and tokenizer come from (default: the import it began with)")
+    types = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=types, help="type of the weights (default: the one they have)")
+    add("--max-shard-size", default="5GB", help="of a safetensors file, as 500MB or 5GB")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export what a command line names."""
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    most = parse_bytes(args.max_shard_size)
+    exported = export_checkpoint(args.checkpoint, args.output, args.hf, dtype, most)
+    print(describe(exported, args.output))
+
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size like 500MB.
+
+    Raises:
+        UserError: it is none.
+    """
+    found = re.fullmatch(r"(\d{1,9})\s*([KMG]B)", text.strip(), re.IGNORECASE)
+    if not found or int(found[1]) == 0:
+        raise UserError(f"--max-shard-size is {text!r}: it must be a size such as 500MB or 5GB")
+    return int(found[1]) * _UNITS[found[2].upper()]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Iterator
 from math import prod
@@ -36,6 +37,12 @@ from megatron_cream.rope import scaling_from_hf
 
 CHUNK_BYTES = 64 << 20
 """Most bytes of a piece of the checkpoint: small beside a model, large beside a disk's seeks."""
+
+EXAMPLES = """
+    megatron-cream import --hf meta-llama/Llama-2-7b-hf --output base
+
+An import is what --pretrained-checkpoint starts from, at any layout.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,3 +213,18 @@ def describe(imported: Imported, output: str) -> str:
     if extension.rope_interpolation != "none":
         lines.append(f"its RoPE is scaled already: --rope-base-config {output}/{KEPT}/config.json")
     return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add = parser.add_argument
+    add("--hf", required=True, help="folder, or the name of a repository on the hub")
+    add("--output", required=True, help="new folder, for --pretrained-checkpoint")
+    types = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=types, help="type of the weights (default: the one they have)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Import what a command line names."""
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    print(describe(import_checkpoint(args.hf, args.output, dtype), args.output))

@@ -7,6 +7,7 @@ into their ids. Nothing says which words are the user's: a run trains on all of 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
@@ -15,6 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
+
+EXAMPLES = """
+    megatron-cream render-chat --input sharegpt.jsonl --tokenizer-model Llama-2-7b-chat-hf \\
+        --output conversations.jsonl
+    megatron-cream preprocess --input conversations.jsonl --min-tokens 4096 \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model Llama-2-7b-chat-hf \\
+        --output-prefix conversations
+
+One conversation per line: {"messages": [{"role", "content"}, ...]}, or ShareGPT's
+{"conversations": [{"from", "value"}, ...]}. All of a document is trained, the user's words too.
+See docs/examples.md.
+"""
 
 # Who speaks, in the ShareGPT format's words.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -170,3 +183,25 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="JSONL")
+    add("--tokenizer-model", required=True, metavar="FOLDER", help="with the chat template")
+    add("--output", required=True, metavar="FILE", help="JSONL with one text per line")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="at a bad conversation")
+    add("--overwrite", action="store_true", help="replace --output")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Render the files of a command line."""
+    written, skipped = render_files(
+        args.input,
+        args.output,
+        args.tokenizer_model,
+        skip=args.on_error == "skip",
+        overwrite=args.overwrite,
+    )
+    print(f"{args.output}: {written} conversations, {skipped} skipped")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,18 @@ import numpy as np
 
 from megatron_cream.corpus.settings import validate_count
 from megatron_cream.corpus.statistics import draw_histogram, measure, median
-from megatron_cream.corpus.tokenizers import load_tokenizer
+from megatron_cream.corpus.tokenizers import TOKENIZERS, load_tokenizer
 from megatron_cream.data.indexed import check_tokens, read_index
 from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.errors import UserError
+
+EXAMPLES = """
+    megatron-cream inspect data/train --seq-length 4096 --target-length 262144
+    megatron-cream inspect data/train --document 17 --tokens 200
+    megatron-cream inspect data/train --check
+
+The whole index is checked in every case; --check also reads every token.
+"""
 
 
 def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
@@ -120,3 +129,31 @@ def _noted(note: dict[str, Any] | None) -> list[str]:
         f"dropped: {dropped.replace('_', ' ')}",
         f"bad records: {errors or 'none'}",
     ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add = parser.add_argument
+    add("prefix", metavar="PREFIX", help="path of the dataset without .bin and .idx")
+    text = "print only the text of document I, from 0 (default: statistics)"
+    add("--document", type=int, metavar="I", help=text)
+    add("--tokens", type=int, default=0, metavar="N", help="its first N tokens, 0 for all")
+    noted = "default: what PREFIX.json says"
+    add("--tokenizer-type", choices=list(TOKENIZERS), help=f"to print text with ({noted})")
+    add("--tokenizer-model", metavar="PATH", help=f"of that type ({noted})")
+    share = "share of sequences as long (default: not reported)"
+    add("--seq-length", type=int, metavar="N", help=share)
+    add("--target-length", type=int, metavar="T", help=share)
+    add("--check", action="store_true", help="read all tokens, too")
+    add("--vocab-size", type=int, metavar="N", help=f"all ids are below it ({noted})")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what a command line asks for."""
+    if args.document is not None:
+        model = (args.tokenizer_type, args.tokenizer_model)
+        print(document_text(args.prefix, args.document, *model, args.tokens))
+    else:
+        print(describe(args.prefix, (args.seq_length, args.target_length)))
+    if args.check:
+        print(check(args.prefix, args.vocab_size))

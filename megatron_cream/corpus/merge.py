@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -37,6 +38,12 @@ from megatron_cream.errors import UserError
 
 _OF_A_JOB = ("shard", "job", "thresholds", "drop_duplicates")
 _SAME = ("tokenizer_type", "vocab_size", "eod_id", "bos_id", "appended_eod", "prepended_bos")
+
+EXAMPLES = """
+    megatron-cream merge --input data/train-*-of-00008.idx --output-prefix data/train
+
+Shards are checked to be all there and put in order; other datasets keep the order they are given.
+"""
 
 
 @dataclass(frozen=True)
@@ -231,3 +238,17 @@ def _settings(notes: list[dict[str, Any]]) -> dict[str, Any]:
         for key, value in notes[0].items()
         if key not in made
     }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PREFIX", help="with or without .idx or .bin")
+    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin .idx")
+    add("--overwrite", action="store_true", help="replace the files of an earlier run")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge what a command line names."""
+    prefixes = [name.removesuffix(".idx").removesuffix(".bin") for name in args.input]
+    print(merge_datasets(prefixes, args.output_prefix, overwrite=args.overwrite))

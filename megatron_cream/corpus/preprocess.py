@@ -8,9 +8,12 @@ parts it has. Nothing here imports megatron.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +28,8 @@ from megatron_cream.corpus.engine import choose_engine, sample_texts
 from megatron_cream.corpus.executors import run_units, use_one_thread
 from megatron_cream.corpus.job import InputFile, PreprocessJob
 from megatron_cream.corpus.readers import STDIN, TextInputs, lines_before, place
-from megatron_cream.corpus.settings import PreprocessConfig, plan_job
+from megatron_cream.corpus.settings import PreprocessConfig, config_from, plan_job
+from megatron_cream.corpus.settings import add_arguments as add_arguments
 from megatron_cream.corpus.statistics import (
     DUPLICATES,
     FINGERPRINT,
@@ -50,6 +54,16 @@ from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.errors import UserError
 
 __all__ = ["PreprocessConfig", "PreprocessStats", "preprocess"]
+
+EXAMPLES = """
+    megatron-cream preprocess --input corpus/ more.jsonl.zst 'web/*.parquet' \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer/ --append-eod \\
+        --workers 8 --output-prefix data/train
+
+A job that was killed continues when it is started again with the same settings. As a Slurm array,
+with --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, then megatron-cream merge.
+See docs/data.md.
+"""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -333,3 +347,16 @@ def _nothing_left(config: PreprocessConfig, counts: Counts) -> str:
             f"most {counts.longest}, the tokens of the longest"
         )
     return f"--max-tokens {config.max_tokens}: all documents are longer, needs more, or to split"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the job of a command line, and print what it did."""
+    # Without a handler a termination would leave worker processes to find out by themselves.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        stats = preprocess(
+            config_from(args), say=lambda line: print(line, file=sys.stderr, flush=True)
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("start again to continue") from None
+    print(stats.summary())

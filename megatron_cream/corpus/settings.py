@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from megatron_cream.corpus.readers import (
     find_inputs,
     format_of,
 )
-from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import SUFFIXES, validate_prefix
 from megatron_cream.data.indexed import token_dtype
 from megatron_cream.data.metadata import MOST_SHARDS
@@ -32,7 +33,7 @@ from megatron_cream.errors import UserError
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """A job; the fields are the flags of `tools/preprocess_data.py`.
+    """A job; the fields are the flags of `megatron-cream preprocess`.
 
     Attributes:
         verify: documents to compare the fast tokenizer with the reference on; -1 for all.
@@ -257,3 +258,75 @@ def _validate_standard_input(config: PreprocessConfig) -> None:
         )
     if config.input_format in (PARQUET, ARROW):
         raise UserError(f"--input -: cannot be {config.input_format}, needs jsonl or text")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a job."""
+    _add_input(parser.add_argument_group("input"))
+    _add_tokens(parser.add_argument_group("tokens"))
+    _add_documents(parser.add_argument_group("documents"))
+    _add_running(parser.add_argument_group("running"))
+
+
+def config_from(args: argparse.Namespace) -> PreprocessConfig:
+    """Return the job that the flags ask for."""
+    flags = dict(vars(args))
+    flags["verify"] = -1 if flags.pop("verify_all") else flags["verify"]
+    for name in ("input", "json_key"):
+        flags[name] = tuple(flags[name])
+    return PreprocessConfig(**flags)
+
+
+def _add_input(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, globs, or -")
+    add("--input-format", choices=FORMATS, help="of all files (default: by their suffixes)")
+    add(
+        "--json-key", nargs="+", default=["text"], metavar="KEY", help="of the text (default: text)"
+    )
+    join = "between several keys' texts (default: an empty line)"
+    add("--key-separator", default="\n\n", metavar="TEXT", help=join)
+    add("--on-error", choices=("fail", "skip"), default="fail", help="at a bad record")
+
+
+def _add_tokens(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    model = "tokenizer.json, its folder, or a .model file (default: none, for plain bytes)"
+    add("--tokenizer-type", required=True, choices=list(TOKENIZERS), help="how text becomes ids")
+    add("--tokenizer-model", metavar="PATH", help=model)
+    add("--append-eod", action="store_true", help="end each document with the eod token")
+    add("--prepend-bos", action="store_true", help="begin each document with the bos token")
+    add("--engine", choices=ENGINES, default="auto", help="auto takes gigatoken where exact")
+    add("--verify", type=int, default=8, metavar="N", help="documents to compare gigatoken on")
+    add("--verify-all", action="store_true", help="compare every document")
+
+
+def _add_documents(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--min-tokens", type=int, default=1, metavar="N", help="drop shorter documents")
+    add("--max-tokens", type=int, metavar="N", help="split longer documents (default: no limit)")
+    add("--long-documents", choices=("split", "drop"), default="split", help="over --max-tokens")
+    add("--drop-duplicates", action="store_true", help="keep the first of equal documents")
+    share = "report the share of documents as long (default: not reported)"
+    add("--seq-length", type=int, metavar="N", help=share)
+    add("--target-length", type=int, metavar="T", help=share)
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    ray = "run on a Ray cluster: auto, local, ray://host:port (default: on this machine)"
+    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin .idx .json")
+    add("--workers", type=int, default=1, metavar="W", help="processes")
+    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="part I of N (default: 0/1)")
+    add("--ray", metavar="ADDRESS", help=ray)
+    add("--overwrite", action="store_true", help="replace the files of an earlier run")
+    add("--restart", action="store_true", help="forget what an unfinished job has done")
+    part = "text per part of the work, which never changes the result"
+    add("--part-bytes", type=int, default=PART_BYTES, metavar="BYTES", help=part)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}, needs I/N as 0/8")
+    return int(index), int(count)

@@ -307,7 +307,7 @@ def flags_of(tool):
 
     argparse.ArgumentParser.__init__ = keep
     try:
-        exit_status(tool.parse_args, ["--help"])
+        exit_status(tool.main, ["--help"])
     finally:
         argparse.ArgumentParser.__init__ = own
     found = {a.option_strings[0] for parser in seen for a in parser._actions if a.option_strings}

@@ -111,7 +111,7 @@ def test_variables_of_the_table_are_read():
         ("python tools/plans.py llama-2-70b --gpus 64", "there is no tools/plans.py"),
         ("python tools/evaluate.py needles --hf MODEL --lengths 4K", "invalid choice"),
         ("python tools/merge_datasets.py --input a", "required: --output-prefix"),
-        ("megatron-cream plans --gpus 8", "there is no tools/plans.py"),
+        ("megatron-cream plans --gpus 8", "there is no command plans"),
         (
             "torchrun --nproc-per-nodes 8 -m megatron_cream.pretrain",
             "required|unrecognized|ambiguous",

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every launch script against the plan that it quotes, and what it does step by step."""
 
-import importlib.util
 import os
 import re
 import signal
@@ -12,7 +11,9 @@ import time
 import pytest
 from support import forks, launch
 
+from megatron_cream.cli import make_parser
 from megatron_cream.parallel_layout import Workload
+from megatron_cream.planning import plan as tool
 from megatron_cream.planning.command import argv, run_flags
 from megatron_cream.planning.memory import GIB
 from megatron_cream.planning.models import find_model
@@ -35,11 +36,8 @@ BESIDE_THE_PLAN = {
 
 def planned(script):
     """Model, plan and flags of the command that a script quotes, and the quoted result."""
-    spec = importlib.util.spec_from_file_location("plan", launch.ROOT / "tools" / "plan.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     command, result = QUOTE.search(script.read_text()).groups()
-    args = tool.parse_args(command.split())
+    args = make_parser("plan").parse_args(command.split())
     shape = find_model(args.model)
     work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
     plan = propose(shape, tool._cluster(args), work, tool._fixed(args))

@@ -10,6 +10,7 @@ from PIL import Image
 from support.commands import exit_status
 
 from megatron_cream.positions import Coverage, coverage, make_strategy
+from megatron_cream.positions.command import default_samples
 from megatron_cream.positions.plots import describe, draw
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_positions.py"
@@ -227,5 +228,5 @@ def test_tool_runs_as_a_script_without_torch(tmp_path):
         ("randpos", {}, 128),
     ],
 )
-def test_default_samples_keep_the_counting_short(tool, name, options, samples):
-    assert tool.default_samples(make_strategy(name, 4096, 262144, **options)) == samples
+def test_default_samples_keep_the_counting_short(name, options, samples):
+    assert default_samples(make_strategy(name, 4096, 262144, **options)) == samples

@@ -12,8 +12,9 @@ import shlex
 from collections.abc import Callable
 from functools import cache
 
+from megatron_cream import cli
 from support.launch import ROOT
-from support.parsers import need, parse, pretrain_parser, tool_parser
+from support.parsers import command_parser, need, parse, pretrain_parser, tool_parser
 
 PLACEHOLDER = re.compile(r"<[a-zA-Z][^<>]*>|(?<!\S)\S*\.\.\.(?!\S)")
 OTHERS = ("git", "lm_eval", "pre-commit")  # programs that are not ours, with flags of their own
@@ -86,16 +87,20 @@ def check_module(module: str, words: list[str], elided: bool) -> None:
         parse(pretrain_parser(), words[1:], elided=True)
     elif module == "megatron_cream":
         check_tool(words, elided)
-    elif module.startswith("megatron_cream.tools."):
-        check_script(f"tools/{module.rpartition('.')[2]}.py", words, elided)
     else:
         need(importlib.util.find_spec(module), f"there is no module {module}")
 
 
 def check_tool(words: list[str], elided: bool) -> None:
-    """Check ``megatron-cream TOOL ...``."""
-    if words and not words[0].startswith("-"):
-        check_script(f"tools/{words[0].replace('-', '_')}.py", words[1:], elided)
+    """Check ``megatron-cream COMMAND ...``."""
+    if not words or words[0].startswith("-"):
+        return
+    name = cli.SCRIPT_NAMES.get(words[0], words[0])
+    need(name in cli.COMMANDS, f"there is no command {words[0]}")
+    if cli.COMMANDS[name].takes_megatron_flags:
+        check_module(cli.COMMANDS[name].module, words[1:], elided)
+    else:
+        parse(command_parser(name), words[1:], elided)
 
 
 def check_script(name: str, words: list[str], elided: bool) -> None:

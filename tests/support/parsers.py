@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
+from megatron_cream import cli
 from megatron_cream.errors import UserError
 from support.launch import ROOT
 
@@ -92,8 +93,16 @@ def _actions(parser: ArgumentParser) -> list:
     return [*parser._actions, *(action for part in parsers for action in _actions(part))]
 
 
+@cache
+def command_parser(name: str) -> ArgumentParser:
+    """The parser of a sub-command that has flags of its own."""
+    return cli.make_parser(name)
+
+
 def known_flags() -> set[str]:
     """Every flag that a tool or a run of training takes."""
-    parsers = [tool_parser(path) for path in sorted(ROOT.glob("tools/[!_]*.py"))]
+    parsers = [tool_parser(path) for path in sorted(ROOT.glob("tools/benchmark_*.py"))]
+    own = [name for name, one in cli.COMMANDS.items() if not one.takes_megatron_flags]
+    parsers += map(command_parser, own)
     actions = [action for parser in [*parsers, pretrain_parser()] for action in _actions(parser)]
     return {flag for action in actions for flag in action.option_strings}

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,14 +17,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_cream.corpus.engine import choose_engine
+from megatron_cream.corpus.engine import ENGINES, choose_engine
 from megatron_cream.corpus.executors import choose_start_method, use_one_thread
 from megatron_cream.corpus.gigatoken import GigatokenSource, GigatokenTokenizer
 from megatron_cream.corpus.retrieval.documents import DocumentMaker
 from megatron_cream.corpus.retrieval.haystack import read_haystack
 from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS
 from megatron_cream.corpus.statistics import Counts, make_metadata, measure
-from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import (
     RETRIEVAL,
     WorkFolder,
@@ -36,10 +38,18 @@ from megatron_cream.errors import UserError
 
 _BLOCK = 16  # documents that a worker makes at a time
 
+EXAMPLES = """
+    megatron-cream retrieval-data --tokenizer-type HuggingFaceTokenizer \\
+        --tokenizer-model tokenizer/ --length 8192 --documents 3000 --haystack books/train \\
+        --workers 8 --output-prefix data/retrieval
+
+Train on a blend: --data-path 0.85 data/train 0.15 data/retrieval. See docs/data.md.
+"""
+
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """A job; the fields are the flags of ``tools/make_retrieval_data.py``.
+    """A job; the fields are the flags of ``megatron-cream retrieval-data``.
 
     Attributes:
         length: tokens of a document, end of document included: the trained window N.
@@ -187,3 +197,31 @@ def _start(config: RetrievalConfig, source: GigatokenSource | None) -> None:
 
 def _in_worker(block: tuple[int, int, np.dtype]) -> np.ndarray:
     return _make_block(_workers_maker, *block)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a job."""
+    add = parser.add_argument
+    model = "tokenizer.json, its folder, or a .model file (default: none, for plain bytes)"
+    add("--tokenizer-type", required=True, choices=list(TOKENIZERS), help="how text becomes ids")
+    add("--tokenizer-model", metavar="PATH", help=model)
+    add("--length", type=int, required=True, metavar="N", help="tokens of each: the trained window")
+    add("--documents", type=int, required=True, metavar="D", help="how many")
+    add("--seed", type=int, default=1234, help="what they are drawn from")
+    hay = "text to hide facts in (default: sentences made here)"
+    add("--haystack", nargs="+", default=[], metavar="TEXT", help=hay)
+    add("--questions", type=int, default=16, metavar="Q", help="most questions of a task")
+    add("--append-eod", action="store_true", help="end each document with the eod token")
+    add("--engine", choices=ENGINES, default="auto", help="auto takes gigatoken where exact")
+    add("--workers", type=int, default=1, metavar="W", help="processes")
+    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin .idx .json")
+    add("--overwrite", action="store_true", help="replace the files of an earlier run")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the job of a command line, and print what it wrote."""
+    config = RetrievalConfig(**{**vars(args), "haystack": tuple(args.haystack)})
+    note = make_dataset(config, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(
+        f"written: {note['documents']} documents, {note['tokens']} tokens, {config.output_prefix}"
+    )

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an install works: text to dataset to two training steps, on a CPU, in half a minute.
+"""The command ``megatron-cream check-install``: from text to two training steps, on a CPU.
 
-What the images of the Dockerfile run while they are built. A GPU of the machine is left alone.
+The images of the Dockerfile run it while they are built. A GPU of the machine is left alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import math
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 from megatron_cream import torchrun
@@ -38,6 +40,23 @@ TRAINING = [
 _LOSS = re.compile(r"lm loss: (\S+)")
 
 
+EXAMPLES = """
+    megatron-cream check-install
+
+Half a minute, no GPU and no network.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: the command has no flags."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a line for each thing that works."""
+    with tempfile.TemporaryDirectory() as folder:
+        print("\n".join(check_install(Path(folder))))
+
+
 def check_install(folder: Path) -> list[str]:
     """Import, write a dataset and train on it; return a line for each thing found to work.
 
@@ -46,7 +65,7 @@ def check_install(folder: Path) -> list[str]:
 
     Raises:
         ImportError: a module cannot be imported.
-        RuntimeError: the training run failed, with its error or the end of what it printed.
+        UserError: the training run failed, with its error or the end of what it printed.
     """
     for name in MODULES:
         importlib.import_module(name)

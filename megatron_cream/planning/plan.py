@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``megatron-cream plan``: its flags, and the plan that it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.errors import UserError
+from megatron_cream.parallel_layout import Workload
+from megatron_cream.planning.command import argv as run_argv
+from megatron_cream.planning.command import run_flags, script
+from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
+from megatron_cream.planning.memory import RESERVE_GIB
+from megatron_cream.planning.models import BaseModel, find_model
+from megatron_cream.planning.propose import Cluster, Plan, propose
+from megatron_cream.planning.report import Comparison, record, stage_lines, table
+
+EXAMPLES = """
+    megatron-cream plan llama-2-70b --gpus 64 --target-length 262144
+    megatron-cream plan path/to/hf-model --gpus 8 --gpu h200 --target-length 131072 --check
+
+MODEL is a name (llama-2-7b, llama-3.1-70b, mistral-7b, qwen2.5-32b ...) or a Hugging Face folder.
+--check builds every pipeline stage rank by rank in this process, without a GPU.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="name, or folder with a config.json")
+    add("--gpus", type=_positive, required=True, help="in all")
+    add("--target-length", type=_positive, required=True, metavar="T", help="in tokens")
+    seq_help = "trained window in tokens (default: 4096)"
+    inside_help = "allow a T that the model was already released with"
+    add("--inside-window", action="store_true", help=inside_help)
+    add("--seq-length", type=_positive, default=4096, metavar="N", help=seq_help)
+    add("--train-iters", type=_positive, default=1000, help="steps, CREAM's (default: 1000)")
+    batch_help = "samples of a step, CREAM's (default: 32)"
+    add("--global-batch-size", type=_positive, default=32, help=batch_help)
+    add("--micro-batch-size", type=_positive, default=1, help="samples of a pass (default: 1)")
+    add("--gpu", choices=tuple(GPUS), default="h100", help="SXM part (default: h100)")
+    _add_machine(add)
+    for name in ("tensor-model", "pipeline-model", "context"):
+        add(f"--{name}-parallel-size", type=_positive, help="of the CREAM run (default: chosen)")
+    add("--json", type=Path, metavar="FILE", help="write the plan there as well")
+    add("--check", action="store_true", help="build the stages of the plan")
+
+
+def _add_machine(add: Callable[..., Any]) -> None:
+    """Add the figures of GPUs and network, each with those of every ``--gpu``."""
+    add("--gpus-per-node", type=_positive, default=8, help="joined by fast links (default: 8)")
+    add(
+        "--gpu-memory",
+        type=_amount,
+        metavar="GIB",
+        help=f"of each (default: that of --gpu, {_figures('memory')})",
+    )
+    add(
+        "--reserve",
+        type=_amount,
+        default=RESERVE_GIB,
+        metavar="GIB",
+        help=f"left free of it (default: {RESERVE_GIB:g})",
+    )
+    add(
+        "--peak-tflops",
+        type=_amount,
+        metavar="TFLOP/s",
+        help=f"bf16, dense (default: that of --gpu, {_figures('tflops')})",
+    )
+    add(
+        "--network-bandwidth",
+        type=_amount,
+        metavar="GB/s",
+        help=f"of a GPU to other nodes, one way (default: that of --gpu, "
+        f"{_figures('network_gbs')})",
+    )
+    add(
+        "--mfu",
+        type=_amount,
+        metavar="SHARE",
+        default=measured_mfu(),
+        help=f"share of the peak that kernels reach (default: {measured_mfu():.3f}, measured on "
+        "layers of Llama-2-7B on one H200)",
+    )
+
+
+def _figures(field: str) -> str:
+    return ", ".join(f"{name} {getattr(gpu, field):g}" for name, gpu in GPUS.items())
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(
+            f"is {text[:40]}: it must be a whole number of at least 1 and at most {_MOST}"
+        )
+    return value
+
+
+_MOST = 2**28
+"""More GPUs, tokens, samples or steps than there will be."""
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1e-6 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(
+            f"is {text[:40]}: it must be a positive number, from 1e-6 to 1e9"
+        )
+    return value
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, print and, if asked to, write and check."""
+    _refuse(args)
+    shape, cluster = find_model(args.model), _cluster(args)
+    _refuse_inside(shape, args)
+    work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
+    short = propose(shape, cluster, work, _fixed(args))
+    flags = run_flags(shape, short.layout, work, args.target_length, args.train_iters)
+    command = script(flags, args.gpus, args.gpus_per_node)
+    full, why_not = _full_length(shape, cluster, args)
+    found = Comparison(shape, cluster, short, full, why_not, args.target_length, args.train_iters)
+    print(table(found))
+    print(f"\n{command}")
+    if args.json:
+        args.json.write_text(json.dumps(record(found, command), indent=2) + "\n")
+    if args.check:
+        from megatron_cream.planning.stages import check_stages
+
+        print()
+        print("\n".join(stage_lines(check_stages(run_argv(flags), args.gpus))))
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    if args.target_length < args.seq_length:
+        raise UserError(
+            f"--target-length is {args.target_length}: it must be at least --seq-length "
+            f"{args.seq_length}"
+        )
+    if args.mfu > 1:
+        raise UserError(f"--mfu is {args.mfu:g}: it must be at most 1, a share of the peak")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json is {args.json}: its folder does not exist")
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise UserError(
+            f"--gpus is {args.gpus}: it must be a multiple of --gpus-per-node {args.gpus_per_node}"
+        )
+
+
+def _refuse_inside(shape: BaseModel, args: argparse.Namespace) -> None:
+    if args.target_length <= shape.trained_length and not args.inside_window:
+        raise UserError(
+            f"--target-length is {args.target_length}: {shape.name} was released with "
+            f"{shape.trained_length} tokens, T must be above; --inside-window plans it all the same"
+        )
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    known = GPUS[args.gpu]
+    memory = (args.gpu_memory or known.memory) - args.reserve
+    if memory <= 0:
+        raise UserError(f"--reserve is {args.reserve:g}: it must be less than --gpu-memory")
+    gpu = Gpu(
+        memory=args.gpu_memory or known.memory,
+        tflops=args.peak_tflops or known.tflops,
+        memory_gbs=known.memory_gbs,
+        node_gbs=known.node_gbs,
+        network_gbs=args.network_bandwidth or known.network_gbs,
+    )
+    return Cluster(args.gpus, gpu, memory, args.mfu, args.gpus_per_node)
+
+
+def _fixed(args: argparse.Namespace) -> dict[str, int]:
+    sizes = {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+    }
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _full_length(
+    shape: BaseModel, cluster: Cluster, args: argparse.Namespace
+) -> tuple[Plan | None, str]:
+    """Return the plan at T tokens, or why there is none: the CREAM run does not depend on it."""
+    work = Workload(args.target_length, args.global_batch_size, args.micro_batch_size)
+    try:
+        return propose(shape, cluster, work), ""
+    except UserError as error:
+        return None, str(error)
