@@ -12,7 +12,7 @@ from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
 from megatron_cream.positions.mixed import Mixed, check_share
 from megatron_cream.positions.scaled import Scaled
 from megatron_cream.rope import RopeScaling, compose, make_scaling
-from megatron_cream.rope.clex import scale_of, scales_up_to
+from megatron_cream.rope.scaling import scaling_class
 
 LABEL_RULES = ("true-next", "masked", "reference")
 SAMPLE_UNITS = ("document", "window", "packed", "packed-documents")
@@ -44,7 +44,7 @@ class ExtensionConfig:
         position_strategy: ``full``, ``cream``, ``pose`` or ``randpos``.
         position_seed: seed of the positions.
         plain_share: probability that a training sample has plain positions instead.
-        rope_interpolation: a name of ``SCALINGS`` or ``TRAINED`` of ``megatron_cream.rope``.
+        rope_interpolation: a name of ``SCALINGS`` of ``megatron_cream.rope``.
         rope_factor: how many times longer RoPE becomes; T / original_length unless given.
         rotary_base: theta of the model before.
         rope_theta: theta that takes its place, if any.
@@ -101,7 +101,7 @@ class ExtensionConfig:
         self.scaling(self._checked_dim())
 
     def strategy(self) -> Strategy:
-        """Return the position strategy of training samples; under CLEX one with scales."""
+        """Return the position strategy of training samples; one that draws scales if RoPE does."""
         options = _STRATEGY_OPTIONS.get(self.position_strategy, {})
         given = {option: getattr(self, field) for field, option in options.items()}
         if self.plain_share:
@@ -116,7 +116,7 @@ class ExtensionConfig:
             return make_strategy(
                 self.position_strategy, self.train_length, self.target_length, **given
             )
-        window, every = self.original_length, scales_up_to(self.rope_factor)
+        every, window = self.scaling(self._checked_dim()).scales, self.original_length
         fitting = tuple(t for t in every if t * window >= self.train_length)
         return self._scaled(self.position_strategy, fitting, given)
 
@@ -124,13 +124,22 @@ class ExtensionConfig:
         """Return the strategy of validation samples: plain positions."""
         if not self.draws_scales:
             return make_strategy("full", self.train_length, self.target_length)
-        scale = scale_of(self.train_length, self.original_length, self.rope_factor)
+        scale = self.scaling(self._checked_dim()).scale_of(self.train_length)
         return self._scaled("full", (scale,), {})
 
     @property
     def draws_scales(self) -> bool:
-        """Whether each sample has a scale of its own, which angles depend on: CLEX."""
-        return self.rope_interpolation == "clex"
+        """Whether each sample has a scale of its own, which its angles depend on."""
+        return self._method.draws_scales
+
+    @property
+    def trained(self) -> bool:
+        """Whether the frequencies of RoPE are weights of the model."""
+        return bool(self._method.trained_by)
+
+    @property
+    def _method(self) -> type[RopeScaling]:
+        return scaling_class(self.rope_interpolation)
 
     def _scaled(self, inner: str, scales: tuple[float, ...], options: dict[str, Any]) -> Scaled:
         return Scaled(
@@ -161,28 +170,29 @@ class ExtensionConfig:
             return
         if self.plain_share:
             raise UserError(
-                f"plain_share (--plain-share) is {self.plain_share:g}: --rope-interpolation clex "
-                "has plain samples of its own, those of scale 1; it must be 0"
+                f"plain_share (--plain-share) is {self.plain_share:g}: --rope-interpolation "
+                f"{self.rope_interpolation} has plain samples of its own, those of scale 1; it "
+                "must be 0"
             )
         reached = self.target_length / self.original_length
         if reached <= 1 or self.rope_factor != reached:
             raise UserError(
-                f"rope_factor (--rope-factor) is {self.rope_factor:g}: --rope-interpolation clex "
-                f"draws scales up to --target-length / --original-length = {reached:g}, it must be "
-                "that, and more than 1"
+                f"rope_factor (--rope-factor) is {self.rope_factor:g}: --rope-interpolation "
+                f"{self.rope_interpolation} draws scales up to --target-length / --original-length "
+                f"= {reached:g}, it must be that, and more than 1"
             )
         if self.sample_unit == "packed-documents":
             raise UserError(
-                "sample_unit (--sample-unit) is 'packed-documents': --rope-interpolation clex has "
-                "a scale a sample; it must be one of 'document', 'window', 'packed'"
+                "sample_unit (--sample-unit) is 'packed-documents': --rope-interpolation "
+                f"{self.rope_interpolation} has one scale per sample; it must be one of "
+                "'document', 'window', 'packed'"
             )
 
     def _check_theta(self) -> None:
-        wanted = self.rope_interpolation == "rope-theta"
-        if wanted and self.rope_theta is None:
+        if self._method.needs_theta and self.rope_theta is None:
             raise UserError(
-                "rope_theta (--rope-theta) is missing: --rope-interpolation rope-theta needs the "
-                "new theta"
+                f"rope_theta (--rope-theta) is missing: --rope-interpolation "
+                f"{self.rope_interpolation} needs the new theta"
             )
         if self.rope_theta is not None and self.rope_interpolation == "none":
             raise UserError(
@@ -191,11 +201,11 @@ class ExtensionConfig:
             )
 
     def _checked_dim(self) -> int:
-        """Any dimension checks all values but LongRoPE's lists, which are of one dimension."""
+        """Any dimension checks all values but lists of one per pair, which are of one dimension."""
         for settings in (self.rope_options, self.rope_base or {}):
-            factors = settings.get("long_factor")
-            if isinstance(factors, list | tuple) and len(factors) > 1:
-                return 2 * len(factors)
+            lists = [value for value in settings.values() if isinstance(value, list | tuple)]
+            if lists and len(lists[-1]) > 1:
+                return 2 * len(lists[-1])
         return 64
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,7 +235,7 @@ def rope_settings(scaling: RopeScaling) -> dict[str, Any]:
         "rope_factor": settings.pop("factor"),
         "original_length": settings.pop("original_length"),
         "rope_options": settings,
-    } | ({"rope_theta": scaling.base} if scaling.name == "rope-theta" else {})
+    } | ({"rope_theta": scaling.base} if scaling.needs_theta else {})
 
 
 _FLAGS = {"train_length": "--seq-length", "rope_base": "--rope-base-config"}

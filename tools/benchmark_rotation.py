@@ -69,7 +69,7 @@ def measure(shape: tuple[int, ...], turns: int) -> list[list[str]]:
 
 class _Inputs:
     def __init__(self, s: int, b: int, h: int, g: int, d: int) -> None:
-        from megatron_cream.rope.kernels import table
+        from megatron_cream.rope.rotation_kernel import table
 
         self.n, self.d = h // g, d
         self.mixed = torch.randn(
@@ -90,7 +90,7 @@ class _Inputs:
 
 
 def _sides(sets: list[_Inputs], both: bool) -> dict[str, Callable[[int], object]]:
-    from megatron_cream.rope.kernels import rotate, rotate_mixed
+    from megatron_cream.rope.rotation_kernel import rotate, rotate_mixed
 
     leaves = [[x.detach().requires_grad_() for x in i.parts()] for i in sets]
 

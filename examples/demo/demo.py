@@ -31,7 +31,7 @@ import jobs  # noqa: E402
 import picture  # noqa: E402
 
 from megatron_cream.evaluation.tables import joined_table  # noqa: E402
-from megatron_cream.rope import EVALUATION_ONLY, NOT_BY_FACTOR, SCALINGS, TRAINED  # noqa: E402
+from megatron_cream.rope import SCALINGS  # noqa: E402
 
 N, T = 256, 2048
 ROPE = "yarn"
@@ -82,12 +82,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--input", nargs="*", help="text files, JSONL files or folders")
     parser.add_argument("--output", default="runs/demo", help="folder for everything it makes")
-    names = [name for name in (*SCALINGS, *TRAINED) if name not in _UNSUITED]
+    names = [name for name, cls in SCALINGS.items() if cls.by_factor and not cls.evaluation_only]
     parser.add_argument("--rope", choices=names, default=ROPE, help="interpolation")
     return parser.parse_args()
-
-
-_UNSUITED = (*NOT_BY_FACTOR, *EVALUATION_ONLY)
 
 
 def train(folder: Path, rope: str, suffix: str) -> None:
@@ -105,7 +102,7 @@ def train(folder: Path, rope: str, suffix: str) -> None:
 def evaluate(folder: Path, documents: int, rope: str, suffix: str) -> list[dict[str, Any]]:
     """Return the perplexities of every model, as tools/evaluate.py has them."""
     models = {"base": ("base", {})}
-    if rope not in TRAINED:  # those have no angles without weights of their own
+    if not SCALINGS[rope].trained_by:  # those have no angles without weights of their own
         changes = {"rope_interpolation": rope, "rope_factor": T / N}
         models["base, interpolated"] = ("base", changes)
     models |= {"PoSE": (f"pose{suffix}", {}), "CREAM": (f"cream{suffix}", {})}

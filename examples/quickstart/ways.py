@@ -10,10 +10,9 @@ import sys
 
 from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.positions import STRATEGIES
-from megatron_cream.rope import EVALUATION_ONLY, NOT_BY_FACTOR, SCALINGS, TRAINED
+from megatron_cream.rope import SCALINGS
 
 _FORM = "METHOD:ROPE:LR, as cream:yarn:4e-4"
-_NOT_HERE = (*NOT_BY_FACTOR, *EVALUATION_ONLY)
 
 
 def check(ways: list[str]) -> None:
@@ -24,7 +23,7 @@ def check(ways: list[str]) -> None:
     """
     if not ways:
         raise UserError(f"no way is given: each must be {_FORM}")
-    ropes = [name for name in (*SCALINGS, *TRAINED) if name not in _NOT_HERE]
+    ropes = [name for name, cls in SCALINGS.items() if cls.by_factor and not cls.evaluation_only]
     for way in ways:
         parts = way.split(":")
         if len(parts) != 3:
@@ -54,4 +53,4 @@ if __name__ == "__main__":
     with one_line_errors():
         check(sys.argv[1:])
     ropes = dict.fromkeys(way.split(":")[1] for way in sys.argv[1:])
-    print(*(rope for rope in ropes if rope not in TRAINED))
+    print(*(rope for rope in ropes if not SCALINGS[rope].trained_by))

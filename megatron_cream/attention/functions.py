@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_cream.attention import bands
 from megatron_cream.attention.banded import Rotation, banded_attention
 from megatron_cream.errors import UserError
-from megatron_cream.rope.base import RopeScaling
+from megatron_cream.rope.scaling import RopeScaling
 
 
 def dual_chunk_attention(

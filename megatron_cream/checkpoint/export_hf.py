@@ -39,7 +39,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
 from megatron_cream.mcore.arguments import flag_of, marked
-from megatron_cream.rope import RopeScaling, hf_rope_fields
+from megatron_cream.rope import RopeScaling, hf_rope_fields, trainer_of
 from megatron_cream.rope.huggingface import with_rope
 
 SHARD_BYTES = 5_000_000_000
@@ -179,13 +179,10 @@ def _plain_extension(args: Namespace) -> ExtensionConfig:
 
 
 def _exported_scaling(stored: StoredTensors, extension: ExtensionConfig, dim: int) -> RopeScaling:
-    """Return the interpolation to write down; that of CLEX is frozen at T, from its weights."""
+    """Return the interpolation to write down; trained frequencies are frozen as they are at T."""
     scaling = extension.scaling(dim)
-    if not extension.draws_scales:
-        return scaling
-    from megatron_cream.extras.clex.frozen import freeze, read_weights
-
-    return freeze(scaling, read_weights(stored), scaling.factor)
+    trainer = trainer_of(scaling)
+    return trainer.freeze_stored(scaling, stored) if trainer else scaling
 
 
 def _write_files(

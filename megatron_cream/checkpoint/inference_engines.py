@@ -21,7 +21,7 @@ UNKNOWN = "not tried"
 
 ROPE_TYPES = ("default", "linear", "yarn", "llama3", "longrope", "proportional")
 """Values of rope_type in an export. ``default`` are also ntk and another theta, ``longrope`` also
-yarn-pose, CLEX and an interpolation on top of another one."""
+yarn-pose, trained frequencies and an interpolation on top of another one."""
 
 
 @dataclass(frozen=True)

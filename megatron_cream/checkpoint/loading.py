@@ -105,7 +105,7 @@ def load_model(
             f"--checkpoint is {path}: it was not trained by megatron_cream, so it does not say "
             "how its positions are interpolated"
         )
-    _validate_clex_weights(path, args, extension)
+    _validate_trained_rope(path, args, extension)
     initialize(layout)
     vars(args).update(values("one_rank") | values("evaluated"))
     args.tensor_model_parallel_size = layout.tensor
@@ -130,15 +130,15 @@ def load_model(
     return LoadedModel(chunks[0].eval(), extension, args)
 
 
-def _validate_clex_weights(path: str, args: Namespace, extension: ExtensionConfig) -> None:
-    """Refuse CLEX where the checkpoint has no weights of it, or others."""
-    before = saved_extension(args)
-    if not extension.draws_scales:
+def _validate_trained_rope(path: str, args: Namespace, extension: ExtensionConfig) -> None:
+    """Refuse an interpolation of trained frequencies that the checkpoint has no weights of."""
+    if not extension.trained:
         return
-    if before is None or not before.draws_scales:
+    before, name = saved_extension(args), extension.rope_interpolation
+    if before is None or before.rope_interpolation != name:
         raise UserError(
-            f"--rope-interpolation is 'clex': its weights are trained, and --checkpoint {path} has "
-            "none; train it with --rope-interpolation clex"
+            f"--rope-interpolation is {name!r}: its weights are trained, and --checkpoint {path} "
+            f"has none; train it with --rope-interpolation {name}"
         )
 
 

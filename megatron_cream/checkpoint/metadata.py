@@ -87,11 +87,11 @@ def _started_from(args: Namespace) -> Namespace | None:
     return None if start is None else arguments_in(start.folder)
 
 
-def starts_without_clex(args: Namespace) -> bool:
-    """Say whether a run starts from weights that have none of CLEX's."""
+def starts_without_trained_rope(args: Namespace) -> bool:
+    """Say whether a run starts from weights that have no trained frequencies among them."""
     saved = _started_from(args)
     extension = saved and saved_extension(saved)
-    return saved is not None and not (extension and extension.draws_scales)
+    return saved is not None and not (extension and extension.trained)
 
 
 def complete_arguments(args: Namespace) -> None:

@@ -48,7 +48,7 @@ def packed_seq_params(args: Namespace, cu_seqlens: torch.Tensor | None) -> Packe
 def get_batch(args: Namespace, data_iterator: Iterator | None, vp_stage: int | None) -> Batch:
     """Return tensors ``[b, s / CP]`` of this stage; middle stages have position ids only.
 
-    ``scale`` is float32 ``[b]`` under CLEX, on every stage.
+    ``scale`` is float32 ``[b]`` where each sample has one, on every stage.
 
     Every tensor is cut for this context-parallel rank here, position ids included, and nowhere
     else: the rotary embedding must not cut again. Packed documents are cut one by one, and have

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_cream.evaluation.checks import parse_length
-from megatron_cream.rope.options import add_options
+from megatron_cream.rope import SCALINGS
+from megatron_cream.rope.flags import add_options
 
 EXAMPLES = """
     megatron-cream evaluate perplexity --checkpoint runs/cream --data data/validation \\
@@ -85,10 +86,10 @@ def _add_model(add: Callable[..., Any]) -> None:
     for name, more in (("tensor-model", ""), ("pipeline-model", ""), ("context", ", on GPUs")):
         what = f"ranks that torchrun started for it{more} (default: 1)"
         add(f"--{name}-parallel-size", type=int, default=1, help=what)
+    untrained = ", ".join(name for name, cls in SCALINGS.items() if not cls.trained_by)
     add(
         "--rope-interpolation",
-        help="evaluate with another one than the model's own: none, linear, ntk, dynamic, yarn, "
-        "yarn-pose, llama3, longrope, proportional, rope-theta (default: its own)",
+        help=f"evaluate with another one than the model's own: {untrained} (default: its own)",
     )
     add("--rope-factor", type=float, help="its factor, from the original window (default: its own)")
     add_options(add)

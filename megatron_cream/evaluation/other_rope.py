@@ -12,8 +12,8 @@ from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig, rope_settings
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
-from megatron_cream.rope import NOT_BY_FACTOR, TRAINED, hf_rope_fields, scaling_from_hf
-from megatron_cream.rope.options import options_from_args
+from megatron_cream.rope import SCALINGS, hf_rope_fields, scaling_from_hf
+from megatron_cream.rope.flags import options_from_args
 
 _LONGEST = 2**40  # tokens
 
@@ -50,7 +50,8 @@ def changed_fields(args: Namespace) -> dict[str, Any] | None:
             f"--hf is {args.hf}: its config.json has a text_config, whose RoPE cannot be changed "
             "here; leave out the flags of RoPE"
         )
-    if (name := changes.get("rope_interpolation")) in TRAINED:
+    name = changes.get("rope_interpolation")
+    if name in SCALINGS and SCALINGS[name].trained_by:
         raise UserError(
             f"--rope-interpolation is {name} with --hf: its angles are trained; evaluate a "
             "checkpoint that was, or its export"
@@ -86,7 +87,7 @@ def _changed(extension: ExtensionConfig, changes: dict[str, Any]) -> ExtensionCo
             f"--rope-factor is {found.rope_factor:g}: without an interpolation it changes nothing; "
             "name one with --rope-interpolation"
         )
-    if found.rope_factor == 1 and "rope_factor" not in changes and name not in NOT_BY_FACTOR:
+    if found.rope_factor == 1 and "rope_factor" not in changes and SCALINGS[name].by_factor:
         raise UserError(
             f"--rope-factor is not given: the model's own is 1, with which {name} changes nothing; "
             "it must be how many times longer its window becomes"
@@ -95,7 +96,7 @@ def _changed(extension: ExtensionConfig, changes: dict[str, Any]) -> ExtensionCo
 
 
 def _reaching(found: ExtensionConfig) -> ExtensionConfig:
-    """Return the settings with the window that they reach; of CLEX it is the trained one."""
+    """Return the settings with the window that they reach; of drawn scales the trained one."""
     if found.draws_scales:
         return found
     if not found.original_length * found.rope_factor <= _LONGEST:

@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from functools import partial
 from typing import Any
 
 from megatron.core.transformer import MegatronModule
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-from megatron_cream.checkpoint.metadata import SETTINGS_KEY, starts_without_clex
+from megatron_cream.checkpoint.metadata import SETTINGS_KEY, starts_without_trained_rope
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.extras import hybrid, te_cross_entropy
 from megatron_cream.mcore.install_rotary import fold_attention_factor_into_softmax, install_rotary
-from megatron_cream.rope.scaling import RopeScaling
+from megatron_cream.rope.scaling import RopeScaling, trainer_of
 from megatron_cream.training.arguments import rotary_dim
 
 
@@ -45,8 +44,8 @@ def add_hooks(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
         scaling = extension.scaling(rotary_dim(args))
         in_softmax = fold_attention_factor_into_softmax(config.transformer, scaling)
         config.pre_wrap_hooks.append(_InstallRotary(scaling, in_softmax))
-        if extension.draws_scales:
-            _configure_clex(config, args)
+        if trainer := trainer_of(scaling):
+            trainer.configure(config, starts_without_trained_rope(args))
     config.extra_checkpoint_metadata = {
         **(config.extra_checkpoint_metadata or {}),
         SETTINGS_KEY: extension.to_dict(),
@@ -54,13 +53,6 @@ def add_hooks(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
     te_cross_entropy.serve(config.transformer, args)
     hybrid.configure_local_layers(config, args)
     return config
-
-
-def _configure_clex(config: Any, args: Namespace) -> None:
-    from megatron_cream.extras.clex import gradients
-
-    gradients.serve(config.transformer)
-    config.pre_wrap_hooks.append(partial(gradients.share, fresh=starts_without_clex(args)))
 
 
 class _InstallRotary:

@@ -8,17 +8,16 @@ the model's ``position_ids``, and one name through which attention rotates queri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
 from megatron_cream.errors import MissingPackageError, UserError
-from megatron_cream.extras.clex.rotary import ClexRotaryEmbedding
-from megatron_cream.extras.clex.rotate import turn
 from megatron_cream.mcore.fused_rotation import rotate
 from megatron_cream.mcore.rotary import PositionRotaryEmbedding
-from megatron_cream.rope.base import RopeScaling
+from megatron_cream.rope.scaling import RopeScaling, trainer_of
 
 
 def fold_attention_factor_into_softmax(config: Any, scaling: RopeScaling) -> bool:
@@ -64,7 +63,9 @@ def install_rotary(
     dim = 2 * stock.inv_freq.numel()
     if dim != scaling.dim:
         raise UserError(f"the interpolation has dim {scaling.dim}, the model rotates {dim}")
-    rotary = _kind(scaling)(
+    trainer = trainer_of(scaling)
+    rotary_class = trainer.rotary_class() if trainer else PositionRotaryEmbedding
+    rotary = rotary_class(
         scaling,
         rotary_interleaved=stock.rotary_interleaved,
         device=stock.inv_freq.device,
@@ -79,8 +80,9 @@ def install_rotary(
     return rotary
 
 
-def _kind(scaling: RopeScaling) -> type[PositionRotaryEmbedding]:
-    return ClexRotaryEmbedding if scaling.name == "clex" else PositionRotaryEmbedding
+ROTATIONS: dict[int, Callable[[Tensor, Tensor, Any], Tensor]] = {}
+"""How to rotate queries or keys by what else than angles a rotary embedding may hand to attention,
+told apart by the number of dimensions; angles have 4. What makes such tensors registers here."""
 
 
 def patch_apply_rotary_pos_emb() -> None:
@@ -105,8 +107,8 @@ def patch_apply_rotary_pos_emb() -> None:
         return
 
     def apply(t: Tensor, freqs: Tensor, config: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if freqs.dim() == 2:  # frequencies that are trained, and positions
-            return turn(t, freqs, config)
+        if freqs.dim() in ROTATIONS:
+            return ROTATIONS[freqs.dim()](t, freqs, config)
         mscale = kwargs.get("mscale", 1.0)
         # Megatron leaves the fused kernel for a factor; a single sample's angles are its rows'.
         scaled_rows = mscale != 1.0 and t.dim() == 4 and t.shape[1] == 1

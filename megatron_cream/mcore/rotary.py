@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor, nn
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.base import RopeScaling
+from megatron_cream.rope.scaling import RopeScaling
 
 
 class PositionRotaryEmbedding(RotaryEmbedding):

@@ -86,10 +86,8 @@ def _check(args: Namespace, extension: ExtensionConfig, view: RankView, last: in
 
 
 def _trained_frequencies(extension: ExtensionConfig, dim: int) -> int:
-    """Parameters of CLEX, a copy of which is on every stage; docs/clex.md."""
-    if not extension.draws_scales:
-        return 0
-    return extension.scaling(dim).option("param_factor") * dim**2
+    """Parameters of RoPE's trained frequencies, a copy of which is on every stage."""
+    return extension.scaling(dim).trained_size
 
 
 def _check_positions(index: int, layout: SampleLayout) -> None:

@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interpolations that look at each pair: Llama 3's by wavelength, LongRoPE's listed factors."""
+"""Interpolations that look at each pair: Llama 3's, LongRoPE's lists, CoPE, DroPE."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.base import RopeScaling, longrope_fields, rounded_list
+from megatron_cream.options import Option
+from megatron_cream.rope.scaling import (
+    ATTENTION_FACTOR,
+    Floats,
+    Floats32,
+    RopeScaling,
+    longrope_fields,
+    rounded_list,
+)
+from megatron_cream.rope.uniform import LinearScaling
+
+if TYPE_CHECKING:
+    from megatron_cream.rope.huggingface import HfRope
 
 STOPPED = 1e30
 """Divisor of a pair that does not turn, as a list must hold a number: 2e-24 radians at 2M."""
 
 
-class Llama3Scaling(RopeScaling):
+class Llama3Scaling(RopeScaling, name="llama3"):
     """Llama 3.1's: long wavelengths divided by s, short ones kept, a blend between.
 
     A pair that turns less than ``low_freq_factor`` times in the original window is divided by s,
@@ -23,7 +35,12 @@ class Llama3Scaling(RopeScaling):
     blended by the number of turns. Llama 3.1 has s = 8 over 8192 tokens, theta 500000.
     """
 
-    OPTIONS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    OPTIONS = {
+        "low_freq_factor": Option("a pair that turns less often is divided by s", default=1.0),
+        "high_freq_factor": Option("one that turns more often is kept", default=4.0),
+    }
+    hf_types = ("llama3",)
+    hf_required = ("factor", "low_freq_factor", "high_freq_factor")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,13 +52,14 @@ class Llama3Scaling(RopeScaling):
             )
 
     @property
-    def divisors(self) -> np.ndarray:
+    def divisors(self) -> Floats:
         low, high = self.option("low_freq_factor"), self.option("high_freq_factor")
         turns = self.original_length * self.theta**-self.exponents / (2 * math.pi)
         kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return 1.0 / ((1.0 - kept) / self.factor + kept)
+        divisors: Floats = 1.0 / ((1.0 - kept) / self.factor + kept)
+        return divisors
 
-    def rounded(self, powers: np.ndarray) -> np.ndarray:
+    def rounded(self, powers: Floats32) -> Floats32:
         low, high = (np.float32(self.option(key)) for key in self.OPTIONS)
         factor, one = np.float32(self.factor), np.float32(1.0)
         plain = one / powers
@@ -51,6 +69,10 @@ class Llama3Scaling(RopeScaling):
         kept = (turns - low) / (high - low)
         blended = (one - kept) * plain / factor + kept * plain
         return np.where(kept >= 1, plain, np.where(kept <= 0, plain / factor, blended))
+
+    @classmethod
+    def from_hf(cls, rope: HfRope) -> RopeScaling:
+        return rope.make(cls, *rope.from_original_window())
 
     def to_hf(self) -> dict[str, Any]:
         return {
@@ -62,7 +84,7 @@ class Llama3Scaling(RopeScaling):
         }
 
 
-class LongRopeScaling(RopeScaling):
+class LongRopeScaling(RopeScaling, name="longrope"):
     """LongRoPE: a searched divisor per pair, two lists of them (arXiv:2402.13753).
 
     ``short_factor`` turns sequences up to the original window, ``long_factor`` longer ones; with
@@ -70,12 +92,19 @@ class LongRopeScaling(RopeScaling):
     sqrt(1 + ln s / ln L) over an original window of L tokens unless ``attention_factor`` is given.
     """
 
-    OPTIONS = {"short_factor": (), "long_factor": (), "attention_factor": None}
+    OPTIONS = {
+        "short_factor": Option("divisors up to the original window", (), per_pair=True),
+        "long_factor": Option("divisors of longer sequences", (), per_pair=True),
+        "attention_factor": ATTENTION_FACTOR,
+    }
+    hf_types = ("longrope", "su")  # su: what the first Phi-3 configs called it
+    hf_required = ("short_factor", "long_factor")
     varies_with_length = True
+    by_factor = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("short_factor", "long_factor"):
+        for key in self.hf_required:
             if key not in self.options:
                 raise UserError(
                     f"{key} is missing: longrope needs {self.dim // 2} positive numbers, give a "
@@ -88,7 +117,7 @@ class LongRopeScaling(RopeScaling):
             )
 
     @property
-    def divisors(self) -> np.ndarray:
+    def divisors(self) -> Floats:
         beyond = self.factor > 1 if self.length is None else self.length > self.original_length
         return np.asarray(self.option("long_factor" if beyond else "short_factor"), np.float64)
 
@@ -99,8 +128,12 @@ class LongRopeScaling(RopeScaling):
             return float(given)
         return math.sqrt(1.0 + math.log(self.factor) / math.log(self.original_length))
 
-    def rounded(self, powers: np.ndarray) -> np.ndarray:
+    def rounded(self, powers: Floats32) -> Floats32:
         return rounded_list(self.divisors, powers)
+
+    @classmethod
+    def from_hf(cls, rope: HfRope) -> RopeScaling:
+        return rope.make(cls, *rope.from_original_window())
 
     def to_hf(self) -> dict[str, Any]:
         lists = self.option("short_factor"), self.option("long_factor")
@@ -117,14 +150,14 @@ class SlowedScaling(RopeScaling):
             return math.inf, math.inf
         return 2 * math.pi / float(turning.max()), 2 * math.pi / float(turning.min())
 
-    def rounded(self, powers: np.ndarray) -> np.ndarray:
+    def rounded(self, powers: Floats32) -> Floats32:
         return rounded_list(self.divisors, powers)
 
     def to_hf(self) -> dict[str, Any]:
         return longrope_fields(self, self.divisors, self.divisors)
 
 
-class CopeScaling(SlowedScaling):
+class CopeScaling(SlowedScaling, name="cope"):
     """CoPE: the slowest pairs fade out along a half cosine (arXiv:2602.05258).
 
     Frequencies of the c slowest pairs are multiplied by (1 + cos(pi j / (c - 1))) / 2, j = 0 ..
@@ -133,7 +166,11 @@ class CopeScaling(SlowedScaling):
     depends on the factor.
     """
 
-    OPTIONS = {"clipped_pairs": None}
+    OPTIONS = {
+        "clipped_pairs": Option(
+            "c, pairs that fade out", default_help="those that do not turn once in the window"
+        )
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,7 +192,7 @@ class CopeScaling(SlowedScaling):
         return slow if slow > 1 else 0
 
     @property
-    def divisors(self) -> np.ndarray:
+    def divisors(self) -> Floats:
         result = np.ones(self.dim // 2)
         if self.clipped:
             kept = (1 + np.cos(np.pi * np.arange(self.clipped) / (self.clipped - 1))) / 2
@@ -163,9 +200,50 @@ class CopeScaling(SlowedScaling):
         return result
 
 
-class DropeScaling(SlowedScaling):
+class DropeScaling(SlowedScaling, name="drope"):
     """DroPE: no positions at all (arXiv:2512.12167); what order there is comes from the mask."""
 
     @property
-    def divisors(self) -> np.ndarray:
+    def divisors(self) -> Floats:
         return np.full(self.dim // 2, STOPPED)
+
+
+class ProportionalScaling(LinearScaling, name="proportional"):
+    """Linear, over the first share of the pairs of a head; the rest never turn.
+
+    Unlike a partial rotary dimension, the exponents count all of the head's dimensions, and the
+    pairs that do not turn are the slowest ones. transformers calls it ``proportional``.
+    """
+
+    OPTIONS = {"partial_rotary_factor": Option("share of the pairs that turn", default=1.0)}
+    hf_types = ("proportional",)
+    hf_required = ()
+    goes_on_top = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = self.option("partial_rotary_factor")
+        if not 1 <= self._turning <= self.dim // 2:
+            raise UserError(
+                f"partial_rotary_factor (--rope-options) is {share}: of {self.dim} dimensions it "
+                "must leave at least one pair, and it must be at most 1"
+            )
+
+    @property
+    def _turning(self) -> int:
+        return int(self.option("partial_rotary_factor") * self.dim // 2)
+
+    @property
+    def divisors(self) -> Floats:
+        result = np.full(self.dim // 2, np.inf)
+        result[: self._turning] = self.factor
+        return result
+
+    @classmethod
+    def from_hf(cls, rope: HfRope) -> RopeScaling:
+        # Its share is an option: all dimensions count in the exponents.
+        return rope.make(cls, *rope.by_factor(), dim=rope.head_dim)
+
+    def to_hf(self) -> dict[str, Any]:
+        share = self.option("partial_rotary_factor")
+        return {**super().to_hf(), "rope_type": "proportional", "partial_rotary_factor": share}

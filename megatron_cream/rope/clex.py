@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.base import RopeScaling
+from megatron_cream.options import Option
+from megatron_cream.rope.scaling import Floats, RopeScaling
 
-ACTIVATIONS = ("tanh", "silu")
 
-
-class ClexScaling(RopeScaling):
+class ClexScaling(RopeScaling, name="clex"):
     """CLEX (arXiv:2310.16450); its frequencies are in the checkpoint's weights, see ``clex.ode``.
 
     What is here without weights are those that training starts from: NTK-aware scaling by 2 t - 1.
@@ -27,8 +26,14 @@ class ClexScaling(RopeScaling):
     activation, ``time_step`` the solver's largest step at t = 1.
     """
 
-    OPTIONS = {"param_factor": 1, "act": "tanh", "time_step": 0.5}
+    OPTIONS = {
+        "param_factor": Option("hidden width in multiples of d", default=1, type=int),
+        "act": Option("activation", default="tanh", type=str, choices=("tanh", "silu")),
+        "time_step": Option("the solver's largest step at t = 1", default=0.5),
+    }
     varies_with_length = True
+    trained_by = "megatron_cream.extras.clex"
+    draws_scales = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,35 +45,26 @@ class ClexScaling(RopeScaling):
                 "--target-length beyond --original-length"
             )
 
-    def _check_option(self, key: str, value: Any) -> None:
-        if key == "act":
-            if value not in ACTIVATIONS:
-                raise UserError(
-                    f"act (--rope-options) is {value!r}: it must be one of {ACTIVATIONS}"
-                )
-            return
-        super()._check_option(key, value)
-        if key == "param_factor" and int(value) != value:
-            raise UserError(f"param_factor (--rope-options) is {value}: it must be a whole number")
-
     @property
     def scales(self) -> list[float]:
-        """All that training may draw: 1, 2, 3 .. and T / N0."""
-        return scales_up_to(self.factor)
+        """All that training may draw: 1, 2, 3 .. floor(T / N0), and T / N0 if that is not whole."""
+        whole = [float(t) for t in range(1, math.floor(self.factor) + 1)]
+        return whole if self.factor == whole[-1] else [*whole, float(self.factor)]
 
     def scale_of(self, length: int) -> float:
-        """Return the scale t that serves sequences of ``length`` tokens."""
-        return scale_of(length, self.original_length, self.factor)
+        """Return the scale t of sequences of ``length`` tokens; up to T it is at most T / N0."""
+        scale = float(max(1, math.ceil(length / self.original_length)))
+        return min(scale, self.factor) if length <= self.factor * self.original_length else scale
 
     @property
-    def theta(self) -> float:
-        return self.base
-
-    @property
-    def divisors(self) -> np.ndarray:
+    def divisors(self) -> Floats:
         scale = self.factor if self.length is None else self.scale_of(self.length)
         pairs = np.arange(0, self.dim, 2, dtype=np.float64)
         return (2.0 * scale - 1.0) ** (pairs / (self.dim - 2))
+
+    @property
+    def trained_size(self) -> int:
+        return int(self.option("param_factor")) * self.dim**2
 
     @property
     def summary(self) -> str:
@@ -80,23 +76,11 @@ class ClexScaling(RopeScaling):
     def to_hf(self) -> dict[str, Any]:
         raise UserError(
             "clex has its frequencies in the checkpoint's weights: freeze them at a scale "
-            "(megatron_cream.extras.clex.frozen) to write them into a config.json"
+            "(megatron_cream.extras.clex.freeze) to write them into a config.json"
         )
 
 
-def scales_up_to(factor: float) -> list[float]:
-    """Return 1, 2, 3 .. floor(factor), and the factor itself where it is not whole."""
-    whole = [float(t) for t in range(1, math.floor(factor) + 1)]
-    return whole if factor == whole[-1] else [*whole, float(factor)]
-
-
-def scale_of(length: int, original_length: int, factor: float) -> float:
-    """Return the scale that serves ``length`` tokens; T / N0 is ``factor``."""
-    scale = float(max(1, math.ceil(length / original_length)))
-    return min(scale, factor) if length <= factor * original_length else scale
-
-
 def row_of(scale: Any) -> Any:
-    """Return the index in ``scales_up_to`` of a scale, or of a tensor of scales."""
+    """Return the index in ``ClexScaling.scales`` of a scale, or of a tensor of scales."""
     ceil = scale.ceil() if hasattr(scale, "ceil") else math.ceil(scale)
     return ceil - 1

@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from megatron_cream.errors import UserError
-from megatron_cream.rope.base import RopeScaling, longrope_fields, rounded_list
-from megatron_cream.rope.uniform import LinearScaling, NtkScaling, ProportionalScaling
-
-# What asks for nothing but a ratio of angles. The others look at wavelengths of an unscaled model.
-_ON_TOP = (LinearScaling, NtkScaling)
+from megatron_cream.rope.scaling import (
+    SCALINGS,
+    Floats,
+    Floats32,
+    RopeScaling,
+    longrope_fields,
+    rounded_list,
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,15 @@ class ComposedScaling(RopeScaling):
     outer: RopeScaling = field(kw_only=True)
 
     @property
+    def name(self) -> str:
+        return self.outer.name
+
+    @property
     def theta(self) -> float:
         return self.inner.theta
 
     @property
-    def divisors(self) -> np.ndarray:
+    def divisors(self) -> Floats:
         return self.inner.divisors * self.outer.stretch
 
     @property
@@ -51,7 +56,7 @@ class ComposedScaling(RopeScaling):
     def settings(self) -> dict[str, Any]:
         raise UserError("a composed scaling has two settings: those of inner and of outer")
 
-    def rounded(self, powers: np.ndarray) -> np.ndarray:
+    def rounded(self, powers: Floats32) -> Floats32:
         return rounded_list(self.divisors, powers)
 
     def to_hf(self) -> dict[str, Any]:
@@ -61,19 +66,27 @@ class ComposedScaling(RopeScaling):
 def compose(inner: RopeScaling, outer: RopeScaling) -> RopeScaling:
     """Return ``outer`` on top of ``inner``.
 
+    Args:
+        inner: scaling of the base model, which its config.json describes.
+        outer: what extends it, counted in tokens from the window that ``inner`` reached.
+
+    Returns:
+        A scaling whose divisors and attention factors are the products of both.
+
     Raises:
         UserError: methods, bases or dimensions that do not go together.
     """
-    if not isinstance(outer, _ON_TOP) or isinstance(outer, ProportionalScaling):
+    if not outer.goes_on_top:
+        able = " or ".join(repr(name) for name, cls in SCALINGS.items() if cls.goes_on_top)
         raise UserError(
             f"--rope-interpolation is {outer.name!r}: on top of the base model's {inner.name} "
-            "(--rope-base-config) it must be 'linear' or 'ntk'; the others describe all angles, "
+            f"(--rope-base-config) it must be {able}; the others describe all angles, "
             "so leave out --rope-base-config and count from the first window"
         )
-    if inner.name == "dynamic":
+    if inner.evaluation_only:
         raise UserError(
-            "--rope-base-config has rope_type 'dynamic': angles that change with the length cannot "
-            "be built on; name the interpolation from the first window instead"
+            f"--rope-base-config has rope_type {inner.name!r}: angles that change with the length "
+            "cannot be built on; name the interpolation from the first window instead"
         )
     if inner.base != outer.base:
         raise UserError(
@@ -81,7 +94,6 @@ def compose(inner: RopeScaling, outer: RopeScaling) -> RopeScaling:
             f"(--rope-base-config) rope_theta is {inner.base:g}, and it must stay that"
         )
     return ComposedScaling(
-        outer.name,
         outer.dim,
         inner.base,
         outer.factor,

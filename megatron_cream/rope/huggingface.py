@@ -5,31 +5,12 @@ from __future__ import annotations
 
 import math
 import reprlib
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import integer, is_finite, number
-from megatron_cream.rope.base import RopeScaling
-from megatron_cream.rope.scaling import SCALINGS, make_scaling
-
-# rope_type in config.json to our name. An NTK model is a default one with a larger theta.
-_NAMES = {
-    "default": "none",
-    "linear": "linear",
-    "dynamic": "dynamic",
-    "yarn": "yarn",
-    "longrope": "longrope",
-    "su": "longrope",  # what the first Phi-3 configs called it
-    "llama3": "llama3",
-    "proportional": "proportional",
-}
-_REQUIRED = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-
+from megatron_cream.rope.scaling import SCALINGS, RopeScaling, make_scaling
 
 _DEFAULT_THETA = {"mixtral": 1e6}
 """What transformers takes where a config.json of that model_type has no rope_theta; else 1e4."""
@@ -54,23 +35,98 @@ def scaling_from_hf(config: dict[str, Any]) -> RopeScaling:
     """
     rope = _parameters(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _NAMES:
+    known = {name: cls for cls in SCALINGS.values() for name in cls.hf_types}
+    if not isinstance(kind, str) or kind not in known:
         raise UserError(
-            f"rope_type in config.json is {reprlib.repr(kind)}: it must be one of {tuple(_NAMES)}"
+            f"rope_type in config.json is {reprlib.repr(kind)}: it must be one of {tuple(known)}"
         )
-    name = _NAMES[kind]
-    for key in _REQUIRED.get(name, ()):
+    cls = known[kind]
+    for key in cls.hf_required:
         if rope.get(key) is None:
             raise UserError(f"rope_type in config.json is {kind!r}: it needs {key!r} beside it")
-    original_length, factor = _window(config, rope, name)
-    theta = number(config, "rope_theta", _DEFAULT_THETA.get(str(config.get("model_type")), 1e4))
-    return make_scaling(
-        name,
-        dim=_rotated(config, rope, name),
-        base=number(rope, "rope_theta", theta),
-        factor=factor,
-        original_length=original_length,
-        **_options(rope, name),
+    return cls.from_hf(_read(config, rope))
+
+
+@dataclass(frozen=True)
+class HfRope:
+    """What a config.json says of RoPE, its values validated.
+
+    Attributes:
+        config: all of config.json.
+        parameters: its ``rope_parameters``, or ``rope_scaling``.
+        theta: base of the frequencies.
+        window: ``max_position_embeddings``, in tokens.
+        original: the original window in tokens, if it is said.
+        factor: how many times longer the window became, if it is said.
+        head_dim: dimensions of a head.
+    """
+
+    config: dict[str, Any]
+    parameters: dict[str, Any]
+    theta: float
+    window: int
+    original: int | None
+    factor: float | None
+    head_dim: int
+
+    @property
+    def rotated(self) -> int:
+        """Rotated dimensions of a head."""
+        config = self.config
+        outside = number(config, "partial_rotary_factor", number(config, "rotary_pct", 1.0))
+        share = number(self.parameters, "partial_rotary_factor", outside) or 1.0
+        if share > 1:
+            raise UserError(
+                f"partial_rotary_factor in config.json is {share:g}: it must be at most 1"
+            )
+        return int(self.head_dim * share)
+
+    def by_factor(self) -> tuple[int, float]:
+        """Return original window and factor where the factor is what config.json says."""
+        factor = self.factor or 1.0
+        return self.original or max(1, round(self.window / factor)), factor
+
+    def from_original_window(self) -> tuple[int, float]:
+        """Return them where it says the original window, and may leave out the factor."""
+        original = self.original or self.window
+        return original, self.window / original if self.factor is None else self.factor
+
+    def make(
+        self, cls: type[RopeScaling], original_length: int, factor: float, dim: int | None = None
+    ) -> RopeScaling:
+        """Return the scaling ``cls`` with theta and options as they are said here.
+
+        ``dim`` are the dimensions that count; the rotated ones unless given.
+        """
+        # transformers takes a beta or mscale of 0 for one that is not given.
+        found = {key: self.parameters.get(key) for key in cls.OPTIONS}
+        return make_scaling(
+            cls.method,
+            dim=self.rotated if dim is None else dim,
+            base=self.theta,
+            factor=factor,
+            original_length=original_length,
+            **{key: value for key, value in found.items() if value or value is False},
+        )
+
+
+def _read(config: dict[str, Any], rope: dict[str, Any]) -> HfRope:
+    window = integer(config, "max_position_embeddings")
+    if window is None:
+        raise UserError(
+            "max_position_embeddings in config.json is missing: RoPE cannot be read without it"
+        )
+    theta = number(config, "rope_theta") or _DEFAULT_THETA.get(str(config.get("model_type")), 1e4)
+    # Phi-3 keeps the original window outside; transformers gives that one priority.
+    inside = integer(rope, "original_max_position_embeddings")
+    return HfRope(
+        config=config,
+        parameters=rope,
+        theta=number(rope, "rope_theta") or theta,
+        window=window,
+        original=integer(config, "original_max_position_embeddings", inside),
+        factor=number(rope, "factor"),
+        head_dim=head_dimensions(config),
     )
 
 
@@ -96,12 +152,6 @@ def _parameters(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _options(rope: dict[str, Any], name: str) -> dict[str, Any]:
-    # transformers takes a beta or mscale of 0 for one that is not given.
-    found = {key: rope.get(key) for key in SCALINGS[name].OPTIONS}
-    return {key: value for key, value in found.items() if value or value is False}
-
-
 def head_dimensions(config: dict[str, Any]) -> int:
     """Return the dimensions of a head.
 
@@ -117,37 +167,6 @@ def head_dimensions(config: dict[str, Any]) -> int:
             "num_attention_heads"
         )
     return found
-
-
-def _rotated(config: dict[str, Any], rope: dict[str, Any], name: str) -> int:
-    head_dim = head_dimensions(config)
-    if name == "proportional":
-        return head_dim  # its share is an option: all dimensions count in the exponents
-    outside = number(config, "partial_rotary_factor", number(config, "rotary_pct", 1.0))
-    share = number(rope, "partial_rotary_factor", outside)
-    if share > 1:
-        raise UserError(f"partial_rotary_factor in config.json is {share:g}: it must be at most 1")
-    return int(head_dim * share)
-
-
-def _window(config: dict[str, Any], rope: dict[str, Any], name: str) -> tuple[int, float]:
-    """Return the original window in tokens and the factor."""
-    window = integer(config, "max_position_embeddings")
-    if window is None:
-        raise UserError(
-            "max_position_embeddings in config.json is missing: RoPE cannot be read without it"
-        )
-    # Phi-3 keeps the original window outside; transformers gives that one priority.
-    inside = integer(rope, "original_max_position_embeddings")
-    original = integer(config, "original_max_position_embeddings", inside)
-    factor = number(rope, "factor")
-    if name in ("yarn", "longrope", "llama3"):
-        original = original or window
-        return original, window / original if factor is None else factor
-    factor = factor or 1.0
-    if name == "dynamic":
-        return window, factor
-    return original or max(1, round(window / factor)), factor
 
 
 def hf_rope_fields(
@@ -168,9 +187,11 @@ def hf_rope_fields(
         ``with_rope`` puts them into a config.json.
     """
     parameters = scaling.to_hf()
-    partial = head_dim is not None and scaling.dim != head_dim
-    if partial:
+    if head_dim is not None and scaling.dim != head_dim:
         parameters["partial_rotary_factor"] = _share(scaling.dim, head_dim)
+        partial = {"partial_rotary_factor": parameters["partial_rotary_factor"]}
+    else:
+        partial = {}
     older = {key: value for key, value in parameters.items() if key != "rope_theta"}
     older["type"] = older["rope_type"]
     fields = {
@@ -180,9 +201,8 @@ def hf_rope_fields(
         "rope_parameters": parameters,
         "rope_theta": parameters["rope_theta"],
         "rope_scaling": None if older["rope_type"] == "default" else older,
+        **partial,
     }
-    if partial:
-        fields["partial_rotary_factor"] = parameters["partial_rotary_factor"]
     if parameters["rope_type"] == "longrope":
         # transformers 4 chooses between the lists by this one alone.
         key = "original_max_position_embeddings"
@@ -204,7 +224,7 @@ def claimed_window(name: str, original_length: int, target_length: int) -> int:
 
     It is T; a ``dynamic`` model keeps its original window, from which its angles are computed.
     """
-    return int(original_length if name == "dynamic" else target_length)
+    return int(original_length if SCALINGS[name].evaluation_only else target_length)
 
 
 def _share(dim: int, head_dim: int) -> float:

@@ -1,74 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interpolations by one number: none, rope-theta, linear, proportional, ntk, dynamic."""
+"""Interpolations by one number: none, linear, ntk, dynamic, rope-theta."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.base import RopeScaling
+from megatron_cream.rope.scaling import Floats, RopeScaling
+
+if TYPE_CHECKING:
+    from megatron_cream.rope.huggingface import HfRope
 
 
-class NoScaling(RopeScaling):
+class NoScaling(RopeScaling, name="none"):
     """Frequencies as trained; the factor is not used."""
 
+    hf_types = ("default",)
+    by_factor = False
 
-class ThetaScaling(RopeScaling):
-    """A larger theta, named by --rope-theta, and nothing else (ABF, arXiv:2309.16039)."""
 
-
-class LinearScaling(RopeScaling):
+class LinearScaling(RopeScaling, name="linear"):
     """Position interpolation: positions divided by s (arXiv:2306.15595)."""
 
+    hf_types: ClassVar[tuple[str, ...]] = ("linear",)
+    hf_required: ClassVar[tuple[str, ...]] = ("factor",)
+    goes_on_top = True
+
     @property
-    def divisors(self) -> np.ndarray:
+    def divisors(self) -> Floats:
         return np.full(self.dim // 2, self.factor)
 
     def to_hf(self) -> dict[str, Any]:
         return {"rope_type": "linear", "rope_theta": self.theta, "factor": self.factor}
 
 
-class ProportionalScaling(LinearScaling):
-    """Linear, over the first share of the pairs of a head; the rest never turn.
-
-    Unlike a partial rotary dimension, the exponents count all of the head's dimensions, and the
-    pairs that do not turn are the slowest ones. transformers calls it ``proportional``.
-    """
-
-    OPTIONS = {"partial_rotary_factor": 1.0}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        share = self.option("partial_rotary_factor")
-        if not 1 <= self._turning <= self.dim // 2:
-            raise UserError(
-                f"partial_rotary_factor (--rope-options) is {share}: of {self.dim} dimensions it "
-                "must leave at least one pair, and it must be at most 1"
-            )
-
-    @property
-    def _turning(self) -> int:
-        return int(self.option("partial_rotary_factor") * self.dim // 2)
-
-    @property
-    def divisors(self) -> np.ndarray:
-        result = np.full(self.dim // 2, np.inf)
-        result[: self._turning] = self.factor
-        return result
-
-    def to_hf(self) -> dict[str, Any]:
-        share = self.option("partial_rotary_factor")
-        return {**super().to_hf(), "rope_type": "proportional", "partial_rotary_factor": share}
-
-
-class NtkScaling(RopeScaling):
+class NtkScaling(RopeScaling, name="ntk"):
     """NTK-aware base: the fastest pair unchanged, the slowest divided by s exactly.
 
     theta = base * s ** (d / (d - 2)), as PoSE and CREAM have it. In a Hugging Face config that is
     nothing but a larger ``rope_theta``.
     """
+
+    goes_on_top = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,17 +51,20 @@ class NtkScaling(RopeScaling):
 
     @property
     def theta(self) -> float:
-        return self.base * self.factor ** (self.dim / (self.dim - 2))
+        return float(self.base * self.factor ** (self.dim / (self.dim - 2)))
 
 
-class DynamicScaling(RopeScaling):
+class DynamicScaling(RopeScaling, name="dynamic"):
     """NTK-aware base that grows with the sequence, for a model that is not trained further.
 
     transformers' formula: beyond the original window L a sequence of l tokens is turned by
     theta = base * (s l / L - (s - 1)) ** (d / (d - 2)), up to it by the base.
     """
 
+    hf_types = ("dynamic",)
+    hf_required = ("factor",)
     varies_with_length = True
+    evaluation_only = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,10 +74,21 @@ class DynamicScaling(RopeScaling):
     def theta(self) -> float:
         ratio = max(self.length or 0, self.original_length) / self.original_length
         grown = self.factor * ratio - (self.factor - 1)
-        return self.base * grown ** (self.dim / (self.dim - 2))
+        return float(self.base * grown ** (self.dim / (self.dim - 2)))
+
+    @classmethod
+    def from_hf(cls, rope: HfRope) -> RopeScaling:
+        return rope.make(cls, rope.window, rope.factor or 1.0)
 
     def to_hf(self) -> dict[str, Any]:
         return {"rope_type": "dynamic", "rope_theta": self.base, "factor": self.factor}
+
+
+class ThetaScaling(RopeScaling, name="rope-theta"):
+    """A larger theta, named by --rope-theta, and nothing else (ABF, arXiv:2309.16039)."""
+
+    by_factor = False
+    needs_theta = True
 
 
 def _check_ntk_dim(dim: int) -> None:

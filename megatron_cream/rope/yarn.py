@@ -10,15 +10,26 @@ one served as the other is wrong: for Llama-2 at s = 8 they differ in 25 of 64 p
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.base import RopeScaling, longrope_fields, rounded_list
+from megatron_cream.options import Option
+from megatron_cream.rope.scaling import (
+    ATTENTION_FACTOR,
+    Floats,
+    Floats32,
+    RopeScaling,
+    longrope_fields,
+    rounded_list,
+)
+
+if TYPE_CHECKING:
+    from megatron_cream.rope.huggingface import HfRope
 
 
-class YarnScaling(RopeScaling):
+class YarnScaling(RopeScaling, name="yarn"):
     """YaRN as in the paper: linear in frequency on the ramp.
 
     Pairs that turn more than ``beta_fast`` times in the original window are kept, those that turn
@@ -27,14 +38,15 @@ class YarnScaling(RopeScaling):
     ``mscale`` and ``mscale_all_dim`` (DeepSeek's) make it a quotient of two such terms.
     """
 
-    OPTIONS: dict[str, Any] = {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": True,
-        "attention_factor": None,
-        "mscale": None,
-        "mscale_all_dim": None,
+    OPTIONS = {
+        "beta_fast": Option("a pair that turns more often in the window is kept", default=32.0),
+        "beta_slow": Option("one that turns less often is divided by s", default=1.0),
+        "truncate": Option("round the ends of the ramp to whole pairs", default=True, type=bool),
+        "attention_factor": ATTENTION_FACTOR,
+        "mscale": Option("of DeepSeek's attention factor", default_help="none"),
+        "mscale_all_dim": Option("of DeepSeek's attention factor", default_help="none"),
     }
+    hf_types: ClassVar[tuple[str, ...]] = ("yarn",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +61,7 @@ class YarnScaling(RopeScaling):
             )
 
     @property
-    def kept(self) -> np.ndarray:
+    def kept(self) -> Floats:
         """float64 ``[dim // 2]``: 1 where a pair is kept, 0 where it is interpolated."""
         low, high = map(self._pair_that_turns, (self.option("beta_fast"), self.option("beta_slow")))
         if self.option("truncate"):
@@ -72,14 +84,16 @@ class YarnScaling(RopeScaling):
         )
 
     @property
-    def divisors(self) -> np.ndarray:
-        return 1.0 / ((1.0 - self.kept) / self.factor + self.kept)
+    def divisors(self) -> Floats:
+        divisors: Floats = 1.0 / ((1.0 - self.kept) / self.factor + self.kept)
+        return divisors
 
-    def rounded(self, powers: np.ndarray) -> np.ndarray:
+    def rounded(self, powers: Floats32) -> Floats32:
         kept = self.kept.astype(np.float32)
         one = np.float32(1.0)
         interpolated = one / (np.float32(self.factor) * powers)
-        return interpolated * (one - kept) + one / powers * kept
+        blended: Floats32 = interpolated * (one - kept) + one / powers * kept
+        return blended
 
     @property
     def attention_factor(self) -> float:
@@ -89,6 +103,10 @@ class YarnScaling(RopeScaling):
         if one is not None and all_ is not None:
             return _temperature(self.factor, one) / _temperature(self.factor, all_)
         return _temperature(self.factor)
+
+    @classmethod
+    def from_hf(cls, rope: HfRope) -> RopeScaling:
+        return rope.make(cls, *rope.from_original_window())
 
     def to_hf(self) -> dict[str, Any]:
         return {
@@ -100,7 +118,7 @@ class YarnScaling(RopeScaling):
         }
 
 
-class YarnPoseScaling(YarnScaling):
+class YarnPoseScaling(YarnScaling, name="yarn-pose"):
     """YaRN as PoSE and CREAM train it: linear in wavelength on the ramp.
 
     No server knows it by name, so it is exported as ``longrope`` with its divisors listed.
@@ -110,9 +128,10 @@ class YarnPoseScaling(YarnScaling):
         key: YarnScaling.OPTIONS[key]
         for key in ("beta_fast", "beta_slow", "truncate", "attention_factor")
     }
+    hf_types = ()
 
     @property
-    def divisors(self) -> np.ndarray:
+    def divisors(self) -> Floats:
         return (1.0 - self.kept) * self.factor + self.kept
 
     @property
@@ -120,7 +139,7 @@ class YarnPoseScaling(YarnScaling):
         given = self.option("attention_factor")
         return _temperature(self.factor) if given is None else float(given)
 
-    def rounded(self, powers: np.ndarray) -> np.ndarray:
+    def rounded(self, powers: Floats32) -> Floats32:
         return rounded_list(self.divisors, powers)
 
     def to_hf(self) -> dict[str, Any]:

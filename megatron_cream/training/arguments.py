@@ -17,8 +17,9 @@ from megatron_cream.extras import te_cross_entropy
 from megatron_cream.mcore.validation import make_readable
 from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
-from megatron_cream.rope import EVALUATION_ONLY, SCALINGS, TRAINED
-from megatron_cream.rope.options import add_options, options_from_args, read_base
+from megatron_cream.rope import SCALINGS
+from megatron_cream.rope.flags import add_options, options_from_args, read_base
+from megatron_cream.rope.scaling import scaling_class
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -54,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add("--plain-share", type=float, default=0.0, help="share of samples at plain positions")
     add(
         "--rope-interpolation",
-        choices=(*SCALINGS, *TRAINED),
+        choices=tuple(SCALINGS),
         help="default: that of a run that is resumed; rope-theta if that is given; linear on "
         "--rope-base-config; yarn if T is longer than --original-length",
     )
@@ -130,8 +131,8 @@ def _widths(args: Namespace, strategy: str, train: int, target: int) -> dict[str
 
 
 def _interpolation(args: Namespace, longer: bool) -> str:
-    if args.rope_interpolation in EVALUATION_ONLY:
-        able = ", ".join(name for name in SCALINGS if name not in EVALUATION_ONLY)
+    if args.rope_interpolation and scaling_class(args.rope_interpolation).evaluation_only:
+        able = ", ".join(name for name, cls in SCALINGS.items() if not cls.evaluation_only)
         raise UserError(
             f"--rope-interpolation is {args.rope_interpolation!r}: its angles change with the "
             "length of every sequence, so it is for evaluation only (tools/evaluate.py); for "

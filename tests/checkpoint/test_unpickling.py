@@ -88,14 +88,14 @@ def test_export_and_every_reader_of_arguments_refuse_it(place, imported, tmp_pat
     from argparse import Namespace
 
     from megatron_cream.checkpoint.export_hf import export_checkpoint
-    from megatron_cream.checkpoint.metadata import starts_without_clex
+    from megatron_cream.checkpoint.metadata import starts_without_trained_rope
 
     root, marker = copy_run(imported, tmp_path / "run", [1]), tmp_path / "marker"
     plant(root / "iter_0000001", place, marker)
     refuses(lambda: export_checkpoint(str(root), str(tmp_path / "out"), quiet=True), marker)
     # What a dry run with CLEX asks.
     args = Namespace(load=None, pretrained_checkpoint=str(root), ckpt_step=None)
-    refuses(lambda: starts_without_clex(args), marker)
+    refuses(lambda: starts_without_trained_rope(args), marker)
 
 
 def test_megatrons_loader_is_limited_in_evaluation(imported, tmp_path):

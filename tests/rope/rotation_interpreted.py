@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from megatron_cream.rope import kernels
+from megatron_cream.rope import rotation_kernel as kernels
 
 # s, b, tables' b, groups, queries per group, d, rotated dimensions, interleaved, turnings
 CASES = {

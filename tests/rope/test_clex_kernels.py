@@ -16,7 +16,7 @@ import torch
 from megatron_cream.extras.clex import on_gpu
 from megatron_cream.extras.clex.frozen import divisors
 from megatron_cream.extras.clex.ode import Field, limits, solve
-from megatron_cream.rope.base import rounded_list
+from megatron_cream.rope.scaling import rounded_list
 
 SCRIPT = Path(__file__).with_name("clex_interpreted.py")
 _spec = importlib.util.spec_from_file_location("clex_interpreted", SCRIPT)

@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
+UNTRAINED = [name for name, cls in SCALINGS.items() if not cls.trained_by]
 DIMS, BASES, FACTORS, LENGTHS = (64, 128), (1e4, 5e5, 1e6), (1.0, 2.5, 8.0, 64.0), (2048, 8192)
 GRID = list(itertools.product(DIMS, BASES, FACTORS, LENGTHS))
 OPTIONS = {
@@ -71,7 +72,7 @@ def quiet():
     logger.setLevel(level)
 
 
-@pytest.mark.parametrize("name", sorted(SCALINGS))
+@pytest.mark.parametrize("name", sorted(UNTRAINED))
 def test_transformers_computes_the_same(name):
     for (dim, base, factor, original), options in itertools.product(GRID, range(5)):
         if options >= len(variants(name, dim)):
@@ -94,7 +95,7 @@ def test_transformers_computes_the_same(name):
 
 
 def test_every_type_that_transformers_has_is_compared():
-    scalings = [make_scaling(name, dim=64, original_length=8, **some(name)) for name in SCALINGS]
+    scalings = [make_scaling(name, dim=64, original_length=8, **some(name)) for name in UNTRAINED]
     assert {scaling.to_hf()["rope_type"] for scaling in scalings} == {
         *ROPE_INIT_FUNCTIONS,
         "default",
@@ -112,7 +113,7 @@ def example(name, dim=64, **changes):
 
 def examples():
     inner = make_scaling("llama3", dim=64, base=5e5, factor=4.0, original_length=1024)
-    return [*map(example, SCALINGS), compose(inner, example("linear"))]
+    return [*map(example, UNTRAINED), compose(inner, example("linear"))]
 
 
 @pytest.mark.parametrize("scaling", examples(), ids=lambda s: type(s).__name__)
@@ -179,7 +180,7 @@ def test_yarn_pose_is_exported_as_longrope():
 
 
 @pytest.mark.parametrize(("dim", "head_dim"), [(32, 64), (64, 192), (26, 80), (20, 80)])
-@pytest.mark.parametrize("name", sorted(set(SCALINGS) - {"proportional"}))
+@pytest.mark.parametrize("name", sorted(set(UNTRAINED) - {"proportional"}))
 def test_partial_rotary_dimension(name, dim, head_dim):
     scaling = example(name, dim)
     fields = hf_rope_fields(scaling, 32768, head_dim=head_dim)
@@ -210,7 +211,7 @@ SCALED_BASE = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(SCALINGS))
+@pytest.mark.parametrize("name", sorted(UNTRAINED))
 def test_nothing_is_left_of_the_rope_that_a_base_had(name):
     """Old readers look at rope_scaling, and at an original window at the top, before anything."""
     scaling = make_scaling(name, dim=64, base=1e6, factor=4.0, original_length=2048, **some(name))
@@ -305,7 +306,7 @@ def test_reads_configs_as_they_are_published(model):
     assert scaling.base == config.get("rope_theta", 1e4)
 
 
-@pytest.mark.parametrize("name", sorted(set(SCALINGS) - {"rope-theta"}))
+@pytest.mark.parametrize("name", sorted(set(UNTRAINED) - {"rope-theta"}))
 def test_an_imported_scaling_becomes_settings_of_a_run(name):
     scaling = example(name)
     extension = ExtensionConfig(

@@ -1,13 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLEX: frequencies solve an ODE over the scale, with a trained term (arXiv:2310.16450).
 
-runge_kutta  steps of the ODE and their exact reverse                         (numpy)
-ode        the vector field and its solution on a grid of scales               (torch)
-on_gpu     the same solution and its reverse on a GPU, for training            (torch)
-kernels    all steps of either in one launch                                  (triton)
-frozen     trained weights at one scale as LongRoPE's lists, for serving
-table      frequencies of a step, at all scales
-rotate     the rotation with a gradient for the frequencies
-rotary     the module that takes the place of Megatron's rotary embedding
-gradients  the gradient of the weights, over all ranks, once a step
+What this package exposes is a ``rope.scaling.ScalingTrainer``, which ``ClexScaling`` names; nothing
+else outside knows it. ``rope.clex`` has its settings.
 """
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
+    from megatron_cream.extras.clex.rotary import ClexRotaryEmbedding
+    from megatron_cream.rope.by_pair import LongRopeScaling
+    from megatron_cream.rope.clex import ClexScaling
+
+
+def configure(config: Any, starts_without: bool) -> None:
+    """Have Megatron make the gradient of the weights, and the chunks of a rank share one table.
+
+    Args:
+        config: Megatron's GPT or Hybrid model config, with hooks.
+        starts_without: the checkpoint that the run starts from has no weights of CLEX.
+    """
+    from megatron_cream.extras.clex import gradients
+
+    gradients.configure_finalizer(config.transformer)
+    config.pre_wrap_hooks.append(partial(gradients.share_table, fresh=starts_without))
+
+
+def rotary_class() -> type[ClexRotaryEmbedding]:
+    """Return the module that takes the place of Megatron's rotary embedding."""
+    from megatron_cream.extras.clex.rotary import ClexRotaryEmbedding
+
+    return ClexRotaryEmbedding
+
+
+def freeze_stored(scaling: ClexScaling, stored: StoredTensors) -> LongRopeScaling:
+    """Return the frequencies of a checkpoint's weights at T, as LongRoPE's lists.
+
+    Raises:
+        UserError: it has no such weights, or others than the settings say.
+    """
+    from megatron_cream.extras.clex.frozen import freeze, read_weights
+
+    return freeze(scaling, read_weights(stored), scaling.factor)

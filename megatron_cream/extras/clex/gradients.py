@@ -30,7 +30,7 @@ from megatron_cream.extras.clex.rotary import ClexRotaryEmbedding
 from megatron_cream.extras.clex.table import ScaleTable
 
 
-def share(chunks: list[nn.Module], fresh: bool = False) -> list[nn.Module]:
+def share_table(chunks: list[nn.Module], fresh: bool = False) -> list[nn.Module]:
     """Have the chunks of a rank share one table, and every replica know its number.
 
     Replica 0 alone counts in the gradient norm (Megatron's ``shared``) and goes into checkpoints.
@@ -124,7 +124,7 @@ def _rotary(chunk: nn.Module) -> ClexRotaryEmbedding:
     return get_attr_wrapped_model(chunk, "rotary_pos_emb")
 
 
-def serve(config: Any) -> None:
+def configure_finalizer(config: Any) -> None:
     """Put ``finalizer`` into Megatron's transformer config. Idempotent."""
     current = config.finalize_model_grads_func
     if not getattr(current, "finishes_clex", False):

@@ -107,7 +107,7 @@ def solve(field: Field, weights: Tensor, scales: list[float]) -> Solved:
 
 
 def frequencies(stretch: Tensor, powers: Tensor, low: Tensor, high: float) -> Tensor:
-    """Return float32 frequencies ``[scales, d / 2]``, as ``base.rounded_list`` rounds a server's.
+    """Return float32 frequencies ``[scales, d / 2]``, as ``rounded_list`` rounds a server's.
 
     A pair whose ``stretch`` is no number turns as at t = 1: a step goes on with numbers to its end,
     which refuses it (``gradients.finish``).

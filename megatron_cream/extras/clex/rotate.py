@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream.mcore import fused_rotation
+from megatron_cream.mcore.install_rotary import ROTATIONS
 
 
 def make_carrier(inv_freq: Tensor, position_ids: Tensor, weights: Tensor) -> Tensor:
@@ -123,3 +124,6 @@ def _compiled_pull() -> Any:
     from megatron.core import jit
 
     return jit.jit_fuser(pull)
+
+
+ROTATIONS[2] = turn  # what attention does with a carrier

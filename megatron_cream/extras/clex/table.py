@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_cream.extras.clex import ode, on_gpu
 from megatron_cream.extras.clex.frozen import divisors, field_of, solve_weights
-from megatron_cream.rope.base import rounded_list
 from megatron_cream.rope.clex import ClexScaling
+from megatron_cream.rope.scaling import rounded_list
 
 
 class ScaleTable:

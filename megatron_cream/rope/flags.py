@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoPE settings as flags, words of flags, and files."""
+"""Flags of RoPE, and the files that they name, as settings of an interpolation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.clex import ACTIVATIONS
+from megatron_cream.rope.by_pair import LongRopeScaling
 from megatron_cream.rope.huggingface import scaling_from_hf
+from megatron_cream.rope.scaling import SCALINGS
 
-FACTOR_LISTS = ("short_factor", "long_factor")
-WORDS = {"act": ACTIVATIONS}
-"""Options whose values are words."""
+FACTOR_LISTS = tuple(key for key, option in LongRopeScaling.OPTIONS.items() if option.per_pair)
 
 
 def add_options(add: Callable[..., Any]) -> None:
@@ -40,19 +39,20 @@ def options_from_args(args: Namespace) -> dict[str, Any]:
 
 
 def parse_options(words: list[str] | None) -> dict[str, Any]:
-    """Return ``{key: value}`` of ``KEY=VALUE`` words; values are numbers, true, false or ``WORDS``.
+    """Return ``{key: value}`` of ``KEY=VALUE`` words; values are numbers, true, false or words.
 
     Raises:
         UserError: a word of another form, or a key given twice.
     """
     options: dict[str, Any] = {}
+    declared = [item for cls in SCALINGS.values() for item in cls.OPTIONS.items()]
     for word in words or ():
         key, equals, text = word.partition("=")
         if not (key and equals):
             raise UserError(f"--rope-options has {word!r}: it must be KEY=VALUE")
         if key in options:
             raise UserError(f"--rope-options has {key} twice: once is enough")
-        if text in WORDS.get(key, ()):
+        if any(key == name and text in option.choices for name, option in declared):
             options[key] = text
             continue
         try:
