@@ -23,7 +23,7 @@ MODULES = (
     "megatron_cream.rope",
     "megatron_cream.corpus.preprocess",
     "megatron_cream.planning.propose",
-    "megatron_cream.checkpoint.metadata",
+    "megatron_cream.checkpoint.iterations",
     "megatron_cream.evaluation.tasks",
     "megatron_cream.training.arguments",
 )

@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cream.checkpoint.config_json import config_fields
+from megatron_cream.checkpoint.hf_config import config_fields
+from megatron_cream.checkpoint.hf_weights import HfWeights, ShardWriter, TensorPlan
 from megatron_cream.checkpoint.model_shape import ModelShape
-from megatron_cream.checkpoint.safetensors_reader import HfWeights
-from megatron_cream.checkpoint.safetensors_writer import ShardWriter, TensorPlan
 
 _COPY = """
 import os, shutil, sys

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: what was saved, a model out of it, and Hugging Face's in and out.
+"""Checkpoints: converted from and to Hugging Face, examined, and loaded.
 
-saved         what a torch_dist checkpoint says about itself (no GPU, no process group)
-loading       a model ready to evaluate
-importing     Hugging Face to Megatron: families, weights, agreement, arguments, torch_dist
-exporting     Megatron to Hugging Face: stored, extraction, shards, card
-shape         what a model is; config_json and flags: in Hugging Face's terms and in Megatron's
-source        the files of a Hugging Face folder beside its weights
-staging       folders that are whole or not there
+import_hf         Hugging Face to Megatron
+export_hf         Megatron to Hugging Face; ``extraction`` takes the tensors apart
+weight_map        which Hugging Face tensors a Megatron tensor is made of, per family
+model_shape       what a model is, as Megatron's flags and saved arguments
+hf_config         what a model is, as config.json
+hf_files          the files of a Hugging Face folder beside its weights
+hf_weights        its safetensors files
+model_card        README.md of an export, and which inference engines read it
+torch_dist_table  ``.metadata`` of a checkpoint; ``unpickling`` reads it without running it
+torch_dist_io     tensors of a checkpoint, read and written
+iterations        the iterations of a run, and the arguments saved with one
+starting          what a run loads and where it saves, validated before it starts
+doctor            damage; ``checksums`` of the files of a save
+loading           a model ready to evaluate                            (needs megatron)
 """

@@ -25,11 +25,11 @@ _PATTERN = "megatron_cream_checksums_*.json"
 _WITHOUT_RANK = (".metadata", "metadata.json", "common.pt", "integrity.json")
 _BLOCK = 4 << 20
 
-Sum = tuple[int, str]
+FileChecksum = tuple[int, str]
 """Bytes of a file, and its CRC-32 as eight hexadecimal digits."""
 
 
-def checksum(path: Path) -> Sum:
+def checksum(path: Path) -> FileChecksum:
     """Return size and checksum of a file, read in the memory of one block."""
     block, size, crc = memoryview(bytearray(_BLOCK)), 0, 0
     with path.open("rb", buffering=0) as file:
@@ -46,7 +46,7 @@ def own_files(folder: Path, rank: int) -> list[Path]:
     return sorted([*found, *(folder / name for name in common if (folder / name).is_file())])
 
 
-def write_sums(folder: Path, rank: int, sums: dict[str, Sum]) -> None:
+def write_sums(folder: Path, rank: int, sums: dict[str, FileChecksum]) -> None:
     """Write the checksums of a rank's files; a change of any byte of what is written shows."""
     text = _text({"made_by": _MARK, "algorithm": "crc32", "files": sums})
     (folder / _NAME.format(rank)).write_text(text)
@@ -57,9 +57,9 @@ def write(folder: Path, rank: int = 0) -> None:
     write_sums(folder, rank, {path.name: checksum(path) for path in own_files(folder, rank)})
 
 
-def read(folder: Path) -> tuple[dict[str, Sum], list[str]]:
+def read(folder: Path) -> tuple[dict[str, FileChecksum], list[str]]:
     """Return the checksums of all ranks by file, and what is wrong with the files they are in."""
-    sums: dict[str, Sum] = {}
+    sums: dict[str, FileChecksum] = {}
     wrong = []
     for path in sorted(folder.glob(_PATTERN)):
         try:
@@ -69,7 +69,7 @@ def read(folder: Path) -> tuple[dict[str, Sum], list[str]]:
     return sums, wrong
 
 
-def _read_one(path: Path) -> dict[str, Sum]:
+def _read_one(path: Path) -> dict[str, FileChecksum]:
     try:
         text = path.read_bytes().decode()
         found = json.loads(text)
@@ -161,14 +161,14 @@ def _then_checksums(own: Callable[..., Any]) -> Callable[..., Any]:
     return save
 
 
-def differences(folder: Path, sums: dict[str, Sum], names: Iterable[str]) -> Iterable[str]:
+def differences(folder: Path, sums: dict[str, FileChecksum], names: Iterable[str]) -> Iterable[str]:
     """Yield which of the named files differ from their checksums; all are read."""
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: _difference(folder / name, sums[name]), names)
         yield from filter(None, found)
 
 
-def _difference(path: Path, wanted: Sum) -> str | None:
+def _difference(path: Path, wanted: FileChecksum) -> str | None:
     if not path.is_file():
         return f"{path} is missing: it was there when the checkpoint was saved"
     if (size := path.stat().st_size) != wanted[0]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one checkpoint whole and says what is damaged, in the time of reading it."""
+"""Finds damage in one iteration: by its table and sizes before a load, or by reading all of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +16,103 @@ from functools import partial
 from pathlib import Path
 
 from megatron_cream.checkpoint import checksums
-from megatron_cream.checkpoint.integrity import go_on_before, problems
 from megatron_cream.checkpoint.iterations import (
-    folder_named,
+    FORMAT_FILE,
     is_iteration,
+    iteration_folder,
+    iteration_number,
+    list_iterations,
+    missing_tracker_error,
     read_tracker,
-    without_tracker,
+    tracker_command,
 )
-from megatron_cream.checkpoint.section import Section
-from megatron_cream.checkpoint.torch_dist_reader import data_start
-from megatron_cream.checkpoint.torch_dist_table import Place, Table, read_table
+from megatron_cream.checkpoint.torch_dist_io import FileSection, find_data, find_missing_files
+from megatron_cream.checkpoint.torch_dist_table import (
+    CheckpointTable,
+    RecordKey,
+    read_common,
+    read_table,
+)
 from megatron_cream.errors import UserError
+
+FORMAT = "torch_dist"
+
+
+def find_problems(folder: Path, objects: bool = True) -> Iterator[str]:
+    """Yield what is wrong with an iteration, a line each, naming the file.
+
+    Tensors are not read. No code from the checkpoint runs.
+
+    Args:
+        objects: read all objects, such as states of random numbers, and not the common state alone.
+    """
+    wrong = _wrong_format(folder)
+    if wrong is not None:
+        yield wrong
+    try:
+        table = read_table(folder)
+    except (UserError, OSError) as error:
+        yield str(error)
+        return
+    lacking = [str(error) for error in find_missing_files(table)]
+    yield from lacking
+    if not lacking:  # or the same files would be named again
+        yield from _wrong_objects(table, objects)
+
+
+def validate_iteration(folder: Path, flag: str, objects: bool = True) -> None:
+    """Refuse an iteration that is not whole.
+
+    Args:
+        flag: and its value, what named the iteration.
+
+    Raises:
+        UserError: naming the file, and how to go on from the iteration before.
+    """
+    wrong = next(find_problems(folder, objects), None)
+    if wrong is not None:
+        raise UserError(f"{flag}: {wrong}; {advise_earlier_iteration(folder, flag)}")
+
+
+def advise_earlier_iteration(folder: Path, flag: str) -> str:
+    """Return how to go on from the newest whole iteration before ``folder``."""
+    for path in reversed(list_iterations(folder.parent)):
+        if path.name < folder.name and next(find_problems(path), None) is None:
+            if flag.startswith("--checkpoint"):
+                return f"{path.name} before it is whole: --checkpoint {shlex.quote(str(path))}"
+            return (
+                f"{path.name} before it is whole: go on from it with --ckpt-step "
+                f"{iteration_number(path)}, or for good by: {tracker_command(path)}"
+            )
+    return f"{folder.parent} has no whole iteration before it"
+
+
+def _wrong_format(folder: Path) -> str | None:
+    path = folder / FORMAT_FILE
+    if not path.is_file():
+        return f"{folder} lacks {FORMAT_FILE}, which is written last: its save did not finish"
+    try:
+        found = json.loads(path.read_text(errors="replace"))
+    except (ValueError, RecursionError) as error:
+        return f"{path} is damaged: {error}"
+    backend = found.get("sharded_backend") if isinstance(found, dict) else None
+    if backend != FORMAT:
+        return f"{path} has sharded_backend {str(backend)[:40]!r}: it must be {FORMAT!r}"
+    return None
+
+
+def _wrong_objects(table: CheckpointTable, all_of_them: bool) -> Iterator[str]:
+    try:
+        read_common(table)
+    except (UserError, OSError) as error:
+        yield str(error)
+    for name in table.objects if all_of_them else ():
+        try:
+            if not name.startswith("common_state/"):
+                table.read_object(name)
+        except (UserError, OSError) as error:
+            yield str(error)
+
 
 _MEGATRONS = "integrity.json"  # of --verify-integrity
 _BLOCK = 4 << 20
@@ -40,7 +127,7 @@ another trainer has those in its records. Nothing in the checkpoint is run.
 
 
 @dataclass(frozen=True)
-class Report:
+class IterationReport:
     """What was found in one iteration.
 
     Attributes:
@@ -68,7 +155,7 @@ class Report:
         return [head, compared + (beside if rest else ""), *self.problems]
 
 
-def examine(path: str) -> Report:
+def examine_iteration(path: str) -> IterationReport:
     """Read one iteration whole: sizes, every record, and checksums where there are any.
 
     No code from the checkpoint runs.
@@ -79,8 +166,8 @@ def examine(path: str) -> Report:
     Raises:
         UserError, FileNotFoundError: there is no checkpoint.
     """
-    folder = _iteration(path)
-    found = list(problems(folder))
+    folder = _find_iteration(path)
+    found = list(find_problems(folder))
     sums, wrong = checksums.read(folder)
     wrong += checksums.differences(folder, sums, sums)
     table = None
@@ -91,21 +178,23 @@ def examine(path: str) -> Report:
     else:
         names = set(table.ends())
     names |= {name for name in (".metadata", "metadata.json") if (folder / name).is_file()}
-    hashed, differing = _megatrons(folder, sums)
+    hashed, differing = _compare_megatrons_checksums(folder, sums)
     wrong += differing
     if table is not None and not found:
         wrong += _wrong_records(table, sums.keys() | hashed)
     nbytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     summed = len(names & (sums.keys() | hashed))
     told = tuple(dict.fromkeys([*found, *wrong]))
-    return Report(folder, nbytes, len(table.records) if table else 0, summed, len(names), told)
+    return IterationReport(
+        folder, nbytes, len(table.records) if table else 0, summed, len(names), told
+    )
 
 
-def _iteration(path: str) -> Path:
+def _find_iteration(path: str) -> Path:
     root = Path(path)
     name = read_tracker(root)
-    folder = root if name is None else folder_named(root, name)
-    if name is None and (error := without_tracker(root)):
+    folder = root if name is None else iteration_folder(root, name)
+    if name is None and (error := missing_tracker_error(root)):
         raise error
     if name is None and not is_iteration(folder) and not any(folder.glob("*.distcp")):
         raise FileNotFoundError(f"CHECKPOINT is {path}: it must hold a torch_dist checkpoint")
@@ -114,7 +203,9 @@ def _iteration(path: str) -> Path:
     return folder
 
 
-def _megatrons(folder: Path, sums: dict[str, checksums.Sum]) -> tuple[set[str], list[str]]:
+def _compare_megatrons_checksums(
+    folder: Path, sums: dict[str, checksums.FileChecksum]
+) -> tuple[set[str], list[str]]:
     """Compare files without a checksum of ours with Megatron's; return them and what differs."""
     path = folder / _MEGATRONS
     if not path.is_file():
@@ -135,9 +226,9 @@ def _sha256(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _wrong_records(table: Table, summed: set[str]) -> list[str]:
+def _wrong_records(table: CheckpointTable, summed: set[str]) -> list[str]:
     """Read the records of all files, those without a checksum of their own with that in them."""
-    by_file: dict[str, list[Place]] = {}
+    by_file: dict[str, list[RecordKey]] = {}
     for place, record in table.records.items():
         by_file.setdefault(record.file, []).append(place)
     chunks = {
@@ -151,7 +242,7 @@ def _wrong_records(table: Table, summed: set[str]) -> list[str]:
 
 
 def _wrong_in_file(
-    table: Table, chunks: dict, summed: set[str], item: tuple[str, list[Place]]
+    table: CheckpointTable, chunks: dict, summed: set[str], item: tuple[str, list[RecordKey]]
 ) -> list[str]:
     name, places = item
     descriptor = os.open(table.folder / name, os.O_RDONLY)
@@ -166,14 +257,14 @@ def _wrong_in_file(
 
 
 def _wrong_record(
-    table: Table, chunks: dict, place: Place, descriptor: int, compare: bool
+    table: CheckpointTable, chunks: dict, place: RecordKey, descriptor: int, compare: bool
 ) -> Iterator[str]:
     record = table.records[place]
     called = f"{table.folder / record.file}: {place[0]}"
-    section = Section(descriptor, record.start, record.length)
+    section = FileSection(descriptor, record.start, record.length)
     if place in chunks and not record.transformed:
         try:
-            data_start(section, chunks[place], table.tensors[place[0]].properties.dtype, called)
+            find_data(section, chunks[place], table.tensors[place[0]].properties.dtype, called)
         except UserError as error:
             yield str(error)
             return
@@ -181,7 +272,7 @@ def _wrong_record(
         yield f"{called} is damaged: its bytes do not fit the checksum in the record"
 
 
-def _record_fits(section: Section) -> bool:
+def _record_fits(section: FileSection) -> bool:
     """Compare a record with the checksums that ``torch.save`` puts into it; 0 is none."""
     try:
         with zipfile.ZipFile(section) as archive:
@@ -207,11 +298,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: the checkpoint is damaged.
     """
-    report = examine(args.checkpoint)
+    report = examine_iteration(args.checkpoint)
     print("\n".join(report.lines()))
     if report.problems:
         raise UserError(
             f"{report.folder} is damaged: {len(report.problems)} problem(s); "
-            f"{go_on_before(report.folder, '--load')}"
+            f"{advise_earlier_iteration(report.folder, '--load')}"
         )
     print("whole")

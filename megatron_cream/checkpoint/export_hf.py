@@ -15,30 +15,32 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_cream.checkpoint.arguments import shape_from_arguments
-from megatron_cream.checkpoint.config_json import config_fields, shape_from_config, window_of
-from megatron_cream.checkpoint.extraction import parts_of, write_parts
+from megatron_cream.checkpoint.extraction import plan_tensors, write_tensors
+from megatron_cream.checkpoint.hf_config import config_fields, shape_from_config, window_of
 from megatron_cream.checkpoint.hf_files import (
     TOKENIZER,
-    check_files,
-    find_source,
-    kept_files,
-    other_files,
+    find_hf_folder,
+    find_kept_files,
+    list_other_files,
     read_config,
-    source_name,
-    validate_extension_target,
+    read_source_name,
+    validate_export_output,
+    validate_files,
 )
-from megatron_cream.checkpoint.inference_engines import sentence
-from megatron_cream.checkpoint.metadata import latest_checkpoint, saved_arguments, saved_extension
-from megatron_cream.checkpoint.model_card import Base, model_card
-from megatron_cream.checkpoint.model_shape import ModelShape
-from megatron_cream.checkpoint.safetensors_writer import ShardWriter
-from megatron_cream.checkpoint.staging import check_output, staged
-from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
+from megatron_cream.checkpoint.hf_weights import ShardWriter
+from megatron_cream.checkpoint.iterations import (
+    find_checkpoint,
+    read_saved_arguments,
+    saved_extension,
+)
+from megatron_cream.checkpoint.model_card import SourceModel, describe_engines, model_card
+from megatron_cream.checkpoint.model_shape import ModelShape, exportable_shape
+from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
 from megatron_cream.mcore.arguments import flag_of, marked
+from megatron_cream.ownership import staged, validate_output
 from megatron_cream.rope import RopeScaling, hf_rope_fields, trainer_of
 from megatron_cream.rope.huggingface import with_rope
 
@@ -56,7 +58,7 @@ An export is what transformers, vLLM and SGLang load.
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """What an export made: the model, its settings and RoPE, and the bytes of its weights."""
 
     shape: ModelShape
@@ -73,7 +75,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     quiet: bool = False,
-) -> Exported:
+) -> ExportedModel:
     """Write the Hugging Face folder ``output`` with the weights of ``checkpoint``.
 
     Args:
@@ -90,21 +92,21 @@ def export_checkpoint(
             written.
         OSError: the disk is full, or fails; nothing is kept.
     """
-    args = saved_arguments(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
+    args = read_saved_arguments(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
     if args is None:
         raise FileNotFoundError(
             f"--checkpoint is {checkpoint}: it must hold a torch_dist checkpoint"
         )
     extension = saved_extension(args) or _plain_extension(args)
-    source = _source(checkpoint, args, hf)
+    source = _find_source(checkpoint, args, hf)
     reads = [Path(checkpoint), *([source] if source else [])]
-    place = validate_extension_target(check_output(Path(output), reads), checkpoint)
-    config = _checked_config(source) if source else {}
-    stored = StoredTensors(latest_checkpoint(checkpoint))
+    place = validate_export_output(validate_output(Path(output), reads), checkpoint)
+    config = _read_config(source) if source else {}
+    stored = TorchDistTensors(find_checkpoint(checkpoint))
     try:
-        shape = _shape(args, config, source, stored)
+        shape = _validated_shape(args, config, source, stored)
         scaling = _exported_scaling(stored, extension, shape.head_dim)
-        tensors = list(parts_of(stored, shape, dtype))
+        tensors = list(plan_tensors(stored, shape, dtype))
         plans = [tensor.plan for tensor in tensors]
         total = sum(plan.nbytes for plan in plans)
         with (
@@ -112,34 +114,34 @@ def export_checkpoint(
             tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar,
         ):
             writer = ShardWriter(folder, plans, shard_bytes)
-            write_parts(writer, stored, tensors, bar.update)
+            write_tensors(writer, stored, tensors, bar.update)
             _write_files(folder, source, config, shape, extension, scaling, plans[0].dtype)
     finally:
         stored.close()
-    return Exported(shape, extension, plans[0].dtype, total, scaling.to_hf()["rope_type"])
+    return ExportedModel(shape, extension, plans[0].dtype, total, scaling.to_hf()["rope_type"])
 
 
-def _checked_config(source: Path) -> dict[str, Any]:
+def _read_config(source: Path) -> dict[str, Any]:
     """Return config.json of ``source``, when all that an export takes from there can be read."""
     config = read_config(source)
     with naming(source):
         window_of(config)
         shape_from_config(config)
-    check_files(source)
+    validate_files(source)
     return config
 
 
-def _source(checkpoint: str, args: Namespace, hf: str | None) -> Path | None:
+def _find_source(checkpoint: str, args: Namespace, hf: str | None) -> Path | None:
     """Return the folder to take config and tokenizer from; None for a model trained from scratch.
 
     Raises:
         FileNotFoundError: the import that the run started from is gone.
     """
-    return kept_files(checkpoint, args) if hf is None else find_source(hf)
+    return find_kept_files(checkpoint, args) if hf is None else find_hf_folder(hf)
 
 
-def _shape(
-    args: Namespace, config: dict[str, Any], source: Path | None, stored: StoredTensors
+def _validated_shape(
+    args: Namespace, config: dict[str, Any], source: Path | None, stored: TorchDistTensors
 ) -> ModelShape:
     """Return what the model is, by the saved arguments, config.json and the weights alike.
 
@@ -147,7 +149,7 @@ def _shape(
         UserError: they disagree.
     """
     wanted = shape_from_config(config) if config else None
-    shape = shape_from_arguments(args, wanted and wanted.architecture)
+    shape = exportable_shape(args, wanted and wanted.architecture)
     if wanted is not None:
         # A run may have another window, and pad the vocabulary or name the tokenizer's.
         shape = dataclasses.replace(shape, vocabulary=wanted.vocabulary)
@@ -178,7 +180,9 @@ def _plain_extension(args: Namespace) -> ExtensionConfig:
     return ExtensionConfig(window, window, window, rotary_base=float(args.rotary_base))
 
 
-def _exported_scaling(stored: StoredTensors, extension: ExtensionConfig, dim: int) -> RopeScaling:
+def _exported_scaling(
+    stored: TorchDistTensors, extension: ExtensionConfig, dim: int
+) -> RopeScaling:
     """Return the interpolation to write down; trained frequencies are frozen as they are at T."""
     scaling = extension.scaling(dim)
     trainer = trainer_of(scaling)
@@ -195,7 +199,7 @@ def _write_files(
     dtype: torch.dtype,
 ) -> None:
     """Write config.json and the model card, and take over the rest from ``source``."""
-    for path in other_files(source) if source else ():
+    for path in list_other_files(source) if source else ():
         shutil.copyfile(path, folder / path.name)
     fields = config_fields(shape)
     if config:  # of the base model: what says the same in its own words stays
@@ -204,7 +208,9 @@ def _write_files(
     written |= {"dtype": _TYPE_NAMES[dtype], "torch_dtype": _TYPE_NAMES[dtype]}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     _raise_tokenizer_length(folder, extension.target_length)
-    base = Base(source_name(source), config["max_position_embeddings"]) if source else None
+    base = (
+        SourceModel(read_source_name(source), config["max_position_embeddings"]) if source else None
+    )
     card = model_card(base, shape, extension, _TYPE_NAMES[dtype], scaling)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -222,13 +228,13 @@ def _raise_tokenizer_length(folder: Path, target_length: int) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def describe(exported: Exported, output: str) -> str:
+def describe(exported: ExportedModel, output: str) -> str:
     """Return what was made, and in a second line which inference engines read it."""
     return (
         f"{output}: {exported.shape.architecture}, {exported.shape.layers} layers, window "
         f"{exported.extension.target_length} tokens, RoPE {exported.extension.rope_interpolation}, "
         f"{_TYPE_NAMES[exported.dtype]}, {exported.nbytes / 1e9:.2f} GB\n"
-        f"{sentence(exported.rope_type)}"
+        f"{describe_engines(exported.rope_type)}"
     )
 
 

@@ -12,10 +12,10 @@ from math import prod
 import numpy as np
 import torch
 
+from megatron_cream.checkpoint.hf_weights import ShardWriter, TensorPlan
 from megatron_cream.checkpoint.model_shape import ModelShape
-from megatron_cream.checkpoint.safetensors_writer import ShardWriter, TensorPlan
-from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
-from megatron_cream.checkpoint.weight_map import Row, ranges
+from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
+from megatron_cream.checkpoint.weight_map import WeightRow, rows_of_part
 from megatron_cream.errors import UserError
 
 BLOCK_BYTES = 64 << 20
@@ -58,8 +58,8 @@ class ExtractedTensor:
             yield block
 
 
-def parts_of(
-    stored: StoredTensors, shape: ModelShape, dtype: torch.dtype | None
+def plan_tensors(
+    stored: TorchDistTensors, shape: ModelShape, dtype: torch.dtype | None
 ) -> Iterator[ExtractedTensor]:
     """Yield all tensors of a model, in the order in which they are written.
 
@@ -73,7 +73,7 @@ def parts_of(
         shapes = [shape.part_shape(part) for part in row.parts]
         part_rows = [size[0] for size in shapes]
         key, leading = _locate(stored, shape, row, place)
-        _check_shape(stored, shape, row, key, (sum(part_rows), *shapes[0][1:]))
+        _validate_shape(stored, shape, row, key, (sum(part_rows), *shapes[0][1:]))
         saved = stored.dtype(key)
         for number, part in enumerate(row.parts):
             yield ExtractedTensor(
@@ -81,12 +81,12 @@ def parts_of(
                 key=key,
                 leading=leading,
                 row_bytes=prod(shapes[number][1:]) * saved.itemsize,
-                rows=ranges(row, part_rows, shape.groups, number),
+                rows=rows_of_part(row, part_rows, shape.groups, number),
             )
 
 
 def _locate(
-    stored: StoredTensors, shape: ModelShape, row: Row, place: tuple[int, ...]
+    stored: TorchDistTensors, shape: ModelShape, row: WeightRow, place: tuple[int, ...]
 ) -> tuple[str, tuple[int, ...]]:
     """Return the key of a tensor and its index: Megatron may also store a tensor for each layer."""
     for name in filter(None, (row.key, row.alias)):
@@ -98,8 +98,8 @@ def _locate(
     raise UserError(f"checkpoint {stored.folder} lacks {row.key}: a {shape.architecture} has it")
 
 
-def _check_shape(
-    stored: StoredTensors, shape: ModelShape, row: Row, key: str, size: tuple[int, ...]
+def _validate_shape(
+    stored: TorchDistTensors, shape: ModelShape, row: WeightRow, key: str, size: tuple[int, ...]
 ) -> None:
     layers = shape.leading(row) if key in (row.key, row.alias) else shape.leading(row)[1:]
     wanted, found = (*layers, *size), stored.shape(key)
@@ -112,9 +112,9 @@ def _check_shape(
         )
 
 
-def write_parts(
+def write_tensors(
     writer: ShardWriter,
-    stored: StoredTensors,
+    stored: TorchDistTensors,
     tensors: list[ExtractedTensor],
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -136,7 +136,7 @@ def write_parts(
     writer.write_index()
 
 
-def _read_ahead(stored: StoredTensors, tensors: list[ExtractedTensor]) -> Iterator[np.ndarray]:
+def _read_ahead(stored: TorchDistTensors, tensors: list[ExtractedTensor]) -> Iterator[np.ndarray]:
     """Yield the bytes of all blocks; each is valid until the next one is asked for."""
     largest = max(max(t.row_bytes, min(BLOCK_BYTES, t.row_bytes * _count(t.rows))) for t in tensors)
     buffers = [np.empty(largest, np.uint8) for _ in range(2)]
@@ -156,7 +156,7 @@ def _count(rows: list[Range]) -> int:
 
 
 def _read(
-    stored: StoredTensors, tensor: ExtractedTensor, block: list[Range], memory: np.ndarray
+    stored: TorchDistTensors, tensor: ExtractedTensor, block: list[Range], memory: np.ndarray
 ) -> np.ndarray:
     out = memory[: _count(block) * tensor.row_bytes].reshape(-1, tensor.row_bytes)
     filled = 0

@@ -14,15 +14,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint.metadata import latest_checkpoint, saved_arguments
-from megatron_cream.checkpoint.safetensors_reader import INDEX
+from megatron_cream.checkpoint.hf_weights import INDEX
+from megatron_cream.checkpoint.iterations import find_checkpoint, read_saved_arguments
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import read_json, read_object
 
 RELEASE = "release"
 """What Megatron calls a checkpoint that is the start of training, without an iteration."""
 
-KEPT = "hf"
+HF_FOLDER = "hf"
 """Subfolder of an imported checkpoint with the files of its source."""
 
 TOKENIZER = "tokenizer_config.json"
@@ -36,7 +36,7 @@ _LEFT_OUT = (INDEX, "pytorch_model.bin.index.json")
 _MOST_RUNS = 100  # in a chain of runs, each started from the one before
 
 
-def find_source(name: str) -> Path:
+def find_hf_folder(name: str) -> Path:
     """Return the folder of ``--hf``: a folder, or the name of a repository on the hub.
 
     Raises:
@@ -82,41 +82,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def keep_files(source: Path, name: str, target: Path) -> None:
+def copy_hf_files(source: Path, name: str, target: Path) -> None:
     """Copy what is not weights into ``target``, and note what the source was called."""
     target.mkdir(exist_ok=True)
-    for path in other_files(source):
+    for path in list_other_files(source):
         shutil.copyfile(path, target / path.name)
     folder = Path(name)
     called = folder.resolve().name if folder.is_dir() else name
     (target / _NAME_FILE).write_text(called + "\n", encoding="utf-8")
 
 
-def other_files(folder: Path) -> list[Path]:
+def list_other_files(folder: Path) -> list[Path]:
     """Return configs, tokenizer files and licences of a Hugging Face folder.
 
     Raises:
-        UserError: one is a link that is not followed; see ``followed``.
+        UserError: one is a link that is refused; see ``validate_link``.
     """
     found = {path for pattern in _PATTERNS for path in folder.glob(pattern)}
     named = (path for path in found if path.name not in _LEFT_OUT)
-    return sorted(path for path in map(followed, named) if path.is_file())
+    return sorted(path for path in map(validate_link, named) if path.is_file())
 
 
-def check_files(folder: Path) -> None:
-    """Read what ``other_files`` will copy, before any weights are written.
+def validate_files(folder: Path) -> None:
+    """Read what ``list_other_files`` will copy, before any weights are written.
 
     Raises:
-        UserError: a link that is not followed, or a damaged JSON file.
+        UserError: a link that is refused, or a damaged JSON file.
     """
-    for path in other_files(folder):
+    for path in list_other_files(folder):
         if path.suffix == ".json":
             read_json(path)
     if (folder / TOKENIZER).is_file():
         read_object(folder / TOKENIZER)
 
 
-def followed(path: Path) -> Path:
+def validate_link(path: Path) -> Path:
     """Return ``path`` if it is no link, or one that a copy of the model has.
 
     A link in a model's folder may lead to a file of the same folder, and to ``blobs/`` of a cache
@@ -147,7 +147,7 @@ def _is_blob(real: Path) -> bool:
     return bool(hashed) and real.parent.name == "blobs" and repository.startswith("models--")
 
 
-def source_name(folder: Path) -> str:
+def read_source_name(folder: Path) -> str:
     """Return what the source of an import was called, a repository or the name of a folder."""
     file = folder / _NAME_FILE
     if not file.is_file():
@@ -156,7 +156,7 @@ def source_name(folder: Path) -> str:
     return lines[0] if lines else folder.resolve().name
 
 
-def kept_files(checkpoint: str, args: Namespace) -> Path | None:
+def find_kept_files(checkpoint: str, args: Namespace) -> Path | None:
     """Return the ``hf/`` folder of the import that a checkpoint goes back to.
 
     Follows --pretrained-checkpoint (or --load with --finetune) from run to run. None where the
@@ -166,33 +166,33 @@ def kept_files(checkpoint: str, args: Namespace) -> Path | None:
         FileNotFoundError: a checkpoint on the way, or the import's ``hf/``, is gone.
     """
     for _ in range(_MOST_RUNS):
-        folder = latest_checkpoint(checkpoint)
+        folder = find_checkpoint(checkpoint)
         for place in (Path(checkpoint), folder, folder.parent):
-            if (place / KEPT / "config.json").is_file():
-                return place / KEPT
+            if (place / HF_FOLDER / "config.json").is_file():
+                return place / HF_FOLDER
         started_from = getattr(args, "pretrained_checkpoint", None)
         if started_from is None and getattr(args, "finetune", False):
             started_from = getattr(args, "load", None)
         if started_from is None or started_from == checkpoint:
             if folder.name == RELEASE:
-                raise _gone(checkpoint)
+                raise _gone_error(checkpoint)
             return None
         checkpoint = started_from
-        found = saved_arguments(checkpoint) if Path(checkpoint).is_dir() else None
+        found = read_saved_arguments(checkpoint) if Path(checkpoint).is_dir() else None
         if found is None:
-            raise _gone(checkpoint)
+            raise _gone_error(checkpoint)
         args = found
-    raise _gone(checkpoint)
+    raise _gone_error(checkpoint)
 
 
-def validate_extension_target(output: Path, checkpoint: str) -> Path:
+def validate_export_output(output: Path, checkpoint: str) -> Path:
     """Return ``output`` unless readers of the checkpoint would take it for a part of that.
 
     Raises:
         UserError: it is ``hf``, ``release`` or an iteration in the checkpoint's own folder.
     """
-    read = output.name in (KEPT, RELEASE) or output.name.startswith("iter_")
-    if read and output.parent in {Path(checkpoint).resolve(), latest_checkpoint(checkpoint).parent}:
+    read = output.name in (HF_FOLDER, RELEASE) or output.name.startswith("iter_")
+    if read and output.parent in {Path(checkpoint).resolve(), find_checkpoint(checkpoint).parent}:
         raise UserError(
             f"--output is {output}: a folder of that name is read as a part of the checkpoint; "
             "it must have another one"
@@ -200,8 +200,8 @@ def validate_extension_target(output: Path, checkpoint: str) -> Path:
     return output
 
 
-def _gone(checkpoint: str) -> FileNotFoundError:
+def _gone_error(checkpoint: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"--checkpoint goes back to {checkpoint}, which has no {KEPT}/config.json now; say with "
-        "--hf which folder to take config and tokenizer from"
+        f"--checkpoint goes back to {checkpoint}, which has no {HF_FOLDER}/config.json now; say "
+        "with --hf which folder to take config and tokenizer from"
     )

@@ -14,25 +14,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_cream.checkpoint.arguments import import_arguments
-from megatron_cream.checkpoint.config_json import shape_from_config, window_of
+from megatron_cream.checkpoint.hf_config import shape_from_config, window_of
 from megatron_cream.checkpoint.hf_files import (
-    KEPT,
+    HF_FOLDER,
     RELEASE,
-    check_files,
-    find_source,
-    keep_files,
+    copy_hf_files,
+    find_hf_folder,
     read_config,
+    validate_files,
 )
-from megatron_cream.checkpoint.hf_validation import check_weights
-from megatron_cream.checkpoint.model_shape import ModelShape
-from megatron_cream.checkpoint.safetensors_reader import DTYPES, HfWeights
-from megatron_cream.checkpoint.staging import check_output, staged
-from megatron_cream.checkpoint.torch_dist_writer import Chunk, write_torch_dist
-from megatron_cream.checkpoint.weight_map import Row, pieces
+from megatron_cream.checkpoint.hf_weights import DTYPES, HfWeights, validate_weights
+from megatron_cream.checkpoint.model_shape import ModelShape, import_arguments
+from megatron_cream.checkpoint.torch_dist_io import TensorChunk, write_torch_dist
+from megatron_cream.checkpoint.weight_map import WeightRow, rows_in_order
 from megatron_cream.config import ExtensionConfig, rope_settings
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming
+from megatron_cream.ownership import staged, validate_output
 from megatron_cream.rope import scaling_from_hf
 
 CHUNK_BYTES = 64 << 20
@@ -46,7 +44,7 @@ An import is what --pretrained-checkpoint starts from, at any layout.
 
 
 @dataclasses.dataclass(frozen=True)
-class Imported:
+class ImportedModel:
     """What an import made: the model, and the bytes of its weights as written."""
 
     shape: ModelShape
@@ -57,7 +55,7 @@ class Imported:
 
 def import_checkpoint(
     hf: str, output: str, dtype: torch.dtype | None = None, quiet: bool = False
-) -> Imported:
+) -> ImportedModel:
     """Write the checkpoint ``output`` with the weights, arguments and files of ``hf``.
 
     Args:
@@ -70,33 +68,33 @@ def import_checkpoint(
         UserError, FileNotFoundError: a source that cannot be imported, before anything is written.
         OSError: the disk is full, or fails; nothing is kept.
     """
-    source = find_source(hf)
-    place = check_output(Path(output), [source])
+    source = find_hf_folder(hf)
+    place = validate_output(Path(output), [source])
     config = read_config(source)
     with naming(source):
         shape = shape_from_config(config)
-        extension = base_extension(config, shape)
-    check_files(source)
+        extension = read_base_extension(config, shape)
+    validate_files(source)
     weights = HfWeights(source)
     try:
-        stored = check_weights(weights, shape, dtype)
+        stored = validate_weights(weights, shape, dtype)
         chunks = list(_chunks(weights, shape, dtype or stored))
         total = sum(chunk.nbytes for chunk in chunks)
-        objects = _objects(shape, extension, dtype or stored)
+        objects = _object_records(shape, extension, dtype or stored)
         with (
             staged(place, total, [source]) as folder,
             tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=quiet) as bar,
         ):
             (folder / RELEASE).mkdir()
             write_torch_dist(folder / RELEASE, chunks, objects, bar.update)
-            keep_files(source, hf, folder / KEPT)
+            copy_hf_files(source, hf, folder / HF_FOLDER)
             (folder / "latest_checkpointed_iteration.txt").write_text(RELEASE)
     finally:
         weights.close()
-    return Imported(shape, extension, dtype or stored, total)
+    return ImportedModel(shape, extension, dtype or stored, total)
 
 
-def base_extension(config: dict[str, Any], shape: ModelShape) -> ExtensionConfig:
+def read_base_extension(config: dict[str, Any], shape: ModelShape) -> ExtensionConfig:
     """Return the settings of the model as it is: its window, and how its angles are made.
 
     Raises:
@@ -112,7 +110,7 @@ def base_extension(config: dict[str, Any], shape: ModelShape) -> ExtensionConfig
     return ExtensionConfig(train_length=window, target_length=window, **rope_settings(scaling))
 
 
-def _chunks(weights: HfWeights, shape: ModelShape, dtype: torch.dtype) -> Iterator[Chunk]:
+def _chunks(weights: HfWeights, shape: ModelShape, dtype: torch.dtype) -> Iterator[TensorChunk]:
     for row, place in shape.places():
         part_shapes = [shape.part_shape(part) for part in row.parts]
         rows, columns = sum(size[0] for size in part_shapes), part_shapes[0][1:]
@@ -120,23 +118,23 @@ def _chunks(weights: HfWeights, shape: ModelShape, dtype: torch.dtype) -> Iterat
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             for key in filter(None, (row.key, row.alias)):
-                yield Chunk(
+                yield TensorChunk(
                     key=key,
                     dtype=dtype,
                     shape=(*shape.leading(row), rows, *columns),
                     offset=(*place, start, *(0 for _ in columns)),
                     size=(*(1 for _ in place), stop - start, *columns),
-                    fill=_Rows(weights, shape, row, place, start, stop, dtype),
+                    fill=_TensorRows(weights, shape, row, place, start, stop, dtype),
                 )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class _TensorRows:
     """Rows ``[start, stop)`` of a Megatron tensor, put together from its parts when called."""
 
     weights: HfWeights
     shape: ModelShape
-    row: Row
+    row: WeightRow
     place: tuple[int, ...]
     start: int
     stop: int
@@ -146,7 +144,7 @@ class _Rows:
         names = [part.at(self.place) for part in self.row.parts]
         part_rows = [self.weights.tensors[name].shape[0] for name in names]
         first = filled = 0
-        for piece in pieces(self.row, part_rows, self.shape.groups):
+        for piece in rows_in_order(self.row, part_rows, self.shape.groups):
             begin = piece.start + max(0, self.start - first)
             end = min(piece.stop, piece.start + self.stop - first)
             first += piece.stop - piece.start
@@ -175,7 +173,9 @@ _WITHOUT_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.m
 _BESIDE = {"decoder.layers.mlp.linear_fc1": ("decoder.layers.mlp.activation_func",)}
 
 
-def _objects(shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _object_records(
+    shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype
+) -> dict[str, Any]:
     """Return what Megatron keeps beside tensors, by the name it has on the disk.
 
     The loader asks for the "extra state" of every linear layer, with Transformer Engine of every
@@ -199,7 +199,7 @@ def _objects(shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype) 
     return objects
 
 
-def describe(imported: Imported, output: str) -> str:
+def describe(imported: ImportedModel, output: str) -> str:
     """Return what was made, and how a run starts from it."""
     shape, extension = imported.shape, imported.extension
     lines = [
@@ -207,11 +207,13 @@ def describe(imported: Imported, output: str) -> str:
         f"tokens, RoPE {extension.rope_interpolation}, {str(imported.dtype).removeprefix('torch.')}"
         f", {imported.nbytes / 1e9:.2f} GB",
         f"start a run from it: --pretrained-checkpoint {output} --use-checkpoint-args "
-        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {output}/{KEPT} "
+        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {output}/{HF_FOLDER} "
         "--seq-length N --target-length T",
     ]
     if extension.rope_interpolation != "none":
-        lines.append(f"its RoPE is scaled already: --rope-base-config {output}/{KEPT}/config.json")
+        lines.append(
+            f"its RoPE is scaled already: --rope-base-config {output}/{HF_FOLDER}/config.json"
+        )
     return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that Megatron saves to: its iterations, and the tracker file that names the latest."""
+"""Finds the iterations of a run, and reads the arguments saved with one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -37,11 +38,11 @@ def read_tracker(root: Path) -> str | None:
         return text
     raise UserError(
         f"{path} holds {text[:40]!r}: it must be the number of an iteration in {root} "
-        f"({_named(root)}), or {RELEASE}"
+        f"({_name_iterations(root)}), or {RELEASE}"
     )
 
 
-def folder_named(root: Path, name: str) -> Path:
+def iteration_folder(root: Path, name: str) -> Path:
     """Return the folder of what a tracker names, whether it is there or not."""
     return root / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
 
@@ -51,55 +52,59 @@ def is_iteration(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (FORMAT_FILE, ".metadata", "common.pt"))
 
 
-def iterations(root: Path) -> list[Path]:
+def list_iterations(root: Path) -> list[Path]:
     """Return the iterations in a folder, oldest first.
 
     What a save that was killed leaves behind, files of ranks and no table of them, is none.
     """
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if number(path) is not None and _holds_one(path)]
-    return sorted(found, key=number)
+    found = [
+        path
+        for path in root.iterdir()
+        if iteration_number(path) is not None and _holds_iteration(path)
+    ]
+    return sorted(found, key=iteration_number)
 
 
-def number(folder: Path) -> int | None:
+def iteration_number(folder: Path) -> int | None:
     """Return the iteration of a folder, by its name; None for another folder's."""
     found = re.fullmatch(r"iter_(\d{7,18})", folder.name)
     return int(found[1]) if found else None
 
 
-def _holds_one(folder: Path) -> bool:
+def _holds_iteration(folder: Path) -> bool:
     return is_iteration(folder) or any(folder.glob("mp_rank_*"))
 
 
-def write_tracker(folder: Path) -> str:
+def tracker_command(folder: Path) -> str:
     """Return the command that makes an iteration the one to go on from."""
-    name = RELEASE if folder.name == RELEASE else number(folder)
+    name = RELEASE if folder.name == RELEASE else iteration_number(folder)
     return f"echo {name} > {shlex.quote(str(folder.parent / TRACKER))}"
 
 
-def without_tracker(root: Path) -> UserError | None:
+def missing_tracker_error(root: Path) -> UserError | None:
     """Return why a folder cannot be used: it has iterations and does not say which is the latest.
 
     None where it has a tracker, or no iteration.
     """
-    found = iterations(root)
+    found = list_iterations(root)
     if not found or (root / TRACKER).is_file():
         return None
     finished = [path for path in found if (path / FORMAT_FILE).is_file()]
     return UserError(
-        f"{root} has {_named(root)} and no {TRACKER}, which names the one to take; write it: "
-        f"{write_tracker((finished or found)[-1])}"
+        f"{root} has {_name_iterations(root)} and no {TRACKER}, which names the one to take; "
+        f"write it: {tracker_command((finished or found)[-1])}"
     )
 
 
-def _named(root: Path) -> str:
-    names = [path.name for path in iterations(root)]
+def _name_iterations(root: Path) -> str:
+    names = [path.name for path in list_iterations(root)]
     return f"{len(names)} iterations" + (f", {names[0]} to {names[-1]}" if names else "")
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """What a run takes its weights from.
 
     Attributes:
@@ -113,7 +118,7 @@ class Start:
     folder: Path
 
 
-def start_of(args: Namespace) -> Start | None:
+def find_start(args: Namespace) -> RunStart | None:
     """Return what Megatron's trainer will load with these arguments; None for random weights.
 
     Raises:
@@ -130,4 +135,67 @@ def start_of(args: Namespace) -> Start | None:
     step = getattr(args, "ckpt_step", None)
     if step and name != RELEASE:  # as Megatron has it
         name = str(step)
-    return None if name is None else Start(flag, root, folder_named(root, name))
+    return None if name is None else RunStart(flag, root, iteration_folder(root, name))
+
+
+SETTINGS_KEY = "megatron_cream"
+"""Attribute of the arguments that Megatron saves with a checkpoint; holds our settings."""
+
+
+def find_checkpoint(path: str) -> Path | None:
+    """Return the folder of the latest torch_dist checkpoint under ``path``, or None.
+
+    ``path`` is what Megatron was given as --save, or one ``iter_...`` folder in it.
+
+    Raises:
+        UserError: the folder that Megatron's tracker file names is missing or not whole, the
+            tracker is damaged, or there are iterations and no tracker.
+    """
+    root = Path(path)
+    if (root / FORMAT_FILE).is_file():
+        return root
+    name = read_tracker(root)
+    if name is None:
+        if error := missing_tracker_error(root):
+            raise error
+        return None
+    folder = iteration_folder(root, name)
+    if not (folder / FORMAT_FILE).is_file():
+        from megatron_cream.checkpoint.doctor import advise_earlier_iteration
+
+        raise UserError(
+            f"checkpoint {path}: {TRACKER} names {folder.name}, which is missing or not whole; "
+            f"{advise_earlier_iteration(folder, '--checkpoint')}"
+        )
+    return folder
+
+
+def read_saved_arguments(path: str) -> Namespace | None:
+    """Return the arguments saved with the latest checkpoint under ``path``, or None.
+
+    No code from the checkpoint runs.
+    """
+    folder = find_checkpoint(path)
+    return None if folder is None else read_arguments(folder)
+
+
+def read_arguments(folder: Path) -> Namespace | None:
+    """Return the arguments saved with one iteration, or None where it has none.
+
+    Raises:
+        OSError, UserError: it is damaged, or names what Megatron does not write.
+    """
+    from megatron_cream.checkpoint.torch_dist_table import read_common, read_table
+
+    args = read_common(read_table(folder)).get("args")
+    if not isinstance(args, Namespace | None):
+        raise UserError(
+            f"checkpoint {folder} is damaged: its arguments are a {type(args).__name__}"
+        )
+    return args
+
+
+def saved_extension(args: Namespace) -> ExtensionConfig | None:
+    """Return our settings out of saved arguments, or None where another tool trained."""
+    settings = getattr(args, SETTINGS_KEY, None)
+    return None if settings is None else ExtensionConfig.from_dict(settings)

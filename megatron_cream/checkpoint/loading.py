@@ -14,8 +14,8 @@ from megatron.core import dist_checkpointing, mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_cream.checkpoint.integrity import check
-from megatron_cream.checkpoint.metadata import arguments_in, latest_checkpoint, saved_extension
+from megatron_cream.checkpoint.doctor import validate_iteration
+from megatron_cream.checkpoint.iterations import find_checkpoint, read_arguments, saved_extension
 from megatron_cream.checkpoint.unpickling import only_listed_globals
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
@@ -92,11 +92,11 @@ def load_model(
         UserError: it carries no settings of ours and ``extension`` is not given; it is damaged, or
             names what Megatron does not write.
     """
-    folder = latest_checkpoint(path)
+    folder = find_checkpoint(path)
     if folder is None:
         raise FileNotFoundError(f"--checkpoint is {path}: it must hold a torch_dist checkpoint")
-    check(folder, f"--checkpoint is {path}")
-    args = arguments_in(folder)
+    validate_iteration(folder, f"--checkpoint is {path}")
+    args = read_arguments(folder)
     if args is None:
         raise UserError(f"--checkpoint is {path}: {folder.name} says nothing of the model it is of")
     extension = extension or saved_extension(args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of an export: what it is, how it was extended, how to load it."""
+"""Writes the model card of an export, and knows which inference engines read its RoPE."""
 
 from __future__ import annotations
 
@@ -7,10 +7,106 @@ import json
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from megatron_cream.checkpoint.inference_engines import sentence
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.rope import RopeScaling, hf_rope_fields
+
+YES = "yes"
+"""Logits are those that the model was trained with."""
+
+REFUSED = "refused"
+"""Loading or conversion ends with an error."""
+
+IGNORED = "ignored"
+"""Loads without an error and turns positions otherwise: wrong answers."""
+
+UNKNOWN = "not tried"
+
+ROPE_TYPES = ("default", "linear", "yarn", "llama3", "longrope", "proportional")
+"""Values of rope_type in an export. ``default`` are also ntk and another theta, ``longrope`` also
+yarn-pose, trained frequencies and an interpolation on top of another one."""
+
+
+@dataclass(frozen=True)
+class InferenceEngine:
+    """An inference engine.
+
+    Attributes:
+        name: as its own project writes it.
+        known: ``run`` by ``tests/engines``, ``run once`` by hand, or ``read in source``.
+        reads: what it does with each of ``ROPE_TYPES``, in their order.
+        note: what a user must know beside that, or an empty string.
+    """
+
+    name: str
+    known: str
+    reads: tuple[str, ...]
+    note: str = ""
+
+    def of(self, rope_type: str) -> str:
+        """Return what the engine does with a ``rope_type``."""
+        return self.reads[ROPE_TYPES.index(rope_type)]
+
+
+ENGINES = (
+    InferenceEngine("transformers 5", "run", (YES, YES, YES, YES, YES, YES)),
+    InferenceEngine("transformers 4.57", "run", (YES, YES, YES, YES, YES, REFUSED)),
+    InferenceEngine(
+        "vLLM",
+        "read in source",
+        (YES, YES, YES, YES, YES, REFUSED),
+        "with longrope every sequence gets the long list once --max-model-len is more than the "
+        "original window; it computes yarn's attention factor itself",
+    ),
+    InferenceEngine(
+        "SGLang",
+        "read in source",
+        (YES, YES, YES, YES, YES, YES),
+        "it computes yarn's attention factor itself",
+    ),
+    InferenceEngine(
+        "llama.cpp",
+        "run",
+        (YES, YES, YES, YES, IGNORED, IGNORED),
+        "its converter writes down longrope for a Llama without the lists",
+    ),
+    InferenceEngine("CTranslate2", "run", (YES, YES, REFUSED, IGNORED, REFUSED, REFUSED)),
+    InferenceEngine(
+        "ONNX Runtime GenAI",
+        "run once",
+        (YES, IGNORED, IGNORED, UNKNOWN, UNKNOWN, UNKNOWN),
+        "newer versions divide by the factor of linear: compare before you serve",
+    ),
+    InferenceEngine(
+        "litgpt",
+        "run once",
+        (IGNORED,) * 6,
+        "takes RoPE from its own table of models by name, and not from config.json",
+    ),
+)
+
+
+def engines_by_answer(rope_type: str) -> dict[str, list[str]]:
+    """Return the engines by what they do with a ``rope_type``, in the order of ``ENGINES``."""
+    found: dict[str, list[str]] = {YES: [], REFUSED: [], IGNORED: [], UNKNOWN: []}
+    for engine in ENGINES:
+        found[engine.of(rope_type)].append(engine.name)
+    return {answer: names for answer, names in found.items() if names}
+
+
+def describe_engines(rope_type: str) -> str:
+    """Say in one line who reads an export whose config.json has this ``rope_type``."""
+    said = {
+        YES: "is read by",
+        REFUSED: "refused by",
+        IGNORED: "silently ignored (wrong answers) by",
+        UNKNOWN: "not tried with",
+    }
+    parts = [
+        f"{said[how]} {', '.join(names)}" for how, names in engines_by_answer(rope_type).items()
+    ]
+    return f"rope_type {rope_type} {'; '.join(parts)}"
+
 
 _HOW = {
     "cream": "CREAM (arXiv:2406.07138)",
@@ -21,7 +117,7 @@ _HOW = {
 
 
 @dataclass(frozen=True)
-class Base:
+class SourceModel:
     """The model that was extended: its name, a repository or a folder, and its window."""
 
     name: str
@@ -29,7 +125,7 @@ class Base:
 
 
 def model_card(
-    base: Base | None,
+    base: SourceModel | None,
     shape: ModelShape,
     extension: ExtensionConfig,
     dtype: str,
@@ -77,7 +173,7 @@ def model_card(
         "```",
         "",
         "Positions beyond the base model's window are right only where the inference engine reads "
-        f"the RoPE settings of config.json: {sentence(rope_type)}.",
+        f"the RoPE settings of config.json: {describe_engines(rope_type)}.",
         "",
         f"`vllm serve PATH --max-model-len {window}` or `python -m sglang.launch_server "
         f"--model-path PATH --context-length {window}` serves it at its full window.",
@@ -86,7 +182,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def _history(base: Base | None, extension: ExtensionConfig) -> list[str]:
+def _history(base: SourceModel | None, extension: ExtensionConfig) -> list[str]:
     window = extension.target_length
     if base is None:
         return [f"Trained from scratch with Megatron-Core, with a window of {window} tokens."]

@@ -7,13 +7,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from megatron_cream.checkpoint.weight_map import FAMILIES, Family, Part, Row
+import torch
+
+from megatron_cream.checkpoint.iterations import SETTINGS_KEY
+from megatron_cream.checkpoint.weight_map import FAMILIES, Family, WeightPart, WeightRow
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
+from megatron_cream.mcore.arguments import flag_of, values
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,11 @@ class ModelShape:
         """How many Hugging Face tensors it has."""
         return sum(math.prod(self.leading(row)) * len(row.parts) for row in self.rows())
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[WeightRow]:
         """Return the rows of the family's table that this model has."""
         return [r for r in self.family.rows if r.when is None or getattr(self, r.when)]
 
-    def part_shape(self, part: Part) -> tuple[int, ...]:
+    def part_shape(self, part: WeightPart) -> tuple[int, ...]:
         """Return the shape of a Hugging Face tensor."""
         sizes = {
             "h": self.hidden,
@@ -84,11 +93,11 @@ class ModelShape:
         }
         return tuple(sizes[axis] for axis in part.shape)
 
-    def leading(self, row: Row) -> tuple[int, ...]:
+    def leading(self, row: WeightRow) -> tuple[int, ...]:
         """Return the sizes of the leading axes of a row: (), (layers,) or (layers, experts)."""
         return tuple({"l": self.layers, "e": self.experts}[axis] for axis in row.axes)
 
-    def places(self) -> Iterator[tuple[Row, tuple[int, ...]]]:
+    def places(self) -> Iterator[tuple[WeightRow, tuple[int, ...]]]:
         """Yield every tensor: its row, and its index along the leading axes, layer by layer."""
         rows = self.rows()
         yield from ((row, ()) for row in rows if not row.axes)
@@ -104,3 +113,159 @@ class ModelShape:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         ]
+
+
+def size_flags(shape: ModelShape) -> list[str]:
+    """Return the flags that say how large a model is, without those that Megatron assumes."""
+    flags = [
+        *("--num-layers", shape.layers, "--hidden-size", shape.hidden),
+        *("--ffn-hidden-size", shape.ffn, "--num-attention-heads", shape.heads),
+    ]
+    if shape.groups != shape.heads:
+        flags += ["--group-query-attention", "--num-query-groups", shape.groups]
+    if shape.head_dim * shape.heads != shape.hidden:
+        flags += ["--kv-channels", shape.head_dim]
+    if shape.experts:
+        flags += ["--num-experts", shape.experts, "--moe-router-topk", shape.experts_per_token]
+        flags += ["--moe-ffn-hidden-size", shape.ffn]
+    return [str(flag) for flag in flags]
+
+
+def kind_flags(shape: ModelShape) -> list[str]:
+    """Return the flags that say what a model's layers are made of."""
+    flags = ["--swiglu", "--normalization", "RMSNorm", "--norm-epsilon", str(shape.norm_epsilon)]
+    flags += [] if shape.linear_bias else ["--disable-bias-linear"]
+    flags += ["--add-qkv-bias"] if shape.qkv_bias else []
+    flags += ["--qk-layernorm"] if shape.qk_norm else []
+    flags += ["--untie-embeddings-and-output-weights"] if shape.untied else []
+    flags += [] if shape.window is None else ["--window-size", f"{shape.window - 1},0"]
+    return [*flags, "--attention-dropout", "0", "--hidden-dropout", "0"]
+
+
+def shape_from_arguments(args: Namespace, architecture: str | None = None) -> ModelShape:
+    """Return the shape that Megatron's arguments describe; whether Megatron serves it is not asked.
+
+    Args:
+        architecture: what the model is to be called; by default the one whose features it has.
+    """
+    window = args.window_size[0] + 1 if args.window_size else None
+    experts = args.num_experts or None
+    heads = args.num_attention_heads
+    return ModelShape(
+        architecture=architecture or _architecture(args, window),
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        ffn=(args.moe_ffn_hidden_size if experts else None) or args.ffn_hidden_size,
+        heads=heads,
+        groups=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels or args.hidden_size // heads,
+        vocabulary=args.vocab_size or args.padded_vocab_size,
+        norm_epsilon=args.layernorm_epsilon,
+        tied=not args.untie_embeddings_and_output_weights,
+        qkv_bias=bool(args.add_qkv_bias or args.add_bias_linear),
+        linear_bias=bool(args.add_bias_linear),
+        qk_norm=bool(args.qk_layernorm),
+        experts=experts,
+        experts_per_token=args.moe_router_topk if experts else None,
+        window=window,
+    )
+
+
+def _architecture(args: Namespace, window: int | None) -> str:
+    if args.num_experts:
+        return "MixtralForCausalLM"
+    if args.qk_layernorm:
+        return "Qwen3ForCausalLM"
+    if args.add_qkv_bias and not args.add_bias_linear:
+        return "Qwen2ForCausalLM"
+    return "LlamaForCausalLM" if window is None else "MistralForCausalLM"
+
+
+PADDING = 128
+"""Megatron's --make-vocab-size-divisible-by: any tensor-parallel size up to it divides."""
+
+_TYPE_FLAGS = {torch.float32: (), torch.bfloat16: ("--bf16",), torch.float16: ("--fp16",)}
+
+# Flags of a run, which Megatron's validation asks for and no reader of a checkpoint looks at.
+_UNUSED = (
+    *("--micro-batch-size", "1", "--lr", "0", "--train-iters", "1", "--eval-interval", "1"),
+    *("--eval-iters", "0", "--no-create-attention-mask-in-dataloader"),
+    *("--tokenizer-type", "NullTokenizer"),
+)
+
+
+def import_arguments(
+    shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype
+) -> Namespace:
+    """Return the arguments that are saved with an import.
+
+    All of Megatron's are there, made by its own parser, so that --use-checkpoint-args and every
+    other reader finds what it looks for.
+    """
+    from megatron.training.arguments import add_megatron_arguments, validate_args
+
+    from megatron_cream.training.arguments import add_arguments
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    window = str(extension.target_length)
+    flags = [
+        *(*size_flags(shape), *kind_flags(shape), "--vocab-size", str(shape.vocabulary)),
+        *("--position-embedding-type", "rope"),
+        *("--seq-length", window, "--max-position-embeddings", window),
+    ]
+    args = parser.parse_args([*flags, *_TYPE_FLAGS[dtype], *_UNUSED])
+    args.rank, args.world_size = 0, 1
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints them all
+        validate_args(args)
+    args.padded_vocab_size = -(-shape.vocabulary // PADDING) * PADDING
+    base = extension.rotary_base
+    args.rotary_base = int(base) if base == int(base) else base  # the flag takes whole numbers
+    # Choices of the run, which --use-checkpoint-args would overrule.
+    args.moe_grouped_gemm = args.tokenizer_type = args.tokenizer_model = None
+    setattr(args, SETTINGS_KEY, extension.to_dict())
+    return args
+
+
+def exportable_shape(args: Namespace, architecture: str | None = None) -> ModelShape:
+    """Read Megatron's arguments, as saved with a checkpoint.
+
+    Args:
+        architecture: what the model is to be called; by default the one whose features it has.
+
+    Raises:
+        UserError: a model that no family describes, naming the flag.
+    """
+    _validate_llama_like(args)
+    shape = shape_from_arguments(args, architecture)
+    _validate_features(shape)
+    return shape
+
+
+def _validate_llama_like(args: Namespace) -> None:
+    for name, needed in values("hugging_face").items():
+        value = getattr(args, name, needed)
+        if value != needed and not (needed is False and value is None):
+            raise UserError(
+                f"{flag_of(name)} of the checkpoint is {value!r}: it must be {needed!r} for a "
+                f"Hugging Face model of the families {tuple(FAMILIES)}"
+            )
+
+
+def _validate_features(shape: ModelShape) -> None:
+    family = shape.family
+    features = {
+        "--qk-layernorm": (shape.qk_norm, family.qk_norm),
+        "--num-experts": (bool(shape.experts), family.experts),
+        "--add-qkv-bias": (shape.qkv_bias, family.qkv_bias or shape.linear_bias),
+        "--add-bias-linear": (shape.linear_bias, family.biases and shape.linear_bias),
+        "--window-size": (
+            shape.window is not None,
+            family.windowed and shape.window is not None,
+        ),
+    }
+    for flag, (has, needs) in features.items():
+        if has != needs:
+            raise UserError(
+                f"{flag} of the checkpoint is {'on' if has else 'off'}: a {shape.architecture} "
+                f"needs it {'on' if needs else 'off'}"
+            )

@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_cream.checkpoint.unpickling import METADATA, read_object, read_pickle
+from megatron_cream.checkpoint.unpickling import METADATA, unpickle_metadata, unpickle_object
 from megatron_cream.errors import UserError
 
-Place = tuple[str, tuple[int, ...]]
+RecordKey = tuple[str, tuple[int, ...]]
 """Key and offset of a chunk; () is the offset of an object."""
 
 COMMON = "common_state/shard_0_1"
@@ -37,7 +37,7 @@ COMMON_FILE = "common.pt"
 
 
 @dataclass(frozen=True)
-class Record:
+class FileRecord:
     """A stretch of a file.
 
     Attributes:
@@ -54,13 +54,13 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Table:
+class CheckpointTable:
     """What ``.metadata`` says; every chunk and object has its record."""
 
     folder: Path
     tensors: dict[str, TensorStorageMetadata]
     objects: tuple[str, ...]
-    records: dict[Place, Record]
+    records: dict[RecordKey, FileRecord]
 
     def ends(self) -> dict[str, int]:
         """Return the bytes that each file must have at least."""
@@ -82,10 +82,10 @@ class Table:
         with path.open("rb") as file:
             file.seek(record.start)
             data = io.BytesIO(file.read(record.length))
-        return read_object(data, f"{path}: {name}")
+        return unpickle_object(data, f"{path}: {name}")
 
 
-def read_table(folder: Path) -> Table:
+def read_table(folder: Path) -> CheckpointTable:
     """Read and check ``.metadata``, without running code from the checkpoint.
 
     Raises:
@@ -102,27 +102,27 @@ def read_table(folder: Path) -> Table:
 
 
 @lru_cache(maxsize=2)  # a start asks for it several times, and it may have 100 MB
-def _read_table(folder: Path, *_: int) -> Table:
+def _read_table(folder: Path, *_: int) -> CheckpointTable:
     path = folder / METADATA
-    metadata = read_pickle(path)
+    metadata = unpickle_metadata(path)
     wrong = next(_wrong(metadata), None)
     if wrong is not None:
         raise UserError(f"{path} is damaged: {wrong}")
     entries = metadata.state_dict_metadata
-    table = Table(
+    table = CheckpointTable(
         folder,
         {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)},
         tuple(key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)),
         # Without the index that torch numbers a rank's chunks by.
-        {(i.fqn, tuple(i.offset or ())): _record(s) for i, s in metadata.storage_data.items()},
+        {(i.fqn, tuple(i.offset or ())): _file_record(s) for i, s in metadata.storage_data.items()},
     )
-    lacking = next((place for place in _places(table) if place not in table.records), None)
+    lacking = next((place for place in _record_keys(table) if place not in table.records), None)
     if lacking is not None:
         raise UserError(f"{path} is damaged: {lacking[0]} at {lacking[1]} has no record")
     return table
 
 
-def read_common(table: Table) -> dict[str, Any]:
+def read_common(table: CheckpointTable) -> dict[str, Any]:
     """Return what all ranks of the run had in common, without running code from the checkpoint.
 
     Raises:
@@ -130,7 +130,7 @@ def read_common(table: Table) -> dict[str, Any]:
     """
     path = table.folder / COMMON_FILE
     if path.is_file():
-        found, place = [read_object(path, str(path))], str(path)
+        found, place = [unpickle_object(path, str(path))], str(path)
     elif (COMMON, ()) in table.records:
         found = table.read_object(COMMON)
         place = f"{table.folder / table.records[COMMON, ()].file}: {COMMON}"
@@ -141,12 +141,12 @@ def read_common(table: Table) -> dict[str, Any]:
     return found[0]
 
 
-def _record(info: Any) -> Record:
+def _file_record(info: Any) -> FileRecord:
     transformed = bool(getattr(info, "transform_descriptors", None))
-    return Record(info.relative_path, info.offset, info.length, transformed)
+    return FileRecord(info.relative_path, info.offset, info.length, transformed)
 
 
-def _places(table: Table) -> Iterator[Place]:
+def _record_keys(table: CheckpointTable) -> Iterator[RecordKey]:
     for key, entry in table.tensors.items():
         for chunk in entry.chunks:
             yield key, tuple(chunk.offsets)

@@ -63,18 +63,18 @@ _IN_OBJECTS = {
 _ENUMS = ("megatron.core.enums", "megatron.core.transformer.enums")  # all of theirs
 
 
-def read_pickle(path: Path) -> Any:
+def unpickle_metadata(path: Path) -> Any:
     """Return what ``.metadata`` holds.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: it is damaged, or names something else than torch and Megatron write.
     """
-    with path.open("rb") as file, damage_of(path):
-        return _Restricted(file, path).load()
+    with path.open("rb") as file, name_damaged(path):
+        return _MetadataUnpickler(file, path).load()
 
 
-class _Restricted(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     def __init__(self, file: Any, path: Path) -> None:
         super().__init__(file)
         self._path = path
@@ -83,12 +83,12 @@ class _Restricted(pickle.Unpickler):
         full = f"{module}.{name}"
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        if full not in _IN_METADATA and full not in _trusted():
-            raise _foreign(self._path, [full])
+        if full not in _IN_METADATA and full not in _trusted_names():
+            raise _foreign_name_error(self._path, [full])
         return super().find_class(module, name)
 
 
-def read_object(data: io.BytesIO | Path, place: str) -> Any:
+def unpickle_object(data: io.BytesIO | Path, place: str) -> Any:
     """Return an object that ``torch.save`` wrote, tensors on the CPU.
 
     Args:
@@ -98,15 +98,15 @@ def read_object(data: io.BytesIO | Path, place: str) -> Any:
     Raises:
         UserError: it is damaged, or names something that Megatron does not write.
     """
-    with damage_of(place), torch.serialization.safe_globals(_listed()):
+    with name_damaged(place), torch.serialization.safe_globals(_allowed_globals()):
         try:
             value = torch.load(_rewound(data), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             if names := torch.serialization.get_unsafe_globals_in_checkpoint(_rewound(data)):
-                raise _foreign(place, names) from None
+                raise _foreign_name_error(place, names) from None
             raise
     if place.partition("/shard_")[0].endswith("._extra_state"):
-        _refuse_hidden(value, place)
+        _validate_hidden_pickle(value, place)
     return value
 
 
@@ -122,7 +122,7 @@ def only_listed_globals() -> Iterator[None]:
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
-        with torch.serialization.safe_globals(_listed()):
+        with torch.serialization.safe_globals(_allowed_globals()):
             yield
     finally:
         os.environ.pop(_FORCE)
@@ -133,11 +133,11 @@ def only_listed_globals() -> Iterator[None]:
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-def _listed() -> list[tuple[Any, str]]:
+def _allowed_globals() -> list[tuple[Any, str]]:
     """Return what is accepted beyond torch's list and Megatron's, as ``safe_globals`` takes it."""
     import megatron.core  # noqa: F401  # adds its SAFE_GLOBALS to torch's
 
-    names = {**_IN_OBJECTS, **dict.fromkeys(_trusted())}
+    names = {**_IN_OBJECTS, **dict.fromkeys(_trusted_names())}
     listed = [(_named(here or name), name) for name, here in names.items()]
     for module in _ENUMS:
         for name, found in vars(importlib.import_module(module)).items():
@@ -154,11 +154,11 @@ def _named(full: str) -> Any:
         raise UserError(f"{TRUSTED_VARIABLE} has {full!r}: there is no such name") from None
 
 
-def _trusted() -> set[str]:
+def _trusted_names() -> set[str]:
     return set(filter(None, os.environ.get(TRUSTED_VARIABLE, "").split(",")))
 
 
-def _foreign(place: object, names: list[str]) -> UserError:
+def _foreign_name_error(place: object, names: list[str]) -> UserError:
     few = ",".join(sorted(names)[:3])
     return UserError(
         f"{place} names {few}, which neither torch nor Megatron writes into a checkpoint: reading "
@@ -166,20 +166,20 @@ def _foreign(place: object, names: list[str]) -> UserError:
     )
 
 
-def _refuse_hidden(value: Any, place: str) -> None:
+def _validate_hidden_pickle(value: Any, place: str) -> None:
     """Refuse a pickle within a tensor that names what it should not.
 
     Layers of Transformer Engine keep their fp8 state so, and read it without limits.
     """
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if isinstance(value, io.BytesIO):
-        read_object(value, place)
+        unpickle_object(value, place)
     elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel():
-        with damage_of(place):
-            _Looked(io.BytesIO(value.numpy().tobytes()), place).load()
+        with name_damaged(place):
+            _NameChecker(io.BytesIO(value.numpy().tobytes()), place).load()
 
 
-class _Looked(pickle.Unpickler):
+class _NameChecker(pickle.Unpickler):
     """Looks through a pickle; what it names is stood in for, so that nothing runs."""
 
     def __init__(self, file: Any, place: str) -> None:
@@ -190,12 +190,12 @@ class _Looked(pickle.Unpickler):
         from megatron.core.safe_globals import SafeUnpickler
 
         listed = (module, name) in SafeUnpickler._SAFE_CLASSES
-        if not listed and f"{module}.{name}" not in _trusted():
-            raise _foreign(self._place, [f"{module}.{name}"])
-        return _StandIn
+        if not listed and f"{module}.{name}" not in _trusted_names():
+            raise _foreign_name_error(self._place, [f"{module}.{name}"])
+        return _Placeholder
 
 
-class _StandIn(dict):  # what a pickle may fill, and nothing else
+class _Placeholder(dict):  # what a pickle may fill, and nothing else
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
@@ -204,7 +204,7 @@ class _StandIn(dict):  # what a pickle may fill, and nothing else
 
 
 @contextmanager
-def damage_of(place: object) -> Iterator[None]:
+def name_damaged(place: object) -> Iterator[None]:
     """Turn what damaged bytes raise into one line: a UserError with their place.
 
     That may be any exception, as Python's documentation of pickle says: damaged bytes are still

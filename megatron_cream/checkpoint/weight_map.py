@@ -23,7 +23,7 @@ BY_GROUP = "by group"
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightPart:
     """A Hugging Face tensor: its name with ``{l}`` and ``{e}`` open, and its symbolic shape."""
 
     name: str
@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightRow:
     """A Megatron tensor and what it is made of.
 
     Attributes:
@@ -47,7 +47,7 @@ class Row:
     """
 
     key: str
-    parts: tuple[Part, ...]
+    parts: tuple[WeightPart, ...]
     order: str = STACKED
     when: str | None = None
     alias: str | None = None
@@ -64,18 +64,20 @@ def _row(
     order: str = STACKED,
     when: str | None = None,
     alias: str | None = None,
-) -> Row:
+) -> WeightRow:
     """``parts`` read "name: shape"; per-layer rows leave out the prefixes of both sides."""
     split = [part.split(": ") for part in parts]
-    return Row(key, tuple(Part(n, tuple(s.split())) for n, s in split), order, when, alias)
+    return WeightRow(
+        key, tuple(WeightPart(n, tuple(s.split())) for n, s in split), order, when, alias
+    )
 
 
-def _layer(*rows: Row) -> tuple[Row, ...]:
+def _layer(*rows: WeightRow) -> tuple[WeightRow, ...]:
     """Put the prefixes of a layer before the names of rows."""
     return tuple(
-        Row(
+        WeightRow(
             f"decoder.layers.{row.key}",
-            tuple(Part(f"model.layers.{{l}}.{part.name}", part.shape) for part in row.parts),
+            tuple(WeightPart(f"model.layers.{{l}}.{part.name}", part.shape) for part in row.parts),
             row.order,
             row.when,
             row.alias and f"decoder.layers.{row.alias}",
@@ -140,24 +142,28 @@ class Family:
         qk_norm: it normalises queries and keys.
         experts: its feed-forward layers are mixtures of experts.
         biases: config.json may ask for biases on all linear layers.
+        windowed: config.json may limit attention to a sliding window.
     """
 
     model_type: str
-    rows: tuple[Row, ...]
+    rows: tuple[WeightRow, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: bool = False
     biases: bool = False
+    windowed: bool = False
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family(
         "llama", (*_ENDS, *_ATTENTION, *_QKV_BIAS, *_MLP, *_LINEAR_BIAS), biases=True
     ),
-    "MistralForCausalLM": Family("mistral", (*_ENDS, *_ATTENTION, *_MLP)),
+    "MistralForCausalLM": Family("mistral", (*_ENDS, *_ATTENTION, *_MLP), windowed=True),
     "Qwen2ForCausalLM": Family("qwen2", (*_ENDS, *_ATTENTION, *_QKV_BIAS, *_MLP), qkv_bias=True),
     "Qwen3ForCausalLM": Family("qwen3", (*_ENDS, *_ATTENTION, *_QK_NORM, *_MLP), qk_norm=True),
-    "MixtralForCausalLM": Family("mixtral", (*_ENDS, *_ATTENTION, *_EXPERTS), experts=True),
+    "MixtralForCausalLM": Family(
+        "mixtral", (*_ENDS, *_ATTENTION, *_EXPERTS), experts=True, windowed=True
+    ),
 }
 
 IGNORED = (".rotary_emb.inv_freq",)
@@ -165,7 +171,7 @@ IGNORED = (".rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartRows:
     """Rows ``[start, stop)`` of a part."""
 
     part: int
@@ -173,7 +179,7 @@ class Piece:
     stop: int
 
 
-def pieces(row: Row, part_rows: list[int], groups: int) -> Iterator[Piece]:
+def rows_in_order(row: WeightRow, part_rows: list[int], groups: int) -> Iterator[PartRows]:
     """Yield the rows of the parts in the order in which the Megatron tensor has them.
 
     Args:
@@ -181,18 +187,20 @@ def pieces(row: Row, part_rows: list[int], groups: int) -> Iterator[Piece]:
         groups: key-value heads of the model.
     """
     if row.order == STACKED:
-        yield from (Piece(part, 0, rows) for part, rows in enumerate(part_rows))
+        yield from (PartRows(part, 0, rows) for part, rows in enumerate(part_rows))
         return
     for group in range(groups):
         for part, rows in enumerate(part_rows):
             size = rows // groups
-            yield Piece(part, group * size, (group + 1) * size)
+            yield PartRows(part, group * size, (group + 1) * size)
 
 
-def ranges(row: Row, part_rows: list[int], groups: int, part: int) -> list[tuple[int, int]]:
+def rows_of_part(
+    row: WeightRow, part_rows: list[int], groups: int, part: int
+) -> list[tuple[int, int]]:
     """Return which rows of the Megatron tensor are those of a part, in the part's order."""
     found, first = [], 0
-    for piece in pieces(row, part_rows, groups):
+    for piece in rows_in_order(row, part_rows, groups):
         count = piece.stop - piece.start
         if piece.part == part:
             found.append((first, first + count))

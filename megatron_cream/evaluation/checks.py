@@ -8,7 +8,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_cream.checkpoint.metadata import latest_checkpoint
+from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import published_cases
 from megatron_cream.evaluation.score_documents import document_tokens
@@ -112,7 +112,7 @@ def _check_windows(args: Namespace) -> None:
 def _check_model(args: Namespace) -> None:
     if args.hf is not None and not (Path(args.hf) / "config.json").is_file():
         raise FileNotFoundError(f"--hf is {args.hf}: it must be a folder with a config.json")
-    if args.hf is None and latest_checkpoint(args.checkpoint) is None:
+    if args.hf is None and find_checkpoint(args.checkpoint) is None:
         raise FileNotFoundError(
             f"--checkpoint is {args.checkpoint}: it must hold a torch_dist checkpoint"
         )

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megatron_cream.checkpoint.config_json import MOST_MODULES, check_values
+from megatron_cream.checkpoint.hf_config import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.hf_files import read_config
-from megatron_cream.checkpoint.safetensors_reader import HfWeights
+from megatron_cream.checkpoint.hf_weights import HfWeights
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.evaluation.attention import attend, tails
@@ -161,7 +161,7 @@ def _check_folder(folder: Path) -> None:
         integer(config, "num_hidden_layers", most=MOST_MODULES)
         named = config.get("architectures")
         if isinstance(named, list) and named and named[0] in tuple(FAMILIES):
-            check_values(config)
+            validate_values(config)
             scaling_from_hf(config)
     if any(folder.glob("*.safetensors")):
         HfWeights(folder).close()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_cream.checkpoint.metadata import latest_checkpoint
+from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
 from megatron_cream.evaluation.forward import Pass
 
@@ -69,7 +69,7 @@ class MegatronCreamLM(TemplateLM):
         tensor = _count("tensor_parallel", tensor_parallel)
         pipeline = _count("pipeline_parallel", pipeline_parallel)
         longest = None if max_length is None else _count("max_length", max_length)
-        if checkpoint is None or latest_checkpoint(str(checkpoint)) is None:
+        if checkpoint is None or find_checkpoint(str(checkpoint)) is None:
             raise UserError(
                 f"--model_args has checkpoint={checkpoint}: it must be a folder with a torch_dist "
                 "checkpoint"

@@ -17,8 +17,8 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.checkpoint.loading import load_model
-from megatron_cream.checkpoint.metadata import latest_checkpoint
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.attention import attend, tails
@@ -66,7 +66,7 @@ class MegatronModel:
         self.primary = torch.distributed.get_rank() == 0
         self.shares_context = layout.context == 1 and _give_attention(self.module)
         self.settings = {
-            "iteration": latest_checkpoint(path).name,
+            "iteration": find_checkpoint(path).name,
             "extension": loaded.extension.to_dict(),
         }
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.checkpoint.hf_files import kept_files
-from megatron_cream.checkpoint.metadata import latest_checkpoint, saved_arguments
+from megatron_cream.checkpoint.hf_files import find_kept_files
+from megatron_cream.checkpoint.iterations import find_checkpoint, read_saved_arguments
 from megatron_cream.corpus.readers import find_inputs
 from megatron_cream.corpus.readers import read_documents as read_texts
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
@@ -64,7 +64,7 @@ def fingerprint(path: str) -> str:
     A run is not continued with other weights under the same name.
     """
     root = Path(path)
-    folder = root if (root / "config.json").is_file() else latest_checkpoint(path)
+    folder = root if (root / "config.json").is_file() else find_checkpoint(path)
     found = sorted((folder or root).glob("*"))
     facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found if p.is_file()]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -84,12 +84,12 @@ def open_tokenizer(args: Namespace) -> tuple[Tokenizer, str | None]:
         return load_tokenizer(args.tokenizer_type, args.tokenizer_model), args.tokenizer_model
     if args.hf:
         return _in_folder(Path(args.hf), f"in {args.hf}")
-    saved = saved_arguments(args.checkpoint)
+    saved = read_saved_arguments(args.checkpoint)
     trained = _trained_with(saved)
     if trained is not None:
         return load_tokenizer(*trained), trained[1]
     try:
-        kept = kept_files(args.checkpoint, saved)
+        kept = find_kept_files(args.checkpoint, saved)
     except FileNotFoundError:
         kept = None
     return _in_folder(kept, f"beside {args.checkpoint} or the import that it goes back to")

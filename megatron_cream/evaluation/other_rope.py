@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
+from megatron_cream.checkpoint.iterations import read_saved_arguments, saved_extension
 from megatron_cream.config import ExtensionConfig, rope_settings
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
@@ -28,7 +28,7 @@ def changed_extension(args: Namespace) -> ExtensionConfig | None:
         UserError: settings that do not go together.
     """
     changes = _changes(args)
-    saved = saved_arguments(args.checkpoint) if changes else None
+    saved = read_saved_arguments(args.checkpoint) if changes else None
     extension = saved_extension(saved) if saved is not None else None
     return None if extension is None else _changed(extension, changes)
 

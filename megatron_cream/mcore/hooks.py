@@ -9,7 +9,8 @@ from typing import Any
 from megatron.core.transformer import MegatronModule
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-from megatron_cream.checkpoint.metadata import SETTINGS_KEY, starts_without_trained_rope
+from megatron_cream.checkpoint.iterations import SETTINGS_KEY
+from megatron_cream.checkpoint.starting import starts_without_trained_rope
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.extras import hybrid, te_cross_entropy

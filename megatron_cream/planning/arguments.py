@@ -6,8 +6,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 
-from megatron_cream.checkpoint.model_flags import described_shape
-from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.model_shape import ModelShape, shape_from_arguments
 from megatron_cream.mcore.arguments import ARGUMENTS, flag_of, values
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.memory import ParameterBytes
@@ -52,7 +51,7 @@ _PRECISION_AWARE_COPY = 2
 
 def shape_from_args(args: Namespace) -> ModelShape:
     """Return the shape of the model; its vocabulary is the padded one."""
-    return dataclasses.replace(described_shape(args), vocabulary=args.padded_vocab_size)
+    return dataclasses.replace(shape_from_arguments(args), vocabulary=args.padded_vocab_size)
 
 
 def layout_from_args(args: Namespace) -> ParallelLayout:

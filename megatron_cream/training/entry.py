@@ -53,8 +53,12 @@ def parse(
     """
     from megatron.training.arguments import parse_args
 
-    from megatron_cream.checkpoint.metadata import SETTINGS_KEY, complete_arguments, keep_vocabulary
-    from megatron_cream.checkpoint.run_folders import check_start
+    from megatron_cream.checkpoint.iterations import SETTINGS_KEY
+    from megatron_cream.checkpoint.starting import (
+        complete_arguments,
+        complete_vocabulary,
+        validate_start,
+    )
     from megatron_cream.mcore.validation import megatron_validation_errors
     from megatron_cream.training.validate import (
         validate_files,
@@ -68,7 +72,7 @@ def parse(
     args = _with_defaults(parse_args(provider, ignore_unknown_args), defaults)
     from_checkpoint = args.use_checkpoint_args or defaults.get("use_checkpoint_args", False)
     if from_checkpoint:
-        check_start(args)  # Megatron's validation reads it, without limits
+        validate_start(args)  # Megatron's validation reads it, without limits
     else:
         _keep_begun(args)
         extension, validated = validate_flags(args, defaults)
@@ -80,7 +84,7 @@ def parse(
         _keep_begun(args)
         extension = validate_our_flags(args)
         validate_files(args, args, extension)
-    keep_vocabulary(args)
+    complete_vocabulary(args)
     # Micro-batches may hold different numbers of trained tokens (texts end, borders are masked);
     # averaging their averages would make the result depend on the layout.
     args.calculate_per_token_loss = True
@@ -135,7 +139,7 @@ def ready(args: Namespace, config: Any) -> None:
     The last thing before ``megatron.training.pretrain``.
     """
     from megatron_cream.checkpoint import checksums
-    from megatron_cream.checkpoint.metadata import SETTINGS_KEY
+    from megatron_cream.checkpoint.iterations import SETTINGS_KEY
     from megatron_cream.mcore import hooks, losses
     from megatron_cream.mcore.start import (
         skip_dataset_helper_compilation,

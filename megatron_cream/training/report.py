@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_cream.checkpoint.iterations import start_of
+from megatron_cream.checkpoint.iterations import find_start
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.positions import Strategy, coverage
 from megatron_cream.rope import RopeScaling
@@ -44,7 +44,7 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
 
 
 def _weights_line(args: Namespace) -> str:
-    start = start_of(args)
+    start = find_start(args)
     if start is None:
         return "random"
     return f"{start.folder}; Megatron's loader runs what is in it: load those you trust only"

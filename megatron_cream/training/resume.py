@@ -6,10 +6,14 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from megatron_cream.checkpoint.integrity import check as check_whole
-from megatron_cream.checkpoint.iterations import Start, start_of
-from megatron_cream.checkpoint.metadata import arguments_in, saved_extension, validate_same_model
-from megatron_cream.checkpoint.run_folders import check_start
+from megatron_cream.checkpoint.doctor import validate_iteration as check_whole
+from megatron_cream.checkpoint.iterations import (
+    RunStart,
+    find_start,
+    read_arguments,
+    saved_extension,
+)
+from megatron_cream.checkpoint.starting import validate_same_model, validate_start
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.arguments import flag_of
@@ -37,13 +41,13 @@ def resumed_extension(args: Namespace) -> ExtensionConfig | None:
     return saved_extension(_saved(start))
 
 
-def _start_of_resumed(args: Namespace) -> Start | None:
-    start = start_of(args)
+def _start_of_resumed(args: Namespace) -> RunStart | None:
+    start = find_start(args)
     return start if start and start.flag == "--load" and not args.finetune else None
 
 
-def _saved(start: Start) -> Namespace:
-    return arguments_in(start.folder) or Namespace()
+def _saved(start: RunStart) -> Namespace:
+    return read_arguments(start.folder) or Namespace()
 
 
 def validate_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
@@ -53,12 +57,12 @@ def validate_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
     change them; that is what extending a model is.
 
     Raises:
-        UserError: naming each setting that differs, with both values; or what ``check_start``
+        UserError: naming each setting that differs, with both values; or what ``validate_start``
             finds.
         FileNotFoundError: the run is to start from weights that are not there.
     """
-    check_start(args)
-    start = start_of(args)
+    validate_start(args)
+    start = find_start(args)
     if start is None:
         return
     saved = _saved(start)

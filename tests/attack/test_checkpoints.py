@@ -98,27 +98,27 @@ def readers(root, output):
     from argparse import Namespace
 
     from megatron_cream.checkpoint.export_hf import export_checkpoint
-    from megatron_cream.checkpoint.metadata import saved_arguments
-    from megatron_cream.checkpoint.run_folders import check_start
+    from megatron_cream.checkpoint.iterations import read_saved_arguments
+    from megatron_cream.checkpoint.starting import validate_start
 
     more = {"save": None, "ckpt_step": None, "finetune": False, "non_persistent_ckpt_type": None}
     load = Namespace(load=str(root), pretrained_checkpoint=None, **more)
     start = Namespace(load=None, pretrained_checkpoint=str(root), **more)
-    yield lambda: check_start(load)
-    yield lambda: check_start(start)
-    yield lambda: saved_arguments(str(root))
+    yield lambda: validate_start(load)
+    yield lambda: validate_start(start)
+    yield lambda: read_saved_arguments(str(root))
     if output is not None:
         yield lambda: export_checkpoint(str(root), str(output), quiet=True)
 
 
-def examine(folder):
-    from megatron_cream.checkpoint.doctor import examine
+def examine_iteration(folder):
+    from megatron_cream.checkpoint.doctor import examine_iteration
 
-    return examine(str(folder)).problems
+    return examine_iteration(str(folder)).problems
 
 
 def _examine_into(found, folder):
-    found += examine(folder)
+    found += examine_iteration(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -157,7 +157,7 @@ def test_random_damage_without_checksums(kind, initial, tmp_path):
         kind(draw, folder, draw.choice(files(folder)))
         for read in readers(root, None):
             ends_well(read, root)
-        ends_well(partial(examine, folder), root)
+        ends_well(partial(examine_iteration, folder), root)
         shutil.rmtree(root)
 
 
@@ -170,7 +170,7 @@ def test_payloads(place, initial, imported, tmp_path):
         assert all(refused[:2]), "both checks before training"
         assert refused[2] or place in ("object", "within a tensor")
         ends_well(partial(read_export, root, tmp_path / "out"), root)
-        assert examine(root / "iter_0000001")
+        assert examine_iteration(root / "iter_0000001")
         assert not marker.exists()
 
 
@@ -202,4 +202,4 @@ def test_random_trackers(number, initial, tmp_path):
 
 def test_the_scripts_folder_is_left_alone(initial):
     """The damage above is done to copies."""
-    assert not examine(Path(initial) / "iter_0000001")
+    assert not examine_iteration(Path(initial) / "iter_0000001")

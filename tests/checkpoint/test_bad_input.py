@@ -352,11 +352,11 @@ def test_disk_that_is_too_small_is_refused_before_work(source, small_disk):
 
 
 def test_disk_that_becomes_full_in_an_import(source, small_disk, monkeypatch):
-    from megatron_cream.checkpoint import staging
+    from megatron_cream import ownership
     from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     plenty = shutil._ntuple_diskusage(1, 0, 1 << 40)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: plenty)
+    monkeypatch.setattr(ownership.shutil, "disk_usage", lambda path: plenty)
     with pytest.raises(OSError, match="its disk became full; nothing was kept"):
         import_checkpoint(str(source), str(small_disk / "out"), quiet=True)
     assert not list(small_disk.iterdir())
@@ -366,19 +366,19 @@ def _slow_import(source, output):
     from megatron_cream.checkpoint import import_hf
 
     tqdm.set_lock(threading.RLock())  # its own is shared with the test, and would die locked
-    own = import_hf._Rows.__call__
+    own = import_hf._TensorRows.__call__
 
     def slowly(self, out):
         time.sleep(0.02)
         own(self, out)
 
-    import_hf._Rows.__call__ = slowly
+    import_hf._TensorRows.__call__ = slowly
     import_hf.import_checkpoint(source, output, quiet=True)
 
 
 def test_killed_import_leaves_nothing_that_looks_whole(source, tmp_path):
     from megatron_cream.checkpoint.import_hf import import_checkpoint
-    from megatron_cream.checkpoint.metadata import latest_checkpoint
+    from megatron_cream.checkpoint.iterations import find_checkpoint
 
     output = tmp_path / "out"
     process = multiprocessing.get_context("fork").Process(
@@ -393,9 +393,9 @@ def test_killed_import_leaves_nothing_that_looks_whole(source, tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not output.exists()
-    assert latest_checkpoint(str(tmp_path / "out.partial")) is None
+    assert find_checkpoint(str(tmp_path / "out.partial")) is None
     import_checkpoint(str(source), str(output), quiet=True)  # run again
-    assert latest_checkpoint(str(output)).name == "release"
+    assert find_checkpoint(str(output)).name == "release"
     assert not (tmp_path / "out.partial").exists()
 
 

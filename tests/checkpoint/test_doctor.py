@@ -18,14 +18,14 @@ def iteration(initial, tmp_path):
     return copy_run(initial, tmp_path / "run") / "iter_0000002"
 
 
-def examine(path):
-    from megatron_cream.checkpoint.doctor import examine
+def examine_iteration(path):
+    from megatron_cream.checkpoint.doctor import examine_iteration
 
-    return examine(str(path))
+    return examine_iteration(str(path))
 
 
 def test_a_whole_checkpoint(iteration):
-    report = examine(iteration.parent)  # the tracker says which
+    report = examine_iteration(iteration.parent)  # the tracker says which
     assert report.folder == iteration
     assert not report.problems
     assert report.summed == report.files == 3
@@ -47,7 +47,7 @@ def test_each_rank_writes_checksums_of_its_files(tmp_path, flags):
     sums, wrong = read(one)
     assert not wrong
     assert sums.keys() == {".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"}
-    assert not examine(one).problems
+    assert not examine_iteration(one).problems
 
 
 def test_an_empty_file_has_a_checksum(tmp_path):
@@ -67,11 +67,13 @@ def test_an_import_has_checksums(tmp_path):
 
     hf_models.make(tmp_path / "hf")
     import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "base"), quiet=True)
-    report = examine(tmp_path / "base")
+    report = examine_iteration(tmp_path / "base")
     assert not report.problems
     assert report.summed == report.files == 3
     (report.folder / SUMS).unlink()
-    assert not examine(tmp_path / "base").problems, "its records have no checksums in them"
+    assert not examine_iteration(tmp_path / "base").problems, (
+        "its records have no checksums in them"
+    )
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "metadata.json", SUMS])
@@ -81,9 +83,9 @@ def test_every_changed_byte_is_found(name, iteration):
     for at in {0, size - 1, *draw.sample(range(size), 4)}:
         mask = draw.randrange(1, 256)
         flip(path, at, mask)
-        assert name in "".join(examine(iteration).problems), f"byte {at} of {size}"
+        assert name in "".join(examine_iteration(iteration).problems), f"byte {at} of {size}"
         flip(path, at, mask)
-    assert not examine(iteration).problems
+    assert not examine_iteration(iteration).problems
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -93,14 +95,14 @@ def test_kinds_of_damage(kind, summed, iteration):
         (iteration / SUMS).unlink()
     damage, named = DAMAGES[kind]
     damage(iteration)
-    assert named in "".join(examine(iteration).problems)
+    assert named in "".join(examine_iteration(iteration).problems)
 
 
 def test_without_checksums_the_records_own_are_compared(iteration):
     from megatron_cream.checkpoint.torch_dist_table import read_table
 
     (iteration / SUMS).unlink()
-    report = examine(iteration)
+    report = examine_iteration(iteration)
     assert not report.problems
     assert report.summed == 0
     assert "0 of 3 files compared" in "".join(report.lines())
@@ -108,7 +110,7 @@ def test_without_checksums_the_records_own_are_compared(iteration):
     table = read_table(iteration)
     (record,) = [r for (name, _), r in table.records.items() if name == key][:1]
     flip(data_file(iteration), record.start + record.length // 2)
-    (problem,) = examine(iteration).problems
+    (problem,) = examine_iteration(iteration).problems
     assert key in problem
 
 
@@ -117,11 +119,11 @@ def test_megatrons_own_checksums_are_compared(iteration):
 
     (iteration / SUMS).unlink()
     save_integrity_manifest(str(iteration))
-    report = examine(iteration)
+    report = examine_iteration(iteration)
     assert not report.problems
     assert report.summed == 3
     flip(data_file(iteration), 50_000)
-    assert "is not what" in "".join(examine(iteration).problems)
+    assert "is not what" in "".join(examine_iteration(iteration).problems)
 
 
 def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch):

@@ -46,12 +46,12 @@ def test_same_logits_and_same_bits(name, tmp_path, record_difference):
 def test_half_precision_comes_back_bit_by_bit(dtype, tmp_path):
     from megatron_cream.checkpoint.export_hf import export_checkpoint
     from megatron_cream.checkpoint.import_hf import import_checkpoint
-    from megatron_cream.checkpoint.metadata import saved_arguments
+    from megatron_cream.checkpoint.iterations import read_saved_arguments
 
     source = models.make(tmp_path / "source", dtype=dtype)
     imported = import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
     assert imported.dtype == dtype
-    assert saved_arguments(str(tmp_path / "imported")).params_dtype == dtype
+    assert read_saved_arguments(str(tmp_path / "imported")).params_dtype == dtype
     export_checkpoint(str(tmp_path / "imported"), str(tmp_path / "exported"), quiet=True)
     assert models.same_bits(source, tmp_path / "exported")
 
@@ -74,11 +74,11 @@ def test_other_type_is_the_rounded_one(tmp_path):
 
 def test_small_pieces_and_several_shards(tmp_path, monkeypatch):
     """Pieces that cut through heads, and files smaller than the model."""
-    from megatron_cream.checkpoint import export_hf, extraction, import_hf, torch_dist_writer
+    from megatron_cream.checkpoint import export_hf, extraction, import_hf, torch_dist_io
 
     monkeypatch.setattr(import_hf, "CHUNK_BYTES", 5000)
     monkeypatch.setattr(extraction, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(torch_dist_writer, "_FILE_BYTES", 50_000)
+    monkeypatch.setattr(torch_dist_io, "_FILE_BYTES", 50_000)
     source = models.make(tmp_path / "source")
     import_hf.import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
     assert len(list((tmp_path / "imported/release").glob("*.distcp"))) > 5

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders that others made, and the places beside them: read whole or refused, never removed."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,15 +14,20 @@ from safetensors.torch import save_file
 from support import hf_models as models
 
 from megatron_cream import ownership
-from megatron_cream.checkpoint.config_json import shape_from_config
-from megatron_cream.checkpoint.hf_files import find_source, other_files, read_config, source_name
-from megatron_cream.checkpoint.model_card import Base, model_card
+from megatron_cream.checkpoint.export_hf import parse_bytes
+from megatron_cream.checkpoint.hf_config import shape_from_config
+from megatron_cream.checkpoint.hf_files import (
+    find_hf_folder,
+    list_other_files,
+    read_config,
+    read_source_name,
+)
+from megatron_cream.checkpoint.hf_weights import INDEX, SINGLE, HfWeights, ShardWriter, TensorPlan
+from megatron_cream.checkpoint.model_card import SourceModel, model_card
 from megatron_cream.checkpoint.model_shape import ModelShape
-from megatron_cream.checkpoint.safetensors_reader import INDEX, SINGLE, HfWeights
-from megatron_cream.checkpoint.safetensors_writer import ShardWriter, TensorPlan
-from megatron_cream.checkpoint.staging import check_output, staged
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
+from megatron_cream.ownership import staged, validate_output
 from megatron_cream.rope import scaling_from_hf
 
 # A place for unfinished work.
@@ -131,7 +135,7 @@ def test_an_output_that_is_a_link_is_made_where_it_leads(tmp_path):
 def test_outputs_that_cannot_be_made(output, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--output is .*must be|--output is .*a disk is mounted"):
-        check_output(Path(output))
+        validate_output(Path(output))
 
 
 def test_a_place_where_a_disk_is_mounted(tmp_path, monkeypatch):
@@ -139,8 +143,8 @@ def test_a_place_where_a_disk_is_mounted(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
     (tmp_path / "disk").mkdir()
     with pytest.raises(UserError, match="a disk is mounted there"):
-        check_output(tmp_path / "disk")
-    check_output(tmp_path / "disk/model")
+        validate_output(tmp_path / "disk")
+    validate_output(tmp_path / "disk/model")
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "folder/file.safetensors", "/nowhere/model"])
@@ -149,31 +153,22 @@ def test_sources_that_are_none(name, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/file.safetensors").touch()
     with pytest.raises(FileNotFoundError, match="--hf is .*it must be a folder"):
-        find_source(name)
-
-
-@pytest.fixture(scope="module")
-def shard_bytes():
-    path = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.shard_bytes
+        find_hf_folder(name)
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("1KB", 10**3), ("500MB", 5 * 10**8), ("5GB", 5 * 10**9), ("2 gb", 2e9)]
 )
-def test_sizes_of_shards(shard_bytes, text, count):
-    assert shard_bytes(text) == count
+def test_sizes_of_shards(text, count):
+    assert parse_bytes(text) == count
 
 
 @pytest.mark.parametrize(
     "text", ["", "5", "0GB", "-1GB", "1.5GB", "1e3MB", "GB", "9" * 5000 + "GB", "nanGB", "5GiB"]
 )
-def test_sizes_of_shards_that_are_none(shard_bytes, text):
+def test_sizes_of_shards_that_are_none(text):
     with pytest.raises(UserError, match="--max-shard-size is .*it must be a size such as 500MB"):
-        shard_bytes(text)
+        parse_bytes(text)
 
 
 def test_shards_are_filled_and_indexed(tmp_path):
@@ -202,7 +197,7 @@ def test_the_card_says_the_window_that_is_served(tmp_path):
     """Not the tokens of a training sample, beyond which the model was made to read."""
     shape = ModelShape("LlamaForCausalLM", 2, 32, 48, 2, 2, 16, 384, 1e-6, tied=False)
     extension = ExtensionConfig(64, 256, 96, position_strategy="pose")
-    lines = model_card(Base("org/base", 96), shape, extension, "float32").splitlines()
+    lines = model_card(SourceModel("org/base", 96), shape, extension, "float32").splitlines()
     assert {"# org/base, 256 tokens", "| window | 256 tokens |"} <= {*lines}
     assert "| tokens of a training sample | 64 |" in lines
     text = " ".join(lines)
@@ -249,17 +244,17 @@ def test_an_index_of_weights_is_not_taken_over(tmp_path):
     """It would name files that are not there, and readers look at it first."""
     for name in (INDEX, "pytorch_model.bin.index.json", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
-    assert [path.name for path in other_files(tmp_path)] == ["tokenizer.json"]
+    assert [path.name for path in list_other_files(tmp_path)] == ["tokenizer.json"]
 
 
 def test_links_of_a_hubs_cache_are_followed(cache, tmp_path):
-    assert [path.name for path in other_files(cache)] == ["LICENSE", "config.json"]
+    assert [path.name for path in list_other_files(cache)] == ["LICENSE", "config.json"]
     local = tmp_path / "local"  # as --local-dir was laid out once
     local.mkdir()
     (local / "tokenizer.json").symlink_to(cache.parent.parent / "blobs" / ("a" * 40))
     (local / "extra.json").symlink_to("../local/real.json")
     (local / "real.json").write_text("{}")
-    names = [path.name for path in other_files(local)]
+    names = [path.name for path in list_other_files(local)]
     assert names == ["extra.json", "real.json", "tokenizer.json"]
 
 
@@ -273,10 +268,10 @@ def test_a_link_to_anywhere_else_is_refused(tmp_path, name, where):
     model.mkdir()
     (model / name).symlink_to(secret)
     with pytest.raises(UserError, match=f"{name} is a link to .*id_rsa, outside the model"):
-        other_files(model)
+        list_other_files(model)
     secret.unlink()
     with pytest.raises(UserError, match=f"{name} is a link to .*id_rsa, which is not there"):
-        other_files(model)
+        list_other_files(model)
 
 
 # Weights.
@@ -364,7 +359,7 @@ def test_json_that_is_cut_or_something_else_is_named(text, tmp_path):
 
 def test_what_the_source_was_called_is_one_line(tmp_path):
     (tmp_path / "imported_from.txt").write_bytes(b"owner/name\nlicense: mine\xff\n")
-    assert source_name(tmp_path) == "owner/name"
+    assert read_source_name(tmp_path) == "owner/name"
 
 
 # config.json.

@@ -98,11 +98,11 @@ def test_states_that_only_some_implementations_ask_for(tmp_path):
     from torch.distributed.checkpoint import FileSystemReader
 
     from megatron_cream.checkpoint.import_hf import import_checkpoint
-    from megatron_cream.checkpoint.metadata import latest_checkpoint
+    from megatron_cream.checkpoint.iterations import find_checkpoint
 
     source = models.make(tmp_path / "source", "Llama")
     import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
-    folder = latest_checkpoint(str(tmp_path / "imported"))
+    folder = find_checkpoint(str(tmp_path / "imported"))
     keys = set(FileSystemReader(folder).read_metadata().state_dict_metadata)
     layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
     for module in ("mlp.linear_fc1", "mlp.activation_func", "self_attention.linear_qkv"):
@@ -115,15 +115,15 @@ def test_vocabulary_is_padded_and_unpadded_in_half_precision(tmp_path, text):
     """120 tokens, 128 rows on two tensor-parallel ranks, distributed optimizer, bfloat16."""
     from megatron_cream.checkpoint.export_hf import export_checkpoint
     from megatron_cream.checkpoint.import_hf import import_checkpoint
-    from megatron_cream.checkpoint.metadata import latest_checkpoint
-    from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
+    from megatron_cream.checkpoint.iterations import find_checkpoint
+    from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
 
     source = models.make(tmp_path / "source", dtype=torch.bfloat16)
     import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)
     layout = [*STANDING_STILL, *TP2, *DISTRIBUTED, "--bf16"]
     start = flags(text[0], tmp_path / "imported", tmp_path / "run", *layout)
     ranks.train(tmp_path, start, 2)
-    saved = StoredTensors(latest_checkpoint(str(tmp_path / "run")))
+    saved = TorchDistTensors(find_checkpoint(str(tmp_path / "run")))
     assert saved.shape("embedding.word_embeddings.weight") == (128, 64)
     assert saved.shape("output_layer.weight") == (128, 64)
     export_checkpoint(str(tmp_path / "run"), str(tmp_path / "exported"), quiet=True)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
 @pytest.fixture
 def prepare():
     """Looks at the folders of a command line as a run does before it starts."""
-    from megatron_cream.checkpoint.run_folders import check_start
+    from megatron_cream.checkpoint.starting import validate_start
 
     def call(*extra):
         parser = ArgumentParser()
@@ -26,7 +26,7 @@ def prepare():
         parser.add_argument("--ckpt-step", type=int)
         parser.add_argument("--finetune", action="store_true")
         args = parser.parse_args(list(map(str, extra)))
-        check_start(args)
+        validate_start(args)
         return args
 
     return call
@@ -66,14 +66,14 @@ def test_iterations_without_a_tracker_are_not_overwritten(run, refused, prepare)
 
 
 def test_iterations_are_in_the_order_of_their_numbers(tmp_path):
-    from megatron_cream.checkpoint.iterations import iterations
+    from megatron_cream.checkpoint.iterations import list_iterations
 
     numbers = (2, 9_999_999, 10_000_000, 20_000_000, 3_000_000)
     for number in numbers:
         folder = tmp_path / f"iter_{number:07d}"
         folder.mkdir()
         (folder / ".metadata").touch()
-    found = [int(path.name.removeprefix("iter_")) for path in iterations(tmp_path)]
+    found = [int(path.name.removeprefix("iter_")) for path in list_iterations(tmp_path)]
     assert found == sorted(numbers)
 
 
@@ -184,10 +184,10 @@ def test_a_save_that_cannot_be_written_is_found_at_start(refused, tmp_path):
 
 
 def test_the_start_block_says_what_a_checkpoint_may_do(initial):
-    from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
+    from megatron_cream.checkpoint.iterations import read_saved_arguments, saved_extension
     from megatron_cream.training.report import start_block
 
-    args = saved_arguments(initial)
+    args = read_saved_arguments(initial)
     extension = saved_extension(args)
     assert "  random" in start_block(args, extension)
     args.load = initial

@@ -62,10 +62,10 @@ def test_evaluation_refuses_it(malicious):
 
 
 def test_doctor_says_so(malicious):
-    from megatron_cream.checkpoint.doctor import examine
+    from megatron_cream.checkpoint.doctor import examine_iteration
 
     root, marker = malicious
-    found = "\n".join(examine(str(root)).problems)
+    found = "\n".join(examine_iteration(str(root)).problems)
     assert "posix.mkdir" in found
     assert not marker.exists()
 
@@ -88,7 +88,7 @@ def test_export_and_every_reader_of_arguments_refuse_it(place, imported, tmp_pat
     from argparse import Namespace
 
     from megatron_cream.checkpoint.export_hf import export_checkpoint
-    from megatron_cream.checkpoint.metadata import starts_without_trained_rope
+    from megatron_cream.checkpoint.starting import starts_without_trained_rope
 
     root, marker = copy_run(imported, tmp_path / "run", [1]), tmp_path / "marker"
     plant(root / "iter_0000001", place, marker)
@@ -117,29 +117,29 @@ def test_megatrons_loader_is_limited_in_evaluation(imported, tmp_path):
 def test_a_user_may_trust_a_name(imported, tmp_path, monkeypatch):
     from fractions import Fraction
 
-    from megatron_cream.checkpoint.integrity import problems
+    from megatron_cream.checkpoint.doctor import find_problems
     from megatron_cream.checkpoint.unpickling import TRUSTED_VARIABLE
 
     folder = copy_run(imported, tmp_path / "run", [1]) / "iter_0000001"
     replace_object(folder, extra_state(folder), [Fraction(1, 3)])
-    (found,) = problems(folder)
+    (found,) = find_problems(folder)
     assert f"{TRUSTED_VARIABLE}=fractions.Fraction" in found
     monkeypatch.setenv(TRUSTED_VARIABLE, "fractions.Fraction")
-    assert not list(problems(folder))
+    assert not list(find_problems(folder))
     monkeypatch.setenv(TRUSTED_VARIABLE, "fractions.Nothing")
-    assert "fractions.Nothing" in next(problems(folder))
+    assert "fractions.Nothing" in next(find_problems(folder))
 
 
 def test_a_record_outside_the_folder_is_refused(imported, tmp_path):
     from support.checkpoints import write_table
 
-    from megatron_cream.checkpoint.integrity import problems
+    from megatron_cream.checkpoint.doctor import find_problems
 
     folder = copy_run(imported, tmp_path / "run", [1]) / "iter_0000001"
     metadata = table(folder)
     next(iter(metadata.storage_data.values())).relative_path = "../../hf/config.json"
     write_table(folder, metadata)
-    (found,) = problems(folder)
+    (found,) = find_problems(folder)
     assert "'../../hf/config.json', which must be one in its folder" in found
 
 
@@ -147,6 +147,6 @@ def test_everything_that_megatron_saves_is_read(initial):
     """Random states, reruns, an optimizer: in one process that saved them and one that did not."""
     from pathlib import Path
 
-    from megatron_cream.checkpoint.integrity import problems
+    from megatron_cream.checkpoint.doctor import find_problems
 
-    assert not list(problems(Path(initial) / "iter_0000001"))
+    assert not list(find_problems(Path(initial) / "iter_0000001"))

@@ -236,7 +236,7 @@ def test_a_run_finds_the_tokenizer_of_the_import_it_began_from(small_hf, tmp_pat
         str(runs[1]): Namespace(**null, pretrained_checkpoint=str(runs[0])),
     }
     for module in (models, hf_files):
-        monkeypatch.setattr(module, "saved_arguments", lambda path: saved[str(path)])
+        monkeypatch.setattr(module, "read_saved_arguments", lambda path: saved[str(path)])
     tokenizer, found = models.open_tokenizer(arguments(checkpoint=str(runs[1])))
     assert (
         found == str(base / "hf")

@@ -117,7 +117,7 @@ def test_checkpoint_and_folder_claim_the_same_window(own, name, tmp_path, monkey
     trained = {"rope_interpolation": own, "rope_factor": factor}
     original = 2048 if own == "none" else 256
     saved = checkpoint_of(tmp_path, original_length=original, **trained)
-    monkeypatch.setattr(other_rope, "saved_arguments", lambda path: saved)
+    monkeypatch.setattr(other_rope, "read_saved_arguments", lambda path: saved)
     asked = {"rope_interpolation": name, "rope_factor": 4.0}
     asked |= {"rope_theta": 80000.0} if name == "rope-theta" else {}
     found = other_rope.changed_extension(arguments(checkpoint="run", **asked))
@@ -134,7 +134,7 @@ def test_positions_of_training_do_not_hinder_another_window(tmp_path, monkeypatc
         tmp_path, original_length=256, train_length=1024, position_strategy="cream",
         cream_head_lengths=(500,), rope_interpolation="linear", rope_factor=8.0,
     )  # fmt: skip
-    monkeypatch.setattr(other_rope, "saved_arguments", lambda path: saved)
+    monkeypatch.setattr(other_rope, "read_saved_arguments", lambda path: saved)
     asked = arguments(checkpoint="run", rope_interpolation="yarn", rope_factor=2.0)
     assert other_rope.changed_extension(asked).target_length == 512
 

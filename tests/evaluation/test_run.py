@@ -206,7 +206,7 @@ def test_a_trained_checkpoint_names_its_tokenizer(small_hf, tmp_path, monkeypatc
     words = arguments(checkpoint=str(tmp_path))
     saved = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=small_hf)
     (tmp_path / "metadata.json").write_text("{}")
-    monkeypatch.setattr(models, "saved_arguments", lambda path: saved)
+    monkeypatch.setattr(models, "read_saved_arguments", lambda path: saved)
     tokenizer, source = models.open_tokenizer(words)
     assert source == small_hf
     assert tokenizer.vocab_size == models.open_tokenizer(arguments(hf=small_hf))[0].vocab_size

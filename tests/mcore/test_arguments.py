@@ -82,7 +82,7 @@ def test_a_range_holds_for_its_borders_only():
 
 def test_norms_around_one_are_not_exported():
     """Megatron's --apply-layernorm-1p, under the name that its arguments have in a checkpoint."""
-    from megatron_cream.checkpoint.arguments import _validate_llama_like
+    from megatron_cream.checkpoint.model_shape import _validate_llama_like
 
     args = Namespace(**arguments.values("hugging_face"))
     _validate_llama_like(args)

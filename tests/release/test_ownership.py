@@ -34,7 +34,7 @@ def test_folder_without_the_mark_is_kept(folder, mark):
     if mark is not None:
         (folder / ownership.MARK_NAME).write_text(mark)
     for call in (
-        lambda: ownership.check_usable(folder, "import", "--output x"),
+        lambda: ownership.validate_usable(folder, "import", "--output x"),
         lambda: ownership.remove(folder, "import"),
     ):
         with pytest.raises(UserError, match="holds mine.txt and was not made by this tool"):
@@ -55,7 +55,7 @@ def test_folder_that_holds_nothing_is_usable(folder, content):
     """What a process leaves that is killed between making a folder and marking it."""
     if content is not None:
         (folder / ownership.MARK_NAME).write_text(content)
-    ownership.check_usable(folder, "merge", "--output x")
+    ownership.validate_usable(folder, "merge", "--output x")
 
 
 def test_link_and_file_are_refused_though_marked(folder, tmp_path):
@@ -70,7 +70,7 @@ def test_link_and_file_are_refused_though_marked(folder, tmp_path):
     dangling = tmp_path / "dangling.parts"
     dangling.symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is a link"):
-        ownership.check_usable(dangling, "merge", "--output x")
+        ownership.validate_usable(dangling, "merge", "--output x")
     assert (folder / "work").exists()
 
 

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.checkpoint.inference_engines import ENGINES, ROPE_TYPES, by_answer, sentence
+from megatron_cream.checkpoint.model_card import (
+    ENGINES,
+    ROPE_TYPES,
+    describe_engines,
+    engines_by_answer,
+)
 from megatron_cream.rope import SCALINGS, make_scaling
 
 UNTRAINED = [name for name, cls in SCALINGS.items() if not cls.trained_by]
@@ -31,12 +36,12 @@ def test_every_export_has_a_column(name):
 
 def test_sentence_names_every_engine_once_and_says_what_it_does():
     for kind in ROPE_TYPES:
-        said = sentence(kind)
+        said = describe_engines(kind)
         assert "\n" not in said
         for engine in ENGINES:
             assert len(re.findall(re.escape(engine.name), said)) == 1
         parts = said.split("; ")
-        for part, names in zip(parts, by_answer(kind).values(), strict=True):
+        for part, names in zip(parts, engines_by_answer(kind).values(), strict=True):
             assert part.endswith(", ".join(names))
-    assert "silently ignored (wrong answers) by CTranslate2, litgpt" in sentence("llama3")
-    assert "refused by CTranslate2" in sentence("yarn")
+    assert "silently ignored (wrong answers) by CTranslate2, litgpt" in describe_engines("llama3")
+    assert "refused by CTranslate2" in describe_engines("yarn")

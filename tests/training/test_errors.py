@@ -165,10 +165,10 @@ def test_resuming_a_distributed_optimizer_without_a_gpu(refused, sharded):
 
 
 def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
-    from megatron_cream.checkpoint.metadata import saved_arguments, saved_extension
+    from megatron_cream.checkpoint.iterations import read_saved_arguments, saved_extension
     from megatron_cream.training.resume import validate_checkpoint
 
-    saved = saved_arguments(sharded)
+    saved = read_saved_arguments(sharded)
     now = Namespace(**{**vars(saved), "cpu": False, "load": sharded, "no_load_optim": False})
     validate_checkpoint(now, saved_extension(saved))
     now.pipeline_model_parallel_size = 2
@@ -189,7 +189,7 @@ def resumed(monkeypatch, tmp_path):
 
     def make(saved, *flags, **others):
         given = Namespace(megatron_cream=saved)
-        monkeypatch.setattr(resume, "arguments_in", lambda folder: given)
+        monkeypatch.setattr(resume, "read_arguments", lambda folder: given)
         parser = add_arguments(ArgumentParser())
         parser.set_defaults(seq_length=960, rotary_base=10000, seed=1234, hidden_size=None)
         parser.set_defaults(load=str(tmp_path), pretrained_checkpoint=None, finetune=False)

@@ -254,14 +254,14 @@ def test_training_longer_names_the_flags_that_allow_it(refused, initial):
 
 def test_the_schedule_is_compared_with_the_iteration_that_is_taken(tmp_path, initial):
     """Of two iterations, --ckpt-step names the one before the latest."""
-    from megatron_cream.checkpoint.metadata import saved_arguments
+    from megatron_cream.checkpoint.iterations import read_saved_arguments
     from megatron_cream.training.resume import validate_same_schedule
 
     run = tmp_path / "run"
     run.mkdir()
     (run / "iter_0000001").symlink_to(Path(initial) / "iter_0000001")
     (run / "latest_checkpointed_iteration.txt").write_text("2")  # of which nothing is read
-    saved = vars(saved_arguments(initial)) | {"load": str(run), "pretrained_checkpoint": None}
+    saved = vars(read_saved_arguments(initial)) | {"load": str(run), "pretrained_checkpoint": None}
     validate_same_schedule(Namespace(**saved | {"ckpt_step": 1}))
     with pytest.raises(UserError, match="--lr: 0.001 != 0.1"):
         validate_same_schedule(Namespace(**saved | {"ckpt_step": 1, "lr": 0.1}))
@@ -272,11 +272,11 @@ def test_the_schedule_is_compared_with_the_iteration_that_is_taken(tmp_path, ini
     ["--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler", "--no-load-optim"],
 )
 def test_training_longer_is_allowed_by_them(initial, allowed):
-    from megatron_cream.checkpoint.metadata import saved_arguments
+    from megatron_cream.checkpoint.iterations import read_saved_arguments
     from megatron_cream.training.resume import validate_same_schedule
 
     started = {"load": initial, "pretrained_checkpoint": None, "train_iters": 20}
-    now = Namespace(**vars(saved_arguments(initial)) | started)
+    now = Namespace(**vars(read_saved_arguments(initial)) | started)
     with pytest.raises(UserError, match="another learning-rate schedule"):
         validate_same_schedule(now)
     setattr(now, allowed[2:].replace("-", "_"), True)
@@ -288,10 +288,10 @@ def test_the_schedule_is_megatrons(initial, monkeypatch):
 
     from megatron.training import training
 
-    from megatron_cream.checkpoint.metadata import saved_arguments
+    from megatron_cream.checkpoint.iterations import read_saved_arguments
     from megatron_cream.training.resume import schedule
 
-    saved = saved_arguments(initial)
+    saved = read_saved_arguments(initial)
     iterations = {"train_iters": 30, "lr_decay_iters": 20, "lr_warmup_fraction": 0.1}
     samples = {"train_iters": None, "train_samples": 90, "lr_warmup_samples": 7}
     samples |= {"lr_decay_iters": None, "lr_decay_samples": 80}

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
+    from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
     from megatron_cream.extras.clex.rotary import ClexRotaryEmbedding
     from megatron_cream.rope.by_pair import LongRopeScaling
     from megatron_cream.rope.clex import ClexScaling
@@ -37,7 +37,7 @@ def rotary_class() -> type[ClexRotaryEmbedding]:
     return ClexRotaryEmbedding
 
 
-def freeze_stored(scaling: ClexScaling, stored: StoredTensors) -> LongRopeScaling:
+def freeze_stored(scaling: ClexScaling, stored: TorchDistTensors) -> LongRopeScaling:
     """Return the frequencies of a checkpoint's weights at T, as LongRoPE's lists.
 
     Raises:

@@ -20,7 +20,7 @@ from megatron_cream.rope.clex import ClexScaling
 from megatron_cream.rope.scaling import make_scaling
 
 if TYPE_CHECKING:
-    from megatron_cream.checkpoint.torch_dist_reader import StoredTensors
+    from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
 
 WEIGHTS = "rotary_pos_emb.weights"
 """Name of the weights in a checkpoint."""
@@ -31,7 +31,7 @@ NOT_FINITE = (
 )
 
 
-def read_weights(stored: StoredTensors) -> Tensor:
+def read_weights(stored: TorchDistTensors) -> Tensor:
     """Return the weights ``[size]`` of a checkpoint, in their own type.
 
     Raises:

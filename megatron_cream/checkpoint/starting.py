@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run loads and where it saves, looked at before it starts.
-
-Megatron's trainer starts from random weights where it finds no tracker file, counts iterations from
-one then, and writes over folders that are there.
-"""
+"""Validates what a run loads and where it saves, before it starts."""
 
 from __future__ import annotations
 
@@ -13,20 +9,23 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_cream.checkpoint.integrity import check
+from megatron_cream.checkpoint.doctor import validate_iteration
 from megatron_cream.checkpoint.iterations import (
     RELEASE,
     TRACKER,
+    find_start,
     is_iteration,
-    iterations,
-    number,
-    start_of,
-    without_tracker,
+    iteration_number,
+    list_iterations,
+    missing_tracker_error,
+    read_arguments,
+    saved_extension,
 )
 from megatron_cream.errors import UserError
+from megatron_cream.mcore.arguments import flag_of, marked
 
 
-def check_start(args: Namespace) -> None:
+def validate_start(args: Namespace) -> None:
     """Check --load, --pretrained-checkpoint and --save of a run. No code of a checkpoint runs.
 
     Object storage (``msc://...``) is Megatron's to look at.
@@ -39,17 +38,17 @@ def check_start(args: Namespace) -> None:
     primary = int(os.environ.get("RANK", "0")) == 0  # what is slow, one rank does for all
     for flag, path in (("--load", args.load), ("--pretrained-checkpoint", _pretrained(args))):
         if path:
-            _refuse_one_iteration(flag, Path(path), finetune=args.finetune)
-            _refuse_unnamed(flag, Path(path), args.ckpt_step)
-    start = start_of(args)
+            _validate_not_one_iteration(flag, Path(path), finetune=args.finetune)
+            _validate_tracker(flag, Path(path), args.ckpt_step)
+    start = find_start(args)
     if start is None:
-        _refuse_nothing_to_load(args)
+        _validate_new_start(args)
     else:
-        check(start.folder, f"{start.flag} is {start.root}", objects=primary)
+        validate_iteration(start.folder, f"{start.flag} is {start.root}", objects=primary)
     if args.save and "://" not in args.save:
-        _refuse_overwriting(args)
+        _validate_nothing_overwritten(args)
         if primary:
-            _refuse_unwritable(Path(args.save))
+            _validate_writable(Path(args.save))
 
 
 def _pretrained(args: Namespace) -> str | None:
@@ -58,10 +57,10 @@ def _pretrained(args: Namespace) -> str | None:
     return None if resumes else args.pretrained_checkpoint
 
 
-def _refuse_one_iteration(flag: str, folder: Path, finetune: bool) -> None:
+def _validate_not_one_iteration(flag: str, folder: Path, finetune: bool) -> None:
     if not is_iteration(folder) or (folder / TRACKER).is_file():
         return
-    step, root = number(folder.resolve()), folder.resolve().parent
+    step, root = iteration_number(folder.resolve()), folder.resolve().parent
     if flag == "--load" and step is not None:
         more = " --finetune" if finetune else ""
         advice = f"give --load {shlex.quote(str(root))} --ckpt-step {step}{more}"
@@ -80,15 +79,15 @@ def _as_folder(folder: Path, step: int | None) -> str:
     return f"{link} && echo {RELEASE if step is None else step} > START/{TRACKER}"
 
 
-def _refuse_unnamed(flag: str, root: Path, step: int | None) -> None:
+def _validate_tracker(flag: str, root: Path, step: int | None) -> None:
     """Refuse iterations without a tracker, which Megatron would overwrite from the first on."""
-    error = without_tracker(root)
+    error = missing_tracker_error(root)
     if error is not None and not (step and flag == "--load"):
-        once = f", or give --ckpt-step {number(iterations(root)[-1])} once"
+        once = f", or give --ckpt-step {iteration_number(list_iterations(root)[-1])} once"
         raise UserError(f"{flag} is {root}: {error}{once if flag == '--load' else ''}")
 
 
-def _refuse_nothing_to_load(args: Namespace) -> None:
+def _validate_new_start(args: Namespace) -> None:
     """Refuse to start from random weights where others were asked for.
 
     One --load and --save of a run that has saved nothing yet is how a run starts that will be
@@ -112,23 +111,24 @@ def _same(one: str | None, other: str | None) -> bool:
     return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 
-def _refuse_overwriting(args: Namespace) -> None:
+def _validate_nothing_overwritten(args: Namespace) -> None:
     """Refuse to save over iterations that the run does not go on from."""
-    held = iterations(Path(args.save))
-    start = start_of(args)
+    held = list_iterations(Path(args.save))
+    start = find_start(args)
     resumes = start is not None and start.flag == "--load" and _same(args.load, args.save)
     goes_on = resumes and not args.finetune and start.folder.name != RELEASE
     if not held or goes_on:
         return
     save = shlex.quote(args.save)
     raise UserError(
-        f"--save is {args.save}: it has {len(held)} iterations, {held[0].name} to {held[-1].name}, "
-        f"and this run counts from its own start and would overwrite them; go on with that run by "
-        f"--load {save} --save {save} without --finetune, or save to a new folder"
+        f"--save is {args.save}: it has {len(held)} iterations, {held[0].name} to "
+        f"{held[-1].name}, and this run counts from its own start and would overwrite them; go "
+        f"on with that run by --load {save} --save {save} without --finetune, "
+        "or save to a new folder"
     )
 
 
-def _refuse_unwritable(folder: Path) -> None:
+def _validate_writable(folder: Path) -> None:
     """Write a file without a name where --save is, or where it is going to be made.
 
     Raises:
@@ -145,3 +145,65 @@ def _refuse_unwritable(folder: Path) -> None:
             f"--save is {folder}: {there} cannot be written ({error.strerror}); it must be a "
             "folder that this user can write to"
         ) from None
+
+
+def _read_start_arguments(args: Namespace) -> Namespace | None:
+    """Return the arguments saved with the weights that a run starts from or resumes."""
+    start = find_start(args)
+    return None if start is None else read_arguments(start.folder)
+
+
+def starts_without_trained_rope(args: Namespace) -> bool:
+    """Say whether a run starts from weights that have no trained frequencies among them."""
+    saved = _read_start_arguments(args)
+    extension = saved and saved_extension(saved)
+    return saved is not None and not (extension and extension.trained)
+
+
+def complete_arguments(args: Namespace) -> None:
+    """Finish what --use-checkpoint-args began: settings of the model that Megatron leaves behind.
+
+    Without them a model would be built with another norm epsilon, say, and nobody told.
+    """
+    saved = _read_start_arguments(args)
+    for name in marked("restored") if saved else ():
+        if getattr(saved, name, None) is not None:
+            setattr(args, name, getattr(saved, name))
+
+
+def complete_vocabulary(args: Namespace) -> None:
+    """Have a run know how many tokens its model has beside padding, as the checkpoint says.
+
+    A tokenizer may have fewer than the model; the rows of the rest would be lost on the way.
+
+    Raises:
+        UserError: the run's vocabulary is smaller, padding included.
+    """
+    saved = _read_start_arguments(args)
+    size = getattr(saved, "vocab_size", None)
+    if size is None:
+        return
+    args.vocab_size = args.vocab_size or size
+    if (args.padded_vocab_size or args.vocab_size) < size:
+        raise UserError(
+            f"--padded-vocab-size is {args.padded_vocab_size}: the checkpoint that the run starts "
+            f"from has {size} tokens, it must be at least that; --use-checkpoint-args takes it over"
+        )
+
+
+def validate_same_model(path: str, saved: Namespace, args: Namespace) -> None:
+    """Refuse flags that build another model of the same shapes than a checkpoint is of.
+
+    Raises:
+        UserError: naming each flag, with both values.
+    """
+    differences = [
+        f"{flag_of(name)} {getattr(saved, name)} != {getattr(args, name)}"
+        for name in marked("same_model")
+        if getattr(saved, name, None) is not None and getattr(saved, name) != getattr(args, name)
+    ]
+    if differences:
+        raise UserError(
+            f"{path} is of another model than the flags say (checkpoint != now): "
+            f"{'; '.join(differences)}. Give the same, or --use-checkpoint-args"
+        )

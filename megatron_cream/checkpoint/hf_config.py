@@ -11,10 +11,6 @@ from megatron_cream.checkpoint.weight_map import FAMILIES, Family
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import MOST, flag, integer, number
 
-WINDOWED = ("mistral", "mixtral")
-"""Model types whose config.json may limit attention to a sliding window."""
-
-
 MOST_MODULES = 100_000
 """Layers, or experts of one: more is no model, and would take days to list."""
 
@@ -36,7 +32,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     """
     architecture, family = _architecture(config)
     config = _ABSENT.get(family.model_type, {}) | config
-    check_values(config)
+    validate_values(config)
     _validate_features(config, family)
     heads = _integer(config, "num_attention_heads")
     hidden = _integer(config, "hidden_size")
@@ -64,7 +60,7 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
         qk_norm=family.qk_norm,
         experts=experts,
         experts_per_token=chosen,
-        window=_window(config, family),
+        window=integer(config, "sliding_window") if family.windowed else None,
     )
 
 
@@ -76,7 +72,7 @@ _MODULES = ("num_hidden_layers", "num_local_experts")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
 
-def check_values(config: dict[str, Any]) -> None:
+def validate_values(config: dict[str, Any]) -> None:
     """Check type and range of what config.json says of a model of one of ``FAMILIES``.
 
     Raises:
@@ -162,7 +158,7 @@ def config_fields(shape: ModelShape) -> dict[str, Any]:
             "num_local_experts": shape.experts,
             "num_experts_per_tok": shape.experts_per_token,
         }
-    if shape.family.model_type in WINDOWED:
+    if shape.family.windowed:
         fields["sliding_window"] = shape.window
     return fields
 
@@ -190,12 +186,6 @@ def _validate_features(config: dict[str, Any], family: Family) -> None:
             "Megatron has biases on all linear layers, on queries, keys and values alone (qwen2), "
             "or on none"
         )
-
-
-def _window(config: dict[str, Any], family: Family) -> int | None:
-    if family.model_type not in WINDOWED:
-        return None
-    return integer(config, "sliding_window")
 
 
 def _needed(config: dict[str, Any], key: str) -> Any:

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads, validates and writes the safetensors files of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.weight_map import IGNORED
+from megatron_cream.errors import UserError
+from megatron_cream.json_values import read_object, reason
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""safetensors' names of the types that weights may have."""
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """Where the bytes of a tensor are.
+
+    Attributes:
+        offset: first byte, from the start of the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: of everything behind the first axis."""
+        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+
+
+class HfWeights:
+    """Tensors of all safetensors files of a folder.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        UserError: a file that is cut off or does not hold what the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors = _open_folder(folder)
+        self._files: dict[Path, int] = {}
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Read rows ``[start, stop)`` of a tensor into uint8 ``out`` of exactly their size.
+
+        Raises:
+            UserError: the file ends before them.
+        """
+        tensor = self.tensors[name]
+        offset = tensor.offset + start * tensor.row_bytes
+        if tensor.path not in self._files:
+            self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY)
+        read_exactly(self._files[tensor.path], offset, out, tensor.path)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+def read_exactly(descriptor: int, offset: int, out: np.ndarray, path: Path) -> None:
+    """Fill uint8 ``out`` from a file at ``offset``.
+
+    Raises:
+        UserError: the file ends before that.
+    """
+    view = memoryview(out)
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise UserError(f"{path} ends at byte {offset + done}: it is cut off")
+        done += count
+
+
+def _open_folder(folder: Path) -> dict[str, TensorLocation]:
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise FileNotFoundError(
+                f"{folder} has neither {SINGLE} nor {INDEX}: weights must be in safetensors files"
+            )
+        return _open_file(folder / SINGLE)
+    weight_map = _read_index(index)
+    missing = sorted({f for f in weight_map.values() if not (folder / f).is_file()})
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(set(weight_map.values()))} files that {INDEX} "
+            f"names: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        )
+    files = {name: _open_file(folder / name) for name in sorted(set(weight_map.values()))}
+    for tensor, file in weight_map.items():
+        if tensor not in files[file]:
+            raise UserError(f"{folder / file} lacks {tensor}, which {INDEX} says it has")
+    return {tensor: files[file][tensor] for tensor, file in weight_map.items()}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is not an index of safetensors files: it has no weight_map")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise UserError(
+                f"{index} says that {reprlib.repr(tensor)} is in {reprlib.repr(file)}: it must be "
+                "the name of a safetensors file in the same folder"
+            )
+    return weight_map
+
+
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+
+
+def _open_file(path: Path) -> dict[str, TensorLocation]:
+    """Return the tensors of a file that the safetensors library calls whole.
+
+    It reads the header alone and checks all of it: types, sizes, and that the tensors follow each
+    other from the first byte of data to the last one of the file.
+    """
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is cut off, damaged or no safetensors file: {reason(error)}"
+        ) from None
+    header, start = _read_header(path)
+    return {
+        name: TensorLocation(
+            path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a whole file, and where its data starts."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
+
+
+_COMPARED_BYTES = 64 << 20  # at a time
+_LISTED = 10_000
+
+
+def validate_weights(
+    weights: HfWeights, shape: ModelShape, dtype: torch.dtype | None
+) -> torch.dtype:
+    """Compare the weights with the table of the family; return the type they have.
+
+    Raises:
+        UserError: a tensor that is missing, of another shape than config.json says, that the
+            family has no place for, or of another type than the rest where ``dtype`` is None.
+    """
+    # A config.json may ask for billions: no more are listed than are needed to name the first.
+    expected = dict(islice(_expected_shapes(shape), 2 * len(weights.tensors) + _LISTED))
+    missing = sorted(expected.keys() - weights.tensors.keys())
+    if missing:
+        lacked = shape.tensors - (len(expected) - len(missing))
+        raise UserError(
+            f"{weights.folder} lacks {lacked} tensors that its config.json asks for: "
+            f"{_few(missing)}"
+        )
+    for name, size in expected.items():
+        if weights.tensors[name].shape != size:
+            raise UserError(
+                f"{weights.folder}: {name} has shape {list(weights.tensors[name].shape)}, by "
+                f"config.json it must have {list(size)}"
+            )
+    stored = _validate_type(weights, list(expected), dtype)
+    rest = [n for n in weights.tensors if n not in expected and not n.endswith(IGNORED)]
+    if rest == ["lm_head.weight"] and shape.tied:
+        _validate_tied(weights)
+    elif rest:
+        raise UserError(
+            f"{weights.folder} has {len(rest)} tensors that {shape.architecture} has no place "
+            f"for: {_few(sorted(rest))}"
+        )
+    return stored
+
+
+def _expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for row, place in shape.places():
+        for part in row.parts:
+            yield part.at(place), shape.part_shape(part)
+
+
+def _validate_type(weights: HfWeights, names: list[str], dtype: torch.dtype | None) -> torch.dtype:
+    by_type: dict[str, list[str]] = {}
+    for name in names:
+        by_type.setdefault(weights.tensors[name].dtype, []).append(name)
+    unknown = by_type.keys() - DTYPES.keys()
+    if unknown:
+        raise UserError(
+            f"{weights.folder}: {by_type[min(unknown)][0]} has type {min(unknown)}: it must be one "
+            f"of {tuple(DTYPES)}"
+        )
+    if len(by_type) > 1 and dtype is None:
+        kinds = ", ".join(f"{len(n)} {kind} ({n[0]})" for kind, n in sorted(by_type.items()))
+        raise UserError(
+            f"{weights.folder} has tensors of several types: {kinds}; say with --dtype which one "
+            "the checkpoint shall have"
+        )
+    return DTYPES[next(iter(by_type))]
+
+
+def _validate_tied(weights: HfWeights) -> None:
+    """Some checkpoints store the output layer although it is the embedding: it must be equal."""
+    one, two = (weights.tensors[n] for n in ("model.embed_tokens.weight", "lm_head.weight"))
+    same = (one.shape, one.dtype) == (two.shape, two.dtype)
+    step = max(1, _COMPARED_BYTES // one.row_bytes)
+    for start in range(0, one.shape[0] if same else 0, step):
+        stop = min(start + step, one.shape[0])
+        rows = [np.empty((stop - start) * one.row_bytes, np.uint8) for _ in range(2)]
+        weights.read_rows("model.embed_tokens.weight", start, stop, rows[0])
+        weights.read_rows("lm_head.weight", start, stop, rows[1])
+        same = same and np.array_equal(*rows)
+    if not same:
+        raise UserError(
+            f"{weights.folder}: tie_word_embeddings is true in config.json, but lm_head.weight "
+            "differs from model.embed_tokens.weight"
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor to be written: its name, type and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def cut_into_shards(tensors: list[TensorPlan], most_bytes: int) -> list[list[TensorPlan]]:
+    """Cut a list of tensors, in its order, into shards of at most ``most_bytes``.
+
+    A tensor that is larger gets a shard of its own.
+    """
+    shards: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > most_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+class ShardWriter:
+    """Writes planned tensors, in their order, into the files that transformers looks for.
+
+    Args:
+        folder: where the files go.
+        tensors: all tensors, in the order in which their bytes will be written.
+        most_bytes: size of a file that is not exceeded, headers not counted.
+    """
+
+    def __init__(self, folder: Path, tensors: list[TensorPlan], most_bytes: int) -> None:
+        self.folder = folder
+        self.shards = cut_into_shards(tensors, most_bytes)
+
+    @property
+    def names(self) -> list[str]:
+        """File names of the shards."""
+        if len(self.shards) == 1:
+            return [SINGLE]
+        total = len(self.shards)
+        return [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+
+    @contextmanager
+    def shard(self, number: int) -> Iterator[_Shard]:
+        """Open one shard for writing; on leaving it must be full, and is on the disk."""
+        path = self.folder / self.names[number]
+        with path.open("wb", buffering=0) as file:
+            shard = _Shard(file.fileno(), sum(t.nbytes for t in self.shards[number]))
+            _write(file.fileno(), memoryview(_header(self.shards[number])))
+            yield shard
+            if shard.left:
+                raise RuntimeError(f"{path}: {shard.left} bytes of its tensors were not written")
+            os.fsync(file.fileno())
+
+    def write_index(self) -> None:
+        """Write which shard has which tensor; nothing where there is one shard."""
+        if len(self.shards) == 1:
+            return
+        files = zip(self.names, self.shards, strict=True)
+        weight_map = {t.name: name for name, shard in files for t in shard}
+        total = sum(t.nbytes for shard in self.shards for t in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+class _Shard:
+    """An open file: takes the bytes of its tensors one after the other."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor = descriptor
+        self.left = size
+
+    def write(self, data: np.ndarray) -> None:
+        """Append contiguous uint8 ``data``."""
+        _write(self._descriptor, memoryview(data))
+        self.left -= data.nbytes
+
+
+def _write(descriptor: int, view: memoryview) -> None:
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def _header(tensors: list[TensorPlan]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes
+    return struct.pack("<Q", len(text)) + text
