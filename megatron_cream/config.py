@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from megatron_cream.positions.mixed import Mixed, check_share
 from megatron_cream.positions.scaled import Scaled
 from megatron_cream.rope import RopeScaling, compose, make_scaling
 from megatron_cream.rope.scaling import scaling_class
+
+SETTINGS_KEY = "megatron_cream"
+"""Attribute of Megatron's arguments, saved with a checkpoint, that holds our settings."""
 
 LABEL_RULES = ("true-next", "masked", "reference")
 SAMPLE_UNITS = ("document", "window", "packed", "packed-documents")
@@ -246,3 +250,9 @@ def _flag(name: str) -> str:
 
 
 POSITION_STRATEGIES = tuple(STRATEGIES)
+
+
+def saved_extension(args: Namespace) -> ExtensionConfig | None:
+    """Return the settings in saved arguments, or None where another tool trained."""
+    settings = getattr(args, SETTINGS_KEY, None)
+    return None if settings is None else ExtensionConfig.from_dict(settings)

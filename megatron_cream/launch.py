@@ -178,7 +178,7 @@ def swap(call: dict[str, Any]) -> None:
     """
     from megatron.training import get_args
 
-    from megatron_cream.checkpoint.iterations import SETTINGS_KEY
+    from megatron_cream.config import SETTINGS_KEY
     from megatron_cream.training.datasets import datasets_provider
     from megatron_cream.training.step import forward_step
 

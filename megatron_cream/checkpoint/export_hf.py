@@ -28,15 +28,11 @@ from megatron_cream.checkpoint.hf_files import (
     validate_files,
 )
 from megatron_cream.checkpoint.hf_weights import ShardWriter
-from megatron_cream.checkpoint.iterations import (
-    find_checkpoint,
-    read_saved_arguments,
-    saved_extension,
-)
+from megatron_cream.checkpoint.iterations import find_checkpoint, read_saved_arguments
 from megatron_cream.checkpoint.model_card import SourceModel, describe_engines, model_card
 from megatron_cream.checkpoint.model_shape import ModelShape, exportable_shape
 from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
 from megatron_cream.mcore.arguments import flag_of, marked

@@ -9,7 +9,6 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -138,10 +137,6 @@ def find_start(args: Namespace) -> RunStart | None:
     return None if name is None else RunStart(flag, root, iteration_folder(root, name))
 
 
-SETTINGS_KEY = "megatron_cream"
-"""Attribute of the arguments that Megatron saves with a checkpoint; holds our settings."""
-
-
 def find_checkpoint(path: str) -> Path | None:
     """Return the folder of the latest torch_dist checkpoint under ``path``, or None.
 
@@ -193,9 +188,3 @@ def read_arguments(folder: Path) -> Namespace | None:
             f"checkpoint {folder} is damaged: its arguments are a {type(args).__name__}"
         )
     return args
-
-
-def saved_extension(args: Namespace) -> ExtensionConfig | None:
-    """Return our settings out of saved arguments, or None where another tool trained."""
-    settings = getattr(args, SETTINGS_KEY, None)
-    return None if settings is None else ExtensionConfig.from_dict(settings)

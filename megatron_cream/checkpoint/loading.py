@@ -15,9 +15,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cream.checkpoint.doctor import validate_iteration
-from megatron_cream.checkpoint.iterations import find_checkpoint, read_arguments, saved_extension
+from megatron_cream.checkpoint.iterations import find_checkpoint, read_arguments
 from megatron_cream.checkpoint.unpickling import only_listed_globals
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.extras.hybrid import without_stages
 from megatron_cream.mcore.arguments import values

@@ -18,9 +18,8 @@ from itertools import product
 
 import torch
 
-from megatron_cream.checkpoint.iterations import SETTINGS_KEY
 from megatron_cream.checkpoint.weight_map import FAMILIES, Family, WeightPart, WeightRow
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.arguments import flag_of, values
 

@@ -19,8 +19,8 @@ from megatron_cream.checkpoint.iterations import (
     list_iterations,
     missing_tracker_error,
     read_arguments,
-    saved_extension,
 )
+from megatron_cream.config import saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.arguments import flag_of, marked
 

@@ -18,8 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
-from megatron_cream.checkpoint.iterations import SETTINGS_KEY
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.positions.scaled import Scaled
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")

@@ -8,8 +8,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint.iterations import read_saved_arguments, saved_extension
-from megatron_cream.config import ExtensionConfig, rope_settings
+from megatron_cream.checkpoint.iterations import read_saved_arguments
+from megatron_cream.config import ExtensionConfig, rope_settings, saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
 from megatron_cream.rope import SCALINGS, hf_rope_fields, scaling_from_hf

@@ -9,9 +9,8 @@ from typing import Any
 from megatron.core.transformer import MegatronModule
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-from megatron_cream.checkpoint.iterations import SETTINGS_KEY
 from megatron_cream.checkpoint.starting import starts_without_trained_rope
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.extras import hybrid, te_cross_entropy
 from megatron_cream.mcore.install_rotary import fold_attention_factor_into_softmax, install_rotary

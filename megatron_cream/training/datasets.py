@@ -15,8 +15,7 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
-from megatron_cream.checkpoint.iterations import SETTINGS_KEY
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.data.dataset import BlendedSpans, PositionsOnly, SpanDataset, SpanDatasetConfig
 from megatron_cream.data.metadata import read_metadata
 from megatron_cream.data.packed import PackedPositions, PackedSpanDataset

@@ -53,12 +53,12 @@ def parse(
     """
     from megatron.training.arguments import parse_args
 
-    from megatron_cream.checkpoint.iterations import SETTINGS_KEY
     from megatron_cream.checkpoint.starting import (
         complete_arguments,
         complete_vocabulary,
         validate_start,
     )
+    from megatron_cream.config import SETTINGS_KEY
     from megatron_cream.mcore.validation import megatron_validation_errors
     from megatron_cream.training.validate import (
         validate_files,
@@ -139,7 +139,7 @@ def ready(args: Namespace, config: Any) -> None:
     The last thing before ``megatron.training.pretrain``.
     """
     from megatron_cream.checkpoint import checksums
-    from megatron_cream.checkpoint.iterations import SETTINGS_KEY
+    from megatron_cream.config import SETTINGS_KEY
     from megatron_cream.mcore import hooks, losses
     from megatron_cream.mcore.start import (
         skip_dataset_helper_compilation,

@@ -59,8 +59,9 @@ def test_evaluates_and_exports_alike(trained):
 
 
 def test_other_weights_cannot_be_evaluated_so(trained):
-    from megatron_cream.checkpoint.iterations import read_saved_arguments, saved_extension
+    from megatron_cream.checkpoint.iterations import read_saved_arguments
     from megatron_cream.checkpoint.loading import load_model
+    from megatron_cream.config import saved_extension
 
     extension = saved_extension(read_saved_arguments(str(trained / "run")))
     with pytest.raises(ValueError, match="'clex': its weights are trained, and --checkpoint"):

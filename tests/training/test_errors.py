@@ -165,7 +165,8 @@ def test_resuming_a_distributed_optimizer_without_a_gpu(refused, sharded):
 
 
 def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
-    from megatron_cream.checkpoint.iterations import read_saved_arguments, saved_extension
+    from megatron_cream.checkpoint.iterations import read_saved_arguments
+    from megatron_cream.config import saved_extension
     from megatron_cream.training.resume import validate_checkpoint
 
     saved = read_saved_arguments(sharded)
