@@ -103,7 +103,7 @@ def _each(names: str, **facts: Any) -> Iterator[Argument]:
     return (Argument(name=name, **facts) for name in names.split())
 
 
-_SHAPE = {"required": "it is part of the model; or --use-checkpoint-args"}
+_SHAPE: dict[str, Any] = {"required": "it is part of the model; or --use-checkpoint-args"}
 _SHAPE |= {"unless": "use_checkpoint_args", "range": COUNT}
 _STAGES = {"range": COUNT, "one_rank": None}
 _MEMORY = {"evaluated": None, "meta": None}

@@ -25,7 +25,7 @@ def make_readable(parser: ArgumentParser) -> ArgumentParser:
     """
     parser.formatter_class = _Formatter
     parser.usage = "%(prog)s [Megatron-Core's flags] [megatron_cream's flags]"
-    parser.error = _raise_error
+    parser.error = _raise_error  # type: ignore[method-assign]
     return parser
 
 
@@ -96,7 +96,8 @@ def _with_flags(reason: str, args: Namespace | None) -> str:
 def _asserted(error: BaseException, args: Namespace | None) -> str:
     """Return the condition of the source line that raised, with flags for attributes."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    numbers = range(frame.lineno, (frame.end_lineno or frame.lineno) + 1)
+    first = frame.lineno or 0
+    numbers = range(first, (frame.end_lineno or first) + 1)
     source = " ".join(linecache.getline(frame.filename, number).strip() for number in numbers)
     condition = source.removeprefix("assert ").replace("\\", "").strip()
     names = dict.fromkeys(_ARGUMENT.findall(condition))

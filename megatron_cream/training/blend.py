@@ -72,10 +72,11 @@ def _lists(name: str, value: Any) -> list[list[str]]:
 def _validate_words(flag: str, words: list[str]) -> None:
     if not words:
         raise UserError(f"{flag} is empty: it must name at least one dataset")
-    weights = [_number(word) for word in words[::2]]
-    if len(words) == 1 or not any(weight is not None for weight in weights):
+    found = [_number(word) for word in words[::2]]
+    weights = [weight for weight in found if weight is not None]
+    if len(words) == 1 or not weights:
         return  # prefixes alone
-    if len(words) % 2 or any(weight is None for weight in weights):
+    if len(words) % 2 or len(weights) < len(found):
         raise UserError(
             f"{flag} is {' '.join(words)}: it must be prefixes alone, or a weight before each of "
             "them: 0.3 A 0.7 B"
@@ -96,9 +97,9 @@ def _number(word: str) -> float | None:
 
 
 def _validate_split(split: str) -> None:
-    parts = [_number(part) for part in split.split(",")]
-    wrong = any(part is None or not math.isfinite(part) or part < 0 for part in parts)
-    if wrong or len(parts) > len(_SPLITS) or not sum(parts):
+    words = split.split(",")
+    parts = [part for part in map(_number, words) if part is not None and 0 <= part < math.inf]
+    if len(parts) < len(words) or len(parts) > len(_SPLITS) or not sum(parts):
         raise UserError(
             f"--split is {split!r}: it must be up to three shares, for training, validation and "
             "test, as 99,1,0"

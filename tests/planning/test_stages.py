@@ -75,7 +75,7 @@ def test_virtual_stages_experts_and_other_layouts_are_built_too():
     views, _, lines = forks.call(planning.views, flags, 4)
     assert [view.layers for view in views[:2]] == [(1, 2, 5, 6), (3, 4, 7, 8)]
     assert lines[0].startswith("stage 0: layers 1..2, 5..6, embedding")
-    assert "memory is not estimated: virtual pipeline stages is 2" in lines[2]
+    assert "not estimated: --num-virtual-stages-per-pipeline-rank is 2" in lines[2]
 
     experts = ["--num-experts", "4", "--expert-model-parallel-size", "2", "--moe-router-topk", "2"]
     flags = small("--tensor-model-parallel-size", "2", "--sequence-parallel", *experts)
