@@ -12,8 +12,12 @@ import numpy as np
 from megatron_cream.corpus.settings import validate_count
 from megatron_cream.corpus.statistics import draw_histogram, measure, median
 from megatron_cream.corpus.tokenizers import TOKENIZERS, load_tokenizer
-from megatron_cream.data.indexed import check_tokens, read_index
-from megatron_cream.data.metadata import check_fits, read_metadata
+from megatron_cream.data.indexed import (
+    check_tokens,
+    read_index,
+    read_metadata,
+    validate_metadata,
+)
 from megatron_cream.errors import UserError
 
 EXAMPLES = """
@@ -39,7 +43,7 @@ def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
     for flag, value in zip(("--seq-length", "--target-length"), thresholds, strict=False):
         validate_count(flag, value, fewest=1)
     index, note = read_index(prefix), read_metadata(prefix)
-    check_fits(index, note)
+    validate_metadata(index, note)
     thresholds = tuple(n for n in thresholds if n is not None)
     found = measure(index.lengths, thresholds)
     size = Path(prefix + ".bin").stat().st_size
@@ -67,7 +71,7 @@ def check(prefix: str, vocab_size: int | None = None) -> str:
         FileNotFoundError: a file is missing.
     """
     index, note = read_index(prefix), read_metadata(prefix)
-    check_fits(index, note)
+    validate_metadata(index, note)
     validate_count("--vocab-size", vocab_size, fewest=1)
     limits = [vocab_size, None if note is None else note["vocab_size"]]
     largest = check_tokens(index, min((n for n in limits if n is not None), default=None))
@@ -93,7 +97,7 @@ def document_text(
     """
     validate_count("--tokens", tokens, fewest=0)
     index, note = read_index(prefix), read_metadata(prefix)
-    check_fits(index, note)
+    validate_metadata(index, note)
     documents = len(index.documents) - 1
     if not 0 <= number < documents:
         raise UserError(f"--document {number}: needs 0 to {documents - 1}")

@@ -32,8 +32,13 @@ from megatron_cream.corpus.work_folder import (
     validate_absent,
     validate_prefix,
 )
-from megatron_cream.data.indexed import DatasetIndex, check_tokens, read_index
-from megatron_cream.data.metadata import check_fits, read_metadata
+from megatron_cream.data.indexed import (
+    DatasetIndex,
+    check_tokens,
+    read_index,
+    read_metadata,
+    validate_metadata,
+)
 from megatron_cream.errors import UserError
 
 _OF_A_JOB = ("shard", "job", "thresholds", "drop_duplicates")
@@ -155,7 +160,7 @@ def _read(prefixes: Sequence[str]) -> list[InputDataset]:
 
 def _read_one(prefix: str) -> InputDataset:
     source = InputDataset(read_index(prefix, empty=True), read_metadata(prefix))
-    check_fits(source.index, source.note)
+    validate_metadata(source.index, source.note)
     missing = {"shard", "job", "thresholds"} - set(source.note or ())
     if source.note and "shard" in source.note and missing:
         raise UserError(f"{prefix}.json has a shard and no {min(missing)}, needs both")

@@ -49,8 +49,11 @@ from megatron_cream.corpus.work_folder import (
     publish,
     validate_absent,
 )
-from megatron_cream.data.indexed import read_index
-from megatron_cream.data.metadata import check_fits, read_metadata
+from megatron_cream.data.indexed import (
+    read_index,
+    read_metadata,
+    validate_metadata,
+)
 from megatron_cream.errors import UserError
 
 __all__ = ["PreprocessConfig", "PreprocessStats", "preprocess"]
@@ -295,7 +298,7 @@ def is_dataset_of(job: PreprocessJob, thresholds: tuple[int, ...]) -> bool:
         complete = set(make_metadata({}, Lengths(), 0, 0.0, Counts())) <= set(note)
         if wanted is None or note.get(FINGERPRINT) != wanted or not complete:
             return False
-        check_fits(read_index(job.prefix, empty=True), note)
+        validate_metadata(read_index(job.prefix, empty=True), note)
     except (UserError, FileNotFoundError):
         return False
     return True

@@ -26,8 +26,7 @@ from megatron_cream.corpus.readers import (
 )
 from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import SUFFIXES, validate_prefix
-from megatron_cream.data.indexed import token_dtype
-from megatron_cream.data.metadata import MOST_SHARDS
+from megatron_cream.data.indexed import MOST_SHARDS, token_dtype
 from megatron_cream.errors import UserError
 
 

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples that read only the tokens they train on.
+"""Reads samples from an indexed dataset, and of it only the tokens that are trained on.
+
+What a sample is drawn from is a source, a stretch of consecutive tokens of the ``.bin`` file.
+``document``: each document. ``window``: documents cut every T tokens, so that a book gives many
+samples instead of its first T tokens. ``packed``: all documents in a row, cut every T tokens, so
+that short ones are used too; documents are then apart only by their end-of-document token.
+``packed-documents``: documents as with ``window``, short ones too, several per sample, apart.
 
 A sample of N tokens that pretends to span T reads its spans, N tokens, from the memory map; the
 text between them is never touched, and no position is ever stored.
@@ -10,12 +16,11 @@ therefore one array, got from Megatron's reader once, and tokens and labels are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
@@ -23,10 +28,115 @@ from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.indexed import read_index
-from megatron_cream.data.sources import Sources, fewest_tokens, make_sources
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Span, Strategy, philox
 from megatron_cream.positions.scaled import Scaled
+
+PACK_MULTIPLE = 16
+"""Packed documents are cut to multiples of this many tokens, whatever the layout of the run:
+context parallelism deals each of them out in 2 x CP equal parts, and samples must not depend on it.
+"""
+
+
+@dataclass(frozen=True)
+class TextSources:
+    """Stretches of enough tokens for a sample, each of which one sample treats as its document.
+
+    Attributes:
+        starts: int64 ``[n]``, first token, counted from the start of the ``.bin`` file.
+        lengths: int64 ``[n]``, tokens.
+        ends: int64 ``[n]``, where the text that follows a stretch ends; a token before it has a
+            true next token.
+        dropped: documents (or, packed, tokens at the end of the stream) too short for a sample.
+        longest: tokens in the longest stretch before dropping.
+    """
+
+    starts: np.ndarray = field(repr=False)
+    lengths: np.ndarray = field(repr=False)
+    ends: np.ndarray = field(repr=False)
+    dropped: int
+    longest: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def fewest_tokens(unit: str, strategy: Strategy) -> int:
+    """Return how many tokens a text must have to be sampled from."""
+    if unit != "packed-documents":
+        return strategy.train_length
+    return -(-strategy.shortest_length // PACK_MULTIPLE) * PACK_MULTIPLE
+
+
+def make_sources(
+    unit: str,
+    document_starts: np.ndarray,
+    document_lengths: np.ndarray,
+    strategy: Strategy,
+) -> TextSources:
+    """Cut documents into sources.
+
+    Args:
+        unit: ``document``, ``window``, ``packed`` or ``packed-documents``.
+        document_starts: int64 ``[documents]``, first token of each in the ``.bin`` file.
+        document_lengths: ``[documents]`` tokens.
+        strategy: says how many tokens a sample takes, and from how many it chooses.
+
+    Raises:
+        UserError: ``packed`` documents do not follow each other in the file.
+    """
+    starts = np.asarray(document_starts, dtype=np.int64)
+    lengths = np.asarray(document_lengths, dtype=np.int64)
+    if unit == "packed":
+        starts, lengths = _one_stream(starts, lengths)
+    ends = starts + lengths
+    longest = int(lengths.max(initial=0))
+    if unit != "document":
+        starts, lengths, ends = _cut(starts, lengths, ends, strategy.content_length)
+    keep = lengths >= fewest_tokens(unit, strategy)
+    return TextSources(starts[keep], lengths[keep], ends[keep], int((~keep).sum()), longest)
+
+
+def _one_stream(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if len(starts) > 1 and not np.array_equal(starts[:-1] + lengths[:-1], starts[1:]):
+        raise UserError(
+            "sample_unit (--sample-unit) is 'packed': the documents of this dataset do not follow "
+            "each other in its .bin file; use 'window' or write it with tools/preprocess_data.py"
+        )
+    return starts[:1], np.array([lengths.sum()], dtype=np.int64)
+
+
+def _cut(
+    starts: np.ndarray, lengths: np.ndarray, ends: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut each stretch every ``size`` tokens; the last piece keeps what is left."""
+    pieces = -(-lengths // size)
+    owner = np.repeat(np.arange(len(starts)), pieces)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    piece_starts = starts[owner] + nth * size
+    return piece_starts, np.minimum(size, ends[owner] - piece_starts), ends[owner]
+
+
+def validate_sources(
+    sources: TextSources, path: str | None, split: str, unit: str, strategy: Strategy
+) -> None:
+    """Refuse a split of a dataset that has no sample.
+
+    Raises:
+        UserError: naming the dataset, the tokens that a sample takes, and those there are.
+    """
+    if len(sources):
+        return
+    fewest = fewest_tokens(unit, strategy)
+    short = fewest < strategy.train_length
+    why = "what the strategy can place in --target-length" if short else "--seq-length"
+    raise UserError(
+        f"dataset {path} has no document for the {split} split: a sample takes at least "
+        f"{fewest} tokens of one ({why}), and the longest of its {sources.dropped} has "
+        f"{sources.longest}; give longer documents, a shorter --seq-length, another --split, or "
+        "--sample-unit packed"
+    )
+
 
 _NO_TOKEN = np.zeros(1, dtype=np.int64)  # label where no token follows
 
@@ -60,7 +170,7 @@ class SpanReader:
     def __init__(
         self,
         dataset: IndexedDataset,
-        sources: Sources,
+        sources: TextSources,
         longest: int,
         label_rule: str,
         masked_token: int | None,
@@ -142,7 +252,7 @@ _SHUFFLE_STREAM = 1  # keeps shuffling apart from the layouts of the same seed
 _KEPT_ORDERS = 1 << 20  # samples of all kept epochs (4 bytes each), unless one alone has more
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SpanDatasetConfig(BlendedMegatronDatasetConfig):
     """Megatron's blend and split settings, plus ours.
 
@@ -152,14 +262,12 @@ class SpanDatasetConfig(BlendedMegatronDatasetConfig):
         eod_mask_loss: no loss on the token that follows an end of document.
     """
 
-    extension: ExtensionConfig | None = None
+    extension: ExtensionConfig
     eod_id: int | None = None
     eod_mask_loss: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.extension is None:
-            raise UserError("SpanDatasetConfig needs extension, an ExtensionConfig")
         if self.eod_mask_loss and self.eod_id is None:
             raise UserError(
                 "eod_mask_loss (--eod-mask-loss) needs an end-of-document token: a dataset written "
@@ -196,7 +304,7 @@ class SpanDataset(MegatronDataset):
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         extension = config.extension
-        self.unit = extension.sample_unit
+        self.position_seed = extension.position_seed
         self.strategy = split_strategy(extension, index_split)
         itemsize = np.dtype(dataset.index.dtype).itemsize
         self.sources = make_sources(
@@ -205,11 +313,9 @@ class SpanDataset(MegatronDataset):
             dataset.sequence_lengths[indices],
             self.strategy,
         )
-        if not len(self.sources) and num_samples != 0:
-            split = index_split.name
-            raise UserError(
-                no_sources_message(dataset_path, split, self.sources, self.strategy, self.unit)
-            )
+        if num_samples != 0:
+            unit, split = extension.sample_unit, index_split.name
+            validate_sources(self.sources, dataset_path, split, unit, self.strategy)
         self.reader = SpanReader(
             dataset,
             self.sources,
@@ -241,10 +347,10 @@ class SpanDataset(MegatronDataset):
 
     def sample(self, idx: int, draw: int) -> dict[str, torch.Tensor]:
         """Return the text of sample ``idx`` read at the layout with index ``draw``."""
-        layout = self.strategy.layout(self.config.extension.position_seed, int(draw))
+        layout = self.strategy.layout(self.position_seed, int(draw))
         arrays = self.read(self.chosen(idx), layout)
         sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return sample | drawn_scale(self.strategy, self.config.extension.position_seed, draw)
+        return sample | drawn_scale(self.strategy, self.position_seed, draw)
 
     def chosen(self, idx: int) -> int:
         """Return which text of the epoch sample ``idx`` reads."""
@@ -271,64 +377,3 @@ def drawn_scale(strategy: Strategy, seed: int, index: int) -> dict[str, torch.Te
     if not isinstance(strategy, Scaled):
         return {}
     return {"scale": torch.tensor(strategy.scale(seed, int(index)), dtype=torch.float32)}
-
-
-def no_sources_message(
-    path: str | None, split: str, sources: Sources, strategy: Strategy, unit: str
-) -> str:
-    """Say why a split of a dataset has no sample."""
-    fewest = fewest_tokens(unit, strategy)
-    short = fewest < strategy.train_length
-    why = "what the strategy can place in --target-length" if short else "--seq-length"
-    return (
-        f"dataset {path} has no document for the {split} split: a sample takes at least "
-        f"{fewest} tokens of one ({why}), and the longest of its {sources.dropped} has "
-        f"{sources.longest}; give longer documents, a shorter --seq-length, another --split, or "
-        "--sample-unit packed"
-    )
-
-
-class BlendedSpans(torch.utils.data.Dataset):
-    """A blend whose layouts are drawn by the blend's own sample index.
-
-    Megatron's blend asks each dataset for its own sample i; two datasets would then train on the
-    same layouts one after the other, and middle pipeline stages could not tell which.
-    """
-
-    def __init__(self, blend: BlendedDataset) -> None:
-        self.blend = blend
-        self.split = blend.split  # Megatron's loader reads the batch sizes of the split off it
-
-    def __len__(self) -> int:
-        return len(self.blend)
-
-    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        dataset = self.blend.datasets[self.blend.dataset_index[idx]]
-        return dataset.sample(self.blend.dataset_sample_index[idx], draw=idx)
-
-    def positions(self, idx: int) -> dict[str, torch.Tensor]:
-        """Return what a middle pipeline stage needs of sample ``idx``; packed documents only."""
-        dataset = self.blend.datasets[self.blend.dataset_index[idx]]
-        return dataset.positions(self.blend.dataset_sample_index[idx], draw=idx)
-
-
-class PositionsOnly(torch.utils.data.Dataset):
-    """Position ids of the training samples, for pipeline stages that see no tokens.
-
-    Opens no file: the layout of a sample is a function of its index.
-    """
-
-    def __init__(self, extension: ExtensionConfig, num_samples: int) -> None:
-        self.split = Split.train
-        self.extension = extension
-        self.strategy = extension.strategy()
-        self.num_samples = num_samples
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        seed = self.extension.position_seed
-        layout = self.strategy.layout(seed, int(idx))
-        ids = {"position_ids": torch.from_numpy(layout.position_ids)}
-        return ids | drawn_scale(self.strategy, seed, idx)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads, checks and writes a Megatron indexed dataset, without importing megatron.
+"""Reads, checks and writes a Megatron indexed dataset and its metadata, without megatron.
 
 Megatron maps whatever it finds; a truncated or damaged file shows up as a crash, as zeros or as
 text of other documents in the loss, some thousand steps later. Checking all of an index takes two
@@ -9,11 +9,14 @@ document, this one an array.
 
 from __future__ import annotations
 
+import json
 import os
+import reprlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -284,3 +287,126 @@ def read_documents(prefix: str, count: int, tokens: int) -> list[np.ndarray]:
     data = np.memmap(prefix + ".bin", mode="r", dtype=index.dtype)
     starts = index.pointers[chosen] // index.dtype.itemsize
     return [np.array(data[start : start + tokens]) for start in starts]
+
+
+MOST_SHARDS = 99_999
+"""Their numbers have five digits in a name."""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1 << 63
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_pair_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
+
+
+def _is_shard(value: Any) -> bool:
+    pair = isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+    return pair and value[0] < value[1] <= MOST_SHARDS
+
+
+def _object_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, dict) and all(map(check, found.values()))
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, list) and all(map(check, found))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a text": _is_text,
+    "true or false": lambda value: isinstance(value, bool),
+    "a count": _is_count,
+    "an id": _is_count,
+    "1 or more": lambda value: _is_count(value) and value > 0,
+    "a number": _is_number,
+    "two numbers, I of N": _is_shard,
+    "an object of counts": _object_of(_is_count),
+    "an object of shares": _object_of(_is_number),
+    "a list of lengths": _list_of(lambda value: _is_count(value) and value > 0),
+    "a list of pairs of texts": _list_of(_is_pair_of_texts),
+}
+# A merged dataset has null for what its sources differ in.
+_REQUIRED = {
+    **{"tokenizer_type": "a text", "tokenizer_model": "a text or null", "vocab_size": "1 or more"},
+    **{"eod_id": "an id or null", "bos_id": "an id or null", "appended_eod": "true or false"},
+    **{"prepended_bos": "true or false", "dropped": "an object of counts"},
+}
+_OPTIONAL = {
+    **{"dtype": "a text or null", "documents": "a count", "sequences": "a count"},
+    **{"tokens": "a count", "errors": "an object of counts", "job": "a text"},
+    **{"listed_errors": "a list of pairs of texts", "longest_document": "a count"},
+    **{"mean_document": "a number", "median_document": "a number"},
+    **{"documents_by_length": "an object of counts", "share_at_least": "an object of shares"},
+    **{"fingerprint": "a text or null", "shard": "two numbers, I of N"},
+    **{"thresholds": "a list of lengths", "drop_duplicates": "true or false"},
+}
+
+
+def read_metadata(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return what tools/preprocess_data.py wrote beside the dataset, or None for another tool's.
+
+    Raises:
+        UserError: the file is there and is not what that tool writes.
+    """
+    path = Path(os.fspath(prefix) + ".json")
+    if not path.is_file():
+        return None
+    try:
+        metadata = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(metadata, dict):
+        raise _damaged(path, f"it holds a {type(metadata).__name__}, not an object")
+    for key, kind in (_REQUIRED | _OPTIONAL).items():
+        if key not in metadata and key in _REQUIRED:
+            raise _damaged(path, f"it has no {key}")
+        if key in metadata and not _is_of_kind(metadata[key], kind):
+            raise _damaged(path, f"{key} is {reprlib.repr(metadata[key])}, not {kind}")
+    size = metadata["vocab_size"]
+    for key in ("eod_id", "bos_id"):
+        if metadata[key] is not None and metadata[key] >= size:
+            raise _damaged(path, f"{key} {metadata[key]} is outside vocab_size {size}")
+    return metadata
+
+
+def _is_of_kind(value: Any, kind: str) -> bool:
+    name = kind.removesuffix(" or null")
+    return (value is None and name != kind) or _KINDS[name](value)
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path} is not what tools/preprocess_data.py writes beside a dataset ({why}), needs that "
+        "file, or none"
+    )
+
+
+def validate_metadata(index: DatasetIndex, metadata: dict[str, Any] | None) -> None:
+    """Refuse metadata that is of other files than those it stands beside.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    found = {
+        "dtype": index.dtype.name,
+        "documents": len(index.documents) - 1,
+        "sequences": len(index.lengths),
+        "tokens": int(index.lengths.sum(dtype="int64")),
+    }
+    for key, value in found.items():
+        said = (metadata or {}).get(key)
+        if said is not None and said != value:
+            raise UserError(
+                f"{index.prefix}.json has {key} {said} and {index.prefix}.idx has {value}, needs "
+                "files of one dataset"
+            )

@@ -22,10 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_cream.data.dataset import SpanDataset
-from megatron_cream.data.sources import PACK_MULTIPLE
+from megatron_cream.data.dataset import PACK_MULTIPLE, SpanDataset, TextSources
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Strategy
+
+
+def trained_lengths(sources: TextSources, strategy: Strategy) -> np.ndarray:
+    """Return the tokens that a packed sample takes of each source, int64 ``[sources]``."""
+    trained = np.minimum(sources.lengths, strategy.train_length)
+    return (trained // PACK_MULTIPLE * PACK_MULTIPLE).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,7 @@ class PackedSpanDataset(SpanDataset):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        trained = np.minimum(self.sources.lengths, self.strategy.train_length)
-        self.trained = (trained // PACK_MULTIPLE * PACK_MULTIPLE).astype(np.int64)
+        self.trained = trained_lengths(self.sources, self.strategy)
         self.bins = pack(self.trained, self.strategy.train_length)
 
     @property
@@ -160,7 +164,7 @@ class PackedSpanDataset(SpanDataset):
         }
 
     def _members(self, idx: int, draw: int) -> Iterator[tuple[int, SampleLayout]]:
-        seed = self.config.extension.position_seed
+        seed = self.position_seed
         for i, source in enumerate(self.bins[self.chosen(idx)].tolist()):
             strategy = _for_length(self.strategy, int(self.trained[source]))
             yield source, strategy.layout(seed, int(draw) * _MEMBERS + i)
@@ -185,21 +189,3 @@ def _for_length(strategy: Strategy, length: int) -> Strategy:
 def _boundaries(lengths: list[int]) -> dict[str, torch.Tensor]:
     ends = np.cumsum([0, *(length for length in lengths if length)])
     return {"cu_seqlens": torch.from_numpy(ends.astype(np.int32))}
-
-
-class PackedPositions(torch.utils.data.Dataset):
-    """Positions and boundaries of packed samples, for pipeline stages that see no tokens.
-
-    Reads the index of the dataset and none of its tokens. ``dataset`` is a PackedSpanDataset or a
-    BlendedSpans of such.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        self.split = getattr(dataset, "split", None) or dataset.index_split
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        return self.dataset.positions(idx)

@@ -20,10 +20,19 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.dataset import no_sources_message, split_strategy
-from megatron_cream.data.indexed import DatasetIndex, check_token_sample, read_index
-from megatron_cream.data.metadata import check_fits, read_metadata
-from megatron_cream.data.sources import make_sources
+from megatron_cream.data.dataset import (
+    TextSources,
+    make_sources,
+    split_strategy,
+    validate_sources,
+)
+from megatron_cream.data.indexed import (
+    DatasetIndex,
+    check_token_sample,
+    read_index,
+    read_metadata,
+    validate_metadata,
+)
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.arguments import flag_of
 
@@ -121,19 +130,28 @@ def validate_datasets(args: Namespace, extension: ExtensionConfig) -> None:
         index = read_index(prefix)
         _validate_vocabulary(args, index)
         _validate_end_of_document(args, prefix)
-        for split, (begin, end) in splits.items():
-            if split is not Split.train and not args.eval_iters:
-                continue
-            first, last = round(begin * len(index.lengths)), round(end * len(index.lengths))
-            strategy, unit = split_strategy(extension, split), extension.sample_unit
-            sources = make_sources(
-                unit,
-                index.pointers[first:last] // index.dtype.itemsize,
-                index.lengths[first:last],
-                strategy,
-            )
-            if not len(sources):
-                raise UserError(no_sources_message(prefix, split.name, sources, strategy, unit))
+        for split, part in splits.items():
+            if split is Split.train or args.eval_iters:
+                sources = split_sources(index, part, extension, split)
+                strategy = split_strategy(extension, split)
+                validate_sources(sources, prefix, split.name, extension.sample_unit, strategy)
+
+
+def split_sources(
+    index: DatasetIndex, part: tuple[float, float], extension: ExtensionConfig, split: Split
+) -> TextSources:
+    """Return what samples of a split are drawn from.
+
+    Args:
+        part: of the documents, from and to, as shares of all.
+    """
+    documents = slice(*(round(share * len(index.lengths)) for share in part))
+    return make_sources(
+        extension.sample_unit,
+        index.pointers[documents] // index.dtype.itemsize,
+        index.lengths[documents],
+        split_strategy(extension, split),
+    )
 
 
 def prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, float]]]:
@@ -155,7 +173,7 @@ def prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, flo
 def _validate_vocabulary(args: Namespace, index: DatasetIndex) -> None:
     prefix = index.prefix
     metadata = read_metadata(prefix)
-    check_fits(index, metadata)
+    validate_metadata(index, metadata)
     vocabulary = args.padded_vocab_size or args.vocab_size
     if metadata and vocabulary and metadata["vocab_size"] > vocabulary:
         raise UserError(

@@ -10,7 +10,7 @@ import math
 from argparse import Namespace
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.sources import PACK_MULTIPLE
+from megatron_cream.data.dataset import PACK_MULTIPLE
 from megatron_cream.errors import UserError
 from megatron_cream.extras import te_cross_entropy
 from megatron_cream.json_values import is_finite

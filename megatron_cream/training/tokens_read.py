@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of its training datasets a run will read: lines of the start block."""
+"""Counts how much of its training datasets a run will read, for lines of the start block."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,11 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.data.dataset import TextSources
 from megatron_cream.data.indexed import read_index
-from megatron_cream.data.packed import pack
-from megatron_cream.data.sources import PACK_MULTIPLE, Repetition, Sources, make_sources, repetition
-from megatron_cream.positions import SampleLayout
-from megatron_cream.training.blend import prefixes_by_split
+from megatron_cream.data.packed import pack, trained_lengths
+from megatron_cream.positions import SampleLayout, Span, philox
+from megatron_cream.training.blend import prefixes_by_split, split_sources
 
 A_FEW = 4
 """Times that a token is read from which a run is warned: a model then learns text by heart."""
@@ -34,17 +36,12 @@ def tokens_read(args: Namespace, extension: ExtensionConfig) -> list[str]:
     return lines
 
 
-def _training_sources(args: Namespace, extension: ExtensionConfig) -> list[tuple[str, Sources]]:
-    found = []
-    for prefix, splits in prefixes_by_split(args).items():
-        if Split.train not in splits:
-            continue
-        index, (begin, end) = read_index(prefix), splits[Split.train]
-        own = slice(round(begin * len(index.lengths)), round(end * len(index.lengths)))
-        starts = index.pointers[own] // index.dtype.itemsize
-        unit, strategy = extension.sample_unit, extension.strategy()
-        found.append((prefix, make_sources(unit, starts, index.lengths[own], strategy)))
-    return found
+def _training_sources(args: Namespace, extension: ExtensionConfig) -> list[tuple[str, TextSources]]:
+    return [
+        (prefix, split_sources(read_index(prefix), splits[Split.train], extension, Split.train))
+        for prefix, splits in prefixes_by_split(args).items()
+        if Split.train in splits
+    ]
 
 
 def _shares(args: Namespace, sizes: list[int]) -> list[float]:
@@ -55,22 +52,17 @@ def _shares(args: Namespace, sizes: list[int]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def _trained(extension: ExtensionConfig, sources: Sources) -> np.ndarray:
-    """Tokens that a packed sample takes of each source."""
-    return np.minimum(sources.lengths, extension.train_length) // PACK_MULTIPLE * PACK_MULTIPLE
-
-
-def _epoch_size(extension: ExtensionConfig, sources: Sources) -> int:
+def _epoch_size(extension: ExtensionConfig, sources: TextSources) -> int:
     if extension.sample_unit != "packed-documents":
         return len(sources)
-    return len(pack(_trained(extension, sources).astype(np.int64), extension.train_length))
+    return len(pack(trained_lengths(sources, extension.strategy()), extension.train_length))
 
 
-def _repetition(extension: ExtensionConfig, sources: Sources, epochs: float) -> Repetition:
+def _repetition(extension: ExtensionConfig, sources: TextSources, epochs: float) -> Repetition:
     strategy, seed = extension.strategy(), extension.position_seed
     if extension.sample_unit != "packed-documents":
         return repetition(sources, epochs, lambda source, draw: strategy.layout(seed, draw))
-    trained = _trained(extension, sources)
+    trained = trained_lengths(sources, strategy)
 
     def layout_of(source: int, draw: int) -> SampleLayout:
         return strategy.for_length(int(trained[source])).layout(seed, draw)
@@ -78,7 +70,7 @@ def _repetition(extension: ExtensionConfig, sources: Sources, epochs: float) -> 
     return repetition(sources, epochs, layout_of)
 
 
-def _line(sources: Sources, result: Repetition) -> str:
+def _line(sources: TextSources, result: Repetition) -> str:
     size = int(sources.lengths.sum())
     read = f"{_count(result.share * size)} of {_count(size)} tokens"
     line = f"{read}, the most repeated {result.most} time(s)"
@@ -90,3 +82,59 @@ def _count(tokens: float) -> str:
     if tokens < 100_000:
         return f"{tokens:.0f}"
     return f"{tokens / 1e3:.0f} K" if tokens < 1e6 else f"{tokens / 1e6:.1f} M"
+
+
+_SOURCES = 256
+_EPOCHS = 32
+_STREAM = 5  # keeps what is counted apart from what a run draws
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """What a run reads of a dataset.
+
+    Attributes:
+        share: of the tokens of all sources, those that are read at all.
+        most: how many times the most repeated ones are read.
+    """
+
+    share: float
+    most: int
+
+
+def repetition(
+    sources: TextSources, epochs: float, layout_of: Callable[[int, int], SampleLayout]
+) -> Repetition:
+    """Return how often tokens are read by a run of so many epochs.
+
+    Args:
+        sources: what an epoch reads, each once.
+        epochs: any real number above 0.
+        layout_of: source and draw to a layout.
+    """
+    chosen = np.unique(np.linspace(0, len(sources) - 1, min(_SOURCES, len(sources))).astype(int))
+    draws = philox.generator(0, 0, _STREAM).permutation(len(chosen))
+    counted = min(epochs, _EPOCHS)
+    read = most = 0
+    for rank, source in zip(draws.tolist(), chosen.tolist(), strict=True):
+        # Of a part of an epoch, every source has its part of the chance, as evenly as can be.
+        times = int(counted + (rank + 0.5) / len(chosen))
+        length = sources.lengths.item(source)
+        layouts = (layout_of(source, _EPOCHS * rank + epoch) for epoch in range(times))
+        union, deepest = _overlap([span for layout in layouts for span in layout.spans(length)])
+        read, most = read + union, max(most, deepest)
+    share = read / int(sources.lengths[chosen].sum())
+    return Repetition(share, round(most * epochs / counted))
+
+
+def _overlap(spans: list[Span]) -> tuple[int, int]:
+    """Return the tokens that any span holds, and how many spans hold the same one at most."""
+    if not spans:
+        return 0, 0
+    offsets, lengths = np.array(spans, dtype=np.int64).T
+    at = np.concatenate([offsets, offsets + lengths])
+    steps = np.repeat([1, -1], len(spans))
+    order = np.lexsort((steps, at))  # at one place, ends before beginnings
+    depth = np.cumsum(steps[order])
+    covered = np.diff(at[order])[depth[:-1] > 0].sum()
+    return int(covered), int(depth.max())

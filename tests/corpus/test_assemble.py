@@ -17,8 +17,12 @@ from megatron_cream.corpus.inspection import check, describe, document_text
 from megatron_cream.corpus.merge import merge_datasets
 from megatron_cream.corpus.statistics import Lengths, draw_histogram, median
 from megatron_cream.corpus.storage import HASH_BYTES
-from megatron_cream.data.indexed import read_index, token_dtype, write_index
-from megatron_cream.data.metadata import read_metadata
+from megatron_cream.data.indexed import (
+    read_index,
+    read_metadata,
+    token_dtype,
+    write_index,
+)
 
 PARTS = {"part_bytes": 200}
 

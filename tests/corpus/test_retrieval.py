@@ -17,9 +17,11 @@ from megatron_cream.corpus.retrieval import (
     words,
 )
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
-from megatron_cream.data.indexed import read_index
-from megatron_cream.data.metadata import check_fits, read_metadata
-from megatron_cream.data.sources import make_sources
+from megatron_cream.data.indexed import (
+    read_index,
+    read_metadata,
+    validate_metadata,
+)
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import filler
 from megatron_cream.evaluation.haystacks import Kit
@@ -168,6 +170,8 @@ def job(tmp_path):
 
 
 def test_the_dataset_is_the_same_for_any_number_of_workers(job, tmp_path):
+    from megatron_cream.data.dataset import make_sources
+
     note = make_dataset(job, progress=False)
     other = replace(job, output_prefix=str(tmp_path / "b"), workers=2)
     make_dataset(other, progress=False)
@@ -176,7 +180,7 @@ def test_the_dataset_is_the_same_for_any_number_of_workers(job, tmp_path):
     index = read_index(job.output_prefix)
     assert index.lengths.tolist() == [600] * 40 and index.dtype == np.uint16
     assert note == read_metadata(job.output_prefix)
-    check_fits(index, note)
+    validate_metadata(index, note)
     assert (note["kind"], note["seed"], note["tokens"]) == ("retrieval", 1234, 24000)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{name}{suffix}" for name in "ab" for suffix in (".bin", ".idx", ".json")

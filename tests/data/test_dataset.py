@@ -204,7 +204,7 @@ def test_order_of_an_epoch_is_drawn_from_seed_and_epoch(prefixes, seed):
 
 def test_a_drawn_scale_is_that_of_the_layout(prefixes):
     """Positions of scale t end at t * N0, in a blend too, whose datasets count for themselves."""
-    from megatron_cream.data.dataset import BlendedSpans, PositionsOnly
+    from megatron_cream.training.datasets import BlendedSpans, PositionsOnly
 
     clex = {"rope_interpolation": "clex", "rope_factor": T / N, "position_seed": 5}
     alone = build(prefixes[:1], **clex)[0]
@@ -271,7 +271,7 @@ def test_validation_has_plain_positions(prefixes):
 
 
 def test_blend_draws_layouts_by_its_own_index(prefixes):
-    from megatron_cream.data.dataset import BlendedSpans, PositionsOnly
+    from megatron_cream.training.datasets import BlendedSpans, PositionsOnly
 
     blend = BlendedSpans(build(prefixes, weights=[0.5, 0.5])[0])
     middle_stage = PositionsOnly(extension(), 50)
@@ -292,7 +292,7 @@ def test_nothing_long_enough(prefixes):
 
 
 def test_middle_stages_open_no_file(monkeypatch):
-    from megatron_cream.data.dataset import PositionsOnly
+    from megatron_cream.training.datasets import PositionsOnly
 
     def refuse(*args, **kwargs):
         raise AssertionError(f"opened {args}")
@@ -307,7 +307,7 @@ def test_middle_stages_open_no_file(monkeypatch):
 
 
 def test_plain_samples_are_plain_on_every_stage_and_read_consecutive_tokens(prefixes):
-    from megatron_cream.data.dataset import PositionsOnly
+    from megatron_cream.training.datasets import PositionsOnly
 
     share = {"plain_share": 0.4, "sample_unit": "window"}
     train = build(prefixes[:1], samples=200, **share)[0]

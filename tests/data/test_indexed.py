@@ -12,9 +12,10 @@ from megatron_cream.data.indexed import (
     check_tokens,
     read_documents,
     read_index,
+    read_metadata,
+    validate_metadata,
     write_index,
 )
-from megatron_cream.data.metadata import check_fits, read_metadata
 from megatron_cream.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
@@ -231,7 +232,7 @@ def test_a_note_of_another_dataset(prefix, key):
     write = prefix.with_suffix(".json").write_text
     fits = NOTE | {"dtype": "uint16", "documents": 3, "sequences": 3, "tokens": 922}
     write(json.dumps(fits))
-    check_fits(read_index(prefix), read_metadata(prefix))
+    validate_metadata(read_index(prefix), read_metadata(prefix))
     write(json.dumps(fits | {key: "int32" if key == "dtype" else 4}))
     for call in (describe, check, lambda prefix: merge_datasets([prefix], prefix + "-merged")):
         with pytest.raises(UserError, match=rf"d\.json has {key} .*, needs files of one dataset"):

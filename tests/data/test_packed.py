@@ -97,7 +97,7 @@ def test_each_document_has_a_layout_of_its_own_that_reaches_the_target(prefixes)
 
 def test_no_two_documents_share_a_layout(prefixes):
     """Not those side by side, not those of the next sample, in a blend as alone."""
-    from megatron_cream.data.dataset import BlendedSpans
+    from megatron_cream.training.datasets import BlendedSpans
 
     alone = build(prefixes[:1])[0]
     for train in (alone, BlendedSpans(build(prefixes, weights=[0.4, 0.6])[0])):
@@ -146,8 +146,8 @@ def test_validation_has_plain_positions_in_every_document(prefixes):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_middle_stages_draw_the_same_positions_without_a_token(prefixes, count, monkeypatch):
-    from megatron_cream.data.dataset import BlendedSpans, SpanReader
-    from megatron_cream.data.packed import PackedPositions
+    from megatron_cream.data.dataset import SpanReader
+    from megatron_cream.training.datasets import BlendedSpans, PackedPositions
 
     def build_one():
         train = build(prefixes[:count], weights=[0.5] * count if count > 1 else None)[0]

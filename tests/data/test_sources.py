@@ -4,8 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cream.data.sources import make_sources
 from megatron_cream.positions import make_strategy
+
+pytestmark = pytest.mark.usefixtures("cpu_megatron")
+
+
+def make_sources(*args):
+    from megatron_cream.data import dataset
+
+    return dataset.make_sources(*args)
 
 
 def cut(unit, lengths, train, content):

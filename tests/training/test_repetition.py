@@ -2,13 +2,23 @@
 import numpy as np
 import pytest
 
-from megatron_cream.data.sources import make_sources, repetition
 from megatron_cream.positions import make_strategy
+
+pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
 N, T = 256, 2048
 
 
+@pytest.fixture
+def repetition():
+    from megatron_cream.training.tokens_read import repetition
+
+    return repetition
+
+
 def sources(unit, strategy, documents=20, tokens=4 * T):
+    from megatron_cream.data.dataset import make_sources
+
     starts = np.arange(documents, dtype=np.int64) * tokens
     return make_sources(unit, starts, np.full(documents, tokens), strategy)
 
@@ -28,7 +38,7 @@ def counted(unit, strategy, found, epochs):
 @pytest.mark.parametrize("unit", ["window", "document"])
 @pytest.mark.parametrize("name", ["full", "cream", "pose"])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_agrees_with_counting_every_token(name, unit, epochs):
+def test_agrees_with_counting_every_token(repetition, name, unit, epochs):
     strategy = make_strategy(name, train_length=N, target_length=T)
     found = sources(unit, strategy)
     result = repetition(found, epochs, lambda source, draw: strategy.layout(9, draw))
@@ -37,7 +47,7 @@ def test_agrees_with_counting_every_token(name, unit, epochs):
     assert result.most == most
 
 
-def test_windows_read_all_text_before_any_twice_and_documents_do_not():
+def test_windows_read_all_text_before_any_twice_and_documents_do_not(repetition):
     plain = make_strategy("full", train_length=N, target_length=T)
 
     def read(unit, samples):
@@ -50,7 +60,7 @@ def test_windows_read_all_text_before_any_twice_and_documents_do_not():
     assert (document.share, document.most) == (N / (4 * T), 4 * T // N)
 
 
-def test_a_part_of_an_epoch_reads_its_part():
+def test_a_part_of_an_epoch_reads_its_part(repetition):
     plain = make_strategy("full", train_length=N, target_length=T)
     found = sources("window", plain)
     result = repetition(found, 0.25, lambda source, draw: plain.layout(9, draw))
