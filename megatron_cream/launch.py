@@ -12,18 +12,15 @@ what it passes to the trainer besides data and forward step stay.
 from __future__ import annotations
 
 import functools
-import inspect
 import runpy
 import sys
-from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
+from megatron_cream.errors import UserError, one_line_errors
+from megatron_cream.mcore import trainer
+from megatron_cream.mcore.patches import RELEASE
 from megatron_cream.training import entry, machine
-
-_RELEASE = (0, 19)  # of megatron-core, major and minor
 
 
 def main() -> None:
@@ -38,12 +35,13 @@ def main() -> None:
         # it, in a clone of Megatron-LM also the megatron it belongs to.
         sys.path.insert(0, str(script.parent))
         validate_megatron_release()
-    patch_parser()
-    trainer = patch_pretrain()
+    calls: list[dict[str, Any]] = []
+    trainer.patch_parse_and_validate_args.apply(entry.parse)
+    trainer.patch_pretrain.apply(functools.partial(swap, calls))
     sys.argv[0] = str(script)
     runpy.run_path(str(script), run_name="__main__")
     with one_line_errors():
-        if not trainer.calls:
+        if not calls:
             raise UserError(
                 f"script {script}: it ended without a call of megatron.training.pretrain, so "
                 "nothing was trained; it must call that function under __name__ == '__main__'"
@@ -76,8 +74,8 @@ def validate_no_restart(flags: list[str]) -> None:
     """
     if "--inprocess-restart" in flags:
         raise UserError(
-            "--inprocess-restart is given: in a script of Megatron 0.19.2 it fails to restart for "
-            "ever; leave it out, or train with megatron_cream.pretrain"
+            f"--inprocess-restart is given: in a script of Megatron {RELEASE} it fails to restart "
+            "for ever; leave it out, or train with megatron_cream.pretrain"
         )
 
 
@@ -91,86 +89,19 @@ def validate_megatron_release() -> None:
     """
     from megatron.core import package_info
 
-    found = (package_info.MAJOR, package_info.MINOR)
-    if found != _RELEASE:
+    wanted = RELEASE.rpartition(".")[0]
+    if f"{package_info.MAJOR}.{package_info.MINOR}" != wanted:
         raise UserError(
             f"megatron-core is {package_info.__shortversion__}, from {package_info.__file__}: it "
-            f"must be {'.'.join(map(str, _RELEASE))}; use the script of that release of Megatron-LM"
+            f"must be {wanted}; use the script of that release of Megatron-LM"
         )
 
 
-def patch_parser() -> None:
-    """Have a script's parser know our flags, and check them. Idempotent.
-
-    Symbol: ``megatron.training.arguments.parse_and_validate_args``. The script hands its arguments
-    on to its model config; they must hold our settings by then.
-
-    Raises:
-        ImportError: the symbol moved in this version of Megatron.
-    """
-    from megatron.training import arguments
-
-    own = _own(arguments, "parse_and_validate_args")
-    if hasattr(own, "adds_our_flags"):
-        return
-
-    @functools.wraps(own)
-    def parse_and_validate_args(
-        extra_args_provider: entry.ArgumentsProvider | None = None,
-        ignore_unknown_args: bool = False,
-        args_defaults: dict[str, Any] | None = None,
-    ) -> Namespace:
-        with one_line_errors():
-            return entry.parse(own, extra_args_provider, ignore_unknown_args, args_defaults)
-
-    parse_and_validate_args.adds_our_flags = True
-    arguments.parse_and_validate_args = parse_and_validate_args
-
-
-def patch_pretrain() -> Callable[..., Any]:
-    """Have a script's call of the trainer train on our data, positions and angles. Idempotent.
-
-    Symbol: ``megatron.training.training.pretrain``, and its second name ``megatron.training
-    .pretrain``, by which scripts import it. A script hands over its datasets and its forward step
-    there and nowhere else. Returns the replacement, whose ``calls`` counts its calls.
-
-    Raises:
-        ImportError: the symbol moved in this version of Megatron.
-    """
-    import megatron.training
-    from megatron.training import training
-
-    own = _own(training, "pretrain")
-    if hasattr(own, "calls"):
-        return own
-
-    @functools.wraps(own)
-    def pretrain(*args: Any, **kwargs: Any) -> Any:
-        pretrain.calls += 1
-        call = inspect.signature(own).bind(*args, **kwargs)
-        with one_line_errors():
-            swap(call.arguments)
-        return own(*call.args, **call.kwargs)
-
-    pretrain.calls = 0
-    training.pretrain = megatron.training.pretrain = pretrain
-    return pretrain
-
-
-def _own(module: Any, name: str) -> Callable[..., Any]:
-    function = getattr(module, name, None)
-    if function is None:
-        raise MissingPackageError(
-            f"{module.__name__}.{name} is gone: it may have changed in your version of "
-            "megatron-core; megatron_cream is made for 0.19.2"
-        )
-    return function
-
-
-def swap(call: dict[str, Any]) -> None:
+def swap(calls: list[dict[str, Any]], call: dict[str, Any]) -> None:
     """Swap datasets and forward step of a call of ``pretrain``, and hook into its model config.
 
     Args:
+        calls: it is added to these.
         call: the arguments of the call by name; changed in place.
 
     Raises:
@@ -182,6 +113,7 @@ def swap(call: dict[str, Any]) -> None:
     from megatron_cream.training.datasets import datasets_provider
     from megatron_cream.training.step import forward_step
 
+    calls.append(call)
     args = get_args()
     if not hasattr(args, SETTINGS_KEY):
         raise UserError(

@@ -16,6 +16,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_cream.errors import one_line_errors
+from megatron_cream.extras import extras
 from megatron_cream.training import entry, machine
 
 
@@ -41,12 +42,10 @@ def prepare() -> Namespace:
 
 def train(args: Namespace) -> None:
     """Hand over to Megatron's ``pretrain``, once or as often as --inprocess-restart asks for."""
-    if args.inprocess_restart:
-        from megatron_cream.extras import inprocess_restart
-
-        inprocess_restart.run(start, args)
-    else:
-        start(args)
+    run = start
+    for extra in extras():
+        run = extra.wrap_start(run, args)
+    run(args)
 
 
 def start(args: Namespace, **more: Any) -> None:

@@ -156,7 +156,7 @@ def _model(
     from megatron.core.transformer import TransformerConfig
 
     from megatron_cream.checkpoint.loading import initialize_one_process
-    from megatron_cream.mcore.install_rotary import install_rotary
+    from megatron_cream.mcore.rotary import install_rotary
     from megatron_cream.rope import make_scaling
 
     initialize_one_process()

@@ -7,17 +7,16 @@ machine, and the training goes on meanwhile. CRC-32 of zlib takes a third of a s
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.errors import MissingPackageError, UserError
+from megatron_cream.errors import UserError
 
 _MARK = "megatron_cream"
 _NAME = "megatron_cream_checksums_{:05d}.json"
@@ -88,7 +87,7 @@ def _text(content: dict[str, Any]) -> str:
     return json.dumps({**content, "of_this": own}, indent=1) + "\n"
 
 
-def _forget(folder: Path) -> None:
+def forget(folder: Path) -> None:
     """Remove what an earlier save into the same folder wrote: its files are about to change."""
     for path in folder.glob(_PATTERN):
         if re.search(rf'"made_by": "{_MARK}"', path.read_text(errors="replace")):
@@ -119,46 +118,6 @@ def _write_or_say(folder: Path, rank: int) -> None:
 def wait() -> None:
     """Wait until all checksums that were asked for are written."""
     _reader.submit(lambda: None).result()
-
-
-def patch_saves() -> None:
-    """Have checksums written after each save, also an asynchronous one. Idempotent.
-
-    Symbol: ``megatron.core.dist_checkpointing.save``, which Megatron's trainer calls by that name
-    on every rank. No hook of Megatron's is called on every rank when a save has finished.
-
-    Raises:
-        ImportError: the symbol moved in this version of Megatron.
-    """
-    from megatron.core import dist_checkpointing
-
-    own = getattr(dist_checkpointing, "save", None)
-    if own is None:
-        raise MissingPackageError(
-            f"{dist_checkpointing.__name__}.save is gone: it may have changed in your version of "
-            "megatron-core; megatron_cream is made for 0.19.2"
-        )
-    if not hasattr(own, "writes_checksums"):
-        dist_checkpointing.save = _then_checksums(own)
-
-
-def _then_checksums(own: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
-
-    @functools.wraps(own)
-    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        folder, rank = Path(str(checkpoint_dir)), torch.distributed.get_rank()
-        if rank == 0 and folder.is_dir():
-            _forget(folder)
-        request = own(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        if request is None:
-            write_later(folder, rank)
-        else:
-            request.add_finalize_fn(functools.partial(write_later, folder, rank))
-        return request
-
-    save.writes_checksums = True
-    return save
 
 
 def differences(folder: Path, sums: dict[str, FileChecksum], names: Iterable[str]) -> Iterable[str]:

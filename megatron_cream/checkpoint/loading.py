@@ -21,6 +21,7 @@ from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.extras.hybrid import without_stages
 from megatron_cream.mcore.arguments import values
+from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.mcore.hooks import model_config
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
 
@@ -53,7 +54,7 @@ def initialize(layout: ParallelLayout) -> None:
             f"{layout.pipeline} x --context-parallel-size {layout.context} is {layout.gpus}: "
             f"torchrun started {ranks} processes, --nproc-per-node must be {layout.gpus}"
         )
-    cpu = getattr(torch.cuda, "_stood_in_by_cpu", False)
+    cpu = is_installed()
     if not torch.distributed.is_initialized():
         if not cpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -112,7 +113,7 @@ def load_model(
     args.expert_tensor_parallel_size = layout.tensor
     args.pipeline_model_parallel_size = layout.pipeline
     args.context_parallel_size = layout.context
-    if getattr(torch.cuda, "_stood_in_by_cpu", False):
+    if is_installed():
         vars(args).update(values("cpu"))
     if args.vocab_size and args.padded_vocab_size:
         # Padded rows would take part in the softmax; no token has their ids. Tensor parallelism

@@ -25,6 +25,7 @@ from megatron_cream.evaluation.attention import attend, tails
 from megatron_cream.evaluation.context_parallel import Slice
 from megatron_cream.evaluation.forward import Pass, Scores
 from megatron_cream.evaluation.vocabulary import score_rows
+from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
 from megatron_cream.rope.huggingface import claimed_window
 
@@ -47,7 +48,7 @@ class MegatronModel:
         extension: ExtensionConfig | None = None,
         layout: ParallelLayout = ONE_PROCESS,
     ) -> None:
-        cpu = getattr(torch.cuda, "_stood_in_by_cpu", False)
+        cpu = is_installed()
         if layout.context > 1 and cpu:
             raise UserError(
                 f"--context-parallel-size is {layout.context} with --cpu: it must be 1, ring "

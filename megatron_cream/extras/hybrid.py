@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_cream.errors import UserError
+from megatron_cream.extras import Extra
 
 _LOCAL = {Symbols.ATTENTION, Symbols.MLP, Symbols.MOE, Symbols.PIPE}
 _UNROTATED = {Symbols.MLA: "MLA", Symbols.DS_ATTENTION: "sparse MLA"}
@@ -153,3 +154,16 @@ class LocalHybridStack(HybridStack):
                 hidden_size=config.hidden_size,
                 eps=config.layernorm_epsilon,
             )
+
+
+class Hybrid(Extra):
+    """``--hybrid-layer-pattern``."""
+
+    def validate_flags(self, args: Namespace, extension: Any) -> None:
+        validate_pattern(args)
+
+    def configure(self, config: Any, args: Namespace, extension: Any) -> None:
+        configure_local_layers(config, args)
+
+
+EXTRA = Hybrid()

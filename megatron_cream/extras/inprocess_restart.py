@@ -11,8 +11,13 @@ here is everything from the arguments on, and each attempt has its own copy of t
 # Annotations stay types: nvidia-resiliency-ext hands its wrapper to the parameter that has its.
 
 import copy
+import functools
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
+
+from megatron_cream.errors import UserError
+from megatron_cream.extras import Extra
 
 Start = Callable[..., None]
 
@@ -44,3 +49,20 @@ def _set_again(untouched: Namespace) -> Namespace:
     args = copy.deepcopy(untouched)
     set_global_variables(args)
     return args
+
+
+class InprocessRestart(Extra):
+    """``--inprocess-restart``."""
+
+    def validate_machine(self, args: Namespace) -> None:
+        if args.inprocess_restart and find_spec("nvidia_resiliency_ext") is None:
+            raise UserError(
+                "--inprocess-restart is given: it needs the package nvidia-resiliency-ext, without "
+                "which Megatron would train as if it were not"
+            )
+
+    def wrap_start(self, start: Start, args: Namespace) -> Start:
+        return functools.partial(run, start) if args.inprocess_restart else start
+
+
+EXTRA = InprocessRestart()

@@ -15,12 +15,15 @@ import logging
 import os
 import sys
 import warnings
+from collections import UserDict
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.arguments import flag_of, marked
+from megatron_cream.mcore.patches import Patch, patch
 
 
 def install() -> None:
@@ -44,7 +47,7 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 
-    if getattr(torch.cuda, "_stood_in_by_cpu", False):
+    if is_installed():
         return
     if torch.cuda.is_available():
         raise UserError(
@@ -55,11 +58,17 @@ def install() -> None:
     if threads is None:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    _answer_queries(torch)
-    _answer_streams(torch)
-    _answer_rng(torch)
-    _answer_tensors(torch)
-    torch.cuda._stood_in_by_cpu = True
+    # Torch lists its factories when a device context is first entered; it must list its own.
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
+    for each in _STAND_IN:
+        each.apply()
+
+
+def is_installed() -> bool:
+    """Say whether the CPU stands in for ``torch.cuda`` in this process."""
+    return _STAND_IN[0].in_place
 
 
 def validate_flags(args: Any) -> None:
@@ -80,12 +89,12 @@ def validate_flags(args: Any) -> None:
         raise UserError(
             f"--cuda-graph-impl is {args.cuda_graph_impl!r} with --cpu: it must be 'none'"
         )
-    _refuse_weight_shards(args)
+    _validate_weight_shards(args)
     if args.num_experts:
-        _refuse_unserved_experts(args)
+        _validate_experts(args)
 
 
-def _refuse_weight_shards(args: Any) -> None:
+def _validate_weight_shards(args: Any) -> None:
     """Refuse weights in more shards than tensor parallelism makes, gathered by streams of a GPU."""
     tensor = args.tensor_model_parallel_size
     experts = args.expert_tensor_parallel_size or tensor  # Megatron's default
@@ -99,7 +108,7 @@ def _refuse_weight_shards(args: Any) -> None:
             )
 
 
-def _refuse_unserved_experts(args: Any) -> None:
+def _validate_experts(args: Any) -> None:
     if args.moe_token_dispatcher_type != "allgather":
         raise UserError(
             f"--moe-token-dispatcher-type is {args.moe_token_dispatcher_type!r} with --cpu: it "
@@ -112,29 +121,53 @@ def _refuse_unserved_experts(args: Any) -> None:
         )
 
 
-def _answer_queries(torch: Any) -> None:
-    cpu = torch.device("cpu")
-    cuda = torch.cuda
-    cuda.is_available = lambda: True
-    cuda.is_initialized = lambda: True
-    # Megatron skips model-parallel set-up where it counts no device.
-    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cuda.current_device = lambda: cpu
-    cuda.get_device_capability = lambda *_: (0, 0)
-    cuda.get_device_properties = lambda *_: SimpleNamespace(
-        name="CPU", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count()
-    )
-    cuda.get_device_name = lambda *_: "CPU"
-    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "init"):
-        setattr(cuda, name, lambda *_, **__: None)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        setattr(cuda, name, lambda *_, **__: 0)
-    cuda.max_memory_reserved = lambda *_, **__: 0
-    cuda.mem_get_info = lambda *_: (0, 0)
-    cuda.memory_stats = lambda *_, **__: {}
-    torch.accelerator.is_available = lambda: False  # the data loader would pin memory
-    for name in ("range_push", "range_pop"):
-        setattr(cuda.nvtx, name, lambda *_: None)
+_WHY = "torch.cuda and tensors on it are answered by the CPU (--cpu)."
+_GROUP = "torch.cuda by the CPU"
+_STAND_IN: list[Patch] = []
+
+
+def _replace(*names: str) -> Callable[[Callable[[Any], Any]], None]:
+    """Declare what makes the replacement of each of these names of torch's."""
+
+    def declare(make: Callable[[Any], Any]) -> None:
+        for name in names:
+            _STAND_IN.append(patch(name, why=_WHY, group=_GROUP)(make))
+
+    return declare
+
+
+def _answer(answer: Callable[[], Any], *names: str) -> None:
+    """Have functions of ``torch.cuda`` answer so whatever they are given."""
+    for name in names:
+        _replace(f"torch.cuda:{name}")(lambda own: lambda *_, **__: answer())
+
+
+def _cpu() -> Any:
+    import torch
+
+    return torch.device("cpu")
+
+
+def _properties() -> SimpleNamespace:
+    numbers = {"major": 0, "minor": 0, "total_memory": 0, "multi_processor_count": os.cpu_count()}
+    return SimpleNamespace(name="CPU", **numbers)
+
+
+_answer(lambda: True, "is_available", "is_initialized")
+# Megatron skips model-parallel set-up where it counts no device.
+_answer(lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "device_count")
+_answer(_cpu, "current_device")
+_answer(lambda: (0, 0), "get_device_capability", "mem_get_info")
+_answer(_properties, "get_device_properties")
+_answer(lambda: "CPU", "get_device_name")
+_answer(lambda: None, "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "init")
+_answer(lambda: None, "nvtx.range_push", "nvtx.range_pop")
+_answer(lambda: 0, "memory_allocated", "max_memory_allocated", "memory_reserved")
+_answer(lambda: 0, "max_memory_reserved")
+_answer(dict, "memory_stats")
+_answer(nullcontext, "stream")
+# The data loader would pin memory.
+_replace("torch.accelerator:is_available")(lambda own: lambda: False)
 
 
 class _Inert:
@@ -155,27 +188,45 @@ class _Inert:
         raise AttributeError(name)
 
 
-def _answer_streams(torch: Any) -> None:
-    torch.cuda.Stream = torch.cuda.Event = _Inert
-    torch.cuda.stream = lambda *_: nullcontext()
-    for name in ("current_stream", "default_stream"):
-        setattr(torch.cuda, name, lambda *_: _Inert())
+_answer(_Inert, "current_stream", "default_stream")
+_replace("torch.cuda:Stream", "torch.cuda:Event")(lambda own: type(own.__name__, (_Inert,), {}))
 
 
-def _answer_rng(torch: Any) -> None:
-    def get_state(*_: Any, **__: Any) -> Any:
-        return torch.get_rng_state()
+@_replace("torch.cuda:get_rng_state", "torch.cuda.random:get_rng_state")
+def _get_rng_state(own: Any) -> Any:
+    import torch
 
-    def set_state(state: Any, *_: Any, **__: Any) -> None:
-        torch.set_rng_state(state)
+    return lambda *_, **__: torch.get_rng_state()
 
-    # Megatron's random-state tracker sets the state of the current device's generator.
-    torch.cuda.default_generators = {torch.device("cpu"): torch.default_generator}
-    for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = get_state
-        module.set_rng_state = set_state
-        module.manual_seed = module.manual_seed_all = torch.default_generator.manual_seed
 
+@_replace("torch.cuda:set_rng_state", "torch.cuda.random:set_rng_state")
+def _set_rng_state(own: Any) -> Any:
+    import torch
+
+    return lambda state, *_, **__: torch.set_rng_state(state)
+
+
+@_replace(
+    *("torch.cuda:manual_seed", "torch.cuda.random:manual_seed"),
+    *("torch.cuda:manual_seed_all", "torch.cuda.random:manual_seed_all"),
+)
+def _manual_seed(own: Any) -> Any:
+    import torch
+
+    return lambda seed: torch.default_generator.manual_seed(seed)
+
+
+@_replace("torch.cuda:default_generators")
+def _default_generators(own: Any) -> Any:
+    """Megatron's random-state tracker sets the state of the current device's generator."""
+    import torch
+
+    return UserDict({torch.device("cpu"): torch.default_generator})
+
+
+_replace("torch:Tensor.cuda", "torch:Tensor.pin_memory", "torch.nn:Module.cuda")(
+    lambda own: lambda self, *_, **__: self
+)
 
 # Functions that Megatron asks for tensors on "cuda" by name. Wrapping them costs nothing where no
 # tensor is made; a torch function mode would cost 15 us at every operation.
@@ -187,33 +238,11 @@ _FACTORIES = [
 _METHODS = ["new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "to"]
 
 
-def _answer_tensors(torch: Any) -> None:
-    from torch.utils._device import _device_constructors
+@_replace(*(f"torch:{name}" for name in _FACTORIES), *(f"torch:Tensor.{m}" for m in _METHODS))
+def _on_cpu(own: Any) -> Any:
+    """Answer ``device="cuda"`` with the CPU, and pin no memory."""
 
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self
-    # Torch lists its factories when a device context is first entered; it must list its own.
-    _device_constructors()
-    torch.Tensor.pin_memory = lambda self, *_, **__: self
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    for name in _METHODS:
-        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
-    own_type = torch.Tensor.type
-
-    def cuda_type(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is not None:
-            return own_type(self, dtype, *args, **kwargs)
-        # Gradient clipping asserts a CUDA type.
-        return own_type(self).replace("torch.", "torch.cuda.", 1)
-
-    torch.Tensor.type = cuda_type
-
-
-def _on_cpu(function: Any) -> Any:
-    """Wrap a function to answer ``device="cuda"`` with the CPU, and to pin no memory."""
-
-    @functools.wraps(function)
+    @functools.wraps(own)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             kwargs.pop("pin_memory", None)
@@ -221,7 +250,7 @@ def _on_cpu(function: Any) -> Any:
                 kwargs["device"] = "cpu"
         if len(args) > 1 and _is_cuda(args[1]):  # tensor.to("cuda")
             args = (args[0], "cpu", *args[2:])
-        return function(*args, **kwargs)
+        return own(*args, **kwargs)
 
     return wrapped
 
@@ -230,3 +259,14 @@ def _is_cuda(device: Any) -> bool:
     # Not str(device): that would print a tensor, were it one.
     kind = device if isinstance(device, str) else getattr(device, "type", None)
     return isinstance(kind, str) and kind.startswith("cuda")
+
+
+@_replace("torch:Tensor.type")
+def _cuda_type(own: Any) -> Any:
+    def type_of(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return own(self, dtype, *args, **kwargs)
+        # Gradient clipping asserts a CUDA type.
+        return own(self).replace("torch.", "torch.cuda.", 1)
+
+    return type_of

@@ -12,8 +12,8 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from megatron_cream.checkpoint.starting import starts_without_trained_rope
 from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.extras import hybrid, te_cross_entropy
-from megatron_cream.mcore.install_rotary import fold_attention_factor_into_softmax, install_rotary
+from megatron_cream.extras import extras
+from megatron_cream.mcore.rotary import fold_attention_factor_into_softmax, install_rotary
 from megatron_cream.rope.scaling import RopeScaling, trainer_of
 from megatron_cream.training.arguments import rotary_dim
 
@@ -50,8 +50,8 @@ def add_hooks(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
         **(config.extra_checkpoint_metadata or {}),
         SETTINGS_KEY: extension.to_dict(),
     }
-    te_cross_entropy.serve(config.transformer, args)
-    hybrid.configure_local_layers(config, args)
+    for extra in extras():
+        extra.configure(config, args, extension)
     return config
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rotary embedding that turns by the positions of the step's own tokens.
+"""A rotary embedding that turns by the positions of the step's own tokens, and its installation.
 
 Megatron's ``RotaryEmbedding`` is given a length, caches by it and never sees ``position_ids``.
-This one takes its place (see ``install``) and is handed those that the model is called with.
+This one takes its place in a built model. A forward pre-hook hands it those that the model is
+called with, and attention rotates by them (``attention_rotation``).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor, nn
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.scaling import RopeScaling
+from megatron_cream.mcore.attention_rotation import patch_apply_rotary_pos_emb
+from megatron_cream.mcore.patches import set_built
+from megatron_cream.rope.scaling import RopeScaling, trainer_of
 
 
 class PositionRotaryEmbedding(RotaryEmbedding):
@@ -156,3 +160,88 @@ def _inv_freq(scaling: RopeScaling, device: torch.device | str | None) -> Tensor
     if powers.is_meta:  # a layout that is only counted
         return powers
     return torch.from_numpy(scaling.rounded(powers.cpu().numpy())).to(powers.device)
+
+
+def fold_attention_factor_into_softmax(config: Any, scaling: RopeScaling) -> bool:
+    """Put the attention factor m into ``config.softmax_scale`` if that is the same; say if it was.
+
+    Cos and sin of queries and keys times m make logits m ** 2 times as large. Where every
+    dimension of a head is rotated a softmax scale of m ** 2 / sqrt(d) does just that, and the
+    fused kernel, which has no factor, stays. To be called before the model is built.
+
+    Args:
+        config: Megatron's transformer config.
+    """
+    factor = scaling.attention_factor
+    if factor == 1.0 or scaling.dim != config.kv_channels:
+        return False
+    scale = config.softmax_scale  # muP has one of its own
+    plain = 1.0 / math.sqrt(config.kv_channels) if scale is None else scale
+    config.softmax_scale = plain * factor * factor
+    return True
+
+
+def install_rotary(
+    model: nn.Module, scaling: RopeScaling, *, attention_factor_in_softmax: bool = False
+) -> PositionRotaryEmbedding:
+    """Replace ``model.rotary_pos_emb`` and have it follow the ``position_ids`` of every call.
+
+    Args:
+        model: a built, unwrapped GPTModel or HybridModel chunk on any pipeline stage.
+        scaling: how positions become angles.
+        attention_factor_in_softmax: what ``fold_attention_factor_into_softmax`` answered for the
+            model's config; if False the attention factor is applied to the rotated dimensions.
+
+    Raises:
+        UserError: the model has no rotary embedding of Megatron's ``rope`` kind, or rotates
+            another number of dimensions than ``scaling``.
+    """
+    stock = getattr(model, "rotary_pos_emb", None)
+    if not isinstance(stock, RotaryEmbedding):
+        raise UserError(
+            f"the model's rotary embedding is {type(stock).__name__}: positions reach angles only "
+            "through RoPE, --position-embedding-type rope"
+        )
+    dim = 2 * stock.inv_freq.numel()
+    if dim != scaling.dim:
+        raise UserError(f"the interpolation has dim {scaling.dim}, the model rotates {dim}")
+    trainer = trainer_of(scaling)
+    rotary_class = trainer.rotary_class() if trainer else PositionRotaryEmbedding
+    rotary = rotary_class(
+        scaling,
+        rotary_interleaved=stock.rotary_interleaved,
+        device=stock.inv_freq.device,
+        cp_group=stock.cp_group,
+    )
+    model.rotary_pos_emb = rotary
+    if not attention_factor_in_softmax:
+        _scale_rotated(model, scaling.attention_factor)
+    rotary.attention_factor_in_softmax = attention_factor_in_softmax
+    patch_apply_rotary_pos_emb.apply()
+    model.register_forward_pre_hook(_hand_over_position_ids, with_kwargs=True)
+    return rotary
+
+
+def _scale_rotated(model: nn.Module, factor: float) -> None:
+    """Have every attention layer apply the attention factor with its rotation.
+
+    ``_yarn_concentration_factor`` is what Megatron multiplies cos and sin by. It derives it from
+    ``yarn_*`` settings, which cannot say every value.
+    """
+    from megatron.core.transformer.attention import Attention
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            set_built(module, "_yarn_concentration_factor", factor)
+
+
+def _hand_over_position_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    inference = kwargs.get("inference_context") or kwargs.get("inference_params")
+    rotary = model.rotary_pos_emb
+    if rotary.attention_factor_in_softmax and inference and not inference.is_static_batching():
+        raise RuntimeError(
+            f"the attention factor {rotary.scaling.attention_factor:g} is in the softmax scale, "
+            "which Megatron's dynamic batching ignores: use a static inference context"
+        )
+    rotary.set_position_ids(position_ids, plain=inference is not None)

@@ -13,7 +13,7 @@ from megatron_cream.config import (
     ExtensionConfig,
 )
 from megatron_cream.errors import UserError
-from megatron_cream.extras import te_cross_entropy
+from megatron_cream.extras import extras
 from megatron_cream.mcore.validation import make_readable
 from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
@@ -71,11 +71,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         choices=SAMPLE_UNITS,
         help=f"what a sample reads from (default: {DEFAULT_UNIT}; that of a run that is resumed)",
     )
-    add(
-        te_cross_entropy.FLAG,
-        action="store_true",
-        help="cross entropy by Transformer Engine's kernel, version 2.19 or later",
-    )
+    for extra in extras():
+        extra.add_flags(add)
     add("--cpu", action="store_true", help="run Megatron's trainer on a machine with no GPU")
     return parser
 

@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_cream.config import ExtensionConfig
+from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.training import machine
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -58,7 +58,6 @@ def parse(
         complete_vocabulary,
         validate_start,
     )
-    from megatron_cream.config import SETTINGS_KEY
     from megatron_cream.mcore.validation import megatron_validation_errors
     from megatron_cream.training.validate import (
         validate_files,
@@ -138,22 +137,19 @@ def ready(args: Namespace, config: Any) -> None:
 
     The last thing before ``megatron.training.pretrain``.
     """
-    from megatron_cream.checkpoint import checksums
-    from megatron_cream.config import SETTINGS_KEY
-    from megatron_cream.mcore import hooks, losses
-    from megatron_cream.mcore.start import (
-        skip_dataset_helper_compilation,
-        use_in_process_save_queue,
-    )
-    from megatron_cream.training import report, scalars
+    from megatron_cream.mcore import hooks, trainer
+    from megatron_cream.mcore.attention_rotation import patch_apply_rotary_pos_emb
+    from megatron_cream.training import report
+    from megatron_cream.training.scalars import Scalars
 
-    skip_dataset_helper_compilation()
-    if args.cpu:
-        use_in_process_save_queue()
-    checksums.patch_saves()
     extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
+    trainer.patch_compile_helpers.apply()
+    if args.cpu:
+        trainer.patch_results_queue.apply()
+    trainer.patch_save.apply()
+    patch_apply_rotary_pos_emb.apply()
+    logs = args.tensorboard_dir or args.wandb_project
+    trainer.patch_training_log.apply(Scalars(extension) if logs else None)
     hooks.add_hooks(config, args, extension)
-    losses.count_first_iteration_once()
-    scalars.patch_training_log(args, extension)
     if args.rank == 0:
         print(report.start_block(args, extension), flush=True)

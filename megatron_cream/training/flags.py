@@ -12,7 +12,6 @@ from argparse import Namespace
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.dataset import PACK_MULTIPLE
 from megatron_cream.errors import UserError
-from megatron_cream.extras import te_cross_entropy
 from megatron_cream.json_values import is_finite
 from megatron_cream.mcore.arguments import ARGUMENTS, flag_of
 
@@ -149,7 +148,6 @@ def validate_supported(args: Namespace) -> None:
             "--attention-backend is local: it must be left out, the layers' own attention is used; "
             "--transformer-impl local has no other"
         )
-    te_cross_entropy.validate_flags(args)
     if args.sample_unit == "packed-documents":
         _validate_packing(args)
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 
 from megatron_cream.checkpoint.iterations import find_start
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.mcore import patches
 from megatron_cream.positions import Strategy, coverage
 from megatron_cream.rope import RopeScaling
 from megatron_cream.training.arguments import rotary_dim
@@ -36,6 +37,7 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
         "rope kernel": "fused" if args.apply_rope_fusion else "unfused",
         "labels": f"{extension.label_rule}, samples from: {extension.sample_unit}",
         "weights": _weights_line(args),
+        "patches": ", ".join(patches.applied()),
     }
     rows = [*fields.items(), *(("tokens read", line) for line in tokens_read(args, extension))]
     width = max(map(len, fields))

@@ -12,14 +12,10 @@ rank: the layouts of the samples trained since the last time are drawn once more
 
 from __future__ import annotations
 
-import functools
 import time
-from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.errors import MissingPackageError
 from megatron_cream.positions import Strategy
 from megatron_cream.positions.coverage import Tally
 from megatron_cream.training.report import most_samples
@@ -77,51 +73,3 @@ class Scalars:
             values[TOKENS] = tokens / (now - self._last[0])
         self._last = (now, samples)
         return values
-
-
-def patch_training_log(args: Namespace, extension: ExtensionConfig) -> None:
-    """Have this run write our scalars, if it logs at all. The last call decides.
-
-    Symbol: ``megatron.training.training.training_log``. The trainer calls it after each iteration;
-    it is the one place where an iteration is over and its number of samples is known.
-
-    Raises:
-        ImportError: the symbol moved in this version of Megatron.
-    """
-    from megatron.training import training
-
-    if not (args.tensorboard_dir or args.wandb_project):
-        return
-    own = getattr(training, "training_log", None)
-    if own is None:
-        raise MissingPackageError(
-            "megatron.training.training.training_log is gone: it may have changed in your version "
-            "of megatron-core; megatron_cream is made for 0.19.2"
-        )
-    own = getattr(own, "without_our_scalars", own)
-    scalars = Scalars(extension)
-
-    @functools.wraps(own)
-    def training_log(
-        loss_dict: Any, total: Any, rate: Any, iteration: int, *rest: Any, **more: Any
-    ) -> Any:
-        answer = own(loss_dict, total, rate, iteration, *rest, **more)
-        _write(scalars, iteration)
-        return answer
-
-    training_log.without_our_scalars = own
-    training.training_log = training_log
-
-
-def _write(scalars: Scalars, iteration: int) -> None:
-    from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
-
-    args, writer, wandb = get_args(), get_tensorboard_writer(), get_wandb_writer()
-    if (writer is None and wandb is None) or iteration % args.tensorboard_log_interval:
-        return
-    values = scalars.at(args.consumed_train_samples)
-    for name, value in values.items():
-        if writer is not None:
-            writer.add_scalar(name, value, iteration)
-    if wandb is not None:
-        wandb.log(values, iteration)

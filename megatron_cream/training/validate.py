@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.extras import hybrid, te_cross_entropy
+from megatron_cream.extras import extras
 from megatron_cream.mcore import cpu
 from megatron_cream.mcore.arguments import flag_of
 from megatron_cream.mcore.validation import validate_model_config, validate_with_megatron
@@ -63,12 +63,13 @@ def validate_our_flags(args: Namespace) -> ExtensionConfig:
     flags.validate_divisibility(args)
     flags.validate_left_out(args)
     flags.validate_supported(args)
-    hybrid.validate_pattern(args)
     if args.cpu:
         cpu.validate_flags(args)
     blend.validate_blend(args)
     extension = extension_from_args(args)
     flags.validate_with_scales(args, extension)
+    for extra in extras():
+        extra.validate_flags(args, extension)
     return extension
 
 
@@ -96,11 +97,6 @@ def validate_packages(args: Namespace) -> None:
     Raises:
         UserError: naming the flag and the package.
     """
-    if args.inprocess_restart and find_spec("nvidia_resiliency_ext") is None:
-        raise UserError(
-            "--inprocess-restart is given: it needs the package nvidia-resiliency-ext, without "
-            "which Megatron would train as if it were not"
-        )
     if args.optimizer not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:
         raise UserError(
             f"--optimizer is {args.optimizer!r}: it needs the package emerging-optimizers; adam "
@@ -111,7 +107,8 @@ def validate_packages(args: Namespace) -> None:
             "--transformer-impl is 'transformer_engine', which is not installed: pip install "
             "'.[gpu]' (megatron_cream's extra), or give --transformer-impl local"
         )
-    te_cross_entropy.validate_available(args)
+    for extra in extras():
+        extra.validate_machine(args)
 
 
 def validate_tokenizer(args: Namespace) -> None:

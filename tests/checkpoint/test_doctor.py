@@ -130,6 +130,7 @@ def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch
     from megatron.core import dist_checkpointing
 
     from megatron_cream.checkpoint import checksums
+    from megatron_cream.mcore.trainer import patch_save
 
     class Request:
         finalizers = []
@@ -139,8 +140,8 @@ def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch
 
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr(dist_checkpointing, "save", lambda *_, **__: Request())
-    checksums.patch_saves()
-    checksums.patch_saves()  # idempotent
+    patch_save.apply()
+    patch_save.apply()  # idempotent
     dist_checkpointing.save({}, str(tmp_path), async_sharded_save=True)
     (tmp_path / "__0_0.distcp").write_bytes(b"data")
     checksums.wait()

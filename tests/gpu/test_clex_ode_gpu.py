@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-if getattr(torch.cuda, "_stood_in_by_cpu", False) or not torch.cuda.is_available():
+from megatron_cream.mcore import cpu
+
+if cpu.is_installed() or not torch.cuda.is_available():
     pytest.skip("needs a GPU: it runs compiled Triton kernels", allow_module_level=True)
 pytest.importorskip("triton", reason="needs triton, which comes with torch on Linux")
 

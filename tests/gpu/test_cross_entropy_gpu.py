@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-if getattr(torch.cuda, "_stood_in_by_cpu", False) or not torch.cuda.is_available():
+from megatron_cream.mcore import cpu
+
+if cpu.is_installed() or not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
@@ -30,7 +32,9 @@ def loss_and_gradient(tp_group, te):
     from megatron_cream.extras import te_cross_entropy
 
     config = SimpleNamespace(cross_entropy_loss_fusion=False, cross_entropy_fusion_impl="native")
-    te_cross_entropy.serve(config, SimpleNamespace(te_cross_entropy=te))
+    te_cross_entropy.EXTRA.configure(
+        SimpleNamespace(transformer=config), SimpleNamespace(te_cross_entropy=te)
+    )
     assert config.cross_entropy_loss_fusion == te
     module = SimpleNamespace(
         config=config, tp_group=tp_group, pg_collection=SimpleNamespace(tp=tp_group)

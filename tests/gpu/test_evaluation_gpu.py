@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-if getattr(torch.cuda, "_stood_in_by_cpu", False) or torch.cuda.device_count() < 2:
+from megatron_cream.mcore import cpu
+
+if cpu.is_installed() or torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 pytest.importorskip("transformers")

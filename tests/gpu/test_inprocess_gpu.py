@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-if getattr(torch.cuda, "_stood_in_by_cpu", False) or torch.cuda.device_count() < 2:
+from megatron_cream.mcore import cpu
+
+if cpu.is_installed() or torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs: only NCCL lets a waiting rank go", allow_module_level=True)
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 pytest.importorskip("nvidia_resiliency_ext.inprocess", reason="needs nvidia-resiliency-ext")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-if getattr(torch.cuda, "_stood_in_by_cpu", False) or not torch.cuda.is_available():
+from megatron_cream.mcore import cpu
+
+if cpu.is_installed() or not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 

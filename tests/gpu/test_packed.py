@@ -4,7 +4,9 @@
 import pytest
 import torch
 
-if getattr(torch.cuda, "_stood_in_by_cpu", False) or not torch.cuda.is_available():
+from megatron_cream.mcore import cpu
+
+if cpu.is_installed() or not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
@@ -21,7 +23,7 @@ def build(fused):
     from megatron.core.transformer import TransformerConfig
 
     from megatron_cream.checkpoint.loading import initialize_one_process
-    from megatron_cream.mcore.install_rotary import install_rotary
+    from megatron_cream.mcore.rotary import install_rotary
     from megatron_cream.rope import make_scaling
 
     initialize_one_process()

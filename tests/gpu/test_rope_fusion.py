@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-if getattr(torch.cuda, "_stood_in_by_cpu", False) or not torch.cuda.is_available():
+from megatron_cream.mcore import cpu
+
+if cpu.is_installed() or not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
 
@@ -37,7 +39,7 @@ def angles(batch, interleaved=False):
 
 
 def both_ways(t_wide, t, freqs, interleaved=False):
-    from megatron_cream.mcore.fused_rotation import rotate
+    from megatron_cream.mcore.attention_rotation import rotate
 
     results = []
     upstream = torch.randn_like(t)
@@ -62,7 +64,7 @@ def test_samples_with_positions_of_their_own(batch, interleaved):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_attention_factor_of_partly_rotated_heads(batch, interleaved):
-    from megatron_cream.mcore.fused_rotation import rotate
+    from megatron_cream.mcore.attention_rotation import rotate
     from megatron_cream.mcore.rotary import PositionRotaryEmbedding
     from megatron_cream.rope import make_scaling
 
@@ -93,7 +95,7 @@ def test_packed_documents():
 def test_strided_queries_are_not_copied():
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_cream.mcore.fused_rotation import rotate
+    from megatron_cream.mcore.attention_rotation import rotate
 
     _, t = strided(S, 2, H, D)
     seen = []

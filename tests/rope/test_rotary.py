@@ -92,7 +92,7 @@ def test_lengths_choose_angles_only_where_they_are_served_so():
 
 
 class TestAttentionFactorOnRotatedDimensions:
-    """What ``fused.rotate`` does with a factor; the fused kernel is stood in for by the unfused."""
+    """What ``rotate`` does with a factor; the fused kernel is stood in for by the unfused."""
 
     @pytest.fixture
     def attention(self, monkeypatch):
@@ -100,7 +100,7 @@ class TestAttentionFactorOnRotatedDimensions:
         from megatron.core.models.common.embeddings import rope_utils
         from megatron.core.transformer import attention
 
-        from megatron_cream.mcore.install_rotary import patch_apply_rotary_pos_emb
+        from megatron_cream.mcore.attention_rotation import patch_apply_rotary_pos_emb
 
         def kernel(t, freqs, interleaved=False):
             attention.kernel_calls += 1
@@ -108,7 +108,7 @@ class TestAttentionFactorOnRotatedDimensions:
 
         monkeypatch.setattr(attention, "kernel_calls", 0, raising=False)
         monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", kernel)
-        patch_apply_rotary_pos_emb()
+        patch_apply_rotary_pos_emb.apply()
         return attention
 
     @pytest.mark.parametrize("batch", [1, 3])
@@ -200,7 +200,7 @@ def test_wrong_number_of_position_ids():
 
 
 def test_install_refuses_a_model_without_rope():
-    from megatron_cream.mcore.install_rotary import install_rotary
+    from megatron_cream.mcore.rotary import install_rotary
 
     with pytest.raises(ValueError, match="--position-embedding-type rope"):
         install_rotary(torch.nn.Linear(1, 1), rotary().scaling)

@@ -40,14 +40,14 @@ ARGS = SimpleNamespace(te_cross_entropy=True, cpu=False)
 
 def test_kernels_by_what_they_can_do(monkeypatch):
     install(monkeypatch, of_2_19)
-    te_cross_entropy.validate_available(ARGS)
+    te_cross_entropy.EXTRA.validate_machine(ARGS)
     install(monkeypatch, of_2_18)
     with pytest.raises(ValueError, match=r"^--te-cross-entropy is given: .* 2\.19 .*2\.18\.0 is"):
-        te_cross_entropy.validate_available(ARGS)
-    te_cross_entropy.validate_available(SimpleNamespace(te_cross_entropy=False, cpu=False))
+        te_cross_entropy.EXTRA.validate_machine(ARGS)
+    te_cross_entropy.EXTRA.validate_machine(SimpleNamespace(te_cross_entropy=False, cpu=False))
 
 
 def test_no_transformer_engine(monkeypatch):
     monkeypatch.setattr(te_cross_entropy, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^--te-cross-entropy .* 2\.19 .* is not installed"):
-        te_cross_entropy.validate_available(ARGS)
+        te_cross_entropy.EXTRA.validate_machine(ARGS)

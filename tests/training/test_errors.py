@@ -235,11 +235,10 @@ def test_a_checkpoint_that_is_not_whole(refused, initial, tmp_path):
 
 
 def test_gpu_present_refuses_the_stand_in(monkeypatch):
-    import torch
 
     from megatron_cream.errors import UserError
     from megatron_cream.mcore import cpu
 
-    monkeypatch.setattr(torch.cuda, "_stood_in_by_cpu", False)
+    monkeypatch.setattr(cpu, "is_installed", lambda: False)
     with pytest.raises(UserError, match="leave out --cpu"):
         cpu.install()

@@ -137,43 +137,7 @@ def test_no_script(words, error, message):
 
 
 @pytest.mark.usefixtures("cpu_megatron")
-class TestSymbols:
-    """What is replaced, in this process; pytest puts it back."""
-
-    @pytest.fixture(autouse=True)
-    def restore(self, monkeypatch):
-        import megatron.training
-        from megatron.training import arguments, training
-
-        monkeypatch.setattr(arguments, "parse_and_validate_args", arguments.parse_and_validate_args)
-        monkeypatch.setattr(training, "pretrain", training.pretrain)
-        monkeypatch.setattr(megatron.training, "pretrain", megatron.training.pretrain)
-
-    def test_twice_is_once(self):
-        from megatron.training import arguments
-
-        from megatron_cream import launch
-
-        assert launch.patch_pretrain() is launch.patch_pretrain()
-        launch.patch_parser()
-        first = arguments.parse_and_validate_args
-        launch.patch_parser()
-        assert arguments.parse_and_validate_args is first
-
-    @pytest.mark.parametrize(
-        ("module", "name", "serve"),
-        [
-            ("megatron.training.arguments", "parse_and_validate_args", "patch_parser"),
-            ("megatron.training.training", "pretrain", "patch_pretrain"),
-        ],
-    )
-    def test_moved_symbol(self, module, name, serve, monkeypatch):
-        from megatron_cream import launch
-
-        monkeypatch.delattr(f"{module}.{name}")
-        with pytest.raises(ImportError, match=rf"{module}\.{name} is gone"):
-            getattr(launch, serve)()
-
+class TestMegatron:
     def test_other_release(self, monkeypatch):
         from megatron.core import package_info
 

@@ -62,7 +62,7 @@ def test_a_run_that_does_not_log_is_left_alone(flags):
     assert forks.call(recorder.trainers_log, flags, False) is False
     log = ["--tensorboard-dir", "board"]
     assert forks.call(recorder.trainers_log, [*flags, *log], False) is True
-    with pytest.raises(ImportError, match=r"training\.training_log is gone.*0\.19\.2"):
+    with pytest.raises(ImportError, match=r"training\.training_log is gone"):
         forks.call(recorder.trainers_log, [*flags, *log], True)
 
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cream.mcore import fused_rotation
-from megatron_cream.mcore.install_rotary import ROTATIONS
+from megatron_cream.mcore.attention_rotation import ROTATIONS, rotate
 
 
 def make_carrier(inv_freq: Tensor, position_ids: Tensor, weights: Tensor) -> Tensor:
@@ -52,6 +51,9 @@ def turn(t: Tensor, carrier: Tensor, config: Any) -> Tensor:
     return _Turn.apply(t, carrier, config)
 
 
+ROTATIONS[2] = turn  # a carrier has two dimensions, angles have four
+
+
 class _Carrier(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inv_freq: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, carrier: Tensor, config: Any) -> Tensor:
         angles = carrier_angles(carrier, t.shape[0], config.rotary_interleaved)
-        turned = fused_rotation.rotate(t, angles, config)
+        turned = rotate(t, angles, config)
         ctx.save_for_backward(turned, carrier)
         ctx.config = config
         return turned
@@ -80,7 +82,7 @@ class _Turn(torch.autograd.Function):
         turned, carrier = ctx.saved_tensors
         tokens, interleaved = turned.shape[0], ctx.config.rotary_interleaved
         back = -carrier_angles(carrier, tokens, interleaved)
-        grad_t = fused_rotation.rotate(grad, back, ctx.config)
+        grad_t = rotate(grad, back, ctx.config)
         grad_carrier = None
         if ctx.needs_input_grad[1]:
             inv_freq, positions = _parts(carrier, tokens)

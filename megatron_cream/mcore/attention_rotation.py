@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-token angles through Transformer Engine's fused rotation.
+"""Rotates queries and keys by angles of every token of every sample, fused where Megatron fuses.
 
 The fused kernel takes angles ``[s, 1, 1, d]``: one for every row, the same for every sample. A
 rotation does not care which rows belong to one sample, so queries ``[s, b, h, d]`` seen as
@@ -12,11 +12,18 @@ position 0 when fused, and cuts angles for this context-parallel rank a second t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
+
+from megatron_cream.mcore.patches import patch
+
+ROTATIONS: dict[int, Callable[[Tensor, Tensor, Any], Tensor]] = {}
+"""How to rotate queries or keys by what else than angles a rotary embedding may hand to attention,
+told apart by the number of dimensions; angles have 4. What makes such tensors registers here."""
 
 
 def rotate(t: Tensor, angles: Tensor, config: Any, mscale: float = 1.0) -> Tensor:
@@ -46,3 +53,27 @@ def rotate(t: Tensor, angles: Tensor, config: Any, mscale: float = 1.0) -> Tenso
             rows, flat, rotary_interleaved=config.rotary_interleaved, mscale=mscale
         )
     return rotated.view(shape)
+
+
+@patch(
+    "megatron.core.transformer.attention:apply_rotary_pos_emb",
+    needs=("t", "freqs", "config", "mscale"),
+    why="Attention of GPTModel and HybridModel rotates through this name alone, by one row of "
+    "angles for all samples; here every token of every sample has its own.",
+)
+def patch_apply_rotary_pos_emb(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Angles that are the same for all samples go to Megatron's own function, unchanged."""
+
+    def apply_rotary_pos_emb(
+        t: Tensor, freqs: Tensor, config: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if freqs.dim() in ROTATIONS:
+            return ROTATIONS[freqs.dim()](t, freqs, config)
+        mscale = kwargs.get("mscale", 1.0)
+        # Megatron leaves the fused kernel for a factor; a single sample's angles are its rows'.
+        scaled_rows = mscale != 1.0 and t.dim() == 4 and t.shape[1] == 1
+        if freqs.dim() == 4 and (freqs.shape[1] > 1 or scaled_rows):
+            return rotate(t, freqs, config, mscale)
+        return own(t, freqs, config, *args, **kwargs)
+
+    return apply_rotary_pos_emb

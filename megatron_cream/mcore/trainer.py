@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patches of Megatron's trainer: how it parses, starts, logs and saves."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import queue
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_cream.errors import one_line_errors
+from megatron_cream.mcore.patches import patch
+
+if TYPE_CHECKING:
+    from megatron_cream.training.scalars import Scalars
+
+
+@patch(
+    "megatron.training.arguments:parse_and_validate_args",
+    needs=("extra_args_provider", "ignore_unknown_args", "args_defaults"),
+    why="A script hands its parsed arguments on to its model config: our flags and settings must "
+    "be among them by then.",
+)
+def patch_parse_and_validate_args(
+    own: Callable[..., Namespace], parse: Callable[..., Namespace]
+) -> Callable[..., Namespace]:
+    """Have a script's flags parsed by ``parse``, which is given Megatron's own function first."""
+
+    @functools.wraps(own)
+    def parse_and_validate_args(
+        extra_args_provider: Callable[..., Any] | None = None,
+        ignore_unknown_args: bool = False,
+        args_defaults: dict[str, Any] | None = None,
+    ) -> Namespace:
+        with one_line_errors():
+            return parse(own, extra_args_provider, ignore_unknown_args, args_defaults)
+
+    return parse_and_validate_args
+
+
+@patch(
+    "megatron.training.training:pretrain",
+    "megatron.training:pretrain",
+    needs=("cfg_container", "train_valid_test_dataset_provider", "forward_step_func"),
+    why="A script hands its datasets, forward step and model config to the trainer here and "
+    "nowhere else.",
+)
+def patch_pretrain(
+    own: Callable[..., Any], swap: Callable[[dict[str, Any]], None]
+) -> Callable[..., Any]:
+    """Have the arguments of a script's call, by name, changed in place by ``swap``."""
+
+    @functools.wraps(own)
+    def pretrain(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(own).bind(*args, **kwargs)
+        with one_line_errors():
+            swap(call.arguments)
+        return own(*call.args, **call.kwargs)
+
+    return pretrain
+
+
+@patch(
+    "megatron.training.training:training_log",
+    needs=("iteration", "is_first_iteration"),
+    why="An iteration is over here and its number of samples known, which our scalars need; and "
+    "the loss of a start's first iteration would be counted in the next line, too.",
+)
+def patch_training_log(own: Callable[..., Any], scalars: Scalars | None) -> Callable[..., Any]:
+    """Have ``scalars`` written, if any, and the first iteration's loss counted once.
+
+    Megatron prints the first iteration after every start besides those that --log-interval asks
+    for, and keeps that one's loss for the next line. Where the two fall together (at
+    --log-interval 1 always) the next line would be the mean of its own interval and of an
+    iteration that was printed before: a resume that is right to the last bit would look broken.
+    """
+    from megatron.training import get_args
+
+    @functools.wraps(own)
+    def training_log(
+        loss_dict: Any, total: Any, rate: Any, iteration: int, *rest: Any, **more: Any
+    ) -> Any:
+        if iteration % get_args().log_interval == 0:
+            more["is_first_iteration"] = False
+        answer = own(loss_dict, total, rate, iteration, *rest, **more)
+        if scalars is not None:
+            _write(scalars, iteration)
+        return answer
+
+    return training_log
+
+
+def _write(scalars: Scalars, iteration: int) -> None:
+    from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+
+    args, writer, wandb = get_args(), get_tensorboard_writer(), get_wandb_writer()
+    if (writer is None and wandb is None) or iteration % args.tensorboard_log_interval:
+        return
+    values = scalars.at(args.consumed_train_samples)
+    for name, value in values.items():
+        if writer is not None:
+            writer.add_scalar(name, value, iteration)
+    if wandb is not None:
+        wandb.log(values, iteration)
+
+
+@patch(
+    "megatron.core.datasets.utils:compile_helpers",
+    why="It runs make in a folder in which the wheel has no Makefile, and exits; the wheel ships "
+    "the helpers compiled.",
+)
+def patch_compile_helpers(own: Callable[[], None]) -> Callable[[], None]:
+    """Compile nothing where the compiled module imports; a source checkout makes its own."""
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError:
+        return own
+    return lambda: None
+
+
+@patch(
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
+    why="On a CPU the threads that save report through a queue of this process: for Megatron's a "
+    "process is started that imports torch and megatron anew, eight seconds per rank.",
+)
+def patch_results_queue(own: Any) -> Any:
+    """Only a process that saves asynchronously needs Megatron's, and --cpu refuses those."""
+    return queue.Queue() if own is None else own
+
+
+@patch(
+    "megatron.core.dist_checkpointing:save",
+    needs=("sharded_state_dict", "checkpoint_dir"),
+    why="Checksums are written when a save is through, also an asynchronous one; no hook is "
+    "called then on every rank.",
+)
+def patch_save(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's trainer calls it by that name on every rank."""
+    import torch
+
+    from megatron_cream.checkpoint import checksums
+
+    @functools.wraps(own)
+    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        folder, rank = Path(str(checkpoint_dir)), torch.distributed.get_rank()
+        if rank == 0 and folder.is_dir():
+            checksums.forget(folder)
+        request = own(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        if request is None:
+            checksums.write_later(folder, rank)
+        else:
+            request.add_finalize_fn(functools.partial(checksums.write_later, folder, rank))
+        return request
+
+    return save
