@@ -51,9 +51,6 @@ def turn(t: Tensor, carrier: Tensor, config: Any) -> Tensor:
     return _Turn.apply(t, carrier, config)
 
 
-ROTATIONS[2] = turn  # a carrier has two dimensions, angles have four
-
-
 class _Carrier(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inv_freq: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
