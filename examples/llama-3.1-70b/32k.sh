@@ -5,7 +5,7 @@
 # 32768 on your own text, at the cost of samples of 4096 tokens.
 #
 # python tools/plan.py llama-3.1-70b --gpus 64 --target-length 32768 --inside-window
-#   TP8 PP4 DP2: 36.0 GiB a GPU, 2.54 s a step, 1000 steps in 42.3 min
+#   TP8 PP4 DP2: 36.0 GiB per GPU, 2.54 s per step, 1000 steps in 42.3 min
 #
 #   DATA=data/books examples/llama-3.1-70b/32k.sh
 set -euo pipefail

@@ -3,7 +3,7 @@
 # Qwen2.5-32B to 128K on 8 H100, trained at 4096 tokens.
 #
 # python tools/plan.py qwen2.5-32b --gpus 8 --target-length 131072
-#   TP4 PP2 DP1, recompute: 69.9 GiB a GPU, 9.56 s a step, 1000 steps in 2.7 h
+#   TP4 PP2 DP1, recompute: 69.9 GiB per GPU, 9.56 s per step, 1000 steps in 2.7 h
 #
 #   DATA=data/books examples/qwen2.5-32b/128k.sh
 set -euo pipefail

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations, bytes on the wire and seconds of a training step, by closed forms.
+"""Estimates operations, bytes on the wire and seconds per training step, by closed forms.
 
 A step is the slowest stage's kernels for every micro-batch, the pipeline's idle ends, the
 communication that nothing hides, and the pass over weights and gradients. Communication of tensor
@@ -66,7 +66,7 @@ class Step:
 
 
 def layer_flops(shape: ModelShape, seq_length: int) -> float:
-    """Return the operations a token of one layer, forward and backward.
+    """Return the operations per token of one layer, forward and backward.
 
     6 for every weight, and 6 s a d for the causal half of attention, which grouped queries do not
     change: 12 L h s / 2 for the L layers of a model whose a d is h.
@@ -78,7 +78,7 @@ def layer_flops(shape: ModelShape, seq_length: int) -> float:
 
 
 def model_flops(shape: ModelShape, seq_length: int) -> float:
-    """Return the operations a token of the whole model, forward and backward; no recomputation."""
+    """Return the operations per token of the model, forward and backward, without recomputation."""
     return shape.layers * layer_flops(shape, seq_length) + 6.0 * shape.vocabulary * shape.hidden
 
 
@@ -96,7 +96,7 @@ def measured_mfu() -> float:
 def step_time(
     shape: ModelShape, layout: ParallelLayout, work: Workload, gpu: Gpu, mfu: float, node: int = 8
 ) -> Step:
-    """Return the seconds of a step on ``layout``.
+    """Return the seconds per step on ``layout``.
 
     Args:
         mfu: share of ``gpu.tflops`` that kernels reach.
@@ -159,12 +159,12 @@ def replica_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, node: i
 
 
 def _speed(gpu: Gpu, ranks: int, node: int) -> float:
-    """Bytes a second between neighbours of a group that spans ``ranks`` consecutive ranks."""
+    """Bytes per second between neighbours of a group that spans ``ranks`` consecutive ranks."""
     return 1e9 * (gpu.node_gbs if ranks <= node else gpu.network_gbs)
 
 
 def _ring_speed(gpu: Gpu, stride: int, ranks: int, node: int) -> float:
-    """Bytes a second of a collective's rings over every ``stride``-th of ``ranks`` ranks.
+    """Bytes per second of a collective's rings over every ``stride``-th of ``ranks`` ranks.
 
     A group with k members in a node leaves it through their k network cards, one ring each. The
     links of the node bound it, and every ring passes through them.
@@ -178,7 +178,7 @@ def _ring_speed(gpu: Gpu, stride: int, ranks: int, node: int) -> float:
 def _update(shape: ModelShape, layout: ParallelLayout, batches: int, gpu: Gpu) -> float:
     """Seconds in which weights and gradients go through the GPU's memory.
 
-    Bytes a parameter: each micro-batch's gradient is read (2) and added up in fp32 (8); once a
+    Bytes per parameter: each micro-batch's gradient is read (2) and added up in fp32 (8); once a
     step their norm is taken (4), and of this rank's share gradient, copy and moments are read (16)
     and copy, moments and weight written (14).
     """

@@ -1,32 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a GPU: weights, gradients, optimizer and activations, in bytes, by closed forms.
+"""Estimates memory per GPU by closed forms: weights, gradients, optimizer, activations, in bytes.
 
-For bf16 training with the distributed optimizer, Transformer Engine's fused
-layers, flash attention and no dropout. Megatron 0.19.2 has an estimator of its own
-(``megatron.training.theoretical_memory_usage``). Its 6 + 12 / DP bytes a parameter are the same as
-here; its parameters leave out biases and uneven stages, and its optimizer is not divided by the
-context parallel size, over which Megatron does shard it. Its activations are those of
-arXiv:2205.05198, table 2, whose MLP is not gated: a SwiGLU layer keeps 6 f bytes a token and not
-4 f. So activations are counted here tensor by tensor; docs/planning.md has them next to a GPU's.
+For bf16 training with the distributed optimizer, Transformer Engine's fused layers, flash attention
+and no dropout. Megatron has an estimator of its own (``megatron.training
+.theoretical_memory_usage``). Its 6 + 12 / DP bytes per parameter are the same as here; its
+parameters leave out biases and uneven stages, and its optimizer is not divided by the context
+parallel size, over which Megatron does shard it. Its activations are those of arXiv:2205.05198,
+table 2, whose MLP is not gated: a SwiGLU layer keeps 6 f bytes per token and not 4 f. So
+activations are counted here tensor by tensor; docs/planning.md has them next to a GPU's own.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.parallel_layout import ParallelLayout, Workload
-from megatron_cream.planning.layouts import padded_vocab
 
 GIB = 2**30
 
+VOCAB_MULTIPLE = 128
+"""Megatron's --make-vocab-size-divisible-by; it pads to that times the tensor parallel size."""
+
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
-"""Bytes a parameter: bf16; fp32; fp32 copy and the two moments of Adam."""
+"""Bytes per parameter: bf16; fp32; fp32 copy and the two moments of Adam."""
 
 
 @dataclass(frozen=True)
 class ParameterBytes:
-    """Bytes that a parameter takes, by the variant of the optimizer.
+    """Bytes per parameter, by the variant of the optimizer.
 
     Attributes:
         gradient: in the buffer that micro-batches are added up in: 4, or 2 with
@@ -68,6 +71,12 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
+def padded_vocab(shape: ModelShape, tensor: int) -> int:
+    """Return the rows of the embedding that Megatron makes for a tensor parallel size."""
+    multiple = VOCAB_MULTIPLE * tensor
+    return math.ceil(shape.vocabulary / multiple) * multiple
+
+
 def layer_matrices(shape: ModelShape) -> int:
     """Return the parameters of one layer that tensor parallelism divides, biases of q, k, v too."""
     qkv = (shape.heads + 2 * shape.groups) * shape.head_dim
@@ -94,7 +103,7 @@ def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> i
 
 
 def layer_activations(shape: ModelShape, tensor: int = 1) -> float:
-    """Return the bytes a token that one layer keeps for its backward pass.
+    """Return the bytes per token that one layer keeps for its backward pass.
 
     Inputs and outputs of both norms 8 h; queries and the output of attention 4 a d; keys and
     values 4 g d; log-sum-exp of attention 4 a; gate and up projection and their product 6 f.
@@ -105,7 +114,7 @@ def layer_activations(shape: ModelShape, tensor: int = 1) -> float:
 
 
 def output_activations(shape: ModelShape, tensor: int = 1) -> float:
-    """Return the bytes a token of the last norm and of logits in bf16 and softmax in fp32."""
+    """Return the bytes per token of the last norm and of logits in bf16 and softmax in fp32."""
     logits = 6 * padded_vocab(shape, tensor) / tensor
     return 4 * shape.hidden / tensor + logits
 

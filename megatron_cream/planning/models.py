@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that people extend, by name or config.json, and Megatron's flags for them."""
+"""Finds the model that is extended, by name or config.json, and Megatron's flags for it."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _validate_plannable(shape: ModelShape) -> None:
 
 
 def megatron_flags(model: BaseModel) -> list[list[str]]:
-    """Return the flags that make Megatron build ``model``, one list a theme.
+    """Return the flags that make Megatron build ``model``, one list per theme.
 
     Vocabulary and window are not among them: they belong to the data and to the run.
     """

@@ -11,13 +11,13 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import Workload
-from megatron_cream.planning.command import argv as run_argv
-from megatron_cream.planning.command import run_flags, script
 from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
 from megatron_cream.planning.memory import RESERVE_GIB
 from megatron_cream.planning.models import BaseModel, find_model
 from megatron_cream.planning.propose import Cluster, Plan, propose
-from megatron_cream.planning.report import Comparison, record, stage_lines, table
+from megatron_cream.planning.report import Comparison, plain_values, table
+from megatron_cream.planning.script import argv as run_argv
+from megatron_cream.planning.script import run_flags, script
 
 EXAMPLES = """
     megatron-cream plan llama-2-70b --gpus 64 --target-length 262144
@@ -39,9 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inside-window", action="store_true", help=inside_help)
     add("--seq-length", type=_positive, default=4096, metavar="N", help=seq_help)
     add("--train-iters", type=_positive, default=1000, help="steps, CREAM's (default: 1000)")
-    batch_help = "samples of a step, CREAM's (default: 32)"
+    batch_help = "samples per step, CREAM's (default: 32)"
     add("--global-batch-size", type=_positive, default=32, help=batch_help)
-    add("--micro-batch-size", type=_positive, default=1, help="samples of a pass (default: 1)")
+    add(
+        "--micro-batch-size",
+        type=_positive,
+        default=1,
+        help="samples per pass (default: 1)",
+    )
     add("--gpu", choices=tuple(GPUS), default="h100", help="SXM part (default: h100)")
     _add_machine(add)
     for name in ("tensor-model", "pipeline-model", "context"):
@@ -76,8 +81,7 @@ def _add_machine(add: Callable[..., Any]) -> None:
         "--network-bandwidth",
         type=_amount,
         metavar="GB/s",
-        help=f"of a GPU to other nodes, one way (default: that of --gpu, "
-        f"{_figures('network_gbs')})",
+        help=f"per GPU to other nodes, one way (default: that of --gpu, {_figures('network_gbs')})",
     )
     add(
         "--mfu",
@@ -123,9 +127,9 @@ def _amount(text: str) -> float:
 
 def run(args: argparse.Namespace) -> None:
     """Plan, print and, if asked to, write and check."""
-    _refuse(args)
+    _validate(args)
     shape, cluster = find_model(args.model), _cluster(args)
-    _refuse_inside(shape, args)
+    _validate_target(shape, args)
     work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
     short = propose(shape, cluster, work, _fixed(args))
     flags = run_flags(shape, short.layout, work, args.target_length, args.train_iters)
@@ -135,15 +139,15 @@ def run(args: argparse.Namespace) -> None:
     print(table(found))
     print(f"\n{command}")
     if args.json:
-        args.json.write_text(json.dumps(record(found, command), indent=2) + "\n")
+        args.json.write_text(json.dumps(plain_values(found, command), indent=2) + "\n")
     if args.check:
-        from megatron_cream.planning.stages import check_stages
+        from megatron_cream.planning.stages import check_stages, stage_lines
 
         print()
         print("\n".join(stage_lines(check_stages(run_argv(flags), args.gpus))))
 
 
-def _refuse(args: argparse.Namespace) -> None:
+def _validate(args: argparse.Namespace) -> None:
     if args.target_length < args.seq_length:
         raise UserError(
             f"--target-length is {args.target_length}: it must be at least --seq-length "
@@ -159,7 +163,7 @@ def _refuse(args: argparse.Namespace) -> None:
         )
 
 
-def _refuse_inside(shape: BaseModel, args: argparse.Namespace) -> None:
+def _validate_target(shape: BaseModel, args: argparse.Namespace) -> None:
     if args.target_length <= shape.trained_length and not args.inside_window:
         raise UserError(
             f"--target-length is {args.target_length}: {shape.name} was released with "

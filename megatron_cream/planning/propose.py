@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fastest layout that fits, and what would fit where none does."""
+"""Proposes the fastest layout that fits, and names what would fit where none does."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.cost import Gpu, Step, model_flops, step_time
-from megatron_cream.planning.layouts import layouts
 from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
 from megatron_cream.planning.models import BaseModel
 
 LARGEST_SEARCH = 65536
 """GPUs up to which a smallest cluster is looked for."""
+
+SHORTEST_SLICE = 4096
+"""Tokens of a sample that context parallelism leaves a rank with at least.
+
+Below it a rank computes attention faster than the keys and values of its neighbours arrive.
+"""
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def _nothing_fits(
     enough = f"; {more} such GPUs would do" if more else "; no number of such GPUs would do"
     return (
         f"{shape.name} at {work.seq_length} tokens does not fit on --gpus {cluster.gpus}: the "
-        f"least is {least.memory.total / GIB:.1f} GiB a GPU ({least.layout}), and "
+        f"least is {least.memory.total / GIB:.1f} GiB per GPU ({least.layout}), and "
         f"{cluster.memory:g} of --gpu-memory are left to fill{enough}"
     )
 
@@ -129,3 +137,75 @@ def fewest_gpus(
             return gpus
         gpus *= 2
     return None
+
+
+def layouts(
+    shape: ModelShape,
+    gpus: int,
+    work: Workload,
+    gpus_per_node: int = 8,
+    fixed: dict[str, int] | None = None,
+) -> Iterator[ParallelLayout]:
+    """Yield every layout of exactly ``gpus`` GPUs that Megatron would run.
+
+    Tensor parallelism stays inside a node and divides heads and query groups; samples are divided
+    evenly; layers are too, or the first and last stage have fewer.
+
+    Args:
+        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``.
+    """
+    fixed = fixed or {}
+    for tensor in _divisors(gpus):
+        if tensor > gpus_per_node or not divides_heads(shape, tensor):
+            continue
+        for pipeline in _divisors(gpus // tensor):
+            ends = uneven_ends(shape.layers, pipeline)
+            if ends is None:
+                continue
+            for context in _divisors(gpus // (tensor * pipeline)):
+                data = gpus // (tensor * pipeline * context)
+                sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
+                if not sizes.items() >= fixed.items():
+                    continue
+                if not _divides_samples(work, context, data, "context" in fixed):
+                    continue
+                for recompute in (False, True):
+                    yield ParallelLayout(
+                        tensor, pipeline, context, data, *ends, recompute=recompute
+                    )
+
+
+def divides_heads(shape: ModelShape, tensor: int) -> bool:
+    """Say whether each tensor-parallel rank gets whole heads, query groups and an even MLP."""
+    return not (shape.heads % tensor or shape.groups % tensor or shape.ffn % tensor)
+
+
+def uneven_ends(layers: int, stages: int) -> tuple[int | None, int | None] | None:
+    """Return layers of the first and last stage, (None, None) for an even split, None for none.
+
+    Embedding and output layer cost about a layer each, so it is the ends that get fewer.
+    """
+    if stages > layers:
+        return None
+    if layers % stages == 0:
+        return None, None
+    middle = math.ceil(layers / stages)
+    left = layers - middle * (stages - 2)
+    if stages < 2 or left < 2:
+        return None
+    return left - left // 2, left // 2
+
+
+def _divides_samples(work: Workload, context: int, data: int, given: bool) -> bool:
+    if work.global_batch % (work.micro_batch * data):
+        return False
+    if context == 1:
+        return True
+    # Megatron's zigzag gives every rank one piece of each half.
+    whole = work.seq_length % (2 * context) == 0
+    return whole and (given or work.seq_length // context >= SHORTEST_SLICE)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

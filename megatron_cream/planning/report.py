@@ -1,25 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan as a table for a person and as plain values for a file."""
+"""Prints a plan as a table for a person, and as plain values for a file."""
 
 from __future__ import annotations
 
 import dataclasses
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.planning.arguments import (
-    layout_from_args,
-    parameter_bytes,
-    shape_from_args,
-    why_not_estimated,
-    workload_from_args,
-)
-from megatron_cream.planning.memory import GIB, stage_memory
+from megatron_cream.planning.memory import GIB
 from megatron_cream.planning.models import BaseModel
 from megatron_cream.planning.propose import Cluster, Plan, propose
-from megatron_cream.planning.stages import RankView, StagesCheck
 
 
 @dataclass(frozen=True)
@@ -93,8 +84,8 @@ def _column(found: Comparison, plan: Plan) -> dict[str, str]:
     return {
         "": f"CREAM at {plan.work.seq_length}" if short else f"full length {plan.work.seq_length}",
         "layout": str(plan.layout),
-        "micro-batches of a step": str(plan.layout.micro_batches(plan.work)),
-        "memory a GPU, GiB": f"{memory.total / GIB:.1f}",
+        "micro-batches per step": str(plan.layout.micro_batches(plan.work)),
+        "memory per GPU, GiB": f"{memory.total / GIB:.1f}",
         **{f"  {name}": f"{size / GIB:.1f}" for name, size in dataclasses.asdict(memory).items()},
         "step": _duration(step.total),
         **{f"  {name}": _duration(s) for name, s in dataclasses.asdict(step).items()},
@@ -161,18 +152,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s"
 
 
-def record(found: Comparison, command: str) -> dict[str, Any]:
+def plain_values(found: Comparison, command: str) -> dict[str, Any]:
     """Return the plan as plain values: bytes, seconds, tokens."""
     full = found.full
     return {
         "model": dataclasses.asdict(found.shape) | {"parameters": found.shape.parameters},
         "cluster": dataclasses.asdict(found.cluster),
         "target_length": found.target,
-        "cream": _plan_record(found, found.short)
+        "cream": _plan_values(found, found.short)
         | {"iterations": found.iterations, "tokens": found.tokens, "seconds": found.seconds},
         "full_length": {"why_not": found.why_not}
         if full is None
-        else _plan_record(found, full)
+        else _plan_values(found, full)
         | {
             "same_samples": {
                 "tokens": found.full_tokens,
@@ -184,7 +175,7 @@ def record(found: Comparison, command: str) -> dict[str, Any]:
     }
 
 
-def _plan_record(found: Comparison, plan: Plan) -> dict[str, Any]:
+def _plan_values(found: Comparison, plan: Plan) -> dict[str, Any]:
     return {
         "layout": dataclasses.asdict(plan.layout),
         "work": dataclasses.asdict(plan.work),
@@ -192,47 +183,3 @@ def _plan_record(found: Comparison, plan: Plan) -> dict[str, Any]:
         "step": dataclasses.asdict(plan.step) | {"total": plan.step.total},
         "mfu": plan.mfu(found.shape, found.cluster),
     }
-
-
-def stage_lines(check: StagesCheck) -> list[str]:
-    """Return a line for each pipeline stage that was built, and what they add up to.
-
-    Memory is planned for the parameters that were built; where flags are outside what the
-    estimates hold for, a line says which.
-    """
-    args, reason = check.args, why_not_estimated(check.args)
-    stages = range(args.pipeline_model_parallel_size)
-    lines = [stage_line(args, check.stage(index)) for index in stages]
-    if reason is not None:
-        lines.append(f"memory is not estimated: {reason}")
-    lines.append(
-        f"{len(check.views)} of {args.world_size} ranks built: the {check.parameters:,} parameters "
-        f"of the model add up (vocabulary padded to {args.padded_vocab_size}); RoPE by positions, "
-        f"{check.extension.rope_interpolation}, factor {check.extension.rope_factor:g}"
-    )
-    return lines
-
-
-def stage_line(args: Namespace, view: RankView) -> str:
-    """Return what a rank of a pipeline stage holds, with its memory where that is estimated."""
-    text = f"stage {view.stage}: layers {_numbers(view.layers)}"
-    text += ", embedding" if view.embedding else ""
-    text += ", output layer" if view.output else ""
-    text += f"; a GPU has {view.parameters:,} parameters"
-    if why_not_estimated(args) is None:
-        text += f", {_stage_gib(args, view.stage, view.parameters):.1f} GiB"
-    return text
-
-
-def _stage_gib(args: Namespace, stage: int, parameters: int) -> float:
-    shape, layout = shape_from_args(args), layout_from_args(args)
-    each = parameter_bytes(args)
-    memory = stage_memory(shape, layout, workload_from_args(args), stage, parameters, each)
-    return memory.total / GIB
-
-
-def _numbers(layers: tuple[int, ...]) -> str:
-    """Layers as ranges: virtual stages have several."""
-    starts = [n for n in layers if n - 1 not in layers]
-    ends = [n for n in layers if n + 1 not in layers]
-    return ", ".join(f"{a}..{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))

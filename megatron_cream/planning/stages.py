@@ -1,39 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build a layout rank by rank in one process, and check that its stages make up the model."""
+"""Builds a layout rank by rank in one process, checks its stages and says what they hold."""
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from megatron_cream.checkpoint.model_shape import ModelShape, shape_from_arguments
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.planning import fake_world
-
-
-@dataclass(frozen=True)
-class RankView:
-    """What one rank builds.
-
-    Attributes:
-        rank: in the world.
-        stage: pipeline stage, from 0.
-        layers: numbers of its layers, from 1, over all its chunks.
-        embedding, output: it has the embedding, the output layer.
-        parameters: it holds.
-        counted: of these, the ones that belong to the model's sum: not the whole copies that other
-            ranks of tensor parallelism or a tied embedding have as well.
-    """
-
-    rank: int
-    stage: int
-    layers: tuple[int, ...]
-    embedding: bool
-    output: bool
-    parameters: int
-    counted: int
+from megatron_cream.mcore import fake_world
+from megatron_cream.mcore.arguments import ARGUMENTS, flag_of, values
+from megatron_cream.mcore.fake_world import RankView, rank_view
+from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.planning.memory import GIB, ParameterBytes, stage_memory
 
 
 @dataclass(frozen=True)
@@ -83,65 +65,6 @@ def check_stages(argv: Sequence[str], world_size: int) -> StagesCheck:
     return StagesCheck(tuple(views), whole.parameters, args, extension)
 
 
-def rank_view(args: Namespace, extension: ExtensionConfig, rank: int) -> RankView:
-    """Build what ``rank`` builds, on the meta device, and look at it.
-
-    Raises:
-        UserError: its rotary embedding is not ours, or not of these flags.
-    """
-    from megatron.core import mpu
-
-    with fake_world.as_rank(args, rank) as groups:
-        chunks = fake_world.build(args, extension, groups)
-        for chunk in chunks:
-            _check_rotary(chunk, args, extension, rank)
-        layers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
-        return RankView(
-            rank=rank,
-            stage=mpu.get_pipeline_model_parallel_rank(),
-            layers=tuple(layers),
-            embedding=any(hasattr(chunk, "embedding") for chunk in chunks),
-            output=any(hasattr(chunk, "output_layer") for chunk in chunks),
-            parameters=sum(p.numel() for chunk in chunks for p in chunk.parameters()),
-            counted=sum(p.numel() for p in _own_parameters(chunks)),
-        )
-
-
-def _own_parameters(chunks: Sequence[Any]) -> Iterator[Any]:
-    """Parameters of this rank that no other rank of the copy is counted for."""
-    from megatron.core import mpu
-
-    dense_copy = mpu.get_data_parallel_rank(with_context_parallel=True)
-    expert_copy = mpu.get_expert_data_parallel_rank()
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            expert = not getattr(parameter, "allreduce", True)
-            if expert_copy if expert else dense_copy:
-                continue
-            if getattr(parameter, "shared", False):
-                continue  # the output layer's copy of a tied embedding
-            tensor = mpu.get_expert_tensor_parallel_rank if expert else _tensor_rank
-            if getattr(parameter, "tensor_model_parallel", False) or tensor() == 0:
-                yield parameter
-
-
-def _tensor_rank() -> int:
-    from megatron.core import mpu
-
-    return mpu.get_tensor_model_parallel_rank()
-
-
-def _check_rotary(chunk: Any, args: Namespace, extension: ExtensionConfig, rank: int) -> None:
-    from megatron_cream.mcore.rotary import PositionRotaryEmbedding
-    from megatron_cream.training.arguments import rotary_dim
-
-    rotary = getattr(chunk, "rotary_pos_emb", None)
-    if not isinstance(rotary, PositionRotaryEmbedding):
-        raise UserError(f"rank {rank} rotates by {type(rotary).__name__}: positions are ignored")
-    if rotary.scaling != extension.scaling(rotary_dim(args)):
-        raise UserError(f"rank {rank} rotates by {rotary.scaling}: the flags say otherwise")
-
-
 def _check_layers(views: Sequence[RankView], whole: RankView) -> None:
     """Compare the stages with the whole model.
 
@@ -184,3 +107,108 @@ def _check_copy(views: Sequence[RankView]) -> None:
             f"rank {copy.rank} holds {copy.parameters} parameters in layers {copy.layers}: the "
             f"first copy has {twins[-1].parameters} in {twins[-1].layers}"
         )
+
+
+def stage_lines(check: StagesCheck) -> list[str]:
+    """Return a line for each pipeline stage that was built, and what they add up to.
+
+    Memory is planned for the parameters that were built; where flags are outside what the
+    estimates hold for, a line says which.
+    """
+    args, reason = check.args, why_not_estimated(check.args)
+    stages = range(args.pipeline_model_parallel_size)
+    lines = [stage_line(args, check.stage(index)) for index in stages]
+    if reason is not None:
+        lines.append(f"memory is not estimated: {reason}")
+    lines.append(
+        f"{len(check.views)} of {args.world_size} ranks built: the {check.parameters:,} parameters "
+        f"of the model add up (vocabulary padded to {args.padded_vocab_size}); RoPE by positions, "
+        f"{check.extension.rope_interpolation}, factor {check.extension.rope_factor:g}"
+    )
+    return lines
+
+
+def stage_line(args: Namespace, view: RankView) -> str:
+    """Return what a rank of a pipeline stage holds, with its memory where that is estimated."""
+    text = f"stage {view.stage}: layers {_numbers(view.layers)}"
+    text += ", embedding" if view.embedding else ""
+    text += ", output layer" if view.output else ""
+    text += f"; {view.parameters:,} parameters per GPU"
+    if why_not_estimated(args) is None:
+        text += f", {_stage_gib(args, view.stage, view.parameters):.1f} GiB"
+    return text
+
+
+def _stage_gib(args: Namespace, stage: int, parameters: int) -> float:
+    shape, layout = shape_from_args(args), layout_from_args(args)
+    each = parameter_bytes(args)
+    memory = stage_memory(shape, layout, workload_from_args(args), stage, parameters, each)
+    return memory.total / GIB
+
+
+def _numbers(layers: tuple[int, ...]) -> str:
+    """Layers as ranges: virtual stages have several."""
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    return ", ".join(f"{a}..{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))
+
+
+def why_not_estimated(args: Namespace) -> str | None:
+    """Name the first flag under which memory is not estimated, or return None."""
+    for name, needed in values("estimated").items():
+        value, off = getattr(args, name, None), ARGUMENTS[name].off
+        if value != needed and off:
+            return f"{off} is missing, estimates are for models with it"
+        if value != needed:
+            wanted = "models without" if needed is None else needed
+            return f"{flag_of(name)} is {value}, estimates are for {wanted}"
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        return "--sequence-parallel is missing, estimates are for tensor parallelism with it"
+    if args.recompute_granularity == "full" and args.recompute_num_layers != 1:
+        return f"--recompute-num-layers is {args.recompute_num_layers}, estimates are for 1"
+    if args.recompute_granularity == "full" and args.recompute_method != "uniform":
+        return f"--recompute-method is {args.recompute_method}, estimates are for uniform"
+    modules = set(args.recompute_modules or ()) - {"core_attn"}
+    if args.recompute_granularity == "selective" and modules:
+        return f"--recompute-modules is {' '.join(sorted(modules))}, estimates are for core_attn"
+    return None
+
+
+def parameter_bytes(args: Namespace) -> ParameterBytes:
+    """Return the bytes per parameter of the gradients' buffer and of the optimizer's state.
+
+    The precision-aware optimizer keeps an fp32 master copy as the 16 bits that the bf16 weight
+    lacks, and its moments as --exp-avg-dtype and --exp-avg-sq-dtype say.
+    """
+    gradient = 2 if args.grad_reduce_in_bf16 else 4
+    if not args.use_precision_aware_optimizer:
+        return ParameterBytes(gradient)
+    moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+    return ParameterBytes(gradient, _PRECISION_AWARE_COPY + moments)
+
+
+_PRECISION_AWARE_COPY = 2
+"""Bytes: fp16, or the remainder of fp32 (Megatron's store_param_remainders, on by default)."""
+
+
+def shape_from_args(args: Namespace) -> ModelShape:
+    """Return the shape of the model; its vocabulary is the padded one."""
+    return dataclasses.replace(shape_from_arguments(args), vocabulary=args.padded_vocab_size)
+
+
+def layout_from_args(args: Namespace) -> ParallelLayout:
+    """Return the layout; Megatron has computed the data parallel size."""
+    return ParallelLayout(
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        context=args.context_parallel_size,
+        data=args.data_parallel_size,
+        first_layers=args.decoder_first_pipeline_num_layers,
+        last_layers=args.decoder_last_pipeline_num_layers,
+        recompute=args.recompute_granularity == "full",
+    )
+
+
+def workload_from_args(args: Namespace) -> Workload:
+    """Return what a step takes in."""
+    return Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)

@@ -129,7 +129,7 @@ def names(error, line):
 
 
 def test_wrong_command_lines(flags, actions, monkeypatch, tmp_path, capsys):
-    from megatron_cream.planning import fake_world
+    from megatron_cream.mcore import fake_world
 
     monkeypatch.chdir(tmp_path)
     base = [*flags, "--train-iters", "1", "--eval-iters", "0", "--split", "100,0,0"]

@@ -14,11 +14,11 @@ from support import forks, launch
 from megatron_cream.cli import make_parser
 from megatron_cream.parallel_layout import Workload
 from megatron_cream.planning import plan as tool
-from megatron_cream.planning.command import argv, run_flags
 from megatron_cream.planning.memory import GIB
 from megatron_cream.planning.models import find_model
 from megatron_cream.planning.propose import propose
 from megatron_cream.planning.report import _duration
+from megatron_cream.planning.script import argv, run_flags
 
 SEVEN = launch.ROOT / "examples" / "llama-2-7b" / "32k.sh"
 QUOTE = re.compile(r"^# python tools/plan\.py (.+)\n#   (.+)$", re.M)
@@ -74,8 +74,8 @@ def test_a_script_is_what_the_planner_proposes(script, tmp_path):
         assert mine.get(flag) == theirs[flag], flag
     assert mine.keys() - theirs.keys() == BESIDE_THE_PLAN
     assert result == (
-        f"{plan.layout}: {plan.memory.total / GIB:.1f} GiB a GPU, {_duration(plan.step.total)} a "
-        f"step, {args.train_iters} steps in {_duration(args.train_iters * plan.step.total)}"
+        f"{plan.layout}: {plan.memory.total / GIB:.1f} GiB per GPU, {_duration(plan.step.total)} "
+        f"per step, {args.train_iters} steps in {_duration(args.train_iters * plan.step.total)}"
     )
 
 

@@ -25,10 +25,10 @@ from support.runs import write_dataset  # noqa: E402
 
 from megatron_cream import torchrun  # noqa: E402
 from megatron_cream.parallel_layout import ParallelLayout, Workload  # noqa: E402
-from megatron_cream.planning.command import argv, run_flags  # noqa: E402
 from megatron_cream.planning.cost import GPUS, measured_mfu, step_time  # noqa: E402
 from megatron_cream.planning.memory import GIB, peak_memory  # noqa: E402
 from megatron_cream.planning.models import MODELS, BaseModel  # noqa: E402
+from megatron_cream.planning.script import argv, run_flags  # noqa: E402
 
 WORK = Workload(4096, 8)
 ROWS: list[tuple[str, int, ParallelLayout]] = [

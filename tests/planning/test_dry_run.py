@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 from support import forks, planning
 
-from megatron_cream.dry_run import world_size
+from megatron_cream.dry_run import _check_positions, world_size
 from megatron_cream.parallel_layout import ParallelLayout, Workload
-from megatron_cream.planning.command import argv, run_flags
-from megatron_cream.planning.dry_run import _check_positions
-from megatron_cream.planning.layouts import uneven_ends
 from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.propose import uneven_ends
+from megatron_cream.planning.script import argv, run_flags
 from megatron_cream.positions import make_strategy
 
 SMALL = dataclasses.replace(

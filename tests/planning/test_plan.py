@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from megatron_cream.parallel_layout import ParallelLayout, Workload
-from megatron_cream.planning import arguments, report
-from megatron_cream.planning.arguments import parameter_bytes
-from megatron_cream.planning.command import argv, rope_flags, run_flags, script
+from megatron_cream.planning import stages
 from megatron_cream.planning.memory import GIB, ParameterBytes, stage_memory
 from megatron_cream.planning.models import MODELS
 from megatron_cream.planning.report import _duration
+from megatron_cream.planning.script import argv, rope_flags, run_flags, script
+from megatron_cream.planning.stages import parameter_bytes
 from megatron_cream.torchrun import ONE_NODE
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
@@ -205,11 +205,11 @@ def test_bytes_per_parameter_follow_the_optimizer():
 
 
 def test_a_stage_line_has_the_memory_of_its_own_flags(monkeypatch):
-    monkeypatch.setattr(report, "parameter_bytes", lambda args: ParameterBytes(2, 12))
-    monkeypatch.setattr(report, "shape_from_args", lambda args: MODELS["llama-2-70b"])
-    monkeypatch.setattr(report, "layout_from_args", lambda args: ParallelLayout(8, 4, 1, 2))
-    monkeypatch.setattr(report, "workload_from_args", lambda args: Workload(4096, 32))
-    assert report._stage_gib(None, 0, None) == pytest.approx(30.8, abs=0.06)
+    monkeypatch.setattr(stages, "parameter_bytes", lambda args: ParameterBytes(2, 12))
+    monkeypatch.setattr(stages, "shape_from_args", lambda args: MODELS["llama-2-70b"])
+    monkeypatch.setattr(stages, "layout_from_args", lambda args: ParallelLayout(8, 4, 1, 2))
+    monkeypatch.setattr(stages, "workload_from_args", lambda args: Workload(4096, 32))
+    assert stages._stage_gib(None, 0, None) == pytest.approx(30.8, abs=0.06)
 
 
 def test_a_window_that_the_model_has_is_refused_unless_asked_twice(tool, capsys):
@@ -246,11 +246,11 @@ def test_full_length_that_is_as_fast_is_said(planned):
 
 @pytest.mark.parametrize("modules", [None, ["core_attn"], ["core_attn", "mlp"]])
 def test_selective_recompute_of_other_modules_is_not_estimated(monkeypatch, modules):
-    monkeypatch.setattr(arguments, "values", lambda fact: {})
+    monkeypatch.setattr(stages, "values", lambda fact: {})
     args = Namespace(
         tensor_model_parallel_size=1,
         recompute_granularity="selective",
         recompute_modules=modules,
     )
-    reason = arguments.why_not_estimated(args)
+    reason = stages.why_not_estimated(args)
     assert ("mlp" in reason) if modules and "mlp" in modules else reason is None

@@ -110,7 +110,9 @@ def check_script(name: str, words: list[str], elided: bool) -> None:
     found = [ROOT / name] if "/" in name else [*ROOT.glob(f"[et]*/**/{name}")]
     need(len(found) == 1 and found[0].is_file(), f"there is no {name}")
     path = found[0]
-    if path.parent == ROOT / "tools" and path.suffix == ".py":
+    if path.parent == ROOT / "tools" and path.stem == "convert_checkpoint":
+        check_tool(words, elided)
+    elif path.parent == ROOT / "tools" and path.suffix == ".py":
         parse(tool_parser(path), words, elided)
     elif path.suffix == ".sh":
         need(os.access(path, os.X_OK) or "slurm" in name, f"{name} cannot be started")

@@ -65,8 +65,8 @@ def flags(words):
 
 def dry_run(argv, world_size):
     """What the dry run prints, in a process of its own."""
-    from megatron_cream.planning.dry_run import dry_run as look
-    from megatron_cream.planning.dry_run import lines
+    from megatron_cream.dry_run import dry_run as look
+    from megatron_cream.dry_run import lines
 
     return lines(look(argv, world_size))
 

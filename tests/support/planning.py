@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of planning call in processes of their own."""
 
-from megatron_cream.planning import fake_world
+from megatron_cream.mcore import fake_world
 from megatron_cream.planning.stages import check_stages
 
 
 def views(argv, world_size):
     """Return what the check sees: its arguments do not travel between processes."""
-    from megatron_cream.planning.report import stage_lines
+    from megatron_cream.planning.stages import stage_lines
 
     check = check_stages(argv, world_size)
     return check.views, check.parameters, stage_lines(check)
@@ -56,7 +56,7 @@ def inside_a_process_group(argv, world_size):
 
 def dry_run_lines(argv, world_size):
     """What a dry run prints."""
-    from megatron_cream.planning.dry_run import dry_run, lines
+    from megatron_cream.dry_run import dry_run, lines
 
     return lines(dry_run(argv, world_size))
 

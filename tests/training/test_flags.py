@@ -174,7 +174,7 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch):
     ["--async-save", "--full-validation", "--sequence-parallel", "--context-parallel-size=2"],
 )
 def test_the_dry_run_refuses_what_the_run_does(refused, dataset, flag):
-    from megatron_cream.planning import fake_world
+    from megatron_cream.mcore import fake_world
 
     with pytest.raises(UserError) as error:
         fake_world.parse(["--cpu", *FLAGS, "--data-path", dataset, flag], 1)
@@ -183,7 +183,7 @@ def test_the_dry_run_refuses_what_the_run_does(refused, dataset, flag):
 
 def test_packed_documents_pass_the_dry_run_of_a_gpu_run(dataset):
     """The CPU that stands in is not the machine that the flags are for."""
-    from megatron_cream.planning import fake_world
+    from megatron_cream.mcore import fake_world
 
     argv = [*FLAGS, "--data-path", dataset, "--sample-unit", "packed-documents"]
     args, _ = fake_world.parse(argv, 1)
@@ -191,7 +191,7 @@ def test_packed_documents_pass_the_dry_run_of_a_gpu_run(dataset):
 
 
 def test_help_is_printed(monkeypatch, capsys):
-    from megatron_cream.planning import fake_world
+    from megatron_cream.mcore import fake_world
 
     with pytest.raises(SystemExit) as ended:
         fake_world.parse(["--help"], 1)

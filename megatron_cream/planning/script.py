@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that starts a planned run, one bash array a theme."""
+"""Writes the command that starts a planned run, one bash array per theme."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any rank of any world in this one process, by Megatron's fake process group.
+"""Builds the model of any rank of any world in this one process, by fake process groups.
 
 Models are built on the meta device, which has shapes and no memory, with our rotary put in as in
 training. A machine without GPUs has no Transformer Engine: layers are built from Megatron's local
@@ -16,11 +16,35 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.arguments import cpu_flags, values
+
+
+@dataclass(frozen=True)
+class RankView:
+    """What one rank builds.
+
+    Attributes:
+        rank: in the world.
+        stage: pipeline stage, from 0.
+        layers: numbers of its layers, from 1, over all its chunks.
+        embedding, output: it has the embedding, the output layer.
+        parameters: it holds.
+        counted: of these, the ones that belong to the model's sum: not the whole copies that other
+            ranks of tensor parallelism or a tied embedding have as well.
+    """
+
+    rank: int
+    stage: int
+    layers: tuple[int, ...]
+    embedding: bool
+    output: bool
+    parameters: int
+    counted: int
 
 
 def prepare() -> None:
@@ -56,7 +80,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
 
     with _command_line(cpu_flags() * ("--cpu" in argv), argv, world_size):
         given = parse_args(arguments.add_arguments)
-        _refuse(given)
+        _validate_readable(given)
         extension, _ = validate_flags(given)
     # What is built here is built from Megatron's local modules.
     with _command_line(argv, [*cpu_flags(), "--fake-process-group"], world_size):
@@ -76,7 +100,7 @@ def buildable(args: Namespace) -> Namespace:
     return Namespace(**{**vars(args), **values("meta")})
 
 
-def _refuse(args: Namespace) -> None:
+def _validate_readable(args: Namespace) -> None:
     if args.use_checkpoint_args:
         raise UserError(
             "--use-checkpoint-args is given: no checkpoint is read here, give the model's flags"
@@ -198,3 +222,62 @@ def build(args: Namespace, extension: ExtensionConfig, groups: Any) -> list[Any]
             )
     finally:
         logging.disable(logging.NOTSET)
+
+
+def rank_view(args: Namespace, extension: ExtensionConfig, rank: int) -> RankView:
+    """Build what ``rank`` builds, on the meta device, and look at it.
+
+    Raises:
+        UserError: its rotary embedding is not ours, or not of these flags.
+    """
+    from megatron.core import mpu
+
+    with as_rank(args, rank) as groups:
+        chunks = build(args, extension, groups)
+        for chunk in chunks:
+            _check_rotary(chunk, args, extension, rank)
+        layers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
+        return RankView(
+            rank=rank,
+            stage=mpu.get_pipeline_model_parallel_rank(),
+            layers=tuple(layers),
+            embedding=any(hasattr(chunk, "embedding") for chunk in chunks),
+            output=any(hasattr(chunk, "output_layer") for chunk in chunks),
+            parameters=sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+            counted=sum(p.numel() for p in _own_parameters(chunks)),
+        )
+
+
+def _own_parameters(chunks: Sequence[Any]) -> Iterator[Any]:
+    """Parameters of this rank that no other rank of the copy is counted for."""
+    from megatron.core import mpu
+
+    dense_copy = mpu.get_data_parallel_rank(with_context_parallel=True)
+    expert_copy = mpu.get_expert_data_parallel_rank()
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            expert = not getattr(parameter, "allreduce", True)
+            if expert_copy if expert else dense_copy:
+                continue
+            if getattr(parameter, "shared", False):
+                continue  # the output layer's copy of a tied embedding
+            tensor = mpu.get_expert_tensor_parallel_rank if expert else _tensor_rank
+            if getattr(parameter, "tensor_model_parallel", False) or tensor() == 0:
+                yield parameter
+
+
+def _tensor_rank() -> int:
+    from megatron.core import mpu
+
+    return mpu.get_tensor_model_parallel_rank()
+
+
+def _check_rotary(chunk: Any, args: Namespace, extension: ExtensionConfig, rank: int) -> None:
+    from megatron_cream.mcore.rotary import PositionRotaryEmbedding
+    from megatron_cream.training.arguments import rotary_dim
+
+    rotary = getattr(chunk, "rotary_pos_emb", None)
+    if not isinstance(rotary, PositionRotaryEmbedding):
+        raise UserError(f"rank {rank} rotates by {type(rotary).__name__}: positions are ignored")
+    if rotary.scaling != extension.scaling(rotary_dim(args)):
+        raise UserError(f"rank {rank} rotates by {rotary.scaling}: the flags say otherwise")
