@@ -35,7 +35,7 @@ from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
 from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object
-from megatron_cream.mcore.arguments import flag_of, marked
+from megatron_cream.mcore.argument_table import flag_of, marked
 from megatron_cream.ownership import staged, validate_output
 from megatron_cream.rope import RopeScaling, hf_rope_fields, trainer_of
 from megatron_cream.rope.huggingface import with_rope

@@ -20,7 +20,7 @@ from megatron_cream.checkpoint.unpickling import only_listed_globals
 from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.extras.hybrid import without_stages
-from megatron_cream.mcore.arguments import values
+from megatron_cream.mcore.argument_table import values
 from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.mcore.hooks import model_config
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout

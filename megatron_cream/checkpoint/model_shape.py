@@ -21,7 +21,7 @@ import torch
 from megatron_cream.checkpoint.weight_map import FAMILIES, Family, WeightPart, WeightRow
 from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.arguments import flag_of, values
+from megatron_cream.mcore.argument_table import flag_of, values
 
 
 @dataclass(frozen=True)

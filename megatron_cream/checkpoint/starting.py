@@ -22,7 +22,7 @@ from megatron_cream.checkpoint.iterations import (
 )
 from megatron_cream.config import saved_extension
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.arguments import flag_of, marked
+from megatron_cream.mcore.argument_table import flag_of, marked
 
 
 def validate_start(args: Namespace) -> None:

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.arguments import flag_of, marked
+from megatron_cream.mcore.argument_table import flag_of, marked
 from megatron_cream.mcore.patches import Patch, patch
 
 

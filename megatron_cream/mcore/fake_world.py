@@ -4,7 +4,7 @@
 Models are built on the meta device, which has shapes and no memory, with our rotary put in as in
 training. A machine without GPUs has no Transformer Engine: layers are built from Megatron's local
 modules, which hold the same parameters, and settings that decide only how a step runs
-(their ``meta`` value in ``mcore/arguments.py``) are validated and then left out.
+(their ``meta`` value in ``mcore/argument_table.py``) are validated and then left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.arguments import cpu_flags, values
+from megatron_cream.mcore.argument_table import cpu_flags, values
 
 
 @dataclass(frozen=True)

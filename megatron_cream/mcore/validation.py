@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's own parser and validation of flags: errors in one line, no lists of all flags."""
+"""Validates Megatron's flags: one by one by the table of arguments, then by Megatron itself.
+
+Errors of its parser and of its validation come in one line, without the list of all flags.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
+from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.arguments import flag_of
+from megatron_cream.json_values import is_finite
+from megatron_cream.mcore.argument_table import ARGUMENTS, flag_of
 
 
 def make_readable(parser: ArgumentParser) -> ArgumentParser:
@@ -41,6 +46,66 @@ class _Formatter(HelpFormatter):
             return super()._expand_help(action)
         except (ValueError, TypeError, KeyError):
             return action.help or ""
+
+
+def validate_required(args: Namespace) -> None:
+    """Refuse a command line without what every run needs.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for row in ARGUMENTS.values():
+        spared = row.unless is not None and getattr(args, row.unless)
+        asked = row.where is None or getattr(args, row.where) is not None
+        if row.required and asked and not spared and getattr(args, row.name) is None:
+            raise UserError(f"{flag_of(row.name)} is missing: {row.required}")
+    if args.wandb_project and not (args.wandb_save_dir or args.save):
+        raise UserError("--wandb-save-dir is missing: with --wandb-project it or --save is needed")
+    if args.train_iters is None and args.train_samples is None:
+        raise UserError("--train-iters is missing: iterations of the run, or give --train-samples")
+
+
+def validate_ranges(args: Namespace) -> None:
+    """Refuse numbers that no run can have: Megatron fails on them after its start.
+
+    Raises:
+        UserError: naming the flag, its value and what it must be.
+    """
+    for row in ARGUMENTS.values():
+        value = getattr(args, row.name, None)
+        if row.range and value is not None and not (is_finite(value) and row.range.holds(value)):
+            raise UserError(f"{flag_of(row.name)} is {value}: it must be {row.range.needed}")
+    if args.window_size is not None and len(args.window_size) != 2:
+        raise UserError(
+            f"--window-size is {','.join(map(str, args.window_size))}: it must be two numbers, of "
+            "tokens before and after, as 4096,0"
+        )
+
+
+def validate_left_out(args: Namespace) -> None:
+    """Refuse arguments that a run cannot have, or that nothing here reads.
+
+    Raises:
+        UserError: naming the flag, its value and what to do.
+    """
+    for row in ARGUMENTS.values():
+        if row.refused and not row.is_left_out(args):
+            value = getattr(args, row.name)
+            raise UserError(f"{flag_of(row.name)} is {value}: it must be left out, {row.refused}")
+
+
+def validate_with_scales(args: Namespace, extension: ExtensionConfig) -> None:
+    """Refuse arguments that do not go with a scale per sample (CLEX).
+
+    Raises:
+        UserError: naming the flag, its value and what to do.
+    """
+    for row in ARGUMENTS.values() if extension.draws_scales else ():
+        if row.with_scales and not row.is_left_out(args):
+            raise UserError(
+                f"{flag_of(row.name)} is {getattr(args, row.name)}: --rope-interpolation is "
+                f"{extension.rope_interpolation!r}, so it must be left out, {row.with_scales}"
+            )
 
 
 _ARGUMENT = re.compile(r"\bargs\.(\w+)")

@@ -12,7 +12,7 @@ from megatron_cream.checkpoint.model_shape import ModelShape, shape_from_argumen
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.mcore import fake_world
-from megatron_cream.mcore.arguments import ARGUMENTS, flag_of, values
+from megatron_cream.mcore.argument_table import ARGUMENTS, flag_of, values
 from megatron_cream.mcore.fake_world import RankView, rank_view
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.memory import GIB, ParameterBytes, stage_memory

@@ -34,7 +34,7 @@ from megatron_cream.data.indexed import (
     validate_metadata,
 )
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.arguments import flag_of
+from megatron_cream.mcore.argument_table import flag_of
 
 DEFAULT_SPLIT = "969,30,1"  # Megatron's
 _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")

@@ -28,7 +28,7 @@ def install_cpu_stand_in() -> None:
     """
     if "--cpu" in sys.argv[1:]:
         from megatron_cream.mcore import cpu
-        from megatron_cream.mcore.arguments import cpu_flags
+        from megatron_cream.mcore.argument_table import cpu_flags
 
         cpu.install()
         sys.argv[1:1] = cpu_flags()

@@ -11,7 +11,7 @@ from megatron_cream.checkpoint.iterations import RunStart, find_start, read_argu
 from megatron_cream.checkpoint.starting import validate_same_model, validate_start
 from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.arguments import flag_of
+from megatron_cream.mcore.argument_table import flag_of
 
 # What Megatron compares with the checkpoint: (its name, the flags that decide it).
 _KEPT = {

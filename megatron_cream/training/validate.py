@@ -6,18 +6,27 @@ Training, a script's start and the dry run ask these functions, so that they agr
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.data.dataset import PACK_MULTIPLE
 from megatron_cream.errors import UserError
 from megatron_cream.extras import extras
 from megatron_cream.mcore import cpu
-from megatron_cream.mcore.arguments import flag_of
-from megatron_cream.mcore.validation import validate_model_config, validate_with_megatron
-from megatron_cream.training import blend, flags, resume
+from megatron_cream.mcore.argument_table import flag_of
+from megatron_cream.mcore.validation import (
+    validate_left_out,
+    validate_model_config,
+    validate_ranges,
+    validate_required,
+    validate_with_megatron,
+    validate_with_scales,
+)
+from megatron_cream.training import blend, resume
 from megatron_cream.training.arguments import extension_from_args
 
 _TOKENIZER_FILES = {
@@ -58,19 +67,126 @@ def validate_flags(
 
 def validate_our_flags(args: Namespace) -> ExtensionConfig:
     """Validate what Megatron does not, of arguments before or after its validation."""
-    flags.validate_required(args)
-    flags.validate_ranges(args)
-    flags.validate_divisibility(args)
-    flags.validate_left_out(args)
-    flags.validate_supported(args)
+    validate_required(args)
+    validate_ranges(args)
+    validate_divisibility(args)
+    validate_left_out(args)
+    validate_supported(args)
     if args.cpu:
         cpu.validate_flags(args)
     blend.validate_blend(args)
     extension = extension_from_args(args)
-    flags.validate_with_scales(args, extension)
+    validate_with_scales(args, extension)
     for extra in extras():
         extra.validate_flags(args, extension)
     return extension
+
+
+def validate_divisibility(args: Namespace) -> None:
+    """Refuse sizes that must divide each other, and do not.
+
+    Raises:
+        UserError: naming the flags and their values.
+    """
+    _validate_whole_passes(args)
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if heads is None:
+        return  # of a checkpoint
+    if args.kv_channels is None and args.hidden_size % heads:
+        raise UserError(
+            f"--num-attention-heads is {heads}: it must divide --hidden-size, {args.hidden_size}, "
+            "or --kv-channels must be given"
+        )
+    if args.group_query_attention and heads % groups:
+        raise UserError(
+            f"--num-query-groups is {groups}: it must divide --num-attention-heads, {heads}"
+        )
+
+
+def _validate_whole_passes(args: Namespace) -> None:
+    """Refuse a step that is not a whole number of passes of every rank."""
+    changes = args.rampup_batch_size or args.step_batch_size_schedule
+    if args.global_batch_size is None or changes or args.decrease_batch_size_if_needed:
+        return  # Megatron asks it of every size
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = args.world_size // math.prod(getattr(args, name) for name in sizes)
+    together = args.micro_batch_size * max(1, ranks)
+    if args.global_batch_size % together:
+        raise UserError(
+            f"--global-batch-size is {args.global_batch_size}: it must be a multiple of "
+            f"{together}, --micro-batch-size {args.micro_batch_size} times {ranks} data-parallel "
+            "ranks"
+        )
+
+
+def validate_supported(args: Namespace) -> None:
+    """Refuse settings of Megatron that positions of our own do not go with.
+
+    Raises:
+        UserError: naming the flag, its value and what to do.
+    """
+    if args.position_embedding_type != "rope":
+        raise UserError(
+            f"--position-embedding-type is {args.position_embedding_type!r}: it must be 'rope', "
+            "because positions reach the model only through rotary angles"
+        )
+    if args.eval_micro_batch_size not in (None, args.micro_batch_size):
+        raise UserError(
+            f"--eval-micro-batch-size is {args.eval_micro_batch_size}: it must be left out, or be "
+            f"--micro-batch-size, {args.micro_batch_size}, which every pipeline stage counts by"
+        )
+    if args.create_attention_mask_in_dataloader:
+        raise UserError(
+            "--no-create-attention-mask-in-dataloader is missing: it must be given, the mask "
+            "would take memory of the square of the length"
+        )
+    if args.dataloader_type not in (None, "single"):
+        raise UserError(
+            f"--dataloader-type is {args.dataloader_type!r}: it must be 'single', so that every "
+            "pipeline stage counts samples alike"
+        )
+    if args.tokenizer_type in ("MultimodalTokenizer", "NullMultimodalTokenizer"):
+        raise UserError(
+            f"--tokenizer-type is {args.tokenizer_type!r}: it must be one of text, or NullTokenizer"
+        )
+    if args.attention_backend.name == "local" and not args.spec:
+        raise UserError(
+            "--attention-backend is local: it must be left out, the layers' own attention is used; "
+            "--transformer-impl local has no other"
+        )
+    if args.sample_unit == "packed-documents":
+        _validate_packing(args)
+
+
+def _validate_packing(args: Namespace) -> None:
+    """Refuse what attention over packed documents (thd) cannot serve."""
+    unit = "--sample-unit is packed-documents"
+    if args.micro_batch_size != 1:
+        raise UserError(
+            f"--micro-batch-size is {args.micro_batch_size}: {unit}, so it must be 1; a longer "
+            "--seq-length holds more documents"
+        )
+    if args.seq_length is not None and args.seq_length % PACK_MULTIPLE:
+        raise UserError(
+            f"--seq-length is {args.seq_length}: {unit}, so it must be a multiple of "
+            f"{PACK_MULTIPLE}"
+        )
+    if 2 * args.context_parallel_size > PACK_MULTIPLE:
+        raise UserError(
+            f"--context-parallel-size is {args.context_parallel_size}: {unit}, each a multiple of "
+            f"{PACK_MULTIPLE} tokens dealt out in 2 x CP parts, so it must be at most "
+            f"{PACK_MULTIPLE // 2}"
+        )
+    if args.hybrid_layer_pattern is not None:
+        raise UserError(
+            f"--hybrid-layer-pattern is {args.hybrid_layer_pattern!r}: {unit}, so it must be left "
+            "out, state-space layers carry their state from one document into the next"
+        )
+    if args.cpu or args.transformer_impl != "transformer_engine":
+        raise UserError(
+            f"{unit}, and --transformer-impl is {args.transformer_impl!r}: it must be "
+            "'transformer_engine' on a GPU, whose attention keeps documents apart"
+        )
 
 
 def validate_files(args: Namespace, validated: Namespace, extension: ExtensionConfig) -> None:

@@ -108,7 +108,7 @@ def said_of(line, base, monkeypatch):
     from megatron.training.training import destroy_global_state
 
     from megatron_cream import pretrain
-    from megatron_cream.mcore.arguments import cpu_flags
+    from megatron_cream.mcore.argument_table import cpu_flags
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *cpu_flags(), "--cpu", *base, *line])
     try:

@@ -199,7 +199,7 @@ def test_the_start_block_says_what_a_checkpoint_may_do(initial):
 def test_a_run_asks_before_megatron_reads(run, monkeypatch, dataset, capsys):
     """Also where Megatron's own validation takes arguments from the checkpoint."""
     from megatron_cream import pretrain
-    from megatron_cream.mcore.arguments import cpu_flags
+    from megatron_cream.mcore.argument_table import cpu_flags
 
     data_file(run / "iter_0000002").unlink()
     for more in ([], ["--use-checkpoint-args"]):

@@ -75,7 +75,7 @@ def test_doctor_says_so(malicious):
 )
 def test_training_refuses_it_before_it_starts(malicious, flags, monkeypatch, dataset):
     from megatron_cream import pretrain
-    from megatron_cream.mcore.arguments import cpu_flags
+    from megatron_cream.mcore.argument_table import cpu_flags
 
     root, marker = malicious
     argv = [*cpu_flags(), "--cpu", *FLAGS, "--data-path", dataset, *flags, str(root)]

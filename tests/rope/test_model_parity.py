@@ -46,7 +46,7 @@ def megatron_model(monkeypatch, flags):
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_cream.checkpoint.loading import initialize_one_process
-    from megatron_cream.mcore.arguments import cpu_flags
+    from megatron_cream.mcore.argument_table import cpu_flags
     from megatron_cream.mcore.hooks import model_config
     from megatron_cream.training import arguments
 

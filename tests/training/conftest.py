@@ -11,7 +11,7 @@ def refused(monkeypatch, capsys, dataset):
     import torch
 
     from megatron_cream import pretrain
-    from megatron_cream.mcore.arguments import cpu_flags
+    from megatron_cream.mcore.argument_table import cpu_flags
 
     def call(*extra, data=dataset):
         argv = ["pretrain", *cpu_flags(), "--cpu", *FLAGS, "--data-path", str(data), *extra]

@@ -135,7 +135,7 @@ def test_experts(tmp_path, flags):
 @pytest.mark.parametrize("flag", ["--hybrid-layer-pattern", "--hybrid-override-pattern"])
 def test_patterns_that_cannot_be_served(flag, pattern, parts, flags, monkeypatch):
     from megatron_cream import pretrain
-    from megatron_cream.mcore.arguments import cpu_flags
+    from megatron_cream.mcore.argument_table import cpu_flags
 
     argv = ["pretrain", *cpu_flags(), "--cpu", *flags, flag, pattern]
     monkeypatch.setattr("sys.argv", argv)

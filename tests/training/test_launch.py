@@ -175,7 +175,7 @@ class TestMegatron:
 def test_flags_of_what_is_swapped_are_refused(extra, monkeypatch, flags):
     """The script's datasets and forward step would follow them; ours would not."""
     from megatron_cream import pretrain
-    from megatron_cream.mcore.arguments import cpu_flags
+    from megatron_cream.mcore.argument_table import cpu_flags
 
     monkeypatch.setattr("sys.argv", ["pretrain", *cpu_flags(), "--cpu", *flags, *extra])
     with pytest.raises(ValueError, match=f"^{extra[0]} is .*: it must be left out, "):

@@ -8,7 +8,7 @@ from inspect import getsource
 import pytest
 
 from megatron_cream.errors import UserError
-from megatron_cream.mcore import arguments
+from megatron_cream.mcore import argument_table
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
@@ -28,11 +28,13 @@ def actions(parser):
 
 
 def rows():
-    return pytest.mark.parametrize("row", arguments._ROWS, ids=lambda row: row.name)
+    return pytest.mark.parametrize("row", argument_table._ROWS, ids=lambda row: row.name)
 
 
 def test_no_argument_has_two_rows():
-    assert [name for name, n in Counter(row.name for row in arguments._ROWS).items() if n > 1] == []
+    assert [
+        name for name, n in Counter(row.name for row in argument_table._ROWS).items() if n > 1
+    ] == []
 
 
 @rows()
@@ -43,7 +45,7 @@ def test_megatron_has_every_argument_by_its_flag(actions, row):
         assert f"args.{row.name} =" in getsource(validate_args)
         return
     action = actions[row.name]
-    assert (row.off or arguments.flag_of(row.name)) in action.option_strings
+    assert (row.off or argument_table.flag_of(row.name)) in action.option_strings
     assert (action.const is False) == (row.off is not None), "what a flag turns off stands in off"
     if row.refused or row.with_scales or row.default is not None:
         left_out = Namespace(**{row.name: action.default})
@@ -51,31 +53,31 @@ def test_megatron_has_every_argument_by_its_flag(actions, row):
 
 
 def test_every_argument_says_something():
-    plain = arguments.Argument(name="x")
+    plain = argument_table.Argument(name="x")
     facts = [f for f in vars(plain) if f not in ("name", "flag", "off", "default", "computed")]
     empty = [
         row.name
-        for row in arguments._ROWS
+        for row in argument_table._ROWS
         if all(getattr(row, fact) == getattr(plain, fact) for fact in facts)
     ]
     assert empty == []
 
 
 def test_the_command_line_of_a_cpu_gives_the_values_of_the_table(parser):
-    parsed = parser.parse_args(arguments.cpu_flags())
-    expected = arguments.values("cpu")
+    parsed = parser.parse_args(argument_table.cpu_flags())
+    expected = argument_table.values("cpu")
     assert {name: getattr(parsed, name) for name in expected} == expected
     assert len(expected) > 10
 
 
 def test_a_range_holds_for_its_borders_only():
     for numbers, inside, outside in (
-        (arguments.COUNT, (1, 2**63 - 1), (0, 2**63)),
-        (arguments.AMOUNT, (0, 2**63 - 1), (-1e-9, 2**63)),
-        (arguments.SEED, (1, 2**32 - 1), (0, 2**32)),
-        (arguments.BELOW_ONE, (0, 0.999), (1, -0.1)),
-        (arguments.SHARE, (0, 1), (1.001, -0.001)),
-        (arguments.ABOVE_ZERO_SHARE, (0.001, 1), (0, 1.001)),
+        (argument_table.COUNT, (1, 2**63 - 1), (0, 2**63)),
+        (argument_table.AMOUNT, (0, 2**63 - 1), (-1e-9, 2**63)),
+        (argument_table.SEED, (1, 2**32 - 1), (0, 2**32)),
+        (argument_table.BELOW_ONE, (0, 0.999), (1, -0.1)),
+        (argument_table.SHARE, (0, 1), (1.001, -0.001)),
+        (argument_table.ABOVE_ZERO_SHARE, (0.001, 1), (0, 1.001)),
     ):
         assert all(map(numbers.holds, inside)) and not any(map(numbers.holds, outside))
 
@@ -84,7 +86,7 @@ def test_norms_around_one_are_not_exported():
     """Megatron's --apply-layernorm-1p, under the name that its arguments have in a checkpoint."""
     from megatron_cream.checkpoint.model_shape import _validate_llama_like
 
-    args = Namespace(**arguments.values("hugging_face"))
+    args = Namespace(**argument_table.values("hugging_face"))
     _validate_llama_like(args)
     args.layernorm_zero_centered_gamma = True
     with pytest.raises(UserError, match="--apply-layernorm-1p of the checkpoint is True"):
@@ -93,7 +95,7 @@ def test_norms_around_one_are_not_exported():
 
 def test_what_has_no_place_beside_a_scale_per_sample_is_refused():
     from megatron_cream.config import ExtensionConfig
-    from megatron_cream.training.flags import validate_with_scales
+    from megatron_cream.mcore.validation import validate_with_scales
 
     clex = ExtensionConfig(8, 32, 8, rope_interpolation="clex", rope_factor=4.0)
     given = Namespace(use_megatron_fsdp=True, use_torch_fsdp2=False, cuda_graph_impl="none")
