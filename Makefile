@@ -1,5 +1,8 @@
 # make demo   extend a small model's context window on real text, two CPU cores, ten minutes
 # make test   lint, format check and the CPU tests
+# make types  mypy, by the settings in pyproject.toml
+# make test-repo  what is about the repository: package, image, site, templates, house rules
+# make coverage  the CPU tests once more, counting lines; ends badly below the floor
 # make setup  only the virtual environment that all of these use
 # make test-slurm  examples/slurm on a real Slurm of two nodes on this host, three minutes
 # make image  the image for CPUs without a daemon, by buildah or podman
@@ -12,16 +15,35 @@ VENV ?= .venv
 INPUT ?=
 ROPE ?= yarn
 TEST_PROCESSES ?= 2
+# Versions that make setup installs: requirements.lock, requirements.lowest.txt, or /dev/null for the
+# newest allowed ones.
+CONSTRAINT ?= requirements.lock
+PYTEST_RUN = pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slurm test-engines image lint format check docs package setup lock
+.PHONY: demo test test-repo types coverage test-slurm test-engines image lint format check docs \
+  package setup lock
 
 demo: setup
 	$(BIN)/python examples/demo/demo.py --rope $(ROPE) $(if $(INPUT),--input $(INPUT))
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m $(PYTEST_RUN)
+
+test-repo: setup
+	$(BIN)/python -m $(PYTEST_RUN) -m repository
+
+types: setup
+	$(BIN)/mypy
+
+coverage: setup
+	@mkdir -p build/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m $(PYTEST_RUN)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered > build/coverage/report.txt; \
+	  status=$$?; cat build/coverage/report.txt; exit $$status
 
 # -rs: says why it was skipped, where Slurm is not installed.
 test-slurm: setup
@@ -36,7 +58,7 @@ image:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh)
+	$(BIN)/shellcheck $(wildcard .ci/* tools/*.sh examples/*.sh examples/*/*.sh)
 	$(BIN)/hadolint Dockerfile
 
 test-engines: setup
@@ -76,7 +98,7 @@ $(READY): requirements.lock setup.cfg pyproject.toml
 	@test -x $(BIN)/python || { python=$$(./tools/find_python.sh) && \
 	  echo "setting up $(VENV) with $$python, some minutes" && "$$python" -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint requirements.lock --editable '.[dev]'
+	  --constraint $(CONSTRAINT) --editable '.[dev]'
 	@touch $@
 
 lock:

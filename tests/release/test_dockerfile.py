@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.repository
 SYSTEM = ("apt-get", "useradd", "rm", "install")  # only root of an image has these to do
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.repository
 PAGE = ROOT / "docs" / "troubleshooting.md"
 THEIRS = ("megatron/core/datasets/utils.py", "megatron/training/arguments.py")
 

@@ -3,6 +3,7 @@
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,6 +16,7 @@ import megatron_cream
 
 ROOT = Path(__file__).parents[2]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+pytestmark = pytest.mark.repository
 TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
@@ -54,15 +56,18 @@ def test_issue_templates_have_the_form_of_github(path):
 
 
 def test_workflow_runs_what_ci_runs():
-    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
-    steps = [step for job in jobs.values() for step in job["steps"]]
+    steps = []
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"]
+        steps += [step for job in jobs.values() for step in job["steps"]]
     runs = [step["run"] for step in steps if "run" in step]
     assert ".ci/run" in runs
-    targets = [word for run in runs if run.startswith("make ") for word in run.split()[1:]]
+    words = [word for run in runs if run.startswith("make ") for word in run.split()[1:]]
+    targets = [word for word in words if re.fullmatch(r"[a-z-]+", word)]
     makefile = (ROOT / "Makefile").read_text()
     assert targets
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    assert all(re.search(r"@v\d+$", step["uses"]) for step in steps if "uses" in step)
+    assert all(re.search(r"@(release/)?v\d+$", step["uses"]) for step in steps if "uses" in step)
 
 
 def hooks():
@@ -91,6 +96,42 @@ def test_hooks_run_and_find_what_is_wrong(hook, tmp_path):
     command = [Path(sys.executable).with_name(tool), *flags, tmp_path / name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """Runs .ci/release_notes on a copy whose changelog has a section of this version."""
+    for name in (".ci/release_notes", "megatron_cream/__init__.py", "CHANGELOG.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def notes(tag, heading):
+        text = CHANGELOG.replace("## [Unreleased]", f"## [Unreleased]\n\n{heading}", 1)
+        (tmp_path / "CHANGELOG.md").write_text(
+            text + "\n## [0.0.1] - 2020-01-01\n\n- of an older release\n"
+        )
+        command = [tmp_path / ".ci" / "release_notes", tag]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    return notes
+
+
+def test_a_release_has_the_notes_of_its_version(tagged):
+    version = megatron_cream.__version__
+    done = tagged(f"v{version}", f"## [{version}] - 2026-01-31")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith("### ")
+    assert "of an older release" not in done.stdout and "## [" not in done.stdout
+
+
+def test_a_tag_must_be_the_version_and_in_the_changelog(tagged):
+    version = megatron_cream.__version__
+    done = tagged("v9.9.9", f"## [{version}] - 2026-01-31")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: the tag is 'v9.9.9': it must be v{version}" in done.stderr
+    done = tagged(f"v{version}", f"## [{version}]")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"has no section '## [{version}] - YYYY-MM-DD'" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -2,21 +2,29 @@
 """Wheel and sdist: what is in them, and the wheel at work where nothing else of ours is."""
 
 import configparser
+import os
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
 import megatron_cream
 from megatron_cream import cli
 
+pytestmark = pytest.mark.repository
+
 
 @pytest.fixture(scope="module")
 def built(root, tmp_path_factory):
-    """The sdist, and the wheel that is made from it."""
+    """The sdist, and the wheel that is made from it; those in the folder DIST, if it is named."""
+    if given := os.environ.get("DIST"):
+        folder = Path(given).resolve()
+        (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+        return sdist, wheel
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(root)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
