@@ -256,3 +256,17 @@ def saved_extension(args: Namespace) -> ExtensionConfig | None:
     """Return the settings in saved arguments, or None where another tool trained."""
     settings = getattr(args, SETTINGS_KEY, None)
     return None if settings is None else ExtensionConfig.from_dict(settings)
+
+
+def extension_of(args: Namespace) -> ExtensionConfig:
+    """Return the settings in the arguments of this run, which has them: made once, not per call.
+
+    Arguments hold plain values, which Megatron writes into every checkpoint.
+    """
+    settings = getattr(args, SETTINGS_KEY)
+    if not _made or _made[0][0] is not settings:
+        _made[:] = [(settings, ExtensionConfig.from_dict(settings))]
+    return _made[0][1]
+
+
+_made: list[tuple[dict[str, Any], ExtensionConfig]] = []  # of the last that was asked for

@@ -25,6 +25,7 @@ import numpy as np
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.mcore import fake_world
+from megatron_cream.mcore.argument_table import rotary_dim
 from megatron_cream.mcore.fake_world import RankView, rank_view
 from megatron_cream.planning.memory import stage_parameters
 from megatron_cream.planning.stages import (
@@ -109,7 +110,7 @@ def _check(args: Namespace, extension: ExtensionConfig, view: RankView, last: in
     shape, layout = shape_from_args(args), layout_from_args(args)
     layers = [index + 1 for index in layout.stages(shape.layers)[view.stage]]
     parameters = stage_parameters(shape, layout, view.stage)
-    parameters += _trained_frequencies(extension, _rotary_dim(args))
+    parameters += _trained_frequencies(extension, rotary_dim(args))
     if list(view.layers) != layers or view.parameters != parameters:
         raise UserError(
             f"stage {view.stage} has {view.parameters} parameters in layers {view.layers}: it "
@@ -145,15 +146,9 @@ def lines(run: DryRun) -> list[str]:
         *(stage_line(args, view) for view in run.views),
         *([] if reason is None else [f"memory is not estimated: {reason}"]),
         *_position_lines(run),
-        f"RoPE by positions: {extension.scaling(_rotary_dim(args)).summary}",
+        f"RoPE by positions: {extension.scaling(rotary_dim(args)).summary}",
         "dry run: flags, stages and positions are right; data and checkpoints were not looked at",
     ]
-
-
-def _rotary_dim(args: Namespace) -> int:
-    from megatron_cream.training.arguments import rotary_dim
-
-    return rotary_dim(args)
 
 
 def _position_lines(run: DryRun) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.mcore import trainer
 from megatron_cream.mcore.patches import RELEASE
-from megatron_cream.training import entry, machine
+from megatron_cream.training import startup
 
 
 def main() -> None:
@@ -29,14 +29,13 @@ def main() -> None:
         script = find_script(sys.argv[1:])
         del sys.argv[1]
         validate_no_restart(sys.argv[1:])
-        machine.require_launcher(f"megatron_cream.launch {script.name}", sys.argv[1:])
-        entry.install_cpu_stand_in()
+        startup.prepare_process(f"megatron_cream.launch {script.name}")
         # As python itself does, and before megatron's import: the script finds what stands beside
         # it, in a clone of Megatron-LM also the megatron it belongs to.
         sys.path.insert(0, str(script.parent))
         validate_megatron_release()
     calls: list[dict[str, Any]] = []
-    trainer.patch_parse_and_validate_args.apply(entry.parse)
+    trainer.patch_parse_and_validate_args.apply(startup.parse)
     trainer.patch_pretrain.apply(functools.partial(swap, calls))
     sys.argv[0] = str(script)
     runpy.run_path(str(script), run_name="__main__")
@@ -125,7 +124,7 @@ def swap(calls: list[dict[str, Any]], call: dict[str, Any]) -> None:
             f"script {sys.argv[0]}: it must give pretrain a model config (gpt_config_from_args or "
             "hybrid_config_from_args) and no model_provider, or positions would not reach the model"
         )
-    entry.ready(args, call["cfg_container"].model)
+    startup.ready(args, call["cfg_container"].model)
     call["train_valid_test_dataset_provider"] = datasets_provider
     call["forward_step_func"] = forward_step
 

@@ -11,55 +11,48 @@ an existing training script with our positions instead, see ``megatron_cream.lau
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from typing import Any
 
 from megatron_cream.errors import one_line_errors
-from megatron_cream.extras import extras
-from megatron_cream.training import entry, machine
+from megatron_cream.mcore.extra import extras
+from megatron_cream.training import startup
 
 
 def main() -> None:
     """Parse, check and train; bad input ends in one line and exit status 2."""
     with one_line_errors():
-        machine.require_launcher("megatron_cream.pretrain", sys.argv[1:])
-        entry.install_cpu_stand_in()
+        startup.prepare_process("megatron_cream.pretrain")
         args = prepare()
-    train(args)
+    start = train
+    for extra in extras():
+        start = extra.wrap_start(start, args)
+    start(args)
 
 
 def prepare() -> Namespace:
     """Parse ``sys.argv`` and check all of it before a GPU is asked for.
 
     Raises:
-        ValueError, FileNotFoundError: naming the flag, the value it got and the value it needs.
+        UserError, OSError: naming the flag, the value it got and the value it needs.
     """
     from megatron.training.arguments import parse_and_validate_args
 
-    return entry.parse(parse_and_validate_args)
+    return startup.parse(parse_and_validate_args)
 
 
-def train(args: Namespace) -> None:
-    """Hand over to Megatron's ``pretrain``, once or as often as --inprocess-restart asks for."""
-    run = start
-    for extra in extras():
-        run = extra.wrap_start(run, args)
-    run(args)
-
-
-def start(args: Namespace, **more: Any) -> None:
+def train(args: Namespace, **more: Any) -> None:
     """Call Megatron's ``pretrain``, which takes ``more`` as it is."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_cream.mcore import hooks
+    from megatron_cream.mcore.hooks import megatron_config
     from megatron_cream.training.datasets import datasets_provider
     from megatron_cream.training.step import forward_step
 
-    config = hooks.megatron_config(args)
-    entry.ready(args, config)
+    config = megatron_config(args)
+    startup.ready(args, config)
     pretrain(
         pretrain_cfg_container_from_args(args, config),
         datasets_provider,

@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
-from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
+from megatron_cream.config import extension_of
 from megatron_cream.positions.scaled import Scaled
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -71,7 +71,7 @@ def get_batch(args: Namespace, data_iterator: Iterator | None, vp_stage: int | N
 
 def is_packed(args: Namespace) -> bool:
     """Say whether samples are packed documents, which attend only to themselves."""
-    return getattr(args, SETTINGS_KEY)["sample_unit"] == "packed-documents"
+    return extension_of(args).sample_unit == "packed-documents"
 
 
 def _tokens_and_positions(
@@ -104,7 +104,7 @@ def _tokens_and_positions(
 
 def _scale_on_this_tp_rank(args: Namespace, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the scale t of each sample, float32 ``[b]``, where angles depend on one."""
-    if not _extension(args).draws_scales:
+    if not extension_of(args).draws_scales:
         return {}
     empty = torch.empty(args.micro_batch_size, device=torch.cuda.current_device())
     scale = sample["scale"].cuda(non_blocking=True) if sample else empty
@@ -112,10 +112,6 @@ def _scale_on_this_tp_rank(args: Namespace, sample: dict[str, Any]) -> dict[str,
         source = mpu.get_tensor_model_parallel_src_rank()
         torch.distributed.broadcast(scale, source, mpu.get_tensor_model_parallel_group())
     return {"scale": scale}
-
-
-def _extension(args: Namespace) -> ExtensionConfig:
-    return ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
 
 
 def _positions(args: Namespace, data_iterator: Iterator | None, packed: bool) -> dict[str, Any]:
@@ -134,7 +130,7 @@ def _positions(args: Namespace, data_iterator: Iterator | None, packed: bool) ->
 def _plain_positions(args: Namespace) -> dict[str, Any]:
     device = torch.cuda.current_device()
     plain = torch.arange(args.seq_length, device=device).expand(args.micro_batch_size, -1)
-    strategy = _extension(args).plain_strategy()
+    strategy = extension_of(args).plain_strategy()
     if not isinstance(strategy, Scaled):
         return {"position_ids": plain}
     scale = torch.full((args.micro_batch_size,), strategy.scale(0, 0), device=device)

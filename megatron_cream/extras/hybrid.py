@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_cream.errors import UserError
-from megatron_cream.extras import Extra
+from megatron_cream.mcore.extra import Extra
 
 _LOCAL = {Symbols.ATTENTION, Symbols.MLP, Symbols.MOE, Symbols.PIPE}
 _UNROTATED = {Symbols.MLA: "MLA", Symbols.DS_ATTENTION: "sparse MLA"}

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from megatron_cream.errors import UserError
-from megatron_cream.extras import Extra
+from megatron_cream.mcore.extra import Extra
 
 Start = Callable[..., None]
 

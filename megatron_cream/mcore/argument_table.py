@@ -338,3 +338,9 @@ def cpu_flags() -> list[str]:
         if value != row.default:
             words += [row.off or flag_of(name)] + [value] * isinstance(value, str)
     return words
+
+
+def rotary_dim(args: Namespace) -> int:
+    """Return the rotated dimensions of a head, as Megatron computes them."""
+    head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
+    return int(head_dim * args.rotary_percent) if args.rotary_percent < 1.0 else head_dim

@@ -273,8 +273,8 @@ def _tensor_rank() -> int:
 
 
 def _check_rotary(chunk: Any, args: Namespace, extension: ExtensionConfig, rank: int) -> None:
+    from megatron_cream.mcore.argument_table import rotary_dim
     from megatron_cream.mcore.rotary import PositionRotaryEmbedding
-    from megatron_cream.training.arguments import rotary_dim
 
     rotary = getattr(chunk, "rotary_pos_emb", None)
     if not isinstance(rotary, PositionRotaryEmbedding):

@@ -9,13 +9,12 @@ from typing import Any
 from megatron.core.transformer import MegatronModule
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-from megatron_cream.checkpoint.starting import starts_without_trained_rope
 from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.extras import extras
+from megatron_cream.mcore.argument_table import rotary_dim
+from megatron_cream.mcore.extra import extras
 from megatron_cream.mcore.rotary import fold_attention_factor_into_softmax, install_rotary
 from megatron_cream.rope.scaling import RopeScaling, trainer_of
-from megatron_cream.training.arguments import rotary_dim
 
 
 def model_config(args: Namespace, extension: ExtensionConfig) -> Any:
@@ -29,8 +28,13 @@ def megatron_config(args: Namespace) -> Any:
     return hybrid_config_from_args(args) if is_hybrid else gpt_config_from_args(args)
 
 
-def add_hooks(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
+def add_hooks(
+    config: Any, args: Namespace, extension: ExtensionConfig, *, trains_rope_anew: bool = False
+) -> Any:
     """Put our rotary and metadata into a GPT or Hybrid model config, and return it. Idempotent.
+
+    Args:
+        trains_rope_anew: the checkpoint that the run starts from has no trained frequencies.
 
     Raises:
         UserError: another model's config, which has no place for hooks.
@@ -45,7 +49,7 @@ def add_hooks(config: Any, args: Namespace, extension: ExtensionConfig) -> Any:
         in_softmax = fold_attention_factor_into_softmax(config.transformer, scaling)
         config.pre_wrap_hooks.append(_InstallRotary(scaling, in_softmax))
         if trainer := trainer_of(scaling):
-            trainer.configure(config, starts_without_trained_rope(args))
+            trainer.configure(config, trains_rope_anew)
     config.extra_checkpoint_metadata = {
         **(config.extra_checkpoint_metadata or {}),
         SETTINGS_KEY: extension.to_dict(),

@@ -9,13 +9,13 @@ import queue
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_cream.errors import one_line_errors
 from megatron_cream.mcore.patches import patch
 
-if TYPE_CHECKING:
-    from megatron_cream.training.scalars import Scalars
+ScalarsAt = Callable[[int], dict[str, float]]
+"""Values by name after so many samples of a run."""
 
 
 @patch(
@@ -69,7 +69,7 @@ def patch_pretrain(
     why="An iteration is over here and its number of samples known, which our scalars need; and "
     "the loss of a start's first iteration would be counted in the next line, too.",
 )
-def patch_training_log(own: Callable[..., Any], scalars: Scalars | None) -> Callable[..., Any]:
+def patch_training_log(own: Callable[..., Any], scalars: ScalarsAt | None) -> Callable[..., Any]:
     """Have ``scalars`` written, if any, and the first iteration's loss counted once.
 
     Megatron prints the first iteration after every start besides those that --log-interval asks
@@ -93,13 +93,13 @@ def patch_training_log(own: Callable[..., Any], scalars: Scalars | None) -> Call
     return training_log
 
 
-def _write(scalars: Scalars, iteration: int) -> None:
+def _write(scalars: ScalarsAt, iteration: int) -> None:
     from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
     args, writer, wandb = get_args(), get_tensorboard_writer(), get_wandb_writer()
     if (writer is None and wandb is None) or iteration % args.tensorboard_log_interval:
         return
-    values = scalars.at(args.consumed_train_samples)
+    values = scalars(args.consumed_train_samples)
     for name, value in values.items():
         if writer is not None:
             writer.add_scalar(name, value, iteration)
@@ -137,22 +137,25 @@ def patch_results_queue(own: Any) -> Any:
     why="Checksums are written when a save is through, also an asynchronous one; no hook is "
     "called then on every rank.",
 )
-def patch_save(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's trainer calls it by that name on every rank."""
-    import torch
+def patch_save(
+    own: Callable[..., Any], before: Callable[[Path], None], after: Callable[[Path, int], None]
+) -> Callable[..., Any]:
+    """Have ``before(folder)`` called on rank 0, and ``after(folder, rank)`` when it is through.
 
-    from megatron_cream.checkpoint import checksums
+    Megatron's trainer calls it by that name on every rank.
+    """
+    import torch
 
     @functools.wraps(own)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         folder, rank = Path(str(checkpoint_dir)), torch.distributed.get_rank()
         if rank == 0 and folder.is_dir():
-            checksums.forget(folder)
+            before(folder)
         request = own(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         if request is None:
-            checksums.write_later(folder, rank)
+            after(folder, rank)
         else:
-            request.add_finalize_fn(functools.partial(checksums.write_later, folder, rank))
+            request.add_finalize_fn(functools.partial(after, folder, rank))
         return request
 
     return save

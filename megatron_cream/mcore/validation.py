@@ -203,7 +203,7 @@ def validate_with_megatron(args: Namespace, defaults: dict[str, Any]) -> Namespa
     from megatron.training.arguments import validate_args
 
     validated = copy.deepcopy(args)
-    validated.calculate_per_token_loss = True  # as training will; entry.py says why
+    validated.calculate_per_token_loss = True  # as training will; startup.py says why
     with megatron_validation_errors(validated):
         validate_args(validated, defaults)
     return validated

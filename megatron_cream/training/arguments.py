@@ -13,7 +13,8 @@ from megatron_cream.config import (
     ExtensionConfig,
 )
 from megatron_cream.errors import UserError
-from megatron_cream.extras import extras
+from megatron_cream.mcore.argument_table import rotary_dim
+from megatron_cream.mcore.extra import extras
 from megatron_cream.mcore.validation import make_readable
 from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
 from megatron_cream.positions.pose import CONTENTS, LENGTHS
@@ -142,9 +143,3 @@ def _interpolation(args: Namespace, longer: bool) -> str:
     if not longer:
         return "none"
     return "yarn" if args.rope_base_config is None else "linear"  # yarn goes on no other scaling
-
-
-def rotary_dim(args: Namespace) -> int:
-    """Return the rotated dimensions of a head, as Megatron computes them."""
-    head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
-    return int(head_dim * args.rotary_percent) if args.rotary_percent < 1.0 else head_dim

@@ -17,7 +17,7 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
-from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
+from megatron_cream.config import ExtensionConfig, extension_of
 from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig, drawn_scale
 from megatron_cream.data.indexed import read_metadata
 from megatron_cream.data.packed import PackedSpanDataset
@@ -35,7 +35,7 @@ def datasets_provider(
     index, which says how long each document is, on every rank.
     """
     args = get_args()
-    extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
+    extension = extension_of(args)
     outer = is_first_or_last_pipeline_stage(vp_stage)
     packed = extension.sample_unit == "packed-documents"
     reads = mpu.get_tensor_model_parallel_rank() == 0 if outer else packed

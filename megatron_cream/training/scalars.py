@@ -18,7 +18,7 @@ from collections.abc import Callable
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.positions import Strategy
 from megatron_cream.positions.coverage import Tally
-from megatron_cream.training.report import most_samples
+from megatron_cream.training.start_block import most_samples
 
 COVERAGE = "positions/coverage"
 MIDDLE = "positions/middle-third"

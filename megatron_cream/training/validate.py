@@ -15,9 +15,9 @@ from typing import Any
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.dataset import PACK_MULTIPLE
 from megatron_cream.errors import UserError
-from megatron_cream.extras import extras
 from megatron_cream.mcore import cpu
 from megatron_cream.mcore.argument_table import flag_of
+from megatron_cream.mcore.extra import extras
 from megatron_cream.mcore.validation import (
     validate_left_out,
     validate_model_config,

@@ -186,7 +186,7 @@ def test_a_save_that_cannot_be_written_is_found_at_start(refused, tmp_path):
 def test_the_start_block_says_what_a_checkpoint_may_do(initial):
     from megatron_cream.checkpoint.iterations import read_saved_arguments
     from megatron_cream.config import saved_extension
-    from megatron_cream.training.report import start_block
+    from megatron_cream.training.start_block import start_block
 
     args = read_saved_arguments(initial)
     extension = saved_extension(args)

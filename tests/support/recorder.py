@@ -47,13 +47,13 @@ def trainers_log(flags, moved):
 
     if moved:
         del training.training_log
-    sys.argv = ["pretrain", "--cpu", *flags]
     from megatron_cream import pretrain
     from megatron_cream.mcore import hooks
-    from megatron_cream.training import entry
+    from megatron_cream.mcore.argument_table import cpu_flags
+    from megatron_cream.training import startup
 
-    entry.install_cpu_stand_in()
+    sys.argv = ["pretrain", "--cpu", *cpu_flags(), *flags]
     args = pretrain.prepare()
     with mock.patch("megatron_cream.training.scalars.Scalars") as scalars:
-        entry.ready(args, hooks.megatron_config(args))
+        startup.ready(args, hooks.megatron_config(args))
     return scalars.called

@@ -231,13 +231,13 @@ def test_without_torchrun_there_is_one_line(monkeypatch, capsys):
 def test_without_a_gpu_cpu_is_named(monkeypatch):
     import torch
 
-    from megatron_cream.training import machine
+    from megatron_cream.training import startup
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="no GPU here .CUDA_VISIBLE_DEVICES is ''.*--cpu"):
-        machine.require_gpu([])
-    machine.require_gpu(["--help"])
+        startup.require_gpu([])
+    startup.require_gpu(["--help"])
 
 
 def test_training_longer_names_the_flags_that_allow_it(refused, initial):

@@ -79,7 +79,7 @@ def test_positions_so_far_are_those_of_coverage(name):
 
 
 def test_counting_ends_where_coverage_has_converged(monkeypatch):
-    monkeypatch.setattr("megatron_cream.training.report._SAMPLES", 5)
+    monkeypatch.setattr("megatron_cream.training.start_block._SAMPLES", 5)
     so_far = PositionsSoFar(make_strategy("cream", 96, 768), seed=7)
     assert so_far.after(4) != so_far.after(5) == so_far.after(1_000_000)
     assert so_far.counted == 5

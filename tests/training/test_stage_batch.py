@@ -42,3 +42,16 @@ def test_a_middle_stage_validates_at_the_positions_and_scale_of_the_others(datas
         assert torch.equal(value, read[name].expand_as(value)), name
     if rope and original < 96:
         assert drawn["scale"][0] > 1
+
+
+def test_settings_of_a_run_are_made_once(monkeypatch):
+    """And not for every micro-batch; those of another run are its own."""
+    from megatron_cream.config import SETTINGS_KEY, extension_of
+
+    made = []
+    own = ExtensionConfig.from_dict
+    monkeypatch.setattr(ExtensionConfig, "from_dict", lambda values: made.append(0) or own(values))
+    runs = [Namespace(**{SETTINGS_KEY: ExtensionConfig(96, t, 96).to_dict()}) for t in (768, 960)]
+    for run, target in zip(runs, (768, 960), strict=True):
+        assert {extension_of(run).target_length for _ in range(3)} == {target}
+    assert len(made) == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every way to start a run shares: our flags, their checks, and Megatron's hooks.
+"""Starts a run: machine, flags, their checks, Megatron's hooks and patches, the start block.
 
 ``megatron_cream.pretrain`` is a script of its own; ``megatron_cream.launch`` runs another's.
 """
@@ -11,21 +11,28 @@ import logging
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
-from megatron_cream.training import machine
+from megatron_cream.config import SETTINGS_KEY, extension_of
+from megatron_cream.errors import UserError
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_NO_START = {"-h", "--help", "--fake-process-group"}
 
-def install_cpu_stand_in() -> None:
-    """Let the CPU stand in for the GPU if ``sys.argv`` has ``--cpu``; before megatron's import.
+
+def prepare_process(command: str) -> None:
+    """Look for a rank and a GPU, for which ``--cpu`` has the CPU; before megatron is imported.
+
+    Args:
+        command: what torchrun starts, for messages.
 
     Raises:
-        UserError: there is no GPU, and no ``--cpu``.
+        UserError: nothing has told this process its rank; or there is no GPU, and no ``--cpu``.
     """
+    require_launcher(command, sys.argv[1:])
     if "--cpu" in sys.argv[1:]:
         from megatron_cream.mcore import cpu
         from megatron_cream.mcore.argument_table import cpu_flags
@@ -33,7 +40,42 @@ def install_cpu_stand_in() -> None:
         cpu.install()
         sys.argv[1:1] = cpu_flags()
     else:
-        machine.require_gpu(sys.argv[1:])
+        require_gpu(sys.argv[1:])
+
+
+def require_launcher(module: str, flags: Sequence[str]) -> None:
+    """Refuse a process that nothing has told its rank.
+
+    Args:
+        module: for the message, what torchrun starts.
+
+    Raises:
+        UserError: naming the variables that are missing.
+    """
+    missing = [name for name in _LAUNCHER if name not in os.environ]
+    if missing and not _NO_START.intersection(flags):
+        raise UserError(
+            f"{', '.join(missing)} must be set, which torchrun does: torchrun --nproc-per-node "
+            f"GPUS -m {module} <its flags>, with one process for one GPU too"
+        )
+
+
+def require_gpu(flags: Sequence[str]) -> None:
+    """Refuse a machine with no GPU where the CPU is not asked to stand in.
+
+    Raises:
+        UserError: saying what to do.
+    """
+    import torch
+
+    if torch.cuda.is_available() or _NO_START.intersection(flags):
+        return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"
+    raise UserError(
+        f"torch finds no GPU here{why}: add --cpu to train on the CPU, or look at flags, stages "
+        "and memory without one by python -m megatron_cream.dry_run"
+    )
 
 
 def parse(
@@ -137,19 +179,22 @@ def ready(args: Namespace, config: Any) -> None:
 
     The last thing before ``megatron.training.pretrain``.
     """
+    from megatron_cream.checkpoint import checksums
+    from megatron_cream.checkpoint.starting import starts_without_trained_rope
     from megatron_cream.mcore import hooks, trainer
     from megatron_cream.mcore.attention_rotation import patch_apply_rotary_pos_emb
-    from megatron_cream.training import report
     from megatron_cream.training.scalars import Scalars
+    from megatron_cream.training.start_block import start_block
 
-    extension = ExtensionConfig.from_dict(getattr(args, SETTINGS_KEY))
+    extension = extension_of(args)
     trainer.patch_compile_helpers.apply()
     if args.cpu:
         trainer.patch_results_queue.apply()
-    trainer.patch_save.apply()
+    trainer.patch_save.apply(checksums.forget, checksums.write_later)
     patch_apply_rotary_pos_emb.apply()
     logs = args.tensorboard_dir or args.wandb_project
-    trainer.patch_training_log.apply(Scalars(extension) if logs else None)
-    hooks.add_hooks(config, args, extension)
+    trainer.patch_training_log.apply(Scalars(extension).at if logs else None)
+    anew = starts_without_trained_rope(args)
+    hooks.add_hooks(config, args, extension, trains_rope_anew=anew)
     if args.rank == 0:
-        print(report.start_block(args, extension), flush=True)
+        print(start_block(args, extension), flush=True)

@@ -8,9 +8,9 @@ from argparse import Namespace
 from megatron_cream.checkpoint.iterations import find_start
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.mcore import patches
+from megatron_cream.mcore.argument_table import rotary_dim
 from megatron_cream.positions import Strategy, coverage
 from megatron_cream.rope import RopeScaling
-from megatron_cream.training.arguments import rotary_dim
 from megatron_cream.training.tokens_read import tokens_read
 
 # Beyond this many layouts coverage has converged, and a start must not wait for it.

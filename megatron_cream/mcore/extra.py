@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a part that a run can do without may do, and when: the interface of ``extras``."""
+
+from __future__ import annotations
+
+import importlib
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+_NAMES = ("hybrid", "te_cross_entropy", "inprocess_restart")
+
+
+class Extra:
+    """What a part may do, and when; each module of ``extras`` has one as ``EXTRA``."""
+
+    def add_flags(self, add: Callable[..., Any]) -> None:
+        """Add its flags by ``add``, the ``add_argument`` of our group."""
+
+    def validate_flags(self, args: Namespace, extension: Any) -> None:
+        """Refuse what flags alone say is wrong.
+
+        Raises:
+            UserError: naming the flag, its value and the value needed.
+        """
+
+    def validate_machine(self, args: Namespace) -> None:
+        """Refuse what needs a package that is not installed here.
+
+        Raises:
+            UserError: naming the flag and the package.
+        """
+
+    def configure(self, config: Any, args: Namespace, extension: Any) -> None:
+        """Put it into Megatron's model config, before the model is built. Idempotent."""
+
+    def wrap_start(self, start: Callable[..., None], args: Namespace) -> Callable[..., None]:
+        """Return what is called in place of ``start``, which calls Megatron's ``pretrain``."""
+        return start
+
+
+def extras() -> list[Extra]:
+    """Return all parts, in the order in which they are asked."""
+    return [importlib.import_module(f"megatron_cream.extras.{name}").EXTRA for name in _NAMES]
