@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases a second of our scoring and of generation, on the same model, machine and cases.
+"""Cases per second of our scoring and of generation, on the same model, machine and cases.
 
     python tools/benchmark_evaluation.py --hf model/ --lengths 1K 4K --cases 25
 
@@ -18,15 +18,15 @@ import time
 import torch
 
 from megatron_cream.errors import one_line_errors
-from megatron_cream.evaluation.checks import parse_length
-from megatron_cream.evaluation.forward import Pass
+from megatron_cream.evaluation.evaluate import EvaluationSettings, parse_length
+from megatron_cream.evaluation.forward import ForwardPass
 from megatron_cream.evaluation.generation import NEW_TOKENS, generated_hit
-from megatron_cream.evaluation.haystacks import Haystack, Kit
+from megatron_cream.evaluation.haystacks import Haystack, HaystackBuilder
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
-from megatron_cream.evaluation.models import check_vocabulary, open_prompt
+from megatron_cream.evaluation.models import open_prompt, validate_vocabulary
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.scoring import CaseScore, jobs, make_pass, read_scores
-from megatron_cream.evaluation.tables import markdown, short
+from megatron_cream.evaluation.results import markdown, short
+from megatron_cream.evaluation.scoring import CaseScore, make_batches, make_pass, read_scores
 from megatron_cream.evaluation.tasks import TASKS
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -44,13 +44,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=names, default=names, help="to score (default: all)")
     lengths = "of a case, in tokens (default: 1K 4K)"
     add("--lengths", type=parse_length, nargs="+", default=[1024, 4096], help=lengths)
-    add("--cases", type=int, default=25, help="cases of a task and length (default: 25)")
+    add("--cases", type=int, default=25, help="cases per task and length (default: 25)")
     add("--generated", type=int, default=5, help="how many of them are generated too (default: 5)")
     add("--prompt", default="base", help="base or chat (default: base)")
     add("--batch-tokens", type=int, default=8192, help="most tokens in a pass (default: 8192)")
     add("--threads", type=int, help="of torch (default: its own choice)")
     add("--clock", choices=tuple(CLOCKS), default="wall", help="what counts (default: wall)")
-    parser.set_defaults(tokenizer_type=None, tokenizer_model=None, bos=None)
     return parser.parse_args(argv)
 
 
@@ -61,16 +60,18 @@ def score_all(
     clock = CLOCKS[args.clock]
     started = clock()
     found = {}
-    every = list(jobs(haystacks, args.batch_tokens, model.shares_context))
-    for job, scores in zip(every, model.run(map(make_pass, every)), strict=True):
-        found |= {(s.seed, s.index): s for s in read_scores(job, scores)}
+    batches = list(make_batches(haystacks, args.batch_tokens, model.shares_context))
+    for batch, scores in zip(batches, model.run(map(make_pass, batches)), strict=True):
+        found |= {(s.seed, s.index): s for s in read_scores(batch, scores)}
     return found, clock() - started
 
 
 def warm_up(model: HuggingFaceModel) -> None:
     """Run something short through both sides' kernels."""
     tokens = torch.zeros(1, 64, dtype=torch.int64)
-    next(model.run(iter([Pass(tokens, torch.tensor([63]), torch.zeros(1, 1).long(), 2, 16)])))
+    next(
+        model.run(iter([ForwardPass(tokens, torch.tensor([63]), torch.zeros(1, 1).long(), 2, 16)]))
+    )
     ours = model.module.config._attn_implementation
     model.module.set_attn_implementation("sdpa")
     model.module.generate(
@@ -87,7 +88,7 @@ def measure(
     Raises:
         RuntimeError: generation and scoring in float32 disagree about a case.
     """
-    made = TASKS[task].make(Kit(prompt), length, 0, args.cases)
+    made = TASKS[task].make(HaystackBuilder(prompt), length, 0, args.cases)
     haystacks = [Haystack(h.context, h.tails, h.length, i) for i, h in enumerate(made)]
     ours = model.module.config._attn_implementation
     scores, seconds = score_all(model, haystacks, args)
@@ -112,11 +113,10 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     with one_line_errors():
         model = HuggingFaceModel(args.hf, args.dtype)
-        args.checkpoint = None
         if args.threads:
             torch.set_num_threads(args.threads)
-        prompt = open_prompt(args)
-        check_vocabulary(prompt.tokenizer, model)
+        prompt = open_prompt(EvaluationSettings(args.tasks, hf=args.hf, prompt=args.prompt))
+        validate_vocabulary(prompt.tokenizer, model)
         rows = [["task", "length", "cases", "ours, cases/s", "generate, cases/s", "ratio", "agree"]]
         warm_up(model)
         for task in args.tasks:

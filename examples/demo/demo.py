@@ -30,7 +30,7 @@ import corpus  # noqa: E402
 import jobs  # noqa: E402
 import picture  # noqa: E402
 
-from megatron_cream.evaluation.tables import joined_table  # noqa: E402
+from megatron_cream.evaluation.results import joined_table  # noqa: E402
 from megatron_cream.rope import SCALINGS  # noqa: E402
 
 N, T = 256, 2048

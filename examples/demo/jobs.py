@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,6 @@ TRAINING = [
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", "1024"),
     *("--make-vocab-size-divisible-by", "1", "--log-interval", "10"),
 ]
-_ROPE_FLAGS = (
-    "rope_interpolation",
-    "rope_factor",
-    "rope_theta",
-    "rope_options",
-    "rope_factors_file",
-)
-_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-)
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*lm loss: (\S+)")
 
 
@@ -122,24 +109,22 @@ def perplexities(
 ) -> dict[str, Any]:
     """Return the results of one run's checkpoint, with other settings if given."""
     cpu.install()
+    from megatron_cream.evaluation.evaluate import EvaluationSettings
     from megatron_cream.evaluation.models import open_model
-    from megatron_cream.evaluation.score_documents import score_perplexity
+    from megatron_cream.evaluation.perplexity import score_perplexity
 
-    options = Namespace(
+    settings = EvaluationSettings(
+        tasks=["perplexity"],
         checkpoint=str(folder / run),
-        hf=None,
         data=str(folder / "held-out"),
         lengths=lengths,
-        stride=None,
         documents=documents,
         document_tokens=document_tokens,
         batch_tokens=4096,
         name=title,
-        **dict.fromkeys(_ROPE_FLAGS),
-        **dict.fromkeys(_SIZES, 1),
+        **changes,
     )
-    vars(options).update(changes)
-    return score_perplexity(options, open_model(options))
+    return score_perplexity(settings, open_model(settings))
 
 
 def export(folder: Path, run: str, name: str) -> str:

@@ -43,10 +43,10 @@ SMOKE = {
 
 def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: list[str]) -> None:
     """Write the results of every task to ``output/TASK``."""
-    from megatron_cream.evaluation.models import check_vocabulary, open_model, open_prompt
-    from megatron_cream.evaluation.run import check
-    from megatron_cream.evaluation.score_cases import check_fit, score_cases
-    from megatron_cream.evaluation.score_documents import score_perplexity
+    from megatron_cream.evaluation.evaluate import settings_of
+    from megatron_cream.evaluation.models import open_model, open_prompt, validate_vocabulary
+    from megatron_cream.evaluation.perplexity import score_perplexity
+    from megatron_cream.evaluation.scoring import score_cases, validate_fit
 
     common = ["--hf", hf, "--name", Path(output).parent.name, "--data", data, *rope]
     common += [] if smoke else ["--dtype", "bfloat16", "--batch-tokens", "65536"]
@@ -56,17 +56,17 @@ def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: 
         folder = Path(output) / task
         if (folder / "result.json").is_file():
             continue
-        args = make_parser("evaluate").parse_args([task, *common, *flags])
-        check(args)
-        prompt = None if task == "perplexity" else open_prompt(args)
+        settings = settings_of(make_parser("evaluate").parse_args([task, *common, *flags]))
+        settings.validate()
+        prompt = None if task == "perplexity" else open_prompt(settings)
         if prompt is not None:
-            check_fit(args, prompt, task)
-        model = model or open_model(args)
+            validate_fit(settings, prompt, task)
+        model = model or open_model(settings)
         if prompt is None:
-            score_perplexity(args, model, task, str(folder))
+            score_perplexity(settings, model, str(folder))
         else:
-            check_vocabulary(prompt.tokenizer, model)
-            score_cases(args, model, prompt, task, str(folder))
+            validate_vocabulary(prompt.tokenizer, model)
+            score_cases(settings, model, prompt, task, str(folder))
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several finished runs of one task in one table and one picture."""
+"""Compares several finished runs of one task in one table and one picture."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.progress import say_without_picture
-from megatron_cream.evaluation.result_files import read_result
-from megatron_cream.evaluation.store import RESULT, SETTINGS, write_whole
-from megatron_cream.evaluation.tables import joined_table
+from megatron_cream.evaluation.pictures import draw, note_missing_matplotlib
+from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.results import Result, joined_table
+from megatron_cream.evaluation.store import RESULT_FILE, SETTINGS_FILE, write_whole
 from megatron_cream.positions.plots import has_matplotlib
 
 # What must be the same for runs to be compared; missing in a run of another kind of task.
@@ -30,32 +30,30 @@ def compare(runs: Sequence[str], output: str | None) -> str:
         UserError: runs of different tasks, or of different cases.
     """
     if output is not None:
-        _refuse_other_folder(Path(output))
+        _validate_folder(Path(output))
     results = [read_result(run) for run in runs]
     for run, result in zip(runs, results, strict=True):
-        _check(runs[0], results[0], run, result)
-    results = _named_apart(runs, results)
+        _validate_same_cases(runs[0], results[0], run, result)
+    results = _with_different_names(runs, results)
     table = joined_table(results)
     if output is not None:
         _write(Path(output), results, table)
     return table
 
 
-def _write(folder: Path, results: list[dict[str, Any]], table: str) -> None:
+def _write(folder: Path, results: list[Result], table: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RESULT, (json.dumps(results, indent=2) + "\n").encode())
+    write_whole(folder / RESULT_FILE, (json.dumps(results, indent=2) + "\n").encode())
     write_whole(folder / "table.md", (table + "\n").encode())
     if has_matplotlib():
-        from megatron_cream.evaluation.pictures import draw
-
         draw(results, folder / "picture.png")
-    say_without_picture()
+    note_missing_matplotlib()
 
 
-def _refuse_other_folder(folder: Path) -> None:
+def _validate_folder(folder: Path) -> None:
     """Refuse a folder with files of those names that an earlier comparison did not write."""
-    written = folder / RESULT
-    if (folder / SETTINGS).exists() or (written.exists() and not _is_list(written)):
+    written = folder / RESULT_FILE
+    if (folder / SETTINGS_FILE).exists() or (written.exists() and not _is_list(written)):
         raise UserError(
             f"--output is {folder}: it has results of something else, which would be overwritten; "
             "it must be a new folder, or that of an earlier comparison"
@@ -69,7 +67,9 @@ def _is_list(path: Path) -> bool:
         return False
 
 
-def _check(first: str, wanted: dict[str, Any], run: str, found: dict[str, Any]) -> None:
+def _validate_same_cases(
+    first: str, wanted: dict[str, Any], run: str, found: dict[str, Any]
+) -> None:
     for key in _SAME:
         if wanted.get(key) != found.get(key):
             raise UserError(
@@ -78,7 +78,9 @@ def _check(first: str, wanted: dict[str, Any], run: str, found: dict[str, Any]) 
             )
 
 
-def _named_apart(runs: Sequence[str], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_different_names(
+    runs: Sequence[str], results: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Name runs by their folders where two models have the same name."""
     if len({result["name"] for result in results}) == len(results):
         return results

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``megatron-cream evaluate``: its flags, and what each of its tasks starts."""
+"""The command ``megatron-cream evaluate``: its flags as typed settings, validated before a load."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from megatron_cream.evaluation.checks import parse_length
+from megatron_cream.errors import UserError
 from megatron_cream.rope import SCALINGS
 from megatron_cream.rope.flags import add_options
 
@@ -25,28 +28,6 @@ EXAMPLES = """
 OUTPUT gets result.json, table.md and picture.png; a killed run continues when it is started again.
 """
 
-TASKS = (
-    *("passkey", "needle", "longchat-lines", "kv-retrieval", "niah-multikey"),
-    *("variable-tracking", "common-words", "frequent-words"),
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a sub-command for each task, and one that compares runs."""
-    commands = parser.add_subparsers(dest="task", required=True)
-    for task in ("perplexity", *TASKS, "all"):
-        command = commands.add_parser(task, help=HELP[task])
-        _add_model(command.add_argument)
-        _add_cases(command.add_argument)
-        _add_perplexity(command.add_argument)
-        tasks = ["perplexity", *TASKS] if task == "all" else [task]
-        command.set_defaults(tasks=tasks)
-    help_ = "several runs of one task in one picture"
-    command = commands.add_parser("compare", help=help_)
-    command.add_argument("runs", nargs="+", metavar="RUN", help="--output of a finished run")
-    command.add_argument("--output", help="folder for the table and the picture")
-
-
 HELP = {
     "perplexity": "by context length and position, sliding window",
     "passkey": "five digits in a repeated phrase, by depth",
@@ -59,108 +40,249 @@ HELP = {
     "frequent-words": "three most frequent invented words",
     "all": "every task; perplexity with --data",
 }
+_LONGEST = 2**27  # tokens of a case or document
+_INT32 = 2**31 - 1
+_RANGES = {
+    **{"lengths": (1, _LONGEST), "stride": (1, _LONGEST), "document_tokens": (1, _LONGEST)},
+    **{"seeds": (1, 100_000), "cases": (1, 1000), "documents": (1, 1_000_000), "shots": (0, 1000)},
+    **{"first_seed": (0, _INT32), "batch_tokens": (1, _INT32), "most_tokens": (1, 2**40)},
+    **{"tensor_model_parallel_size": (1, 2**20), "pipeline_model_parallel_size": (1, 2**20)},
+    "context_parallel_size": (1, 2**20),
+}
+_NAMES = ("checkpoint", "hf", "data", "output", "cases_file", "tokenizer_model", "name")
 
 
-def _add_model(add: Callable[..., Any]) -> None:
-    add("--checkpoint", help="folder given to --save, or one iteration in it")
-    add("--hf", help="Hugging Face folder instead")
-    add("--name", help="what tables and pictures call the model (default: its folder's name)")
-    add(
-        "--lengths",
-        type=parse_length,
-        nargs="+",
-        help="in tokens, 4K is 4096; needed, except with --cases-file, whose cases have their own",
+def parse_length(word: str) -> int:
+    """Return tokens of ``4096`` or ``4K``.
+
+    Raises:
+        ArgumentTypeError: another form.
+    """
+    found = re.fullmatch(r"(\d{1,12})([kK]?)", word, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of tokens such as 4096 or 4K")
+    return int(found[1]) * (1024 if found[2] else 1)
+
+
+def _flag(default: Any, help_: str, **reading: Any) -> Any:
+    """Return a field of ``EvaluationSettings`` that is a flag; ``reading`` is argparse's."""
+    return field(default=default, metadata={"help": help_, **reading})
+
+
+@dataclass
+class EvaluationSettings:
+    """What is evaluated, and on what; every field but ``tasks`` is a flag of the command.
+
+    Lengths, strides and limits are in tokens. ``lengths`` are put in order, each once; cases of
+    ``cases_file`` have their own.
+    """
+
+    tasks: Sequence[str]
+    checkpoint: str | None = _flag(None, "folder given to --save, or one iteration in it")
+    hf: str | None = _flag(None, "Hugging Face folder instead")
+    name: str | None = _flag(
+        None, "what tables and pictures call the model (default: its folder's name)"
     )
-    add("--output", help="folder for results (default: the table is printed, nothing is written)")
-    add(
-        "--batch-tokens",
-        type=int,
-        default=8192,
-        help="most tokens in a pass of several samples (default: 8192)",
+    lengths: Sequence[int] = _flag(
+        None,
+        "in tokens, 4K is 4096; needed, except with --cases-file, whose cases have their own",
+        **{"type": parse_length, "nargs": "+"},
     )
-    add(
-        "--dtype",
+    output: str | None = _flag(
+        None, "folder for results (default: the table is printed, nothing is written)"
+    )
+    batch_tokens: int = _flag(8192, "most tokens in a pass of several samples", type=int)
+    dtype: str | None = _flag(
+        None,
+        "of the weights, with --hf (default: as saved)",
         choices=("float32", "bfloat16", "float16"),
-        help="of the weights, with --hf (default: as saved)",
     )
-    for name, more in (("tensor-model", ""), ("pipeline-model", ""), ("context", ", on GPUs")):
-        what = f"ranks that torchrun started for it{more} (default: 1)"
-        add(f"--{name}-parallel-size", type=int, default=1, help=what)
-    untrained = ", ".join(name for name, cls in SCALINGS.items() if not cls.trained_by)
-    add(
-        "--rope-interpolation",
-        help=f"evaluate with another one than the model's own: {untrained} (default: its own)",
+    tensor_model_parallel_size: int = _flag(1, "ranks that torchrun started for it", type=int)
+    pipeline_model_parallel_size: int = _flag(1, "ranks that torchrun started for it", type=int)
+    context_parallel_size: int = _flag(1, "ranks that torchrun started for it, on GPUs", type=int)
+    rope_interpolation: str | None = _flag(
+        None,
+        "evaluate with another one than the model's own: "
+        f"{', '.join(name for name, one in SCALINGS.items() if not one.trained_by)} "
+        "(default: its own)",
     )
-    add("--rope-factor", type=float, help="its factor, from the original window (default: its own)")
-    add_options(add)
-    add("--cpu", action="store_true", help="a checkpoint on a machine with no GPU")
-
-
-def _add_cases(add: Callable[..., Any]) -> None:
-    add(
-        "--cases",
-        type=int,
-        default=5,
-        help="cases a seed: depths, places, or questions (default: 5)",
+    rope_factor: float | None = _flag(
+        None, "its factor, from the original window (default: its own)", type=float
     )
-    add("--seeds", type=int, default=3, help="haystacks, or cases of --cases-file (default: 3)")
-    add("--first-seed", type=int, default=0, help="seeds count up from it (default: 0)")
-    add(
-        "--most-tokens",
+    rope_theta: float | None = None
+    rope_options: list[str] | None = None
+    rope_factors_file: str | None = None
+    cpu: bool = _flag(False, "a checkpoint on a machine with no GPU", action="store_true")
+    cases: int = _flag(5, "cases per seed: depths, places, or questions", type=int)
+    seeds: int = _flag(3, "haystacks, or cases of --cases-file", type=int)
+    first_seed: int = _flag(0, "seeds count up from it", type=int)
+    most_tokens: int | None = _flag(
+        None,
+        "of a task's haystacks at one length; fewer seeds if need be, at least one (default: no "
+        "limit)",
         type=parse_length,
-        help="of a task's haystacks at one length; fewer seeds if need be, at least one (default: "
-        "no limit)",
     )
-    add("--cases-file", help="published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)")
-    add(
-        "--prompt",
-        default="base",
-        help="base, or chat for the tokenizer's chat template (default: base)",
+    cases_file: str | None = _flag(
+        None, "published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)"
     )
-    add("--shots", type=int, default=0, help="worked examples in front (default: 0)")
-    add(
-        "--bos",
+    prompt: str = _flag("base", "base, or chat for the tokenizer's chat template")
+    shots: int = _flag(0, "worked examples in front", type=int)
+    bos: bool | None = _flag(
+        None,
+        "begin cases with the token that begins a text, or do not (default: as the tokenizer)",
         action=argparse.BooleanOptionalAction,
-        help="begin cases with the token that begins a text, or do not (default: as the tokenizer)",
     )
-    add("--tokenizer-type", help="as in megatron-cream preprocess (default: the model's own)")
-    add("--tokenizer-model", help="its file or folder")
-
-
-def _add_perplexity(add: Callable[..., Any]) -> None:
-    add("--data", help="for perplexity: indexed dataset without .bin and .idx, or text files")
-    add("--documents", type=int, default=16, help="documents to score (default: 16)")
-    add(
-        "--document-tokens",
-        type=int,
-        help="tokens of each; shorter documents are passed over (default: twice the longest of "
+    tokenizer_type: str | None = _flag(
+        None, "as in megatron-cream preprocess (default: the model's own)"
+    )
+    tokenizer_model: str | None = _flag(None, "its file or folder")
+    data: str | None = _flag(
+        None, "for perplexity: indexed dataset without .bin and .idx, or text files"
+    )
+    documents: int = _flag(16, "documents to score", type=int)
+    document_tokens: int | None = _flag(
+        None,
+        "tokens of each; shorter documents are passed over (default: twice the longest of "
         "--lengths, and one)",
+        type=int,
     )
-    add("--stride", type=int, help="tokens between windows (default: half of each length)")
+    stride: int | None = _flag(
+        None, "tokens between windows (default: half of each length)", type=int
+    )
+
+    def __post_init__(self) -> None:
+        self.lengths = sorted(set(self.lengths or ())) if self.cases_file is None else []
+
+    def validate(self) -> None:
+        """Refuse what needs no model to be refused.
+
+        Raises:
+            UserError, FileNotFoundError: naming the flag.
+        """
+        for name in _NAMES:
+            if getattr(self, name) == "":
+                raise UserError(f"{_flag_of(name)} is empty: leave it out, or give it a value")
+        if (self.checkpoint is None) == (self.hf is None):
+            raise UserError("--checkpoint or --hf: exactly one of them must be given")
+        if not self.lengths and self.cases_file is None:
+            raise UserError(
+                "--lengths is missing: name context lengths in tokens, 4K 8K for instance"
+            )
+        for name, value in self._numbers():
+            least, most = _RANGES[name]
+            if not least <= value <= most:
+                raise UserError(
+                    f"{_flag_of(name)} has {value}: it must be at least {least}, at most {most}"
+                )
+        if self.cases_file is not None:
+            self._validate_cases_file(self.cases_file)
+        if "perplexity" in self.tasks:
+            self._validate_windows()
+        self._validate_model()
+        self._validate_output()
+
+    def _numbers(self) -> Iterator[tuple[str, int]]:
+        for name in _RANGES:
+            value = getattr(self, name)
+            for number in value if name == "lengths" else [] if value is None else [value]:
+                yield name, number
+
+    def _validate_cases_file(self, path: str) -> None:
+        from megatron_cream.evaluation.tasks.lines import read_cases, validate_has_published
+
+        if self.most_tokens is not None:
+            raise UserError(
+                f"--most-tokens is {self.most_tokens} with --cases-file: it must be left out, "
+                "--seeds says how many of the file's cases are taken"
+            )
+        for task in self.tasks:
+            validate_has_published(task)
+        read_cases(path)
+
+    def _validate_windows(self) -> None:
+        if self.data is None:
+            raise UserError("--data is missing: perplexity needs an indexed dataset or text")
+        if self.stride is not None and self.stride > self.lengths[0]:
+            raise UserError(
+                f"--stride is {self.stride}: it must be at most the shortest of --lengths, "
+                f"{self.lengths[0]}, so that every token is scored"
+            )
+        if self.tokens_per_document <= self.lengths[-1]:
+            raise UserError(
+                f"--document-tokens is {self.document_tokens}: it must be more than the longest "
+                f"of --lengths, {self.lengths[-1]}: the token after a window is its last target"
+            )
+
+    @property
+    def tokens_per_document(self) -> int:
+        """Tokens of each document that perplexity scores."""
+        return self.document_tokens or 2 * self.lengths[-1] + 1
+
+    def _validate_model(self) -> None:
+        from megatron_cream.checkpoint.iterations import find_checkpoint
+
+        if self.hf is not None and not (Path(self.hf) / "config.json").is_file():
+            raise FileNotFoundError(f"--hf is {self.hf}: it must be a folder with a config.json")
+        if self.checkpoint is not None and find_checkpoint(self.checkpoint) is None:
+            raise FileNotFoundError(
+                f"--checkpoint is {self.checkpoint}: it must hold a torch_dist checkpoint"
+            )
+
+    def _validate_output(self) -> None:
+        """Refuse a folder of something else for several tasks; for one the store does."""
+        from megatron_cream.evaluation.store import SETTINGS_FILE
+
+        if self.output is None or len(self.tasks) == 1:
+            return
+        folder = Path(self.output)
+        ours = any((folder / task / SETTINGS_FILE).is_file() for task in self.tasks)
+        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        if not (ours or empty) or (folder / SETTINGS_FILE).exists():
+            raise UserError(
+                f"--output is {folder}: it must be a new folder, or that of a run of several tasks"
+            )
+
+
+def _flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a sub-command for each task, and one that compares runs."""
+    commands = parser.add_subparsers(dest="task", required=True)
+    for task, help_ in HELP.items():
+        command = commands.add_parser(task, help=help_)
+        for one in fields(EvaluationSettings):
+            if one.metadata:
+                command.add_argument(_flag_of(one.name), default=one.default, **one.metadata)
+        add_options(command.add_argument)
+    command = commands.add_parser("compare", help="several runs of one task in one picture")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="--output of a finished run")
+    command.add_argument("--output", help="folder for the table and the picture")
+
+
+def settings_of(args: argparse.Namespace) -> EvaluationSettings:
+    """Return the settings of a parsed command line."""
+    given = dict(vars(args))
+    task = given.pop("task")
+    tasks = [name for name in HELP if name != "all"] if task == "all" else [task]
+    if task == "all" and args.data is None:
+        tasks.remove("perplexity")
+    return EvaluationSettings(tasks=tasks, **given)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what the task of a command line returns."""
-    printed = _run_task(args)
-    if printed:
-        print(printed)
-
-
-def _run_task(args: argparse.Namespace) -> str:
+    """Run a parsed command line and print its tables."""
     if args.task == "compare":
         from megatron_cream.evaluation.compare import compare
 
-        return compare(args.runs, args.output)
-    if args.task == "all" and args.data is None:
-        args.tasks.remove("perplexity")
-    if args.cases_file is not None and args.lengths is not None:
+        print(compare(args.runs, args.output))
+        return
+    if args.cases_file is not None and args.lengths:
         print(
             "note: --lengths is not used: the cases of --cases-file have their own", file=sys.stderr
         )
-    if args.cpu and args.checkpoint is not None:
-        from megatron_cream.mcore import cpu
+    from megatron_cream.evaluation.run import evaluate, format_results
 
-        cpu.install()
-    from megatron_cream.evaluation.run import run as evaluate
-
-    return evaluate(args)
+    if results := evaluate(settings_of(args)):
+        print(format_results(results))

@@ -3,21 +3,31 @@
 
 A pass holds a context and any number of tails that each continue it. Tails stand at the same
 positions and do not see each other, so that each is scored as if the context stood before it
-alone; the context, nearly all of the work, is computed once.
+alone; the context, nearly all of the work, is computed once. Nothing takes memory of O(n^2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+_MOST_LOGITS = 2**26  # float32 values of logits held at once, 256 MiB
+
+# (number of tails, tokens of each) of the pass that is running.
+_tails: ContextVar[tuple[int, int]] = ContextVar("tails", default=(0, 0))
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """Input of a forward pass of b samples of the same shape.
 
     Attributes:
@@ -40,14 +50,14 @@ class Pass:
         return self.tokens.shape[1] - self.tails * self.tail
 
     def positions(self) -> Tensor:
-        """Position ids ``[b, n]``: plain, and every tail right behind the context."""
+        """Position ids ``[b, n]``: plain, and every tail directly after the context."""
         context = torch.arange(self.context)
         tail = self.context + torch.arange(self.tail)
         return torch.cat([context, tail.repeat(self.tails)]).expand_as(self.tokens)
 
 
 @dataclass(frozen=True)
-class Scores:
+class PassScores:
     """What a pass answers, on the CPU.
 
     Attributes:
@@ -59,7 +69,7 @@ class Scores:
     best: Tensor
 
 
-class Model(Protocol):
+class ScoringModel(Protocol):
     """A model to score with, on one process or as this rank's part of one.
 
     Attributes:
@@ -67,8 +77,8 @@ class Model(Protocol):
         window: tokens that it was trained or extended to.
         vocabulary: tokens that it knows, without padding rows of its output layer.
         shares_context: whether a pass may have more than one tail.
-        primary: whether this process writes the results down.
-        settings: what decides its answers besides its weights, for the record.
+        primary: whether this process writes the results.
+        settings: what decides its answers besides its weights, for the result file.
     """
 
     name: str
@@ -76,12 +86,131 @@ class Model(Protocol):
     vocabulary: int
     shares_context: bool
     primary: bool
-    settings: dict
+    settings: dict[str, Any]
 
     def set_length(self, length: int) -> None:
-        """Turn as for sequences of ``length`` tokens, where a model's angles depend on it."""
+        """Set angles for sequences of ``length`` tokens, where they depend on it."""
         ...
 
-    def run(self, passes: Iterator[Pass]) -> Iterator[Scores]:
+    def run(self, passes: Iterator[ForwardPass]) -> Iterator[PassScores]:
         """Answer passes in order; each rank of a model must be given the same ones."""
         ...
+
+
+@contextmanager
+def tails(count: int, tokens: int) -> Iterator[None]:
+    """Have ``attend`` take the last ``count * tokens`` tokens for tails."""
+    before = _tails.set((count, tokens))
+    try:
+        yield
+    finally:
+        _tails.reset(before)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return attention ``[b, h, n, d]``; keys and values ``[b, g, n, d]`` may have fewer heads.
+
+    The context attends causally, without a mask. The tails' mask is ``[k * t, n]``: linear in n,
+    since tails are short.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    count, tokens = _tails.get()
+    if count < 2:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    context = query.shape[2] - count * tokens
+    inside = slice(None), slice(None), slice(context)
+    before = scaled_dot_product_attention(
+        query[inside], key[inside], value[inside], is_causal=True, scale=scale
+    )
+    mask = tail_mask(context, count, tokens, query.device, query.dtype)
+    after = scaled_dot_product_attention(
+        query[:, :, context:], key, value, attn_mask=mask, scale=scale
+    )
+    return torch.cat([before, after], dim=2)
+
+
+@lru_cache(maxsize=1)  # all layers of a pass ask for the same one
+def tail_mask(
+    context: int, count: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return what is added to logits ``[count * tokens, context + count * tokens]``: 0 or -inf.
+
+    A tail sees the context and, causally, itself.
+    """
+    inside = torch.full((tokens, tokens), -torch.inf, device=device, dtype=dtype).triu(1)
+    mask = torch.full((count * tokens,) * 2, -torch.inf, device=device, dtype=dtype)
+    for i in range(count):
+        own = slice(i * tokens, (i + 1) * tokens)
+        mask[own, own] = inside
+    seen = torch.zeros(count * tokens, context, device=device, dtype=dtype)
+    return torch.cat([seen, mask], dim=1)
+
+
+def score_rows(
+    hidden: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    vocabulary: int,
+    shard: int = 0,
+    group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities (float64) and arg-max ``[r]`` for hidden states ``[r, h]``.
+
+    Args:
+        logits_of: hidden states ``[q, h]`` to this rank's logits ``[q, v]``, the tokens
+            ``shard * v .. (shard + 1) * v - 1`` of a vocabulary that may be split over ranks.
+        targets: int64 ``[r]``.
+        vocabulary: tokens that count; logits of the padding after them are left out.
+        group: the ranks that hold the shards; None where there is one.
+    """
+    probe = logits_of(hidden[:1])
+    size = max(1, _MOST_LOGITS // probe.shape[-1])
+    found = [
+        _score_logits(logits_of(rows), wanted, vocabulary, shard, group)
+        for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    logprobs, best = zip(*found, strict=True)
+    return torch.cat(logprobs), torch.cat(best)
+
+
+def _score_logits(
+    logits: Tensor, targets: Tensor, vocabulary: int, shard: int, group: Any
+) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    size = logits.shape[-1]
+    first = shard * size
+    logits[:, max(0, vocabulary - first) :] = -torch.inf
+    highest, best = logits.max(dim=-1)
+    top = _reduce(highest.clone(), "MAX", group)
+    # A rank whose best is not the best of all answers with an id after the vocabulary.
+    best = _reduce(torch.where(highest == top, best + first, vocabulary), "MIN", group)
+    local = targets - first
+    here = (local >= 0) & (local < size)
+    own = logits.gather(1, local.clamp(0, size - 1)[:, None])[:, 0].double()
+    wanted = _reduce(torch.where(here, own, 0.0), "SUM", group)
+    # In place: another array of this size costs as much time as the output layer.
+    total = _reduce(logits.sub_(top[:, None]).exp_().sum(-1).double(), "SUM", group)
+    return wanted - top.double() - total.log(), best
+
+
+def _reduce(value: Tensor, how: str, group: Any) -> Tensor:
+    if group is not None:
+        torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, how), group)
+    return value
+
+
+def weigh_tokens(tokens: int, length: int) -> int:
+    """Return tokens as the time they take: attention makes those of long sequences dearer."""
+    return int(tokens * (1 + length / 8192))
+
+
+def progress_bar(title: str, total: int, shown: bool) -> tqdm:
+    """Return a bar with the time left, over a ``total`` that ``weigh_tokens`` counts."""
+    return tqdm(
+        total=total,
+        desc=title,
+        disable=not shown,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
+    )

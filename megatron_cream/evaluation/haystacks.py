@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of an exact token length, put together out of separately encoded pieces.
+"""Builds cases of an exact token length out of separately encoded pieces of text.
 
 A haystack is a context and the questions asked about it. Pieces of text are encoded one by one and
 joined as tokens, so that neither a neighbour nor the padding changes a needle's tokens. What is
@@ -13,11 +13,11 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.filler import prose
 from megatron_cream.evaluation.prompts import Prompt
 
 ROUND = 8
@@ -42,7 +42,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Draft:
+class HaystackText:
     """A haystack as text: an introduction, the pieces of its body, and questions."""
 
     intro: str
@@ -51,7 +51,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Tail:
+class CaseTail:
     """The end of a case in tokens: blank lines, question, cue, answer.
 
     Attributes:
@@ -83,7 +83,7 @@ class Haystack:
     """
 
     context: np.ndarray
-    tails: list[Tail]
+    tails: list[CaseTail]
     length: int
     seed: int
     number: int = 0
@@ -95,9 +95,117 @@ def rng(*parts: str | int) -> np.random.Generator:
     return np.random.default_rng(numbers)
 
 
+def _phrases(text: str) -> list[str]:
+    return text.replace("\n", " ").strip().split(", ")
+
+
+_ADJECTIVES = """
+amber ancient arctic ashen autumn bitter blazing bold brave breezy bright brisk broad bronze calm
+careful cheerful clever cloudy cobalt copper coral cosmic cozy crimson crisp curious dapper daring
+dusty eager early earnest easy elder electric emerald empty faint fancy fearless fertile fierce flat
+floral fluffy fond foggy formal fragrant free fresh frosty gentle giant glad gleaming golden
+graceful grand grassy hasty hazel hidden hollow honest humble icy idle ivory jade jolly keen kind
+large lavish lazy lemon lively lofty lonely loud loyal lucky lunar mellow merry mighty misty modest
+narrow neat nimble noble northern olive opal orange patient plain polite proud purple quick quiet
+rapid rare robust rosy rough royal rustic sandy scarlet serene sharp shy silent silver sleepy slow
+smooth snowy soft solar solemn spare spicy steady stormy stout sturdy subtle sunny sweet swift tall
+tame tender thirsty tidy timid tiny tranquil upper urban useful vast velvet violet vivid warm wide
+wild windy winter wise wooden yellow young zesty
+"""
+ADJECTIVES = _ADJECTIVES.split()
+
+_NOUNS = """
+acorn anchor apple apron arrow badge bakery balloon barrel basket beacon beaver bell bench blanket
+boat bottle branch bridge broom bucket button cabin cactus candle canoe canyon carpet castle cedar
+cellar chapel cherry chimney circle cliff clock clover coast comet compass cottage cradle crayon
+creek cricket crown curtain daisy desert dolphin donkey drum eagle easel engine falcon feather fence
+fern ferry field flute forest fountain fox garden gate giraffe glacier glove grape guitar hammer
+harbor harp hat hedge heron hill horse island jacket jar kettle kite kitten ladder lake lamp lantern
+leaf lemonade letter library lighthouse lion lizard locket maple marble market meadow mill mirror
+mitten moose mountain needle nest notebook oak oar orchard otter oven owl paddle paint palace panda
+parrot pasture path peach pebble pencil piano pillow pine planet plaza plum pocket pond poppy
+pumpkin puzzle quilt rabbit raft ribbon ridge river robin rocket saddle sail salmon school seal
+shell ship shovel signal sparrow spoon spring stable star statue stone street summit swan table
+temple tent thistle throne ticket tiger tower trail train tulip tunnel turtle valley vase village
+violin wagon wall walnut whale wheel willow window zebra
+"""
+NOUNS = _NOUNS.split()
+
+_PLACES = _phrases("""
+near the harbor, behind the old mill, along the river, at the edge of the village, in the library,
+under the oak trees, by the railway station, in the market square, on the far side of the lake,
+outside the bakery, next to the town hall, above the valley, in a narrow street, at the foot of the
+hill, across from the school, in the back of the shop
+""")
+
+_DOINGS = _phrases("""
+walked slowly home, talked about the weather, repaired a broken chair, waited for the evening train,
+counted the passing boats, read the morning paper, carried two heavy baskets, painted the garden
+fence, listened to the rain, wrote a long letter, bought bread and cheese, swept the wooden floor,
+looked at the distant hills, hummed an old song, fed the ducks, folded the clean sheets
+""")
+
+_PEOPLE = _phrases("""
+carpenter, teacher, gardener, postman, baker, fisherman, doctor, painter, farmer, librarian,
+shepherd, tailor, sailor, musician, clerk, neighbor
+""")
+
+_TIMES = _phrases("""
+In the morning, After lunch, Late in the afternoon, On Sunday, Before the storm, That winter, Every
+now and then, Shortly after noon, During the holidays, On the following day, Early in spring, As on
+most days
+""")
+
+
+def sentence(draw: np.random.Generator) -> str:
+    """Return one sentence of prose, with the space before it."""
+    adjective, person, doing, place, time = (
+        choices[draw.integers(len(choices))]
+        for choices in (ADJECTIVES, _PEOPLE, _DOINGS, _PLACES, _TIMES)
+    )
+    return f" {time} the {adjective} {person} {doing} {place}."
+
+
+@lru_cache(maxsize=32)
+def sentences(seed: int, count: int) -> tuple[str, ...]:
+    """Return ``count`` sentences; a longer list of the same seed begins with a shorter one."""
+    draw = np.random.default_rng([seed, 17])
+    return tuple(sentence(draw) for _ in range(count))
+
+
+def prose(tokens: int, encode: Callable[[str], np.ndarray]) -> str:
+    """Return prose of at least ``tokens`` tokens, always the same."""
+    count = 1
+    while len(encode(text := "".join(sentences(0, count)))) < tokens:
+        count *= 2
+    return text
+
+
+MOST_NAMES = len(ADJECTIVES) * len(NOUNS)
+
+
+def names(draw: np.random.Generator, count: int) -> list[str]:
+    """Return different names such as ``amber-lantern``.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if count > MOST_NAMES:
+        raise UserError(
+            f"{count} different names are needed: there are {MOST_NAMES}; take a shorter case"
+        )
+    chosen = draw.permutation(MOST_NAMES)[:count]
+    return [f"{ADJECTIVES[i % len(ADJECTIVES)]}-{NOUNS[i // len(ADJECTIVES)]}" for i in chosen]
+
+
+def spread(count: int) -> list[float]:
+    """Return ``count`` places from 0 to 1, both included; the middle for one."""
+    return [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
+
+
 @dataclass
-class Kit:
-    """Puts haystacks together.
+class HaystackBuilder:
+    """Builds haystacks out of texts.
 
     Attributes:
         prompt: tokenizer and the words around a task.
@@ -105,14 +213,15 @@ class Kit:
     """
 
     prompt: Prompt
-    shots: list[Draft] = field(default_factory=list)
+    shots: list[HaystackText] = field(default_factory=list)
 
     def fit(
         self,
         name: str,
-        draw: Callable[[int], Draft],
+        draw: Callable[[int], HaystackText],
         length: int,
         seed: int,
+        number: int = 0,
         least: int = 1,
         most: int = sys.maxsize,
     ) -> Haystack:
@@ -120,7 +229,8 @@ class Kit:
 
         Args:
             name: the task's, for the message.
-            draw: number of body pieces to draft; a pure function.
+            draw: number of pieces of the body to a text; a pure function.
+            seed, number: which haystack it is.
             least: smallest number of pieces that makes a case.
             most: how many different pieces there are.
 
@@ -144,24 +254,32 @@ class Kit:
                 f"--lengths has {length}: {name} has no more than {most} pieces, which do not "
                 "fill it; take a shorter one"
             )
-        return self._build(draw(fits), length, seed)
+        return self._build(draw(fits), length, seed, number)
 
-    def as_is(self, draft: Draft) -> tuple[np.ndarray, Tail]:
-        """Return context and tail of a draft of one question, without any padding."""
-        (question,) = draft.questions
-        tail = Tail(self._tails(draft)[0], self._item_sizes(question), question.where)
-        return self._context(draft), tail
+    def build_as_is(self, text: HaystackText) -> tuple[np.ndarray, CaseTail]:
+        """Return context and tail of a text with one question, without any padding."""
+        (question,) = text.questions
+        return self._context(text), self._tail(question)
 
-    def _size(self, draft: Draft) -> int:
-        return len(self._context(draft)) + max(map(len, self._tails(draft)))
+    def _build(self, text: HaystackText, length: int, seed: int, number: int) -> Haystack:
+        longest = max(len(self._tail_tokens(question)) for question in text.questions)
+        room = length - len(self._context(text))
+        size = min(room, -(-longest // ROUND) * ROUND)
+        context = self._context(text, room - size)
+        tails = [self._tail(question, size) for question in text.questions]
+        return Haystack(context, tails, length, seed, number)
 
-    def _context(self, draft: Draft, padding: int = 0) -> np.ndarray:
+    def _size(self, text: HaystackText) -> int:
+        longest = max(len(self._tail_tokens(question)) for question in text.questions)
+        return len(self._context(text)) + longest
+
+    def _context(self, text: HaystackText, padding: int = 0) -> np.ndarray:
         encode = self.prompt.encode
         pieces = [*self.prompt.opening(), *self._shot_pieces()]
         if padding:  # the last token is a line break
-            text = encode(prose(padding, encode))[: padding - 1]
-            pieces.append(np.append(text, self.prompt.encode("\n")[:1]))
-        pieces += self.prompt.encode_all([draft.intro, *draft.body])
+            filler = encode(prose(padding, encode))[: padding - 1]
+            pieces.append(np.append(filler, encode("\n")[:1]))
+        pieces += self.prompt.encode_all([text.intro, *text.body])
         return np.concatenate(pieces)
 
     def _shot_pieces(self) -> Iterable[np.ndarray]:
@@ -171,38 +289,25 @@ class Kit:
                 yield self.prompt.encode(text)
             yield self.prompt.encode("\n\n")
 
-    def _tails(self, draft: Draft) -> list[np.ndarray]:
-        return [np.concatenate(self._tail_pieces(question)) for question in draft.questions]
-
-    def _tail_pieces(self, question: Question) -> list[np.ndarray]:
+    def _tail_tokens(self, question: Question) -> np.ndarray:
         encode = self.prompt.encode
         turn = self.prompt.turn()
         # After a turn the cue begins a text; its space belongs to what came before it.
         cue = question.cue.lstrip() if turn else question.cue
-        return [encode(question.text), *turn, encode(cue), *map(encode, question.items)]
+        pieces = [encode(question.text), *turn, encode(cue), *map(encode, question.items)]
+        return np.concatenate(pieces)
 
-    def _item_sizes(self, question: Question) -> tuple[int, ...]:
-        """Return the tokens of each part of the answer.
+    def _tail(self, question: Question, size: int = 0) -> CaseTail:
+        """Return a tail of at least ``size`` tokens, with blank lines in front.
 
-        A space that is a token of its own before the first part belongs to the cue: a model that
-        would rather write "a" there has not missed the answer.
+        A space that is a token of its own before the first part of the answer belongs to the cue:
+        a model that would rather write "a" there has not missed the answer.
         """
+        tokens = self._tail_tokens(question)
+        padding = np.resize(self.prompt.encode("\n"), max(0, size - len(tokens)))
         sizes = [len(self.prompt.encode(item)) for item in question.items]
         for token in self.prompt.encode(question.items[0]):
             if self.prompt.tokenizer.decode([token]).strip():
                 break
             sizes[0] -= 1
-        return tuple(sizes)
-
-    def _build(self, draft: Draft, length: int, seed: int) -> Haystack:
-        longest = max(map(len, self._tails(draft)))
-        room = length - len(self._context(draft))
-        size = min(room, -(-longest // ROUND) * ROUND)
-        context = self._context(draft, room - size)
-        blank = self.prompt.encode("\n")
-        tails = []
-        for question, tokens in zip(draft.questions, self._tails(draft), strict=True):
-            padding = np.resize(blank, size - len(tokens))
-            items = self._item_sizes(question)
-            tails.append(Tail(np.concatenate([padding, tokens]), items, question.where))
-        return Haystack(context, tails, length, seed)
+        return CaseTail(np.concatenate([padding, tokens]), tuple(sizes), question.where)

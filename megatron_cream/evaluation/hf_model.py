@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face directory as a model to score with."""
+"""A Hugging Face folder as a model to score with."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ from megatron_cream.checkpoint.hf_files import read_config
 from megatron_cream.checkpoint.hf_weights import HfWeights
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError
-from megatron_cream.evaluation.attention import attend, tails
-from megatron_cream.evaluation.forward import Pass, Scores
-from megatron_cream.evaluation.vocabulary import score_rows
+from megatron_cream.evaluation.forward import ForwardPass, PassScores, attend, score_rows, tails
 from megatron_cream.json_values import integer, naming, reason
 from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAME = "megatron_cream"
 
-# Settings by which a model changes logits behind its output layer; scoring reads that layer.
-_BEHIND_OUTPUT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# Settings by which a model changes logits after its output layer; scoring reads that layer.
+_AFTER_OUTPUT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class HuggingFaceModel:
-    """A causal language model of transformers; see ``passes.Model``.
+    """A causal language model of transformers; see ``forward.ScoringModel``.
 
     Args:
         path: folder with config.json and weights.
@@ -40,7 +38,7 @@ class HuggingFaceModel:
 
     Raises:
         FileNotFoundError: no such folder.
-        UserError: a folder that transformers cannot read, or logits that are changed behind the
+        UserError: a folder that transformers cannot read, or logits that are changed after the
             output layer.
         ImportError: transformers is not installed.
     """
@@ -58,39 +56,46 @@ class HuggingFaceModel:
             raise FileNotFoundError(f"--hf is {path}: it must be a folder with a config.json")
         self.name = path
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.module = _load(path, DTYPES.get(dtype, "auto"), rope or {}).to(self.device).eval()
+        self.module = (
+            _load(path, DTYPES[dtype] if dtype else "auto", rope or {}).to(self.device).eval()
+        )
         config = self.module.config.get_text_config()
-        for key in _BEHIND_OUTPUT:
+        for key in _AFTER_OUTPUT:
             if getattr(config, key, None) not in (None, 1.0):
                 raise UserError(f"--hf is {path}: its config.json has {key}, which is not scored")
         self.window = config.max_position_embeddings
         self.vocabulary = config.vocab_size
-        self.shares_context = _takes_ours(self.module, config)
+        self.shares_context = _replace_attention(self.module, config)
         self.settings = {"dtype": str(self.module.dtype).removeprefix("torch.")}
         if rope is not None:
             self.settings["rope"] = rope["rope_parameters"]
 
     def set_length(self, length: int) -> None:
-        """Nothing to do: transformers looks at the position ids of each call."""
+        """Do nothing: transformers looks at the position ids of each call."""
 
-    def run(self, passes: Iterator[Pass]) -> Iterator[Scores]:
+    def run(self, passes: Iterator[ForwardPass]) -> Iterator[PassScores]:
         """Answer passes in order."""
         for one in passes:
             yield self._score(one)
 
     @torch.inference_mode()
-    def _score(self, one: Pass) -> Scores:
+    def _score(self, one: ForwardPass) -> PassScores:
         kept = self.hidden(one)[:, one.rows.to(self.device)]
         head = self.module.get_output_embeddings()
         targets = one.targets.flatten().to(self.device)
         logprobs, best = score_rows(kept.flatten(0, 1), head, targets, self.vocabulary)
-        return Scores(*(x.view(one.targets.shape).cpu() for x in (logprobs, best)))
+        return PassScores(*(x.view(one.targets.shape).cpu() for x in (logprobs, best)))
 
-    def hidden(self, one: Pass) -> Tensor:
+    def hidden(self, one: ForwardPass) -> Tensor:
         """Return what the output layer is given, ``[b, n, hidden]``."""
         seen: list[Tensor] = []
         head = self.module.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _, args: _keep_one(seen, args[0]))
+
+        def keep_all_make_one(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            seen.append(args[0])
+            return (args[0][:, -1:],)
+
+        handle = head.register_forward_pre_hook(keep_all_make_one)
         try:
             with tails(one.tails, one.tail):
                 self.module(
@@ -103,12 +108,6 @@ class HuggingFaceModel:
         return seen[0]
 
 
-def _keep_one(seen: list[Tensor], hidden: Tensor) -> tuple[Tensor]:
-    """Keep all hidden states and have logits made of one."""
-    seen.append(hidden)
-    return (hidden[:, -1:],)
-
-
 def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -117,18 +116,18 @@ def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
         raise MissingPackageError(
             "--hf needs transformers: pip install -e '.[hf]' in a checkout", name="transformers"
         ) from exc
-    _check_folder(Path(path))
+    _validate_folder(Path(path))
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if rope:
             config = type(config).from_dict(with_rope(config.to_dict(), rope))
-        module, loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be named, and refused, below
+            ignore_mismatched_sizes=True,  # named, and refused, below
         )
     except torch.OutOfMemoryError:
         raise
@@ -137,7 +136,8 @@ def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
         raise UserError(
             f"--hf is {path}: transformers cannot load it ({kind}: {reason(exc)})"
         ) from exc
-    _refuse_partial(path, loaded)
+    module, report = loaded
+    _validate_weights(path, report)
     return module
 
 
@@ -149,7 +149,7 @@ _UNREADABLE = (
 )
 
 
-def _check_folder(folder: Path) -> None:
+def _validate_folder(folder: Path) -> None:
     """Refuse what transformers would build a wrong model of, or never come back from.
 
     Raises:
@@ -167,8 +167,8 @@ def _check_folder(folder: Path) -> None:
         HfWeights(folder).close()
 
 
-def _refuse_partial(path: str, loaded: dict[str, Any]) -> None:
-    """Refuse a model whose weights are not all from the folder, or not all of the folder.
+def _validate_weights(path: str, loaded: dict[str, Any]) -> None:
+    """Check that weights are all from the folder, and all of the folder.
 
     transformers draws what is missing at random, and says so in a line of its log.
     """
@@ -190,8 +190,8 @@ _PARTIAL = {
 }
 
 
-def _takes_ours(module: Any, config: Any) -> bool:
-    """Give the model our attention; say whether it took it.
+def _replace_attention(module: Any, config: Any) -> bool:
+    """Give the model our attention; return whether it took it.
 
     A model with a sliding window, or with attention of its own, keeps what it has and is given
     one tail at a time.

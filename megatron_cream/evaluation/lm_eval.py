@@ -10,8 +10,6 @@ Face export.
 
 from __future__ import annotations
 
-import sys
-from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,8 @@ import torch
 
 from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
-from megatron_cream.evaluation.forward import Pass
+from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.forward import ForwardPass
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -78,21 +77,25 @@ class MegatronCreamLM(TemplateLM):
             from megatron_cream.mcore import cpu as stand_in
 
             stand_in.install()
-        from megatron_cream.evaluation.models import check_vocabulary, open_tokenizer, require_gpu
+        from megatron_cream.evaluation.models import (
+            open_tokenizer,
+            validate_gpu,
+            validate_vocabulary,
+        )
 
-        require_gpu("cpu=true in --model_args")
+        validate_gpu("cpu=true in --model_args")
         from megatron_cream.evaluation.megatron_model import MegatronModel
         from megatron_cream.parallel_layout import ParallelLayout
 
         self.model = MegatronModel(checkpoint, layout=ParallelLayout(tensor, pipeline))
-        words = Namespace(
-            hf=None,
+        settings = EvaluationSettings(
+            tasks=(),
             checkpoint=checkpoint,
             tokenizer_type=tokenizer_type,
             tokenizer_model=tokenizer_model,
         )
-        self.tokens, _ = open_tokenizer(words)
-        check_vocabulary(self.tokens, self.model)
+        self.tokens = open_tokenizer(settings)[0]
+        validate_vocabulary(self.tokens, self.model)
         self.max_length = longest or self.model.window
         if self.tokens.eod is None and self.tokens.bos is None:
             raise UserError("--model_args: the tokenizer must have a token that begins a text")
@@ -100,12 +103,12 @@ class MegatronCreamLM(TemplateLM):
         self._world_size = 1
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         """The token that ends a text."""
         return self.tokens.bos if self.tokens.eod is None else self.tokens.eod
 
     @property
-    def prefix_token_id(self) -> int:
+    def prefix_token_id(self) -> int | None:
         """The token that an empty context is."""
         return self.eot_token_id if self.tokens.bos is None else self.tokens.bos
 
@@ -123,13 +126,13 @@ class MegatronCreamLM(TemplateLM):
             for one, scores in zip(passes, self.model.run(iter(passes)), strict=True)
         ]
 
-    def _pass(self, context: list[int], wanted: list[int]) -> Pass:
+    def _pass(self, context: list[int], wanted: list[int]) -> ForwardPass:
         whole = np.array((context + wanted)[-self.max_length - 1 :], dtype=np.int64)
         tokens = torch.from_numpy(whole)[None]
         count = min(len(wanted), self.max_length)
         inputs = tokens[:, :-1]
         rows = torch.arange(inputs.shape[1] - count, inputs.shape[1])
-        return Pass(inputs, rows, tokens[:, 1:][:, rows])
+        return ForwardPass(inputs, rows, tokens[:, 1:][:, rows])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of ``max_length`` tokens."""
@@ -178,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

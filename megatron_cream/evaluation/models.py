@@ -1,49 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the command line's words to a model, a prompt and documents, checked against each other."""
+"""Opens what is evaluated: a model, with another RoPE if asked; its tokenizer; documents."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_cream.checkpoint.hf_files import find_kept_files
 from megatron_cream.checkpoint.iterations import find_checkpoint, read_saved_arguments
+from megatron_cream.config import ExtensionConfig, rope_settings, saved_extension
 from megatron_cream.corpus.readers import find_inputs
 from megatron_cream.corpus.readers import read_documents as read_texts
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.data.indexed import read_documents
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.forward import Model
-from megatron_cream.evaluation.other_rope import changed_extension, changed_fields
+from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.forward import ScoringModel
 from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.json_values import naming, read_object
+from megatron_cream.parallel_layout import ParallelLayout
+from megatron_cream.rope import SCALINGS, hf_rope_fields, scaling_from_hf
+from megatron_cream.rope.flags import options_from_args
+
+_LONGEST = 2**40  # tokens
 
 
-def open_model(args: Namespace) -> Model:
+def open_model(settings: EvaluationSettings) -> ScoringModel:
     """Load the model of --checkpoint or --hf.
 
     Raises:
         UserError, FileNotFoundError, ImportError: a model that cannot be scored.
     """
-    if args.hf is None:
-        require_gpu()
-        from megatron_cream.evaluation.megatron_model import MegatronModel
-        from megatron_cream.parallel_layout import ParallelLayout
+    if settings.hf is not None:
+        from megatron_cream.evaluation.hf_model import HuggingFaceModel
 
-        layout = ParallelLayout(
-            args.tensor_model_parallel_size,
-            args.pipeline_model_parallel_size,
-            args.context_parallel_size,
-        )
-        return MegatronModel(args.checkpoint, changed_extension(args), layout)
-    from megatron_cream.evaluation.hf_model import HuggingFaceModel
+        rope = changed_fields(settings, Path(settings.hf))
+        return HuggingFaceModel(settings.hf, settings.dtype, rope=rope)
+    validate_gpu()
+    from megatron_cream.evaluation.megatron_model import MegatronModel
 
-    return HuggingFaceModel(args.hf, args.dtype, rope=changed_fields(args))
+    layout = ParallelLayout(
+        settings.tensor_model_parallel_size,
+        settings.pipeline_model_parallel_size,
+        settings.context_parallel_size,
+    )
+    path = str(settings.checkpoint)
+    return MegatronModel(path, changed_extension(settings, path), layout)
 
 
-def require_gpu(flag: str = "--cpu") -> None:
+def validate_gpu(flag: str = "--cpu") -> None:
     """Refuse a checkpoint on a machine with no GPU, unless the CPU stands in for it.
 
     Raises:
@@ -58,7 +68,22 @@ def require_gpu(flag: str = "--cpu") -> None:
         )
 
 
-def fingerprint(path: str) -> str:
+def result_header(settings: EvaluationSettings, model: ScoringModel, task: str) -> dict[str, Any]:
+    """Return what decides the results of a task, besides the task's own options.
+
+    Not the lengths: a run may be continued with more of them.
+    """
+    return {
+        "task": task,
+        "name": settings.name or Path(model.name).name,
+        "model": model.name,
+        "window": model.window,
+        "weights": _fingerprint(model.name),
+        **model.settings,
+    }
+
+
+def _fingerprint(path: str) -> str:
     """Return a hash of names, sizes and dates of a model's files.
 
     A run is not continued with other weights under the same name.
@@ -70,7 +95,101 @@ def fingerprint(path: str) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def open_tokenizer(args: Namespace) -> tuple[Tokenizer, str | None]:
+def changed_extension(settings: EvaluationSettings, checkpoint: str) -> ExtensionConfig | None:
+    """Return what to evaluate a checkpoint with where the RoPE asked for is not its own.
+
+    The window is, as in ``changed_fields``, that of the model before any interpolation, times
+    the factor.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+    changes = _changes(settings)
+    saved = read_saved_arguments(checkpoint) if changes else None
+    extension = saved_extension(saved) if saved is not None else None
+    return None if extension is None else _changed(extension, changes)
+
+
+def changed_fields(settings: EvaluationSettings, folder: Path) -> dict[str, Any] | None:
+    """Return the fields of config.json to evaluate ``folder`` with where they are not its own.
+
+    The window is that of the model before any interpolation, times --rope-factor.
+
+    Raises:
+        UserError: settings that do not go together, or a config.json that cannot be changed.
+    """
+    changes, path = _changes(settings), folder / "config.json"
+    if not changes or not path.is_file():  # a folder without one is refused where it is loaded
+        return None
+    config = read_object(path)
+    if "text_config" in config:
+        raise UserError(
+            f"--hf is {folder}: its config.json has a text_config, whose RoPE cannot be changed "
+            "here; leave out the flags of RoPE"
+        )
+    name = changes.get("rope_interpolation")
+    if name in SCALINGS and SCALINGS[name].trained_by:
+        raise UserError(
+            f"--rope-interpolation is {name} with --hf: its angles are trained; evaluate a "
+            "checkpoint that was, or its export"
+        )
+    with naming(folder):
+        own = scaling_from_hf(config)
+    window = own.original_length
+    plain = ExtensionConfig(train_length=window, **{"target_length": window, **rope_settings(own)})
+    extension = _changed(plain, changes)
+    scaling = extension.scaling(own.dim)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return hf_rope_fields(scaling, extension.target_length, head_dim)
+
+
+def _changes(settings: EvaluationSettings) -> dict[str, Any]:
+    changes = {
+        field: value
+        for field in ("rope_interpolation", "rope_factor", "rope_theta")
+        if (value := getattr(settings, field)) is not None
+    }
+    if options := options_from_args(Namespace(**vars(settings))):
+        changes["rope_options"] = options
+    return changes
+
+
+def _changed(extension: ExtensionConfig, changes: dict[str, Any]) -> ExtensionConfig:
+    name = changes.get("rope_interpolation", extension.rope_interpolation)
+    if name != extension.rope_interpolation:
+        # What belongs to the model's own interpolation means nothing to another.
+        changes = {"rope_options": {}, "rope_theta": None, **changes}
+    found = dataclasses.replace(extension, **changes)
+    if name == "none" and found.rope_factor != 1:
+        raise UserError(
+            f"--rope-factor is {found.rope_factor:g}: without an interpolation it changes nothing; "
+            "name one with --rope-interpolation"
+        )
+    if found.rope_factor == 1 and "rope_factor" not in changes and SCALINGS[name].by_factor:
+        raise UserError(
+            f"--rope-factor is not given: the model's own is 1, with which {name} changes nothing; "
+            "it must be how many times longer its window becomes"
+        )
+    return _reaching(found)
+
+
+def _reaching(found: ExtensionConfig) -> ExtensionConfig:
+    """Return the settings with the window that they reach; of drawn scales the trained one."""
+    if found.draws_scales:
+        return found
+    if not found.original_length * found.rope_factor <= _LONGEST:
+        raise UserError(
+            f"--rope-factor is {found.rope_factor:g}: {found.original_length} tokens times it must "
+            f"be at most {_LONGEST}"
+        )
+    window = round(found.original_length * found.rope_factor)
+    # Positions of training samples would be checked against the new window, and are not used.
+    return dataclasses.replace(
+        found, position_strategy="full", train_length=window, target_length=window
+    )
+
+
+def open_tokenizer(settings: EvaluationSettings) -> tuple[Tokenizer, str | None]:
     """Return the tokenizer, and the folder or file it came from.
 
     Without --tokenizer-type it is the one in the Hugging Face folder, or the one that a trained
@@ -80,22 +199,24 @@ def open_tokenizer(args: Namespace) -> tuple[Tokenizer, str | None]:
     Raises:
         UserError, FileNotFoundError: none there, or one that cannot be read.
     """
-    if args.tokenizer_type is not None:
-        return load_tokenizer(args.tokenizer_type, args.tokenizer_model), args.tokenizer_model
-    if args.hf:
-        return _in_folder(Path(args.hf), f"in {args.hf}")
-    saved = read_saved_arguments(args.checkpoint)
-    trained = _trained_with(saved)
-    if trained is not None:
-        return load_tokenizer(*trained), trained[1]
+    if settings.tokenizer_type is not None:
+        path = settings.tokenizer_model
+        return load_tokenizer(settings.tokenizer_type, path), path
+    if settings.hf:
+        return _tokenizer_in(Path(settings.hf), f"in {settings.hf}")
+    checkpoint = str(settings.checkpoint)
+    saved = read_saved_arguments(checkpoint)
+    kind, path = (getattr(saved, name, None) for name in ("tokenizer_type", "tokenizer_model"))
+    if kind in ("HuggingFaceTokenizer", "SentencePieceTokenizer") and path and Path(path).exists():
+        return load_tokenizer(kind, path), path
     try:
-        kept = find_kept_files(args.checkpoint, saved)
+        kept = find_kept_files(checkpoint, saved) if saved is not None else None
     except FileNotFoundError:
         kept = None
-    return _in_folder(kept, f"beside {args.checkpoint} or the import that it goes back to")
+    return _tokenizer_in(kept, f"beside {checkpoint} or the import that it goes back to")
 
 
-def _in_folder(folder: Path | None, where: str) -> tuple[Tokenizer, str]:
+def _tokenizer_in(folder: Path | None, where: str) -> tuple[Tokenizer, str]:
     """Return the tokenizer in a Hugging Face folder.
 
     Raises:
@@ -111,24 +232,17 @@ def _in_folder(folder: Path | None, where: str) -> tuple[Tokenizer, str]:
     )
 
 
-def _trained_with(saved: Namespace) -> tuple[str, str] | None:
-    """Return type and path of the tokenizer in a checkpoint's saved arguments, if it is there."""
-    kind, path = (getattr(saved, name, None) for name in ("tokenizer_type", "tokenizer_model"))
-    usable = kind in ("HuggingFaceTokenizer", "SentencePieceTokenizer") and path is not None
-    return (kind, path) if usable and Path(path).exists() else None
-
-
-def open_prompt(args: Namespace) -> Prompt:
+def open_prompt(settings: EvaluationSettings) -> Prompt:
     """Return the tokenizer in the asked style.
 
     Raises:
         UserError, FileNotFoundError: as ``open_tokenizer``, or no such style.
     """
-    tokenizer, source = open_tokenizer(args)
-    return Prompt(tokenizer, args.prompt, args.bos, source)
+    tokenizer, source = open_tokenizer(settings)
+    return Prompt(tokenizer, settings.prompt, settings.bos, source)
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: Model) -> None:
+def validate_vocabulary(tokenizer: Tokenizer, model: ScoringModel) -> None:
     """Refuse a tokenizer that is not the model's, as far as their sizes tell.
 
     A model may have some rows more than its tokenizer has tokens (Qwen's have), never fewer.
@@ -144,43 +258,47 @@ def check_vocabulary(tokenizer: Tokenizer, model: Model) -> None:
         )
 
 
-def open_documents(args: Namespace, model: Model, tokens: int) -> list[np.ndarray]:
-    """Return ``--documents`` documents of ``tokens`` tokens out of --data.
+def open_documents(settings: EvaluationSettings, model: ScoringModel) -> list[np.ndarray]:
+    """Return ``documents`` documents ``[tokens_per_document]`` out of --data.
 
     It is an indexed dataset, or text that the model's tokenizer encodes.
 
     Raises:
         UserError, FileNotFoundError: no such data, or too little of it, or not the model's tokens.
     """
-    if Path(f"{args.data}.idx").exists() or not Path(args.data).exists():
-        documents = read_documents(args.data, args.documents, tokens)
+    data, tokens = str(settings.data), settings.tokens_per_document
+    if Path(f"{data}.idx").exists() or not Path(data).exists():
+        documents = read_documents(data, settings.documents, tokens)
     else:
-        documents = _encode_texts(args, model, tokens)
+        documents = _encode_texts(settings, data, model, tokens)
     if (lowest := min(int(document.min()) for document in documents)) < 0:
-        raise UserError(f"--data is {args.data}: it has token {lowest}, which is no token")
+        raise UserError(f"--data is {data}: it has token {lowest}, which is no token")
     highest = max(int(document.max()) for document in documents)
     if highest >= model.vocabulary:
         raise UserError(
-            f"--data is {args.data}: it has token {highest}, the model's vocabulary has "
+            f"--data is {data}: it has token {highest}, the model's vocabulary has "
             f"{model.vocabulary}; it must be written with the model's tokenizer"
         )
     return documents
 
 
-def _encode_texts(args: Namespace, model: Model, tokens: int) -> list[np.ndarray]:
-    tokenizer, _ = open_tokenizer(args)
-    check_vocabulary(tokenizer, model)
-    documents, longest = [], 0
-    for path in find_inputs([args.data]).files:
+def _encode_texts(
+    settings: EvaluationSettings, data: str, model: ScoringModel, tokens: int
+) -> list[np.ndarray]:
+    tokenizer, _ = open_tokenizer(settings)
+    validate_vocabulary(tokenizer, model)
+    documents: list[np.ndarray] = []
+    longest = 0
+    for path in find_inputs([data]).files:
         for text in read_texts(path):
             ids = tokenizer.encode([text[: 32 * tokens]])[0]
             longest = max(longest, len(ids))
             if len(ids) >= tokens:
                 documents.append(ids[:tokens])
-            if len(documents) == args.documents:
+            if len(documents) == settings.documents:
                 return documents
     raise UserError(
-        f"--data is {args.data}: {len(documents)} of its texts have {tokens} tokens (the longest "
-        f"has {longest}), --documents asks for {args.documents}; take fewer or shorter ones "
+        f"--data is {data}: {len(documents)} of its texts have {tokens} tokens (the longest "
+        f"has {longest}), --documents asks for {settings.documents}; take fewer or shorter ones "
         "(--document-tokens)"
     )

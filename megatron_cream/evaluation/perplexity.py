@@ -9,16 +9,27 @@ sizes.)
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.forward import Model, Pass
-
-_FIRST_BUCKET = 256
+from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.forward import (
+    ForwardPass,
+    ScoringModel,
+    progress_bar,
+    weigh_tokens,
+)
+from megatron_cream.evaluation.models import open_documents, result_header
+from megatron_cream.evaluation.records import DOCUMENT_RECORDS
+from megatron_cream.evaluation.results import buckets, perplexity_results
+from megatron_cream.evaluation.store import ResultStore
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class DocumentScore:
 
 
 @dataclass(frozen=True)
-class Window:
+class ScoredWindow:
     """Inputs ``[start, start + length)``; the last ``scored`` of their targets count."""
 
     start: int
@@ -47,7 +58,7 @@ class Window:
     scored: int
 
 
-def windows(tokens: int, length: int, stride: int) -> list[Window]:
+def windows(tokens: int, length: int, stride: int) -> list[ScoredWindow]:
     """Cut a document of ``tokens`` tokens; each of its ``tokens - 1`` targets counts once.
 
     The first window scores all of its targets, each later one only those that are new. The last
@@ -60,28 +71,17 @@ def windows(tokens: int, length: int, stride: int) -> list[Window]:
         raise UserError(f"--stride is {stride}: it must be from 1 to the length {length}")
     if tokens < length + 1:
         raise UserError(f"a document of {tokens} tokens is too short for windows of {length}")
-    result, scored = [Window(0, length, length)], length
+    result, scored = [ScoredWindow(0, length, length)], length
     while scored < tokens - 1:
         start = min(result[-1].start + stride, tokens - 1 - length)
         end = start + length
-        result.append(Window(start, length, end - scored))
+        result.append(ScoredWindow(start, length, end - scored))
         scored = end
     return result
 
 
-def buckets(length: int) -> list[int]:
-    """Return edges 0, 256, 512, 1024 .. of the ranges of positions that are told apart.
-
-    The position of a target is the number of tokens that its window has before it, less one.
-    """
-    edges = [0, _FIRST_BUCKET]
-    while edges[-1] < length:
-        edges.append(2 * edges[-1])
-    return edges[:-1] + [length] if len(edges) > 2 else [0, length]
-
-
 def score_document(
-    model: Model,
+    model: ScoringModel,
     tokens: np.ndarray,
     length: int,
     stride: int,
@@ -111,14 +111,9 @@ def score_document(
     return DocumentScore(length, document, nll.tolist(), targets.tolist())
 
 
-def cost(tokens: int, length: int, stride: int) -> int:
-    """Return the input tokens that ``score_document`` will run through the model."""
-    return length * len(windows(tokens, length, stride))
-
-
-def _batches(all_windows: list[Window], size: int) -> Iterator[list[Window]]:
-    """Windows that score as many targets each, up to ``size`` of them."""
-    batch: list[Window] = []
+def _batches(all_windows: list[ScoredWindow], size: int) -> Iterator[list[ScoredWindow]]:
+    """Yield windows that score as many targets each, up to ``size`` of them."""
+    batch: list[ScoredWindow] = []
     for window in all_windows:
         if batch and (len(batch) == size or batch[0].scored != window.scored):
             yield batch
@@ -127,9 +122,80 @@ def _batches(all_windows: list[Window], size: int) -> Iterator[list[Window]]:
     yield batch
 
 
-def _pass(tokens: np.ndarray, batch: list[Window]) -> Pass:
+def _pass(tokens: np.ndarray, batch: list[ScoredWindow]) -> ForwardPass:
     rows = np.stack([tokens[w.start : w.start + w.length + 1] for w in batch]).astype(np.int64)
     ids = torch.from_numpy(rows)
     length, scored = batch[0].length, batch[0].scored
     kept = torch.arange(length - scored, length)
-    return Pass(ids[:, :-1], kept, ids[:, 1:][:, kept])
+    return ForwardPass(ids[:, :-1], kept, ids[:, 1:][:, kept])
+
+
+def score_perplexity(
+    settings: EvaluationSettings,
+    model: ScoringModel,
+    folder: str | None = None,
+    documents: list[np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Score documents at every length and return the results; write them if there is a folder.
+
+    A run that was killed is continued: documents that the folder has are not scored again.
+
+    Args:
+        documents: ids ``[tokens_per_document]`` each; those of --data unless given.
+    """
+    documents = documents or open_documents(settings, model)
+    header = result_header(settings, model, "perplexity") | {
+        "data": settings.data,
+        "documents": settings.documents,
+        "document_tokens": settings.tokens_per_document,
+        "stride": settings.stride,
+        "data_content": _content(documents),
+    }
+    with ResultStore(folder, header, DOCUMENT_RECORDS, model.primary) as store:
+        known: set[tuple[int, ...]] = {
+            (length, i) for length in settings.lengths for i in range(len(documents))
+        }
+        store.validate_finished(set(settings.lengths), known)
+        _score_documents(settings, model, documents, store)
+        result = header | perplexity_results(store.finished)
+        store.finish(result)
+    return result
+
+
+def _score_documents(
+    settings: EvaluationSettings,
+    model: ScoringModel,
+    documents: list[np.ndarray],
+    store: ResultStore,
+) -> None:
+    strides = {length: settings.stride or max(1, length // 2) for length in settings.lengths}
+    tokens = settings.tokens_per_document
+    works = {
+        length: weigh_tokens(length * len(windows(tokens, length, stride)), length)
+        for length, stride in strides.items()
+    }
+    done = {DOCUMENT_RECORDS.identity(record) for record in store.finished}
+    total = len(documents) * sum(works.values())
+    with progress_bar(settings.name or "perplexity", total, model.primary) as bar:
+        for length, stride in strides.items():
+            model.set_length(length)
+
+            def report(tokens: int, length: int = length) -> None:
+                bar.update(weigh_tokens(tokens, length))
+
+            for number, document in enumerate(documents):
+                if (length, number) in done:
+                    bar.update(works[length])
+                    continue
+                found = score_document(
+                    model, document, length, stride, number, settings.batch_tokens, report
+                )
+                store.add([dataclasses.asdict(found)])
+
+
+def _content(documents: list[np.ndarray]) -> str:
+    """Hash the documents: a run is not continued with other ones under the same name."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(document.astype("<i8").tobytes())
+    return found.hexdigest()[:16]

@@ -1,40 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of results, which panels each kind of run has.
+"""Draws results; which panels each kind of run has:
 
 perplexity, one run      by length with intervals of the change; by position in the window
 perplexity, several      by length; ratio to the first run with intervals of paired documents
-passkey, needle          heat map of depth and length, one a run
+passkey, needle          heat map of depth and length, one per run
 tasks with places        by length with intervals; heat map of place and length, or lines by place
 other tasks              by length with intervals
 all tasks of a model     heat map of task and length
+
+Documents differ from each other far more than models or lengths do on the same document, so
+intervals of perplexities say little. What is drawn are intervals of ratios on the same documents:
+of a model's to the first one's, or of a length's to the shortest one's.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_cream.evaluation.perplexity_pictures import draw_perplexity
-from megatron_cream.evaluation.plotting import (
+import numpy as np
+
+from megatron_cream.evaluation.charts import (
     INK,
     MUTED,
     NORMAL,
     SMALL,
-    Line,
-    Result,
+    ChartLine,
     draw_lines,
     heat_map,
     length_axis,
-    lengths_of,
     line_of,
+    mark_lengths,
     mark_window,
     name_lines,
     style,
 )
-from megatron_cream.evaluation.tables import short
-from megatron_cream.positions.plots import require_matplotlib
+from megatron_cream.evaluation.results import (
+    Result,
+    lengths_of,
+    perplexity_of,
+    short,
+    t_interval,
+)
+from megatron_cream.positions.plots import has_matplotlib, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +54,9 @@ if TYPE_CHECKING:
 HEAT_MAPS = ("needle", "passkey")
 _PAGE = 13  # inches; a wider picture is too small to read where a page shows it
 _HITS = ("hit", "hit_low", "hit_high")
+_LENGTH = "length of a case (tokens)"
+_CONTEXT = "context length (tokens)"
+_FAR = 8  # times the smallest perplexity, from which on even steps crowd at the upper end
 
 
 def draw(results: Sequence[Result], path: str | Path, window: str = "window {}") -> None:
@@ -67,7 +81,7 @@ def draw_suite(results: Sequence[Result], path: str | Path) -> None:
     axes = figure.subplots()
     cells = {(r["task"], row["length"]): row["hit"] for r in shares for row in r["lengths"]}
     heat_map(axes, _grid(cells, names, lengths), list(map(short, lengths)), names)
-    axes.set_xlabel("length of a case (tokens)", fontsize=NORMAL, color=MUTED)
+    axes.set_xlabel(_LENGTH, fontsize=NORMAL, color=MUTED)
     mark_window(axes, lengths, shares[0]["window"])
     figure.savefig(path)
 
@@ -78,7 +92,7 @@ def picture(results: Sequence[Result], window: str = "window {}") -> Figure:
     title = f"{task}: {results[0]['name']}" if len(results) == 1 else task
     if task == "perplexity":
         figure = _figure(title, 8.6, 3.3)
-        draw_perplexity(figure, results, window)
+        _draw_perplexity(figure, results, window)
         return figure
     if task in HEAT_MAPS:
         return _depths(title, results)
@@ -98,9 +112,10 @@ def _figure(title: str, width: float, height: float) -> Figure:
     """Return an empty figure of ``width`` x ``height`` inches."""
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure((width, height), dpi=180, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08, wspace=0.06)
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08, wspace=0.06)
+    figure = Figure((width, height), dpi=180, layout=layout, facecolor="white")
     figure.suptitle(title, x=0.012, ha="left", fontsize=NORMAL + 1, color=INK, weight="bold")
     return figure
 
@@ -110,7 +125,7 @@ def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
     pairs = zip(names, results, strict=True)
     lines = [line_of(name, result["lengths"], "length", *_HITS) for name, result in pairs]
     draw_lines(axes, lines)
-    style(axes, "length of a case (tokens)", "exact answers (95 % intervals)")
+    style(axes, _LENGTH, "exact answers (95 % intervals)")
     _percent_axis(axes)
     length_axis(axes, results)
     name_lines(axes, lines)
@@ -122,7 +137,7 @@ def _percent_axis(axes: Axes) -> None:
 
 
 def _lengths_and_places(figure: Figure, results: Sequence[Result]) -> Figure:
-    """Accuracy by length, and by place: a map of all lengths of a run, or a line a run."""
+    """Accuracy by length, and by place: a map of all lengths of a run, or a line per run."""
     left, right = figure.subplots(1, 2)
     _accuracy(left, results)
     if len(results) == 1 and len(lengths_of(results)) > 1:
@@ -145,7 +160,7 @@ def _lengths_and_places(figure: Figure, results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _places(result: Result, named: bool) -> Line:
+def _places(result: Result, named: bool) -> ChartLine:
     """Return accuracy by place; over several lengths their mean, without intervals.
 
     Lengths are not drawn at random: an interval over them would mean nothing.
@@ -155,14 +170,14 @@ def _places(result: Result, named: bool) -> Line:
         return line_of(name, rows, "where", *_HITS)
     places = sorted({row["where"] for row in rows})
     hits = [[row["hit"] for row in rows if row["where"] == where] for where in places]
-    return Line(name, places, [sum(found) / len(found) for found in hits])
+    return ChartLine(name, places, [sum(found) / len(found) for found in hits])
 
 
 def _depths(title: str, results: Sequence[Result]) -> Figure:
-    """Depth by length, one map a run, in rows that fit a page."""
+    """Depth by length, one map per run, in rows that fit a page."""
     count, width = len(results), 1.6 + 0.62 * len(lengths_of(results))
-    rows = ceil(count / max(1, int(_PAGE / width)))
-    columns = ceil(count / rows)
+    rows = math.ceil(count / max(1, int(_PAGE / width)))
+    columns = math.ceil(count / rows)
     figure = _figure(title, columns * width, rows * _height(results))
     places = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in places.flat[count:]:
@@ -181,8 +196,6 @@ def _cell_words(results: Sequence[Result]) -> str:
 
 
 def _grid(cells: dict[tuple[Any, int], float], rows: Sequence, lengths: Sequence[int]) -> Any:
-    import numpy as np
-
     return np.array([[cells.get((row, length), np.nan) for length in lengths] for row in rows])
 
 
@@ -192,7 +205,7 @@ def _place_map(axes: Axes, result: Result, ylabel: str) -> None:
     cells = {(row["where"], row["length"]): row["hit"] for row in result["places"]}
     names = [f"{100 * place:.0f} %" for place in places]
     heat_map(axes, _grid(cells, places, lengths), list(map(short, lengths)), names)
-    axes.set_xlabel("length of a case (tokens)", fontsize=NORMAL, color=MUTED)
+    axes.set_xlabel(_LENGTH, fontsize=NORMAL, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=NORMAL, color=MUTED)
     mark_window(axes, lengths, result["window"])
 
@@ -216,3 +229,125 @@ def _mark_middle_rows(axes: Axes, result: Result) -> None:
         x + 0.02, (top + end) / 2, "middle third", rotation=90, va="center", fontsize=SMALL,
         color=MUTED, transform=to,
     )  # fmt: skip
+
+
+def _draw_perplexity(figure: Figure, results: Sequence[Result], window: str) -> None:
+    """Draw two panels: by length; and by position for one run, as ratios for several.
+
+    Args:
+        window: what is written beside the line at a model's window.
+    """
+    left, right = figure.subplots(1, 2)
+    several = len(results) > 1
+    if several:
+        lines = [line_of(r["name"], r["lengths"], "length", "perplexity") for r in results]
+    else:
+        lines = [change_line(results[0])]
+    draw_lines(left, lines)
+    change = f"\n(95 % intervals of the change from {short(int(lines[0].x[0]))})"
+    style(left, _CONTEXT, "perplexity" + ("" if several else change))
+    _logarithmic(left)
+    length_axis(left, results, window)
+    if several:
+        _ratios(right, results, window)
+    else:
+        _positions(right, results[0])
+    name_lines(left, lines)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """Make y a logarithmic axis, named at a few round values whatever its range."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    near = high / low < _FAR
+    round_values = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]) if near else LogLocator(subs=(1, 2, 5))
+    axes.yaxis.set_major_locator(round_values)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _ratios(axes: Axes, results: Sequence[Result], window: str) -> None:
+    first = results[0]
+    lines = [ratio_line(first, result) for result in results]
+    draw_lines(axes, lines)
+    style(axes, _CONTEXT, f"perplexity / {first['name']}'s\n(95 % intervals, same documents)")
+    length_axis(axes, results, window)
+    name_lines(axes, lines)
+
+
+def ratio_line(first: Result, result: Result) -> ChartLine:
+    """Return perplexities over those of ``first``, at the lengths that both have."""
+    wanted = {row["length"]: row["document_nll"] for row in first["lengths"]}
+    rows = [row for row in result["lengths"] if row["length"] in wanted]
+    ratios = [paired_ratio(row["document_nll"], wanted[row["length"]]) for row in rows]
+    return ChartLine(result["name"], [row["length"] for row in rows], *_columns(ratios))
+
+
+def change_line(result: Result) -> ChartLine:
+    """Return perplexities, with intervals of their change from that of the shortest length."""
+    rows = result["lengths"]
+    first = rows[0]
+    ratios = [paired_ratio(row["document_nll"], first["document_nll"]) for row in rows]
+    y, low, high = _columns(ratios, first["perplexity"])
+    return ChartLine("", [row["length"] for row in rows], y, low, high)
+
+
+def paired_ratio(own: list[float], other: list[float]) -> tuple[float, float | None, float | None]:
+    """Return a ratio of perplexities over the same documents, and Student's interval of it.
+
+    Args:
+        own, other: nats per target of each document; all documents have as many targets.
+
+    Returns:
+        the ratio; the ends of the interval, None for one document and for equal values.
+    """
+    differences = [a - b for a, b in zip(own, other, strict=True)]
+    ratio = perplexity_of(sum(differences) / len(differences))
+    low, high = t_interval(differences)
+    if math.isnan(low) or not any(differences):
+        return ratio, None, None
+    return ratio, perplexity_of(low), perplexity_of(high)
+
+
+def _columns(ratios: Sequence[tuple[float | None, ...]], scale: float = 1) -> list[list[Any]]:
+    return [
+        [None if value is None else scale * value for value in column]
+        for column in zip(*ratios, strict=True)
+    ]
+
+
+def _positions(axes: Axes, result: Result) -> None:
+    """Perplexity by position, one line per length; a bucket stands at its geometric middle."""
+    lines = []
+    for length in lengths_of([result]):
+        rows = [row for row in result["positions"] if row["length"] == length]
+        middles = [math.sqrt(max(row["from"], row["to"] / 4) * row["to"]) for row in rows]
+        lines.append(ChartLine(short(length), middles, [row["perplexity"] for row in rows]))
+    colors = _shades(len(lines))
+    draw_lines(axes, lines, colors)
+    style(axes, "position in the window (tokens)", "perplexity")
+    _logarithmic(axes)
+    axes.margins(y=0.12)
+    edges = sorted({row["to"] for row in result["positions"]})
+    mark_lengths(axes, edges, [result["window"]], "window {}")
+    axes.set_xlim(edges[0] / 2.4, edges[-1] * 1.1)
+    name_lines(axes, lines, colors)
+
+
+def _shades(count: int) -> list[Any]:
+    """Return colours from pale to dark, for lines that have an order."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis_r"](0.15 + 0.8 * i / max(1, count - 1)) for i in range(count)]
+
+
+def note_missing_matplotlib() -> None:
+    """Print one line that there is no picture, where matplotlib is not installed."""
+    if not has_matplotlib():
+        print(
+            "note: no picture.png, a picture needs matplotlib: pip install matplotlib, and start "
+            "the same command again",
+            file=sys.stderr,
+        )

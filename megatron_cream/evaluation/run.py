@@ -1,83 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks of one command on one model."""
+"""Evaluates one model on the tasks that are asked for."""
 
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.evaluation.checks import check
-from megatron_cream.evaluation.forward import Model
+import numpy as np
+
+from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.forward import ScoringModel
 from megatron_cream.evaluation.models import (
-    check_vocabulary,
     open_documents,
     open_model,
     open_prompt,
+    validate_vocabulary,
 )
-from megatron_cream.evaluation.pictures import draw_suite
-from megatron_cream.evaluation.progress import say_without_picture
+from megatron_cream.evaluation.perplexity import score_perplexity
+from megatron_cream.evaluation.pictures import draw_suite, note_missing_matplotlib
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.score_cases import check_fit, score_cases
-from megatron_cream.evaluation.score_documents import document_tokens, score_perplexity
+from megatron_cream.evaluation.results import suite_table, table
+from megatron_cream.evaluation.scoring import score_cases, validate_fit
 from megatron_cream.evaluation.store import write_whole
-from megatron_cream.evaluation.tables import suite_table, table
 from megatron_cream.positions.plots import has_matplotlib
 
 
-def run(args: Namespace) -> str:
-    """Run ``args.tasks`` on one model and return the tables.
+def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
+    """Evaluate a checkpoint or a Hugging Face folder on long text.
 
-    With --output every task has a folder: OUTPUT itself for one task, OUTPUT/TASK for several.
+        evaluate(EvaluationSettings(["passkey", "needle"], hf="model/", lengths=[4096, 16384]))
+
+    With ``output`` every task has a folder: OUTPUT itself for one task, OUTPUT/TASK for several.
+    It gets result.json, table.md, picture.png and every finished case at once, so that a run that
+    was killed goes on where it was.
+
+    Returns:
+        one result per task, in order, as in result.json: ``lengths`` has a row per context length
+        in tokens. Of perplexity that is ``perplexity``, and ``nll`` in nats per token with
+        ``document_nll`` ``[documents]``; of other tasks shares from 0 to 1, of exact answers
+        (``hit``), parts of answers (``items``) and tokens, with 95 % intervals (``hit_low``,
+        ``hit_high``), and the log-likelihood of the answer in nats (``logprob_per_token``). Only
+        the first rank has them; others return no result.
 
     Raises:
-        UserError, OSError, ImportError: input that cannot be scored, found before the first task.
+        UserError: settings that do not go together, or a model, tokenizer or data that do not.
+        OSError: a file that is missing, or a folder that another run writes to.
+        ImportError: transformers is not installed, or what a tokenizer needs.
     """
-    check(args)
-    cases = [task for task in args.tasks if task != "perplexity"]
-    prompt = open_prompt(args) if cases else None
-    lengths = {length for task in cases for length in check_fit(args, prompt, task)}
-    model = open_model(args)
+    if settings.cpu and settings.checkpoint is not None:
+        from megatron_cream.mcore import cpu
+
+        cpu.install()
+    settings.validate()
+    cases = [task for task in settings.tasks if task != "perplexity"]
+    prompt = open_prompt(settings) if cases else None
+    lengths = set(settings.lengths)
     if prompt is not None:
-        check_vocabulary(prompt.tokenizer, model)
-    _say_what_is_longer(lengths | set(args.lengths), model)
-    documents = None
-    if "perplexity" in args.tasks:
-        documents = open_documents(args, model, document_tokens(args))
-    results = [_score(args, model, task, prompt, documents) for task in args.tasks]
-    return _report(args, model, results)
-
-
-def _score(
-    args: Namespace, model: Model, task: str, prompt: Prompt | None, documents: Any
-) -> dict[str, Any]:
-    folder = args.output
-    if folder and len(args.tasks) > 1:
-        folder = str(Path(folder) / task)
-    if task == "perplexity":
-        return score_perplexity(args, model, task, folder, documents)
-    return score_cases(args, model, prompt, task, folder)
-
-
-def _report(args: Namespace, model: Model, results: list[dict[str, Any]]) -> str:
-    """Return the tables on the process that writes; write those of several tasks."""
+        lengths.update(n for task in cases for n in validate_fit(settings, prompt, task))
+    model = open_model(settings)
+    if prompt is not None:
+        validate_vocabulary(prompt.tokenizer, model)
+    _note_longer_than_window(lengths, model)
+    documents = open_documents(settings, model) if "perplexity" in settings.tasks else None
+    results = [_score(settings, model, task, prompt, documents) for task in settings.tasks]
     if not model.primary:
-        return ""
-    tables = [table(result) for result in results]
-    if len(results) > 1:
-        tables.append(suite_table(results))
-        if args.output:
-            folder = Path(args.output)
-            write_whole(folder / "table.md", (tables[-1] + "\n").encode())
-            if has_matplotlib():
-                draw_suite(results, folder / "picture.png")
-    if args.output:
-        say_without_picture()
-    return "\n\n".join(tables)
+        return []
+    if settings.output:
+        _write_suite(results, Path(settings.output))
+    return results
 
 
-def _say_what_is_longer(lengths: set[int], model: Model) -> None:
+def _note_longer_than_window(lengths: set[int], model: ScoringModel) -> None:
     longer = sorted(length for length in lengths if length > model.window)
     if longer and model.primary:
         print(
@@ -85,3 +79,33 @@ def _say_what_is_longer(lengths: set[int], model: Model) -> None:
             f"{model.window} tokens",
             file=sys.stderr,
         )
+
+
+def _score(
+    settings: EvaluationSettings,
+    model: ScoringModel,
+    task: str,
+    prompt: Prompt | None,
+    documents: list[np.ndarray] | None,
+) -> dict[str, Any]:
+    folder = settings.output
+    if folder and len(settings.tasks) > 1:
+        folder = str(Path(folder) / task)
+    if prompt is None or task == "perplexity":
+        return score_perplexity(settings, model, folder, documents)
+    return score_cases(settings, model, prompt, task, folder)
+
+
+def format_results(results: list[dict[str, Any]]) -> str:
+    """Return the table of every result, and one of all if there are several."""
+    tables = [table(result) for result in results]
+    return "\n\n".join(tables + [suite_table(results)] * (len(results) > 1))
+
+
+def _write_suite(results: list[dict[str, Any]], folder: Path) -> None:
+    """Write table and picture of several tasks."""
+    if len(results) > 1:
+        write_whole(folder / "table.md", (suite_table(results) + "\n").encode())
+        if has_matplotlib():
+            draw_suite(results, folder / "picture.png")
+    note_missing_matplotlib()

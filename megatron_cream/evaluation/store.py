@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: its settings, every finished case at once, and the results at the end."""
+"""Keeps a run in a folder: its settings, every finished case at once, the results at the end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.result_files import Kind, Record, read_object, read_records
+from megatron_cream.evaluation.records import RecordFormat, read_object, read_records
+from megatron_cream.evaluation.results import table
+from megatron_cream.positions.plots import has_matplotlib
 
-SETTINGS, CASES, RESULT = "settings.json", "cases.jsonl", "result.json"
-_SEAL = "seal"  # key of a line of CASES: hash of the line and of the settings it was made with
+SETTINGS_FILE, CASES_FILE, RESULT_FILE = "settings.json", "cases.jsonl", "result.json"
+_SEAL = "seal"  # key of a line of CASES_FILE: hash of the line and of the settings it was made with
 _LATER = ("cases_file_content", "data_content")  # settings that runs of older versions lack
 
 
-class Store:
+class ResultStore:
     """A run's folder, made or continued; locked for this process until it is closed.
 
     Args:
@@ -33,11 +35,16 @@ class Store:
     """
 
     def __init__(
-        self, folder: str | Path | None, settings: dict[str, Any], kind: Kind, primary: bool = True
+        self,
+        folder: str | Path | None,
+        settings: dict[str, Any],
+        kind: RecordFormat,
+        primary: bool = True,
     ) -> None:
         self.primary = primary and folder is not None
         self.settings = json.loads(json.dumps(settings))  # as they are read again
-        self.kind, self.finished = kind, []
+        self.kind = kind
+        self.finished: list[dict[str, Any]] = []
         self._lock: int | None = None
         decide = {k: v for k, v in self.settings.items() if v is not None and k not in _LATER}
         self._decide = json.dumps(decide, sort_keys=True).encode()
@@ -51,7 +58,7 @@ class Store:
                 self.close()
                 raise
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> ResultStore:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -64,50 +71,46 @@ class Store:
             self._lock = None
 
     def _open(self) -> None:
-        path = self.folder / SETTINGS
-        folder = self.folder
-        other = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        path = self.folder / SETTINGS_FILE
+        other = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
         if other and not path.is_file():
-            self._refuse_folder()
+            raise self._other_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         # The settings are the lock as well: the folder has no file that is not the run's.
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            self._take(path)
+            self._lock_settings(path, self._lock)
         except BaseException:
             self.close()
             raise
 
-    def _take(self, path: Path) -> None:
+    def _lock_settings(self, path: Path, lock: int) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
                 f"--output is {self.folder}: another process writes its results there ({path} is "
                 "locked); wait until it has ended, or take another folder"
             ) from None
-        if os.fstat(self._lock).st_size:
-            _compare(read_object(path, "--output"), self.settings, self.folder)
-        elif {entry.name for entry in self.folder.iterdir()} != {SETTINGS}:
-            self._refuse_folder()
-        else:
-            self._write_settings()
-
-    def _write_settings(self) -> None:
+        if os.fstat(lock).st_size:
+            _validate_same(read_object(path, "--output"), self.settings, self.folder)
+            return
+        if {entry.name for entry in self.folder.iterdir()} != {SETTINGS_FILE}:
+            raise self._other_folder()
         try:
-            with open(os.dup(self._lock), "wb") as file:
+            with open(os.dup(lock), "wb") as file:
                 file.write(_json(self.settings))
         except OSError:
-            os.truncate(self._lock, 0)  # a full disk: half of them would be taken for damaged
+            os.truncate(lock, 0)  # a full disk: half of them would be taken for damaged
             raise
 
-    def _refuse_folder(self) -> NoReturn:
-        raise UserError(
+    def _other_folder(self) -> UserError:
+        return UserError(
             f"--output is {self.folder}: it must be a new folder, or that of a run to continue"
         )
 
-    def _read(self) -> list[Record]:
-        path = self.folder / CASES
+    def _read(self) -> list[dict[str, Any]]:
+        path = self.folder / CASES_FILE
         if not path.is_file():
             return []
         # A killed run may have left half a line, which is done again.
@@ -120,17 +123,17 @@ class Store:
             seal = record.pop(_SEAL, None)  # runs of older versions have none
             if seal not in (None, self._seal(record)):
                 raise UserError(
-                    f"--output is {self.folder}: line {number} of {CASES} is not what this run "
-                    f"wrote: it was changed, or made with other settings than {SETTINGS} has; "
-                    "take another folder, or delete that line, whose case is then scored again"
+                    f"--output is {self.folder}: line {number} of {CASES_FILE} is not what this "
+                    f"run wrote: it was changed, or made with other settings than {SETTINGS_FILE} "
+                    "has; take another folder, or delete that line, whose case is then scored again"
                 )
         return records
 
-    def _seal(self, record: Record) -> str:
+    def _seal(self, record: dict[str, Any]) -> str:
         words = json.dumps(record, sort_keys=True).encode()
         return hashlib.sha256(self._decide + words).hexdigest()[:12]
 
-    def refuse_foreign(self, lengths: set[int], known: set[tuple[int, ...]]) -> None:
+    def validate_finished(self, lengths: set[int], known: set[tuple[int, ...]]) -> None:
         """Refuse finished records of ``lengths`` that are not among those that the run makes.
 
         Raises:
@@ -139,23 +142,28 @@ class Store:
         for record in self.finished:
             if record["length"] in lengths and self.kind.identity(record) not in known:
                 raise UserError(
-                    f"--output is {self.folder}: {CASES} has {self.kind.name(record)}, which this "
-                    "run does not make; take another folder"
+                    f"--output is {self.folder}: {CASES_FILE} has {self.kind.name(record)}, "
+                    "which this run does not make; take another folder"
                 )
 
-    def add(self, records: list[Record]) -> None:
+    def add(self, records: list[dict[str, Any]]) -> None:
         """Write finished records down, now."""
         self.finished += records
         if self.primary:
             lines = (json.dumps({**record, _SEAL: self._seal(record)}) + "\n" for record in records)
-            with open(self.folder / CASES, "a", encoding="utf-8") as file:
+            with open(self.folder / CASES_FILE, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
 
-    def finish(self, result: dict[str, Any], table: str) -> None:
-        """Write the results."""
-        if self.primary:
-            write_whole(self.folder / RESULT, _json(result))
-            write_whole(self.folder / "table.md", (table + "\n").encode())
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write results, table and, where matplotlib is installed, picture."""
+        if not self.primary:
+            return
+        write_whole(self.folder / RESULT_FILE, _json(result))
+        write_whole(self.folder / "table.md", (table(result) + "\n").encode())
+        if has_matplotlib():
+            from megatron_cream.evaluation.pictures import draw
+
+            draw([result], self.folder / "picture.png")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -165,7 +173,7 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def _validate_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     added = [key for key in _LATER if key not in before]
     keys = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in added]
     if keys:

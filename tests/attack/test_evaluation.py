@@ -23,13 +23,12 @@ import pytest
 from support.arguments import arguments
 from support.attack import SEED, kills, rounds
 from support.commands import exit_status
-from support.evaluation import write_small_hf
+from support.evaluation import run, write_small_hf
 from support.runs import write_dataset
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.published_cases import read_cases
-from megatron_cream.evaluation.run import run
+from megatron_cream.evaluation.tasks.lines import read_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -230,13 +229,12 @@ def attack_plain(seed, data):
 
 def prepared(asked):
     """All of a run up to the model."""
-    from megatron_cream.evaluation.checks import check
     from megatron_cream.evaluation.models import open_prompt
-    from megatron_cream.evaluation.score_cases import check_fit
+    from megatron_cream.evaluation.scoring import validate_fit
 
     args = arguments(**asked)
-    check(args)
-    return check_fit(args, open_prompt(args), args.tasks[0])
+    args.validate()
+    return validate_fit(args, open_prompt(args), args.tasks[0])
 
 
 def data_files(folder):
@@ -266,7 +264,7 @@ def test_damaged_data(small_hf, tmp_path):
             rng = drawing(seed)
             path = rng.choice(files)
             path.write_bytes(attack_plain(seed, whole[path]))
-            found = survives(lambda a=asked: open_documents(a, model, 193), data)
+            found = survives(lambda a=asked: open_documents(a, model), data)
             if found is not None:
                 assert [len(document) for document in found] == [193, 193]
                 assert all(d.min() >= 0 and d.max() < 384 for d in found)

@@ -23,8 +23,8 @@ from megatron_cream.data.indexed import (
     validate_metadata,
 )
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation import filler
-from megatron_cream.evaluation.haystacks import Kit
+from megatron_cream.evaluation import haystacks
+from megatron_cream.evaluation.haystacks import HaystackBuilder
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.tasks import TASKS
 from megatron_cream.positions import make_strategy, philox
@@ -123,7 +123,7 @@ def test_answers_stand_anywhere():
 def eval_cases():
     """Cases of every task of the evaluation, as text."""
     tokenizer = load_tokenizer("ByteLevelTokenizer")
-    kit = Kit(Prompt(tokenizer))
+    kit = HaystackBuilder(Prompt(tokenizer))
     for name, task in TASKS.items():
         for one in task.make(kit, 8000, 0, 3):
             questions = [tokenizer.decode(tail.tokens) for tail in one.tails]
@@ -132,8 +132,8 @@ def eval_cases():
 
 def test_nothing_of_the_evaluation_stands_in_a_document(texts):
     ours = "".join(texts)
-    assert not set(words.ADJECTIVES) & set(filler.ADJECTIVES)
-    assert not set(words.NOUNS) & set(filler.NOUNS)
+    assert not set(words.ADJECTIVES) & set(haystacks.ADJECTIVES)
+    assert not set(words.NOUNS) & set(haystacks.NOUNS)
     # Version 4 of UUIDs is the evaluation's.
     version = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-([0-9a-f])[0-9a-f]{3}-")
     assert set(version.findall(ours)) == set(words.UUID_VERSIONS)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer
-from megatron_cream.evaluation.haystacks import Kit
+from megatron_cream.evaluation.haystacks import HaystackBuilder
 from megatron_cream.evaluation.prompts import Prompt, render
-from megatron_cream.evaluation.published_cases import read_haystacks
 from megatron_cream.evaluation.tasks import TASKS
+from megatron_cream.evaluation.tasks.lines import read_haystacks
 
 LENGTH = 3001
 
@@ -49,7 +49,7 @@ def prompt(request, small_hf):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("shots", [0, 1])
 def test_exact_length_and_answer(prompt, task, shots):
-    kit = Kit(prompt, [TASKS[task].shot(i) for i in range(shots)])
+    kit = HaystackBuilder(prompt, [TASKS[task].shot(i) for i in range(shots)])
     made = TASKS[task].make(kit, LENGTH + 1000 * shots, 5, 2)
     assert sum(len(haystack.tails) for haystack in made) == 2
     for haystack in made:
@@ -64,7 +64,7 @@ def test_exact_length_and_answer(prompt, task, shots):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_seed_is_a_case(prompt, task):
-    kit = Kit(prompt)
+    kit = HaystackBuilder(prompt)
     first, again, other = (TASKS[task].make(kit, LENGTH, seed, 2) for seed in (5, 5, 6))
     for left, right in zip(first, again, strict=True):
         assert np.array_equal(left.context, right.context)
@@ -77,7 +77,7 @@ def test_needle_is_the_same_at_every_length(small_hf):
     prompt = Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf))
     needle = prompt.encode(" The pass key is")
     for length in range(900, 930):
-        for haystack in TASKS["passkey"].make(Kit(prompt), length, 0, 3):
+        for haystack in TASKS["passkey"].make(HaystackBuilder(prompt), length, 0, 3):
             context = haystack.context.tolist()
             at = [i for i in range(len(context)) if context[i : i + len(needle)] == needle.tolist()]
             assert len(at) == 1
@@ -89,7 +89,7 @@ def test_needle_is_the_same_at_every_length(small_hf):
 
 def test_depths(small_hf):
     prompt = Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf))
-    made = TASKS["passkey"].make(Kit(prompt), 4000, 0, 5)
+    made = TASKS["passkey"].make(HaystackBuilder(prompt), 4000, 0, 5)
     places = []
     for haystack in made:
         text = prompt.tokenizer.decode(haystack.context)
@@ -99,7 +99,7 @@ def test_depths(small_hf):
 
 
 def test_a_lone_space_is_not_scored():
-    made = TASKS["passkey"].make(Kit(Prompt(ByteLevelTokenizer())), 2000, 0, 1)
+    made = TASKS["passkey"].make(HaystackBuilder(Prompt(ByteLevelTokenizer())), 2000, 0, 1)
     tail = made[0].tails[0]
     assert tail.items == (5,)
     assert bytes(tail.answer.astype(np.uint8)).isdigit()
@@ -109,7 +109,7 @@ def test_a_lone_space_is_not_scored():
 @pytest.mark.parametrize("task", TASKS)
 def test_too_short(task):
     with pytest.raises(ValueError, match=f"--lengths has 64: {task} needs at least"):
-        TASKS[task].make(Kit(Prompt(ByteLevelTokenizer())), 64, 0, 2)
+        TASKS[task].make(HaystackBuilder(Prompt(ByteLevelTokenizer())), 64, 0, 2)
 
 
 def test_chat_template(small_hf):
@@ -137,7 +137,7 @@ def test_published_lines(tmp_path):
     path = tmp_path / "cases.jsonl.xz"
     with lzma.open(path, "wt") as file:
         file.write(json.dumps(record) + "\n")
-    kit = Kit(Prompt(ByteLevelTokenizer()))
+    kit = HaystackBuilder(Prompt(ByteLevelTokenizer()))
     (case,) = read_haystacks("longchat-lines", str(path), kit, 5, 3)
     assert kit.prompt.tokenizer.decode(case.context) == record["prompt"].rstrip()
     assert kit.prompt.tokenizer.decode(case.tails[0].answer) == "2416"
@@ -148,7 +148,7 @@ def test_published_pairs_move_to_the_gold_place(tmp_path):
     path = tmp_path / "cases.jsonl.gz"
     with gzip.open(path, "wt") as file:
         file.write(json.dumps({"ordered_kv_records": pairs, "key": "k1", "value": "v1"}) + "\n")
-    kit = Kit(Prompt(ByteLevelTokenizer()))
+    kit = HaystackBuilder(Prompt(ByteLevelTokenizer()))
     made = read_haystacks("kv-retrieval", str(path), kit, 5, 3)
     texts = [kit.prompt.tokenizer.decode(one.context) for one in made]
     order = [[text.index(f'"k{i}"') for i in range(5)] for text in texts]
@@ -169,13 +169,13 @@ def test_bad_published_files(tmp_path, task, content, message):
     path = tmp_path / "cases.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=f"--cases-file .*{message}"):
-        read_haystacks(task, str(path), Kit(Prompt(ByteLevelTokenizer())), 5, 3)
+        read_haystacks(task, str(path), HaystackBuilder(Prompt(ByteLevelTokenizer())), 5, 3)
 
 
 def text_of(task, cases, length=LENGTH, seed=5):
     """What a case says: its context, and question with answer of each tail."""
     prompt = Prompt(ByteLevelTokenizer())
-    for haystack in TASKS[task].make(Kit(prompt), length, seed, cases):
+    for haystack in TASKS[task].make(HaystackBuilder(prompt), length, seed, cases):
         decode = prompt.tokenizer.decode
         yield decode(haystack.context), [decode(tail.tokens) for tail in haystack.tails]
 

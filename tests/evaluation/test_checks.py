@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command line lacks is said in one line, before a model is loaded."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,11 +12,10 @@ import pytest
 import torch
 from support.arguments import arguments
 from support.commands import exit_status
+from support.evaluation import run
 
 from megatron_cream.checkpoint import hf_files
 from megatron_cream.evaluation import models
-from megatron_cream.evaluation.checks import check
-from megatron_cream.evaluation.run import run
 
 ROOT = Path(__file__).parents[2]
 LINE = "line amber-oak: REGISTER_CONTENT is <67890>"
@@ -75,7 +75,7 @@ NUMBERS = {
 def test_values_out_of_range(small_hf, message):
     asked = {"tasks": ["needle"], "hf": small_hf, "lengths": [600], **NUMBERS[message]}
     with pytest.raises((ValueError, OSError), match=message):
-        check(arguments(**asked))
+        arguments(**asked).validate()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_values_out_of_range(small_hf, message):
 )
 def test_windows_that_do_not_fit(small_hf, changes, message):
     with pytest.raises(ValueError, match=message):
-        check(arguments(hf=small_hf, data="text", lengths=[96, 200], **changes))
+        arguments(hf=small_hf, data="text", lengths=[96, 200], **changes).validate()
 
 
 @pytest.mark.parametrize("word", ["4Q", "-4", "4.5", "", "9" * 20, "٤"])
@@ -114,28 +114,19 @@ def test_more_is_asked_of_longer_common_words(small_hf, unloaded):
         run(arguments(lengths=[2500, 4096], **asked))
 
 
-def test_a_record_that_has_too_few_lines(small_hf, monkeypatch):
+def test_a_record_that_has_too_few_lines(small_hf):
     from megatron_cream.corpus.tokenizers import load_tokenizer
-    from megatron_cream.evaluation.haystacks import Kit
+    from megatron_cream.evaluation.haystacks import HaystackBuilder
     from megatron_cream.evaluation.prompts import Prompt
-    from megatron_cream.evaluation.tasks import lines
+    from megatron_cream.evaluation.tasks import TASKS, lines
 
-    monkeypatch.setattr(lines, "_MOST_LINES", 40)
-    lines._numbered.cache_clear()
-    kit = Kit(Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf)))
-    sizes = [kit._size(_lines(lines, count)) for count in (39, 40)]
+    task = dataclasses.replace(TASKS["longchat-lines"], most=40)
+    kit = HaystackBuilder(Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf)))
+    sizes = [kit._size(lines.longchat(3, 2, count)) for count in (39, 40)]
     # 39 lines fit, though twice 32, which the search tries, are more than there are.
-    assert lines.longchat(kit, sum(sizes) // 2, 3, 2)[0].length == sum(sizes) // 2
+    assert task.make(kit, sum(sizes) // 2, 3, 2)[0].length == sum(sizes) // 2
     with pytest.raises(ValueError, match="--lengths has .*longchat-lines has no more than 40"):
-        lines.longchat(kit, sizes[1] + 100, 3, 2)
-    lines._numbered.cache_clear()
-
-
-def _lines(module, count):
-    draw = module._asking(
-        module._longchat_line, module.longchat_question, module._LINES_INTRO, "", 3, 2
-    )
-    return draw(count)
+        task.make(kit, sizes[1] + 100, 3, 2)
 
 
 def cases_file(folder, count=3):
@@ -209,7 +200,7 @@ def test_several_tasks_do_not_write_into_a_folder_of_something_else(small_hf, tm
     (tmp_path / "table.md").write_text("mine")
     asked = {"tasks": ["needle", "passkey"], "hf": small_hf, "lengths": [900]}
     with pytest.raises(ValueError, match="--output is .* of a run of several tasks"):
-        check(arguments(output=str(tmp_path), **asked))
+        arguments(output=str(tmp_path), **asked).validate()
     assert (tmp_path / "table.md").read_text() == "mine"
 
 

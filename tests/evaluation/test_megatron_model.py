@@ -8,11 +8,11 @@ import pytest
 import torch
 from support.arguments import arguments
 from support.calls import call
-from support.evaluation import scored_lines
+from support.evaluation import run, scored_lines
 from support.runs import write_dataset
 from transformers import AutoModelForCausalLM
 
-from megatron_cream.evaluation.result_files import read_result
+from megatron_cream.evaluation.records import read_result
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
 CASES = {"lengths": [384], "cases": 3, "seeds": 2}
@@ -44,7 +44,6 @@ def lines(folder):
 @pytest.fixture(scope="module")
 def from_hf(small_hf, text, tmp_path_factory):
     """What transformers' model scores: cases, and perplexity."""
-    from megatron_cream.evaluation.run import run
 
     folder = tmp_path_factory.mktemp("from-hf")
     run(arguments(tasks=["longchat-lines"], hf=small_hf, output=f"{folder}/cases", **CASES))
@@ -64,7 +63,6 @@ def agree(found, wanted):
 
 @pytest.mark.usefixtures("cpu_megatron")
 def test_one_process(checkpoint, from_hf, text, tmp_path):
-    from megatron_cream.evaluation.run import run
 
     run(
         arguments(
@@ -80,7 +78,6 @@ def test_one_process(checkpoint, from_hf, text, tmp_path):
 def test_bfloat16(small_hf, text, tmp_path):
     """A 16-bit model is wrapped in Megatron; it rounds elsewhere than transformers does."""
     from megatron_cream.checkpoint.import_hf import import_checkpoint
-    from megatron_cream.evaluation.run import run
 
     model = AutoModelForCausalLM.from_pretrained(small_hf, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "hf")
@@ -116,7 +113,6 @@ def test_number_of_processes(checkpoint, tmp_path):
 
 @pytest.mark.usefixtures("cpu_megatron")
 def test_context_parallelism_needs_gpus(checkpoint):
-    from megatron_cream.evaluation.run import run
 
     asked = arguments(tasks=["needle"], checkpoint=checkpoint, context_parallel_size=2, **CASES)
     with pytest.raises(ValueError, match="--context-parallel-size is 2 with --cpu: it must be 1"):

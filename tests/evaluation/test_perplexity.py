@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.arguments import arguments
+from support.evaluation import run
 
-from megatron_cream.evaluation.forward import Scores
-from megatron_cream.evaluation.perplexity import buckets, cost, score_document, windows
-from megatron_cream.evaluation.result_files import read_result
+from megatron_cream.evaluation.forward import PassScores
+from megatron_cream.evaluation.perplexity import buckets, score_document, windows
+from megatron_cream.evaluation.records import read_result
 from megatron_cream.evaluation.results import perplexity_results
 
 
@@ -47,7 +48,7 @@ class Copycat:
             assert torch.equal(one.positions()[0], torch.arange(self.length))
             inside = one.rows[:-1] + 1
             assert torch.equal(one.tokens[:, inside], one.targets[:, :-1])
-            yield Scores(-one.targets.double(), one.targets)
+            yield PassScores(-one.targets.double(), one.targets)
 
 
 @pytest.mark.parametrize("length", [4, 16, 49])
@@ -58,7 +59,7 @@ def test_sum_over_targets_by_position(length, stride):
     assert found.document == 7
     assert sum(found.nll) == pytest.approx(sum(range(1, 50)))
     assert sum(found.targets) == 49
-    assert sum(seen) == cost(50, length, stride)
+    assert sum(seen) == length * len(windows(50, length, stride))
 
 
 @given(st.integers(1, 5000))
@@ -92,8 +93,7 @@ def test_interval_is_over_documents():
 def test_checkpoint_of_any_layout(tmp_path, dataset, flags, initial):
     from support import ranks
 
-    from megatron_cream.evaluation.run import run
-    from megatron_cream.evaluation.score_documents import score_perplexity
+    from megatron_cream.evaluation.perplexity import score_perplexity
 
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     save = ["--save", str(tmp_path / "out"), "--save-interval", "10"]
@@ -119,7 +119,6 @@ def test_checkpoint_of_any_layout(tmp_path, dataset, flags, initial):
 
 @pytest.mark.usefixtures("cpu_megatron")
 def test_missing_checkpoint(dataset, tmp_path):
-    from megatron_cream.evaluation.run import run
 
     with pytest.raises(FileNotFoundError, match="--checkpoint"):
         run(arguments(checkpoint=str(tmp_path), data=dataset))

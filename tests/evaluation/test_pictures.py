@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 
+from megatron_cream.evaluation.charts import apart
 from megatron_cream.evaluation.perplexity import buckets
-from megatron_cream.evaluation.perplexity_pictures import change_line, ratio_line
-from megatron_cream.evaluation.pictures import draw_suite, picture
-from megatron_cream.evaluation.plotting import apart
+from megatron_cream.evaluation.pictures import change_line, draw_suite, picture, ratio_line
 from megatron_cream.evaluation.results import case_results, perplexity_results
 from megatron_cream.evaluation.tasks import TASKS
 

@@ -6,12 +6,15 @@ import math
 
 import pytest
 
-from megatron_cream.evaluation.models import check_vocabulary
-from megatron_cream.evaluation.results import case_results, perplexity_results
-from megatron_cream.evaluation.score_cases import _record
-from megatron_cream.evaluation.scoring import CaseScore
-from megatron_cream.evaluation.statistics import effective_count, wilson
-from megatron_cream.evaluation.tables import length_name
+from megatron_cream.evaluation.models import validate_vocabulary
+from megatron_cream.evaluation.results import (
+    case_results,
+    effective_count,
+    length_name,
+    perplexity_results,
+    wilson,
+)
+from megatron_cream.evaluation.scoring import CaseScore, _record
 
 
 def case(seed, haystack, index, hit, **changes):
@@ -110,7 +113,7 @@ def test_a_tokenizer_may_lack_a_tenth_and_a_thousand_tokens(tokens, fits):
     tokenizer = type("T", (), {"vocab_size": tokens})
     model = type("M", (), {"vocabulary": 32000, "name": "m"})
     if fits:
-        check_vocabulary(tokenizer, model)
+        validate_vocabulary(tokenizer, model)
     else:
         with pytest.raises(ValueError, match=f"has {tokens} tokens, m has 32000"):
-            check_vocabulary(tokenizer, model)
+            validate_vocabulary(tokenizer, model)

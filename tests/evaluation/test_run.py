@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 from support.arguments import arguments
 from support.commands import exit_status
+from support.evaluation import run
 
-from megatron_cream.evaluation import evaluate
-from megatron_cream.evaluation.checks import parse_length
 from megatron_cream.evaluation.compare import compare
+from megatron_cream.evaluation.evaluate import HELP, parse_length
 from megatron_cream.evaluation.haystacks import Haystack
-from megatron_cream.evaluation.result_files import CASES, read_result
-from megatron_cream.evaluation.run import run
-from megatron_cream.evaluation.score_cases import affordable
-from megatron_cream.evaluation.store import Store
+from megatron_cream.evaluation.records import CASE_RECORDS, read_result
+from megatron_cream.evaluation.scoring import affordable
+from megatron_cream.evaluation.store import ResultStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,7 +92,7 @@ def test_other_settings_in_the_same_folder(finished, small_hf):
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="must be a new folder, or that of a run"):
-        Store(tmp_path, {"task": "needle"}, CASES)
+        ResultStore(tmp_path, {"task": "needle"}, CASE_RECORDS)
 
 
 def test_compare(finished, small_hf, tmp_path):
@@ -234,7 +233,7 @@ def test_longer_than_the_window_is_said(tool, small_hf, capsys):
 def test_help_names_every_task(tool, capsys):
     from megatron_cream.evaluation.tasks import TASKS
 
-    assert set(evaluate.TASKS) == set(TASKS)
+    assert set(HELP) == {*TASKS, "perplexity", "all"}
     with pytest.raises(SystemExit):
         tool.main(["--help"])
     printed = capsys.readouterr().out

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cream.evaluation.forward import Pass
-from megatron_cream.evaluation.haystacks import Haystack, Kit, Tail
+from megatron_cream.evaluation.forward import ForwardPass, score_rows
+from megatron_cream.evaluation.haystacks import CaseTail, Haystack, HaystackBuilder
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
 from megatron_cream.evaluation.models import load_tokenizer
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.scoring import jobs, make_pass, read_scores
+from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
 from megatron_cream.evaluation.tasks import TASKS
-from megatron_cream.evaluation.vocabulary import score_rows
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +25,15 @@ def model(small_hf):
 def random_haystack(length=60, tails=3, seed=0, vocabulary=384):
     rng = np.random.default_rng(seed)
     context = rng.integers(vocabulary, size=length - 12)
-    made = [Tail(rng.integers(vocabulary, size=12), (2, 3), 0.5) for _ in range(tails)]
+    made = [CaseTail(rng.integers(vocabulary, size=12), (2, 3), 0.5) for _ in range(tails)]
     return Haystack(context, made, length, seed)
 
 
 def scores(model, haystacks, share=True, batch_tokens=4096):
     found = []
-    every = list(jobs(haystacks, batch_tokens, share))
-    for job, answer in zip(every, model.run(map(make_pass, every)), strict=True):
-        found += read_scores(job, answer)
+    every = list(make_batches(haystacks, batch_tokens, share))
+    for batch, answer in zip(every, model.run(map(make_pass, every)), strict=True):
+        found += read_scores(batch, answer)
     return sorted(found, key=lambda s: (s.seed, s.index)), every
 
 
@@ -107,7 +106,7 @@ def test_log_likelihood_is_that_of_the_logits(model):
 def test_parts_of_an_answer():
     from megatron_cream.evaluation.scoring import _score
 
-    tail = Tail(np.arange(10, 20), (2, 3), 0.25)
+    tail = CaseTail(np.arange(10, 20), (2, 3), 0.25)
     haystack = Haystack(np.arange(5), [tail], 15, 0)
     best = np.array([99, 15, 16, 17, 0, 19, 7])  # longer answers of other tails come first
     case = _score(haystack, 0, tail, np.full(7, -0.5), best)
@@ -130,7 +129,9 @@ def test_padding_rows_are_left_out(vocabulary):
 
 
 def test_positions_of_tails():
-    one = Pass(torch.zeros(2, 10, dtype=torch.int64), torch.tensor([9]), torch.zeros(2, 1), 2, 3)
+    one = ForwardPass(
+        torch.zeros(2, 10, dtype=torch.int64), torch.tensor([9]), torch.zeros(2, 1), 2, 3
+    )
     assert one.context == 4
     assert one.positions()[1].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
 
@@ -143,7 +144,7 @@ def test_a_hit_is_what_generate_writes_on_a_trained_model():
     folder = os.environ["MEGATRON_CREAM_SMALL_HF"]
     trained = HuggingFaceModel(folder, "float32", "cpu")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", folder)
-    kit = Kit(Prompt(tokenizer, "base", None, folder), [])
+    kit = HaystackBuilder(Prompt(tokenizer, "base", None, folder), [])
     made = []
     for task, length in (("passkey", 256), ("longchat-lines", 384), ("kv-retrieval", 640)):
         made += TASKS[task].make(kit, length, 0, 3)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_cream.evaluation.statistics import effective_count, t_interval, wilson
+from megatron_cream.evaluation.results import effective_count, t_interval, wilson
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,16 @@ import json
 
 import pytest
 from support.arguments import arguments
+from support.evaluation import run
 
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.result_files import CASES, DOCUMENTS, NUMBER_CASES, read_result
-from megatron_cream.evaluation.run import run
-from megatron_cream.evaluation.store import Store
+from megatron_cream.evaluation.records import (
+    CASE_RECORDS,
+    DOCUMENT_RECORDS,
+    NUMBER_CASE_RECORDS,
+    read_result,
+)
+from megatron_cream.evaluation.store import ResultStore
 
 SETTINGS = {"task": "needle", "seeds": 2}
 
@@ -22,26 +27,26 @@ def case(**changes):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with Store(tmp_path / "run", SETTINGS, CASES) as first:
+    with ResultStore(tmp_path / "run", SETTINGS, CASE_RECORDS) as first:
         first.add([case()])
         with pytest.raises(BlockingIOError, match=r"--output is .*another process writes"):
-            Store(tmp_path / "run", SETTINGS, CASES)
-        reader = Store(tmp_path / "run", SETTINGS, CASES, primary=False)  # another rank
-        assert reader.finished == [case()]
-    with Store(tmp_path / "run", SETTINGS, CASES) as again:
+            ResultStore(tmp_path / "run", SETTINGS, CASE_RECORDS)
+        other_rank = ResultStore(tmp_path / "run", SETTINGS, CASE_RECORDS, primary=False)
+        assert other_rank.finished == [case()]
+    with ResultStore(tmp_path / "run", SETTINGS, CASE_RECORDS) as again:
         assert again.finished == [case()]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"settings.json", "cases.jsonl"}
 
 
 def test_a_refused_run_leaves_the_folder_free(tmp_path):
-    Store(tmp_path, SETTINGS, CASES).close()
+    ResultStore(tmp_path, SETTINGS, CASE_RECORDS).close()
     for settings in ({"task": "passkey"}, SETTINGS):
         if settings == SETTINGS:
             (tmp_path / "cases.jsonl").write_text("{}\n")
         with pytest.raises(ValueError, match="--output is"):
-            Store(tmp_path, settings, CASES)
+            ResultStore(tmp_path, settings, CASE_RECORDS)
     (tmp_path / "cases.jsonl").unlink()
-    Store(tmp_path, SETTINGS, CASES).close()
+    ResultStore(tmp_path, SETTINGS, CASE_RECORDS).close()
 
 
 def test_a_second_evaluation_while_one_runs(small_hf, tmp_path):
@@ -49,7 +54,7 @@ def test_a_second_evaluation_while_one_runs(small_hf, tmp_path):
     table = run(arguments(output=str(tmp_path / "run"), **asked))
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     with (
-        Store(tmp_path / "run", settings, NUMBER_CASES),
+        ResultStore(tmp_path / "run", settings, NUMBER_CASE_RECORDS),
         pytest.raises(BlockingIOError, match="another process writes"),
     ):
         run(arguments(output=str(tmp_path / "run"), **asked))
@@ -98,29 +103,29 @@ def test_documents_that_the_run_does_not_score(small_hf, tmp_path):
 
 def test_cases_made_with_other_settings(tmp_path):
     for name in ("one", "two"):
-        with Store(tmp_path / name, {"task": "needle", "model": name}, CASES) as store:
+        with ResultStore(tmp_path / name, {"task": "needle", "model": name}, CASE_RECORDS) as store:
             store.add([case()])
     (tmp_path / "one" / "cases.jsonl").write_bytes((tmp_path / "two" / "cases.jsonl").read_bytes())
     with pytest.raises(ValueError, match="line 1 of cases.jsonl is not what this run wrote"):
-        Store(tmp_path / "one", {"task": "needle", "model": "one"}, CASES)
+        ResultStore(tmp_path / "one", {"task": "needle", "model": "one"}, CASE_RECORDS)
 
 
 def test_a_line_that_was_changed(tmp_path):
-    with Store(tmp_path, SETTINGS, CASES) as store:
+    with ResultStore(tmp_path, SETTINGS, CASE_RECORDS) as store:
         store.add([case(hit=False)])
     path = tmp_path / "cases.jsonl"
     path.write_text(path.read_text().replace("false", "true"))
     with pytest.raises(ValueError, match="line 1 of cases.jsonl is not what this run wrote"):
-        Store(tmp_path, SETTINGS, CASES)
+        ResultStore(tmp_path, SETTINGS, CASE_RECORDS)
 
 
 def test_a_folder_of_an_earlier_version_is_continued(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
     (tmp_path / "cases.jsonl").write_text(json.dumps(case()) + "\n")
-    with Store(tmp_path, SETTINGS | {"cases_file_content": "1f"}, CASES) as store:
+    with ResultStore(tmp_path, SETTINGS | {"cases_file_content": "1f"}, CASE_RECORDS) as store:
         assert store.finished == [case()]
         store.add([case(index=1)])
-    with Store(tmp_path, SETTINGS | {"cases_file_content": "1f"}, CASES) as store:
+    with ResultStore(tmp_path, SETTINGS | {"cases_file_content": "1f"}, CASE_RECORDS) as store:
         assert len(store.finished) == 2
 
 
@@ -135,12 +140,12 @@ DAMAGED = {
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_lines_are_named(tmp_path, kind):
-    with Store(tmp_path, SETTINGS, CASES) as store:
+    with ResultStore(tmp_path, SETTINGS, CASE_RECORDS) as store:
         store.add([case()])
     with open(tmp_path / "cases.jsonl", "a") as file:
         file.write(DAMAGED[kind] + "\n")
     with pytest.raises(ValueError, match=r"--output is .*line 2 of cases.jsonl is damaged"):
-        Store(tmp_path, SETTINGS, CASES)
+        ResultStore(tmp_path, SETTINGS, CASE_RECORDS)
 
 
 @pytest.mark.parametrize(
@@ -148,17 +153,17 @@ def test_damaged_lines_are_named(tmp_path, kind):
 )
 def test_damaged_documents_are_named(tmp_path, changes):
     record = {"length": 512, "document": 0, "nll": [3.0, 2.0], "targets": [2, 1]}
-    with Store(tmp_path, {"task": "perplexity"}, DOCUMENTS) as store:
+    with ResultStore(tmp_path, {"task": "perplexity"}, DOCUMENT_RECORDS) as store:
         store.add([record, record | {"document": 1} | changes])
     with pytest.raises(ValueError, match="line 2 of cases.jsonl is damaged"):
-        Store(tmp_path, {"task": "perplexity"}, DOCUMENTS)
+        ResultStore(tmp_path, {"task": "perplexity"}, DOCUMENT_RECORDS)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"task": "needle"', "\x00\xff"])
 def test_damaged_settings_are_named(tmp_path, text):
     (tmp_path / "settings.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"--output is .*settings.json (is not|must hold)"):
-        Store(tmp_path, SETTINGS, CASES)
+        ResultStore(tmp_path, SETTINGS, CASE_RECORDS)
     assert (tmp_path / "settings.json").read_bytes() == text.encode("latin-1")
 
 
@@ -175,9 +180,9 @@ def test_a_full_disk_leaves_no_half_settings(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "open", full)
     with pytest.raises(OSError, match="No space left"):
-        Store(tmp_path / "run", SETTINGS, CASES)
+        ResultStore(tmp_path / "run", SETTINGS, CASE_RECORDS)
     monkeypatch.undo()
-    Store(tmp_path / "run", SETTINGS, CASES).close()
+    ResultStore(tmp_path / "run", SETTINGS, CASE_RECORDS).close()
 
 
 def row(**changes):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank of an evaluation runs in a test, and a small model to evaluate."""
+"""An evaluation as the command runs it, here or on ranks, and a small model to evaluate."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,19 @@ VOCABULARY = 384
 TEXT = "The pass key is 12345. line amber-lantern: REGISTER_CONTENT is <67890>\n What is the? "
 
 
+def run(settings) -> str:
+    """Evaluate and return what the command prints."""
+    from megatron_cream.evaluation.run import evaluate, format_results
+
+    results = evaluate(settings)
+    return format_results(results) if results else ""
+
+
 def scored_lines(checkpoint: str, task: str, settings: dict, layout: tuple[int, int]) -> None:
     """Run tools/evaluate.py's run on this rank."""
     from megatron_cream.mcore import cpu
 
     cpu.install()
-    from megatron_cream.evaluation.run import run
     from support.arguments import arguments
 
     tensor, pipeline = layout

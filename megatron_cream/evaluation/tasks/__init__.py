@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks by name. Each is a function of (length, seed, number of cases) and a kit.
+"""Tasks by name: what a haystack of so many pieces says, and what is asked about it.
 
 passkey            five digits in a repeated phrase (Mohtashami and Jaggi, 2305.16300)
 needle             one sentence in prose, asked for word by word
@@ -13,43 +13,122 @@ frequent-words     the three most frequent invented words (RULER)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from megatron_cream.evaluation.haystacks import Draft, Haystack, Kit
-from megatron_cream.evaluation.tasks import lines, needles, words
+from megatron_cream.evaluation.haystacks import Haystack, HaystackBuilder, HaystackText, spread
+from megatron_cream.evaluation.tasks import counting, lines, needles
 
-Maker = Callable[[Kit, int, int, int], list[Haystack]]
+__all__ = ["TASKS", "EvaluationTask"]
+
+DrawText = Callable[[int], HaystackText]
+"""Number of pieces of a haystack's body to its text; a pure function."""
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """One task.
 
     Attributes:
-        make: kit, length, seed and number of cases to haystacks; a pure function.
+        name: as the command line has it.
+        texts: length, seed and number of cases to one function for each haystack.
         shot: seed to a worked example of a few pieces.
         number: whether the published score is of the first integer of the answer.
         placed: whether the answer stands at a place in the context.
         harder_from: lengths from which on a case has more in it that must fit.
+        least: smallest number of pieces that makes a haystack; one per case if None.
+        most: how many different pieces there are.
     """
 
-    make: Maker
-    shot: Callable[[int], Draft]
+    name: str
+    texts: Callable[[int, int, int], list[DrawText]]
+    shot: Callable[[int], HaystackText]
     number: bool = False
     placed: bool = True
     harder_from: tuple[int, ...] = ()
+    least: int | None = 1
+    most: int = sys.maxsize
+
+    def make(self, builder: HaystackBuilder, length: int, seed: int, cases: int) -> list[Haystack]:
+        """Return haystacks of ``length`` tokens with ``cases`` questions in all.
+
+        Raises:
+            UserError: the length is too short for the task, or too long.
+        """
+        least = cases if self.least is None else self.least
+        return [
+            builder.fit(self.name, draw, length, seed, number, least, self.most)
+            for number, draw in enumerate(self.texts(length, seed, cases))
+        ]
 
 
-TASKS: dict[str, Task] = {
-    "passkey": Task(needles.passkey, needles.passkey_shot, number=True),
-    "needle": Task(needles.needle, needles.needle_shot),
-    "longchat-lines": Task(lines.longchat, lines.longchat_shot, number=True),
-    "kv-retrieval": Task(lines.kv, lines.kv_shot),
-    "niah-multikey": Task(needles.multikey, needles.multikey_shot, number=True),
-    "variable-tracking": Task(needles.variables, needles.variables_shot),
-    "common-words": Task(words.common, words.common_shot, placed=False, harder_from=(words.LONG,)),
-    "frequent-words": Task(words.frequent, words.frequent_shot, placed=False),
-}
+def _at_depths(text: Callable[..., HaystackText]) -> Callable[[int, int, int], list[DrawText]]:
+    """Return the ``texts`` of a task with a haystack for each depth."""
 
-__all__ = ["TASKS", "Task"]
+    def texts(length: int, seed: int, cases: int) -> list[DrawText]:
+        return [partial(text, seed, case, depth) for case, depth in enumerate(spread(cases))]
+
+    return texts
+
+
+def _together(text: Callable[..., HaystackText]) -> Callable[[int, int, int], list[DrawText]]:
+    """Return the ``texts`` of a task whose questions are all about one haystack."""
+    return lambda length, seed, cases: [partial(text, seed, cases)]
+
+
+_TASKS = (
+    EvaluationTask(
+        "passkey",
+        _at_depths(needles.passkey),
+        lambda seed: needles.passkey(seed, 0, 0.5, 2),
+        number=True,
+    ),
+    EvaluationTask(
+        "needle", _at_depths(needles.needle), lambda seed: needles.needle(seed, 0, 0.5, 3)
+    ),
+    EvaluationTask(
+        "longchat-lines",
+        _together(lines.longchat),
+        lambda seed: lines.longchat(seed, 1, 3),
+        number=True,
+        least=None,
+        most=lines.MOST_LINES,
+    ),
+    EvaluationTask(
+        "kv-retrieval",
+        _together(lines.key_values),
+        lambda seed: lines.key_values(seed, 1, 3),
+        least=None,
+        most=lines.MOST_LINES,
+    ),
+    EvaluationTask(
+        "niah-multikey",
+        _together(needles.multikey),
+        lambda seed: needles.multikey(seed, 1, 3, extra=1),
+        number=True,
+    ),
+    EvaluationTask(
+        "variable-tracking",
+        _together(needles.variables),
+        lambda seed: needles.variables(seed, 1, 3),
+    ),
+    EvaluationTask(
+        "common-words",
+        counting.common_texts,
+        lambda seed: counting.common(seed, 0, 2, (3, 1), 2),
+        placed=False,
+        harder_from=(counting.LONG,),
+        most=counting.MOST_COMMON,
+    ),
+    EvaluationTask(
+        "frequent-words",
+        lambda length, seed, cases: [partial(counting.frequent, seed, i) for i in range(cases)],
+        lambda seed: counting.frequent(seed, 0, 40),
+        placed=False,
+        least=40,
+        most=counting.MOST_FREQUENT,
+    ),
+)
+TASKS: dict[str, EvaluationTask] = {task.name: task for task in _TASKS}

@@ -1,41 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retrieval from a list of lines: LongChat's lines and Lost in the Middle's key-value pairs.
+"""Lists of lines, drawn or as published: LongChat's lines, Lost in the Middle's key-value pairs.
 
-A haystack is asked for several of its lines, spread evenly from the first to the last.
+A drawn haystack is asked for several of its lines, spread evenly from the first to the last. A
+published case has the length that it has; results are gathered under the longest case of a file.
 """
 
 from __future__ import annotations
 
-import functools
+import gzip
+import json
+import lzma
 import uuid
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_cream.evaluation.filler import names, spread
-from megatron_cream.evaluation.haystacks import Draft, Haystack, Kit, Question, rng
+from megatron_cream.errors import UserError
+from megatron_cream.evaluation.haystacks import (
+    Haystack,
+    HaystackBuilder,
+    HaystackText,
+    Question,
+    names,
+    rng,
+    spread,
+)
 
+MOST_LINES = 30000
 _LINES_INTRO = (
     "Below is a record of lines. Each line has a name and a number, its REGISTER_CONTENT. "
     "Remember the number of every line.\n\n"
 )
 _KV_INTRO = "Extract the value of the given key from the JSON object below.\n\nJSON data:\n"
-_MOST_LINES = 30000
+_PUBLISHED_KV_INTRO = (
+    "Extract the value corresponding to the specified key in the JSON object below."
+)
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
-def longchat(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    """Lines ``line NAME: REGISTER_CONTENT is <NUMBER>``, as LongChat-Lines has them."""
-    draw = _asking(_longchat_line, longchat_question, _LINES_INTRO, "", seed, cases)
-    return [kit.fit("longchat-lines", draw, length, seed, least=cases, most=_MOST_LINES)]
+def longchat(seed: int, cases: int, count: int) -> HaystackText:
+    """Return lines ``line NAME: REGISTER_CONTENT is <NUMBER>``, as LongChat-Lines has them."""
+    pairs = _names_and_numbers(seed)[:count]
+    body = [f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in pairs]
+    return HaystackText(_LINES_INTRO, body, _questions(pairs, cases, _line_question))
 
 
-def longchat_shot(seed: int) -> Draft:
-    """Three lines and one question."""
-    return _asking(_longchat_line, longchat_question, _LINES_INTRO, "", seed, 1)(3)
+def key_values(seed: int, cases: int, count: int) -> HaystackText:
+    """Return a JSON object of UUIDs, as in Lost in the Middle (2307.03172)."""
+    pairs = _pairs_of_uuids(seed)[:count]
+    body = [f'"{key}": "{value}",\n ' for key, value in pairs]
+    body[0] = "{" + body[0]
+    body[-1] = body[-1].rstrip(" ,\n") + "}\n"
+    return HaystackText(_KV_INTRO, body, _questions(pairs, cases, _key_question))
 
 
-def longchat_question(name: str, number: str, where: float) -> Question:
-    """Ask for a line's number."""
+@lru_cache(maxsize=8)
+def _names_and_numbers(seed: int) -> tuple[tuple[str, str], ...]:
+    draw = rng("longchat-lines", seed)
+    numbers = draw.integers(10000, 100000, size=MOST_LINES)
+    return tuple(zip(names(draw, MOST_LINES), map(str, numbers), strict=True))
+
+
+@lru_cache(maxsize=8)
+def _pairs_of_uuids(seed: int) -> tuple[tuple[str, str], ...]:
+    draw = rng("kv-retrieval", seed)
+    return tuple((_uuid(draw), _uuid(draw)) for _ in range(MOST_LINES))
+
+
+def _uuid(draw: np.random.Generator) -> str:
+    return str(uuid.UUID(bytes=draw.bytes(16), version=4))
+
+
+def _questions(
+    pairs: Sequence[tuple[str, str]], cases: int, question: Callable[[str, str, float], Question]
+) -> list[Question]:
+    last = len(pairs) - 1
+    places = [round(place * last) for place in spread(cases)]
+    return [question(*pairs[i], i / max(1, last)) for i in places]
+
+
+def _line_question(name: str, number: str, where: float) -> Question:
     return Question(
         f"\nNow the record is over. What is the REGISTER_CONTENT in line {name}?",
         f"\nThe REGISTER_CONTENT in line {name} is <",
@@ -44,65 +92,118 @@ def longchat_question(name: str, number: str, where: float) -> Question:
     )
 
 
-def kv(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    """A JSON object of UUIDs, as in Lost in the Middle (2307.03172)."""
-    draw = _asking(_kv_line, kv_question, _KV_INTRO, "{", seed, cases)
-    return [kit.fit("kv-retrieval", draw, length, seed, least=cases, most=_MOST_LINES)]
-
-
-def kv_shot(seed: int) -> Draft:
-    """Three pairs and one question."""
-    return _asking(_kv_line, kv_question, _KV_INTRO, "{", seed, 1)(3)
-
-
-def kv_question(key: str, value: str, where: float) -> Question:
-    """Ask for a key's value."""
+def _key_question(key: str, value: str, where: float) -> Question:
     return Question(f'\nKey: "{key}"', '\nCorresponding value: "', (value,), where)
 
 
-def _longchat_line(name: str, number: str) -> str:
-    return f"line {name}: REGISTER_CONTENT is <{number}>\n"
+def read_haystacks(
+    task: str, path: str, builder: HaystackBuilder, limit: int, places: int
+) -> list[Haystack]:
+    """Return the first ``limit`` cases of a file, key-value pairs at ``places`` gold places each.
+
+    Raises:
+        UserError: a task without published files, or a file of another task.
+    """
+    validate_has_published(task)
+    count = places if task == "kv-retrieval" else 1
+    texts = []
+    for number, case in enumerate(read_cases(path)[:limit], 1):
+        try:
+            texts += [_PUBLISHED[task](case, index, count) for index in range(count)]
+        except ValueError as exc:
+            raise UserError(
+                f"--cases-file is {path}: case {number} is not of {task}, {exc}"
+            ) from None
+    cases = [builder.build_as_is(text) for text in texts]
+    longest = max(len(context) + len(tail.tokens) for context, tail in cases)
+    return [
+        Haystack(context, [tail], longest, number) for number, (context, tail) in enumerate(cases)
+    ]
 
 
-def _kv_line(key: str, value: str) -> str:
-    return f'"{key}": "{value}",\n '
+def validate_has_published(task: str) -> None:
+    """Refuse a task without published files.
+
+    Raises:
+        UserError: naming those that have some.
+    """
+    if task not in _PUBLISHED:
+        raise UserError(f"--cases-file is given: {task} has none; {', '.join(_PUBLISHED)} have")
 
 
-@functools.lru_cache(maxsize=8)
-def _numbered(seed: int) -> tuple[tuple[str, str], ...]:
-    draw = rng("longchat-lines", seed)
-    numbers = draw.integers(10000, 100000, size=_MOST_LINES)
-    return tuple(zip(names(draw, _MOST_LINES), map(str, numbers), strict=True))
+def read_cases(path: str) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL file, also one packed by xz or gzip.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: an empty file, or one that is not JSONL, or a line that is no object.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--cases-file is {path}: there is no such file")
+    try:
+        with _OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8") as lines:
+            found = [json.loads(line) for line in lines if line.strip()]
+    except (ValueError, lzma.LZMAError, zlib.error, OSError, EOFError, RecursionError) as exc:
+        raise UserError(f"--cases-file is {path}: it must be a JSONL file ({exc})") from None
+    if not found:
+        raise UserError(f"--cases-file is {path}: it is empty")
+    for number, case in enumerate(found, 1):
+        if not isinstance(case, dict):
+            raise UserError(f"--cases-file is {path}: case {number} must be a JSON object")
+    return found
 
 
-@functools.lru_cache(maxsize=8)
-def _identified(seed: int) -> tuple[tuple[str, str], ...]:
-    draw = rng("kv-retrieval", seed)
-    return tuple((_uuid(draw), _uuid(draw)) for _ in range(_MOST_LINES))
+def _published_lines(case: dict[str, Any], index: int, count: int) -> HaystackText:
+    """Return a case of LongChat-Lines; the prompt is the file's, to the last word.
+
+    Raises:
+        ValueError: what is missing or no such value.
+    """
+    prompt, line = _text(case, "prompt"), _text(case, "correct_line")
+    if line not in prompt:
+        raise ValueError("its prompt must have its correct_line")
+    place = prompt.index(line) / len(prompt)
+    found = case.get("random_idx")
+    if not (isinstance(found, list) and found and isinstance(found[0], str | int)):
+        raise ValueError("its random_idx must be a list that begins with a line's name")
+    answer = case.get("expected_number")
+    if isinstance(answer, bool) or not isinstance(answer, str | int) or answer == "":
+        raise ValueError("its expected_number must be a number")
+    cue = f"\nThe <REGISTER_CONTENT> in line {found[0]} is <"
+    return HaystackText(prompt.rstrip(), [], [Question("", cue, (str(answer),), place)])
 
 
-def _uuid(draw: np.random.Generator) -> str:
-    return str(uuid.UUID(bytes=draw.bytes(16), version=4))
+def _published_pairs(case: dict[str, Any], index: int, count: int) -> HaystackText:
+    """Return a case of Lost in the Middle, its record moved to place ``index`` of ``count``.
+
+    Raises:
+        ValueError: what is missing or no such value.
+    """
+    found = case.get("ordered_kv_records")
+    if not isinstance(found, list) or not all(map(_is_pair, found)):
+        raise ValueError("its ordered_kv_records must be a list of pairs of text")
+    gold = (_text(case, "key"), _text(case, "value"))
+    pairs = [tuple(pair) for pair in found]
+    if gold not in pairs:
+        raise ValueError("its ordered_kv_records must have its key and value")
+    pairs.remove(gold)
+    at = round(spread(count)[index] * len(pairs))
+    pairs.insert(at, gold)
+    lines = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
+    intro = f"{_PUBLISHED_KV_INTRO}\n\nJSON data:\n{{{lines}}}\n"
+    return HaystackText(intro, [], [_key_question(*gold, at / max(1, len(pairs) - 1))])
 
 
-def _asking(
-    line: Callable[[str, str], str],
-    question: Callable[[str, str, float], Question],
-    intro: str,
-    begin: str,
-    seed: int,
-    cases: int,
-) -> Callable[[int], Draft]:
-    """Return a function of the number of lines; the first line begins with ``begin``."""
-    pairs = _identified(seed) if question is kv_question else _numbered(seed)
+def _text(case: dict[str, Any], name: str) -> str:
+    value = case.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"its {name} must be text")
+    return value
 
-    def draw(count: int) -> Draft:
-        body = [line(*pair) for pair in pairs[:count]]
-        if begin:  # a JSON object
-            body = [begin + body[0], *body[1:]]
-            body[-1] = body[-1].rstrip(" ,\n") + "}\n"
-        places = [round(place * (count - 1)) for place in spread(cases)]
-        asked = [question(*pairs[i], i / max(1, count - 1)) for i in places]
-        return Draft(intro, body, asked)
 
-    return draw
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
+
+
+_PUBLISHED = {"longchat-lines": _published_lines, "kv-retrieval": _published_pairs}

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Needles in filler: passkey, a sentence, several keys, chains of variables.
 
-Passkey and needle have one needle a haystack, so each depth is a haystack of its own. Several keys
-and several chains stand in one haystack, which is asked for each.
+Passkey and needle have one needle per haystack, so each depth is a haystack of its own. Several
+keys and several chains stand in one haystack, which is asked for each.
 """
 
 from __future__ import annotations
 
-import functools
-
-from megatron_cream.evaluation.filler import ADJECTIVES, NOUNS, names, sentences, spread
-from megatron_cream.evaluation.haystacks import Draft, Haystack, Kit, Question, rng
+from megatron_cream.evaluation.haystacks import (
+    ADJECTIVES,
+    NOUNS,
+    HaystackText,
+    Question,
+    names,
+    rng,
+    sentences,
+    spread,
+)
 
 _PASSKEY_INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -28,45 +34,21 @@ _CHAINS_INTRO = (
     "Memorize and track the chains of variable assignments that are hidden in the text below.\n"
 )
 _HOPS = 4
-_EXTRA_KEYS = 2
 _DOINGS = ("eat", "paint", "hide", "photograph", "repair", "sell", "collect", "admire")
 
 
-def passkey(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    """Five digits at each depth, in the phrases of Landmark Attention (2305.16300)."""
-    return _at_depths("passkey", _passkey, kit, length, seed, cases)
-
-
-def passkey_shot(seed: int) -> Draft:
-    """One phrase before and one behind."""
-    return _passkey(0.5, seed, 0, 2)
-
-
-def needle(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    """A sentence at each depth; the answer is its last words, token by token."""
-    return _at_depths("needle", _needle, kit, length, seed, cases)
-
-
-def needle_shot(seed: int) -> Draft:
-    """Three sentences around the needle."""
-    return _needle(0.5, seed, 0, 3)
-
-
-def _at_depths(name, draft, kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    return [
-        kit.fit(name, functools.partial(draft, depth, seed, case), length, seed)
-        for case, depth in enumerate(spread(cases))
-    ]
-
-
-def _passkey(depth: float, seed: int, case: int, count: int) -> Draft:
+def passkey(seed: int, case: int, depth: float, count: int) -> HaystackText:
+    """Return five digits at a depth, in the phrases of Landmark Attention (2305.16300)."""
     key = str(rng("passkey", seed, case).integers(10000, 100000))
     text = f" The pass key is {key}. Remember it. {key} is the pass key."
     question = Question("\nWhat is the pass key?", " The pass key is", (f" {key}",), depth)
-    return Draft(_PASSKEY_INTRO, planted([_PASSKEY_FILLER] * count, {depth: text}), [question])
+    return HaystackText(
+        _PASSKEY_INTRO, _planted([_PASSKEY_FILLER] * count, {depth: text}), [question]
+    )
 
 
-def _needle(depth: float, seed: int, case: int, count: int) -> Draft:
+def needle(seed: int, case: int, depth: float, count: int) -> HaystackText:
+    """Return a sentence at a depth; the answer is its last words, token by token."""
     draw = rng("needle", seed, case)
     place, thing, day = (draw.choice(words) for words in (NOUNS, NOUNS, ADJECTIVES))
     doing = draw.choice(_DOINGS)
@@ -75,53 +57,26 @@ def _needle(depth: float, seed: int, case: int, count: int) -> Draft:
     question = Question(
         f"\nWhat is the best thing to do at the {place} museum?", cue, (answer,), depth
     )
-    body = planted(list(sentences(seed, count)), {depth: f"{cue}{answer}."})
-    return Draft(_NEEDLE_INTRO, body, [question])
+    body = _planted(list(sentences(seed, count)), {depth: f"{cue}{answer}."})
+    return HaystackText(_NEEDLE_INTRO, body, [question])
 
 
-def multikey(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    """Keys with numbers in prose, some of which are never asked for (RULER's niah_multikey_1)."""
-    draw = functools.partial(_keys, seed, cases, _EXTRA_KEYS)
-    return [kit.fit("niah-multikey", draw, length, seed)]
-
-
-def multikey_shot(seed: int) -> Draft:
-    """Two keys in three sentences."""
-    return _keys(seed, 1, 1, 3)
-
-
-def _keys(seed: int, cases: int, extra: int, count: int) -> Draft:
+def multikey(seed: int, cases: int, count: int, extra: int = 2) -> HaystackText:
+    """Return keys with numbers in prose, ``extra`` of them not asked for (niah_multikey_1)."""
     draw = rng("niah-multikey", seed)
     keys = names(draw, cases + extra)
     numbers = [str(n) for n in draw.integers(1000000, 10000000, size=len(keys))]
     depths = spread(cases) + [float(depth) for depth in draw.random(extra)]
     cues = [f" The special magic number for {key} is:" for key in keys]
     texts = [f"{cue} {number}." for cue, number in zip(cues, numbers, strict=True)]
-    asked = [
-        Question(
-            f"\nWhat is the special magic number for {keys[i]}?",
-            cues[i],
-            (f" {numbers[i]}",),
-            depths[i],
-        )
-        for i in range(cases)
-    ]
+    questions = [f"\nWhat is the special magic number for {key}?" for key in keys]
+    asked = [Question(questions[i], cues[i], (f" {numbers[i]}",), depths[i]) for i in range(cases)]
     filler = list(sentences(seed, count))
-    return Draft(_KEYS_INTRO, planted(filler, dict(zip(depths, texts, strict=True))), asked)
+    return HaystackText(_KEYS_INTRO, _planted(filler, dict(zip(depths, texts, strict=True))), asked)
 
 
-def variables(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    """Chains of assignments of four hops each, one question a chain (RULER, 2404.06654)."""
-    draw = functools.partial(_chains, seed, cases)
-    return [kit.fit("variable-tracking", draw, length, seed)]
-
-
-def variables_shot(seed: int) -> Draft:
-    """One chain in three phrases."""
-    return _chains(seed, 1, 3)
-
-
-def _chains(seed: int, cases: int, count: int) -> Draft:
+def variables(seed: int, cases: int, count: int) -> HaystackText:
+    """Return chains of assignments of four hops each, one question per chain (2404.06654)."""
     draw = rng("variable-tracking", seed)
     letters = draw.permutation(26**3)[: cases * (_HOPS + 1)]
     words = [_letters(int(n)) for n in letters]
@@ -135,7 +90,7 @@ def _chains(seed: int, cases: int, count: int) -> Draft:
         for depth, name, source in zip(depths, chain, sources, strict=False):
             texts[depth] = f" VAR {name} = {source}."
         asked.append(_chain_question(str(values[case]), chain, sum(depths) / len(depths)))
-    return Draft(_CHAINS_INTRO, planted([_PASSKEY_FILLER] * count, texts), asked)
+    return HaystackText(_CHAINS_INTRO, _planted([_PASSKEY_FILLER] * count, texts), asked)
 
 
 def _chain_question(value: str, chain: list[str], where: float) -> Question:
@@ -149,11 +104,11 @@ def _chain_question(value: str, chain: list[str], where: float) -> Question:
 
 
 def _letters(number: int) -> str:
-    """Three letters, as base 26."""
+    """Return three letters, as base 26."""
     return "".join(chr(65 + number // 26**i % 26) for i in (2, 1, 0))
 
 
-def planted(filler: list[str], needles: dict[float, str]) -> list[str]:
+def _planted(filler: list[str], needles: dict[float, str]) -> list[str]:
     """Put needles between pieces of filler, each at its depth from 0 (first) to 1 (last)."""
     body = list(filler)
     for depth in sorted(needles, reverse=True):

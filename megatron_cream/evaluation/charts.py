@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all pictures of results have in common: axes, lines with names at their ends, heat maps.
+"""Draws what pictures of results are made of: axes, lines with names at their ends, heat maps.
 
 Colours are Okabe and Ito's, which stay apart for colour-blind readers; every line has a marker of
 its own as well.
@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_cream.evaluation.tables import short
+from megatron_cream.evaluation.results import Result, lengths_of, short
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
-
-Result = dict[str, Any]
 
 INK, MUTED, RULE = "#22303c", "#5b6773", "#c5ccd3"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -28,25 +26,26 @@ _ASIDE = 3  # points between the intervals of two lines
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """One line of a picture.
 
     Attributes:
         name: written at its end; nothing where empty.
         x, y: its points.
-        low, high: ends of an interval of each point, or None.
+        low, high: ends of an interval of each point, or None; empty where there is none.
     """
 
     name: str
-    x: list[float]
-    y: list[float]
-    low: list[float | None] | None = None
-    high: list[float | None] | None = None
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
 
 
-def line_of(name: str, rows: Sequence[dict[str, Any]], *keys: str) -> Line:
+def line_of(name: str, rows: Sequence[dict[str, Any]], *keys: str) -> ChartLine:
     """Return the line of ``rows`` whose x, y and, if named, ends of intervals are ``keys``."""
-    return Line(name, *([row.get(key) for row in rows] for key in keys))
+    columns: list[list[Any]] = [[row.get(key) for row in rows] for key in keys]
+    return ChartLine(name, *columns)
 
 
 def style(axes: Axes, xlabel: str, ylabel: str, title: str = "") -> None:
@@ -61,7 +60,7 @@ def style(axes: Axes, xlabel: str, ylabel: str, title: str = "") -> None:
     axes.set_axisbelow(True)
 
 
-def draw_lines(axes: Axes, lines: Sequence[Line], colors: Sequence[Any] = COLORS) -> None:
+def draw_lines(axes: Axes, lines: Sequence[ChartLine], colors: Sequence[Any] = COLORS) -> None:
     """Draw lines with their intervals, side by side, as thin whiskers."""
     with_ends = [number for number, line in enumerate(lines) if _has_interval(line)]
     for number, line in enumerate(lines):
@@ -75,14 +74,14 @@ def draw_lines(axes: Axes, lines: Sequence[Line], colors: Sequence[Any] = COLORS
             _whiskers(axes, line, color, _ASIDE * place)
 
 
-def _has_interval(line: Line) -> bool:
-    return line.low is not None and any(end is not None for end in line.low)
+def _has_interval(line: ChartLine) -> bool:
+    return any(end is not None for end in line.low)
 
 
-def _whiskers(axes: Axes, line: Line, color: Any, points: float) -> None:
+def _whiskers(axes: Axes, line: ChartLine, color: Any, points: float) -> None:
     from matplotlib.transforms import ScaledTranslation
 
-    ends = [end for end in zip(line.x, line.low, line.high, strict=True) if None not in end]
+    ends: list[Any] = [e for e in zip(line.x, line.low, line.high, strict=True) if None not in e]
     aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
     x, low, high = zip(*ends, strict=True)
     axes.vlines(
@@ -93,17 +92,18 @@ def _whiskers(axes: Axes, line: Line, color: Any, points: float) -> None:
     axes.autoscale_view()
 
 
-def name_lines(axes: Axes, lines: Sequence[Line], colors: Sequence[Any] = COLORS) -> None:
-    """Write each line's name behind its last point; names that would overlap are moved apart.
+def name_lines(axes: Axes, lines: Sequence[ChartLine], colors: Sequence[Any] = COLORS) -> None:
+    """Write each line's name after its last point; names that would overlap are moved apart.
 
     A line that ends before the others has it below. To be called when the limits of the axes are
     final.
     """
-    axes.figure.draw_without_rendering()
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
     named = [(number, line) for number, line in enumerate(lines) if line.name]
     ends = [(line.x[-1], line.y[-1]) for _, line in named]
     last = max((x for x, _ in ends), default=0)
-    own = [axes.transData.transform(end)[1] * 72 / axes.figure.dpi for end in ends]
+    own = [axes.transData.transform(end)[1] * 72 / figure.dpi for end in ends]
     behind = [i for i, end in enumerate(ends) if end[0] == last]
     places = dict(zip(behind, apart([own[i] for i in behind], _NAME_HEIGHT), strict=True))
     for i, (number, line) in enumerate(named):
@@ -139,11 +139,6 @@ def _span(block: list[int], places: Sequence[float], least: float) -> tuple[floa
     middle = sum(places[i] for i in block) / len(block)
     half = (len(block) - 1) * least / 2
     return middle - half, middle + half
-
-
-def lengths_of(results: Sequence[Result]) -> list[int]:
-    """Return the lengths of runs, shortest first."""
-    return sorted({row["length"] for result in results for row in result["lengths"]})
 
 
 def length_axis(axes: Axes, results: Sequence[Result], words: str = "window {}") -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished records and results as they are read again: every value is looked at.
+"""Reads finished records and results again, and checks every value.
 
 A file that a person edited, a disk damaged or two runs wrote is refused by name, and never counted.
 """
@@ -13,56 +13,50 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.results import buckets
 from megatron_cream.evaluation.tasks import TASKS
 
-Record = dict[str, Any]
-Check = Callable[[Any], bool]
+ValueCheck = Callable[[Any], bool]
 _MOST = 2**53  # whole numbers that a float holds as well
 
 
-def whole(value: Any) -> bool:
-    """Say whether it is a whole number of at least 0."""
+def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
-def count(value: Any) -> bool:
-    """Say whether it is a whole number of at least 1."""
-    return whole(value) and value > 0
+def _count(value: Any) -> bool:
+    return _whole(value) and value > 0
 
 
-def number(value: Any) -> bool:
-    """Say whether it is a number; what a broken model made of a text may be NaN or infinite."""
-    return isinstance(value, float) or (isinstance(value, int) and whole(abs(value)))
+def _number(value: Any) -> bool:
+    """Return whether it is a number; of a broken model it may be NaN or infinite."""
+    return isinstance(value, float) or (isinstance(value, int) and _whole(abs(value)))
 
 
-def share(value: Any) -> bool:
-    """Say whether it is a number from 0 to 1."""
-    return number(value) and 0 <= value <= 1
+def _share(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
 
 
-def flag(value: Any) -> bool:
-    """Say whether it is true or false."""
+def _boolean(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def word(value: Any) -> bool:
-    """Say whether it is text."""
+def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def either(check: Check) -> Check:
-    """Return ``check`` that lets nothing (null) pass as well."""
+def _or_null(check: ValueCheck) -> ValueCheck:
     return lambda value: value is None or check(value)
 
 
-def list_of(check: Check) -> Check:
+def _list_of(check: ValueCheck) -> ValueCheck:
     """Return the check of a list with at least one entry, all of which pass ``check``."""
     return lambda value: isinstance(value, list) and bool(value) and all(map(check, value))
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What one kind of record has.
+class RecordFormat:
+    """What the records of a run have.
 
     Attributes:
         key: fields that tell two records of a run apart.
@@ -71,42 +65,39 @@ class Kind:
     """
 
     key: tuple[str, ...]
-    fields: dict[str, Check]
-    together: Callable[[Record], bool] = lambda record: True
+    fields: dict[str, ValueCheck]
+    together: Callable[[dict[str, Any]], bool] = lambda record: True
 
     def is_right(self, record: Any) -> bool:
-        """Say whether it is a record of this kind."""
+        """Return whether it is a record of this format."""
         if not isinstance(record, dict) or _wrong_field(record, self.fields):
             return False
         return self.together(record)
 
-    def identity(self, record: Record) -> tuple[int, ...]:
+    def identity(self, record: dict[str, Any]) -> tuple[int, ...]:
         """Return which one it is."""
         return tuple(record[name] for name in self.key)
 
-    def name(self, record: Record) -> str:
+    def name(self, record: dict[str, Any]) -> str:
         """Return which one it is, in words."""
         return ", ".join(f"{name} {record[name]}" for name in self.key)
 
 
-_CASE: dict[str, Check] = {
-    **{"length": count, "seed": whole, "haystack": whole, "index": whole, "where": share},
-    **{"hit": flag, "items": share, "tokens": share, "logprob": number, "answer_tokens": count},
-}
-CASES = Kind(("length", "seed", "haystack", "index"), _CASE)
-NUMBER_CASES = Kind(CASES.key, _CASE | {"number": flag})
-
-
-def _fits_buckets(record: Record) -> bool:
-    from megatron_cream.evaluation.perplexity import buckets  # which imports torch
-
+def _fits_buckets(record: dict[str, Any]) -> bool:
     sizes = {len(record["nll"]), len(record["targets"]), len(buckets(record["length"])) - 1}
     return len(sizes) == 1 and sum(record["targets"]) > 0
 
 
-DOCUMENTS = Kind(
+_CASE: dict[str, ValueCheck] = {
+    **{"length": _count, "seed": _whole, "haystack": _whole, "index": _whole, "where": _share},
+    **{"hit": _boolean, "items": _share, "tokens": _share, "logprob": _number},
+    "answer_tokens": _count,
+}
+CASE_RECORDS = RecordFormat(("length", "seed", "haystack", "index"), _CASE)
+NUMBER_CASE_RECORDS = RecordFormat(CASE_RECORDS.key, _CASE | {"number": _boolean})
+DOCUMENT_RECORDS = RecordFormat(
     ("length", "document"),
-    {"length": count, "document": whole, "nll": list_of(number), "targets": list_of(whole)},
+    {"length": _count, "document": _whole, "nll": _list_of(_number), "targets": _list_of(_whole)},
     _fits_buckets,
 )
 
@@ -128,15 +119,18 @@ def read_object(path: Path, flag: str) -> dict[str, Any]:
     return found
 
 
-def read_records(path: Path, text: bytes, kind: Kind) -> list[Record]:
-    """Return the records in ``text``, one a line, each of them once.
+def read_records(path: Path, text: bytes, kind: RecordFormat) -> list[dict[str, Any]]:
+    """Return the records in ``text``, one per line, each of them once.
 
     Raises:
         UserError: a line that is no such record, or a record that is there twice.
     """
-    found: dict[tuple[int, ...], Record] = {}
+    found: dict[tuple[int, ...], dict[str, Any]] = {}
     for at, line in enumerate(text.splitlines(), 1):
-        record = _parsed(line)
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
         if not kind.is_right(record):
             raise UserError(
                 f"--output is {path.parent}: line {at} of {path.name} is damaged; take another "
@@ -151,27 +145,26 @@ def read_records(path: Path, text: bytes, kind: Kind) -> list[Record]:
     return list(found.values())
 
 
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-_CASE_ROW = {
-    **{"length": count, "cases": count, "haystacks": count, "answer_tokens": either(count)},
-    **{"hit": share, "hit_low": share, "hit_high": share, "number": either(share)},
-    **{"items": share, "tokens": share, "logprob_per_token": number},
+_RESULT: dict[str, ValueCheck] = {
+    "task": _text,
+    "name": _text,
+    "window": _count,
+    "most_tokens": _or_null(_count),
 }
-_PLACE_ROW = _CASE_ROW | {"where": share}
-_PERPLEXITY_ROW = {
-    **{"length": count, "perplexity": number, "low": either(number), "high": either(number)},
-    **{"documents": count, "targets": count, "nll": number, "document_nll": list_of(number)},
+_CASE_ROW: dict[str, ValueCheck] = {
+    **{"length": _count, "cases": _count, "haystacks": _count, "answer_tokens": _or_null(_count)},
+    **{"hit": _share, "hit_low": _share, "hit_high": _share, "number": _or_null(_share)},
+    **{"items": _share, "tokens": _share, "logprob_per_token": _number},
 }
-_POSITION_ROW = {
-    **{"length": count, "from": whole, "to": count, "perplexity": number, "targets": count},
+_PLACE_ROW = _CASE_ROW | {"where": _share}
+_PERPLEXITY_ROW: dict[str, ValueCheck] = {
+    **{"length": _count, "perplexity": _number, "low": _or_null(_number)},
+    **{"high": _or_null(_number), "documents": _count, "targets": _count, "nll": _number},
+    "document_nll": _list_of(_number),
 }
-_RESULT = {"task": word, "name": word, "window": count, "most_tokens": either(count)}
+_POSITION_ROW: dict[str, ValueCheck] = {
+    **{"length": _count, "from": _whole, "to": _count, "perplexity": _number, "targets": _count},
+}
 
 
 def read_result(folder: str | Path) -> dict[str, Any]:
@@ -198,21 +191,20 @@ def _wrong(result: dict[str, Any]) -> str | None:
     """Return what is missing or no such value."""
     if name := _wrong_field(result, _RESULT):
         return name
-    perplexity = result["task"] == "perplexity"
-    if not perplexity and result["task"] not in TASKS:
+    if result["task"] == "perplexity":
+        rows = {"lengths": _PERPLEXITY_ROW, "positions": _POSITION_ROW}
+    elif result["task"] not in TASKS:
         return "task"
-    row = _PERPLEXITY_ROW if perplexity else _CASE_ROW
-    kinds = {"lengths": row}
-    if perplexity:
-        kinds["positions"] = _POSITION_ROW
-    elif TASKS[result["task"]].placed:
-        kinds["places"] = _PLACE_ROW
-    wrong = (_wrong_rows(name, result.get(name), fields) for name, fields in kinds.items())
+    else:
+        rows = {"lengths": _CASE_ROW}
+        if TASKS[result["task"]].placed:
+            rows["places"] = _PLACE_ROW
+    wrong = (_wrong_rows(name, result.get(name), fields) for name, fields in rows.items())
     return next(filter(None, wrong), None) or _wrong_together(result)
 
 
-def _wrong_rows(name: str, rows: Any, fields: dict[str, Check]) -> str | None:
-    if not list_of(lambda row: isinstance(row, dict))(rows):
+def _wrong_rows(name: str, rows: Any, fields: dict[str, ValueCheck]) -> str | None:
+    if not _list_of(lambda row: isinstance(row, dict))(rows):
         return name
     field = next(filter(None, (_wrong_field(row, fields) for row in rows)), None)
     return field and f"{field} in {name}"
@@ -229,5 +221,5 @@ def _wrong_together(result: dict[str, Any]) -> str | None:
     return "number" if len({"number" in row for row in rows}) > 1 else None
 
 
-def _wrong_field(values: dict[str, Any], fields: dict[str, Check]) -> str | None:
+def _wrong_field(values: dict[str, Any], fields: dict[str, ValueCheck]) -> str | None:
     return next((name for name, check in fields.items() if not check(values.get(name))), None)

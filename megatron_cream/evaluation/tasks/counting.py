@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counting words over the whole context, after RULER (2404.06654); one case a haystack.
+"""Counting words over the whole context, after RULER (2404.06654); one case per haystack.
 
 RULER takes the answer's words in any order. Scoring without generation needs one order, so the
 question asks for one: alphabetical for common words, most frequent first for frequent ones.
@@ -7,13 +7,13 @@ question asks for one: alphabetical for common words, most frequent first for fr
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.filler import MOST_NAMES, names
-from megatron_cream.evaluation.haystacks import Draft, Haystack, Kit, Question, rng
+from megatron_cream.evaluation.haystacks import MOST_NAMES, HaystackText, Question, names, rng
 
 _COMMON_INTRO = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -28,29 +28,18 @@ LONG = 4096  # from here on RULER's frequencies; shorter cases would not fit the
 _TOP = 3
 _ALPHA = 2.0
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+MOST_COMMON = MOST_NAMES - _COMMON
+MOST_FREQUENT = len(_SYLLABLES) ** 3 - 1
 
 
-def common(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    """Ten words 30 times each among words that stand there 3 times (10 and 1 below 4096)."""
+def common_texts(length: int, seed: int, cases: int) -> list[Callable[[int], HaystackText]]:
+    """Return ten words 30 times each among words that stand there 3 times (10, 1 below 4096)."""
     times = (30, 3) if length >= LONG else (10, 1)
-    return [
-        kit.fit(
-            "common-words",
-            functools.partial(_common, seed, case, _COMMON, times),
-            length,
-            seed,
-            most=MOST_NAMES - _COMMON,
-        )
-        for case in range(cases)
-    ]
+    return [partial(common, seed, case, _COMMON, times) for case in range(cases)]
 
 
-def common_shot(seed: int) -> Draft:
-    """Two words three times among two others."""
-    return _common(seed, 0, 2, (3, 1), 2)
-
-
-def _common(seed: int, case: int, answers: int, times: tuple[int, int], count: int) -> Draft:
+def common(seed: int, case: int, answers: int, times: tuple[int, int], count: int) -> HaystackText:
+    """Return a list of ``answers`` common words and ``count`` others, each so many times."""
     draw = rng("common-words", seed, case)
     words = names(draw, answers + count)
     asked, others = sorted(words[:answers]), words[answers:]
@@ -62,30 +51,11 @@ def _common(seed: int, case: int, answers: int, times: tuple[int, int], count: i
         (f" {asked[0]}", *(f", {word}" for word in asked[1:])),
         0.5,
     )
-    return Draft(_COMMON_INTRO, body, [question])
+    return HaystackText(_COMMON_INTRO, body, [question])
 
 
-def frequent(kit: Kit, length: int, seed: int, cases: int) -> list[Haystack]:
-    """Invented words whose frequencies fall off as rank ** -2; dots are the most frequent."""
-    return [
-        kit.fit(
-            "frequent-words",
-            functools.partial(_frequent, seed, case),
-            length,
-            seed,
-            least=40,
-            most=len(_SYLLABLES) ** 3 - 1,
-        )
-        for case in range(cases)
-    ]
-
-
-def frequent_shot(seed: int) -> Draft:
-    """Forty words."""
-    return _frequent(seed, 0, 40)
-
-
-def _frequent(seed: int, case: int, count: int) -> Draft:
+def frequent(seed: int, case: int, count: int) -> HaystackText:
+    """Return invented words whose frequencies fall as rank ** -2; dots are the most frequent."""
     draw = rng("frequent-words", seed, case)
     words = _invented(draw, 1 + count)
     body = draw.permutation([word for i, n in enumerate(_zipf(count)) for word in [i] * n])
@@ -98,18 +68,18 @@ def _frequent(seed: int, case: int, count: int) -> Draft:
         (f" {top[0]}", *(f", {word}" for word in top[1:])),
         0.5,
     )
-    return Draft(_FREQUENT_INTRO, texts, [question])
+    return HaystackText(_FREQUENT_INTRO, texts, [question])
 
 
 def _zipf(count: int) -> list[int]:
-    """How often each rank stands in a text of about ``count`` words; the first four differ."""
+    """Return how often each rank stands in a text of about ``count`` words; four differ."""
     weights = np.arange(1, count + 1) ** -_ALPHA
     times = np.maximum(1, np.round(count * weights / weights.sum())).astype(int)
     return [int(n) for n in times[: 4 + count // 8]]
 
 
 def _invented(draw: np.random.Generator, count: int) -> list[str]:
-    """Different words of three syllables."""
+    """Return different words of three syllables."""
     size = len(_SYLLABLES)
     if count > size**3:
         raise UserError(f"{count} invented words are needed: there are {size**3}")
