@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON files that others wrote: an object read, its values checked for type and range."""
+"""Reads JSON files that others wrote, and values of theirs by type and range."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from megatron_cream.errors import UserError
 
@@ -59,6 +59,12 @@ def naming(place: Path) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from None
 
 
+@overload
+def integer(values: dict[str, Any], key: str, default: int, most: int = MOST) -> int: ...
+@overload
+def integer(
+    values: dict[str, Any], key: str, default: None = None, most: int = MOST
+) -> int | None: ...
 def integer(
     values: dict[str, Any], key: str, default: int | None = None, most: int = MOST
 ) -> int | None:
@@ -78,6 +84,12 @@ def integer(
     return value
 
 
+@overload
+def number(values: dict[str, Any], key: str, default: float, least: float = 0.0) -> float: ...
+@overload
+def number(
+    values: dict[str, Any], key: str, default: None = None, least: float = 0.0
+) -> float | None: ...
 def number(
     values: dict[str, Any], key: str, default: float | None = None, least: float = 0.0
 ) -> float | None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
-import os
 import shlex
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
 from megatron_cream.checkpoint import checksums
+from megatron_cream.checkpoint.file_reader import FileReader
 from megatron_cream.checkpoint.iterations import (
     FORMAT_FILE,
     is_iteration,
@@ -26,7 +30,7 @@ from megatron_cream.checkpoint.iterations import (
     read_tracker,
     tracker_command,
 )
-from megatron_cream.checkpoint.torch_dist_io import FileSection, find_data, find_missing_files
+from megatron_cream.checkpoint.torch_dist_io import find_data
 from megatron_cream.checkpoint.torch_dist_table import (
     CheckpointTable,
     RecordKey,
@@ -54,7 +58,7 @@ def find_problems(folder: Path, objects: bool = True) -> Iterator[str]:
     except (UserError, OSError) as error:
         yield str(error)
         return
-    lacking = [str(error) for error in find_missing_files(table)]
+    lacking = [str(error) for error in table.missing_files()]
     yield from lacking
     if not lacking:  # or the same files would be named again
         yield from _wrong_objects(table, objects)
@@ -226,6 +230,9 @@ def _sha256(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_Chunks = dict[RecordKey, ChunkStorageMetadata]
+
+
 def _wrong_records(table: CheckpointTable, summed: set[str]) -> list[str]:
     """Read the records of all files, those without a checksum of their own with that in them."""
     by_file: dict[str, list[RecordKey]] = {}
@@ -242,37 +249,36 @@ def _wrong_records(table: CheckpointTable, summed: set[str]) -> list[str]:
 
 
 def _wrong_in_file(
-    table: CheckpointTable, chunks: dict, summed: set[str], item: tuple[str, list[RecordKey]]
+    table: CheckpointTable, chunks: _Chunks, summed: set[str], item: tuple[str, list[RecordKey]]
 ) -> list[str]:
     name, places = item
-    descriptor = os.open(table.folder / name, os.O_RDONLY)
-    try:
+    with closing(FileReader()) as files:
         return [
             line
             for place in sorted(places, key=lambda place: table.records[place].start)
-            for line in _wrong_record(table, chunks, place, descriptor, name not in summed)
+            for line in _wrong_record(table, chunks, place, files, name not in summed)
         ]
-    finally:
-        os.close(descriptor)
 
 
 def _wrong_record(
-    table: CheckpointTable, chunks: dict, place: RecordKey, descriptor: int, compare: bool
+    table: CheckpointTable, chunks: _Chunks, key: RecordKey, files: FileReader, compare: bool
 ) -> Iterator[str]:
-    record = table.records[place]
-    called = f"{table.folder / record.file}: {place[0]}"
-    section = FileSection(descriptor, record.start, record.length)
-    if place in chunks and not record.transformed:
+    record = table.records[key]
+    path = table.folder / record.file
+    section = files.open_section(path, record.start, record.length)
+    if key in chunks and not record.transformed:
         try:
-            find_data(section, chunks[place], table.tensors[place[0]].properties.dtype, called)
+            find_data(
+                section, chunks[key], table.tensors[key[0]].properties.dtype, f"{path}: {key[0]}"
+            )
         except UserError as error:
             yield str(error)
             return
-    if compare and not _record_fits(section.rewound()):
-        yield f"{called} is damaged: its bytes do not fit the checksum in the record"
+    if compare and not _record_fits(section):
+        yield f"{path}: {key[0]} is damaged: its bytes do not fit the checksum in the record"
 
 
-def _record_fits(section: FileSection) -> bool:
+def _record_fits(section: io.BufferedReader) -> bool:
     """Compare a record with the checksums that ``torch.save`` puts into it; 0 is none."""
     try:
         with zipfile.ZipFile(section) as archive:

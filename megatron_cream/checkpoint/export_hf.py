@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Megatron checkpoint of any layout becomes a Hugging Face folder for any reader of those."""
+"""Writes a Hugging Face folder from a Megatron checkpoint of any parallel layout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from megatron_cream.checkpoint.hf_files import (
     validate_files,
 )
 from megatron_cream.checkpoint.hf_weights import ShardWriter
-from megatron_cream.checkpoint.iterations import find_checkpoint, read_saved_arguments
+from megatron_cream.checkpoint.iterations import read_arguments, require_checkpoint
 from megatron_cream.checkpoint.model_card import SourceModel, describe_engines, model_card
 from megatron_cream.checkpoint.model_shape import ModelShape, exportable_shape
 from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
@@ -72,34 +73,44 @@ def export_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     quiet: bool = False,
 ) -> ExportedModel:
-    """Write the Hugging Face folder ``output`` with the weights of ``checkpoint``.
+    """Write the Hugging Face folder ``output`` of a Megatron checkpoint.
+
+    It has the weights in safetensors files, each tensor ``[rows, columns]`` or ``[rows]`` in the
+    shape that transformers takes; config.json with the window reached, in tokens, and RoPE as it
+    was trained, in the keys of transformers 4 and 5; the tokenizer; and a model card. A few blocks
+    of 64 MiB are in memory.
 
     Args:
-        checkpoint: folder given to --save, or one iteration in it; saved at any layout.
-        output: new folder.
-        hf: folder whose config.json, tokenizer and licence the model takes over; by default the
-            one that the checkpoint was imported from, as kept beside the import.
-        dtype: type of the weights; by default the one they were saved in.
+        checkpoint: folder given to --save, or one iteration in it; saved at any parallel layout.
+        output: new or empty folder.
+        hf: folder, or repository on the hub, whose config.json, tokenizer and licence the model
+            takes over; by default the one that the checkpoint was imported from, as kept in ``hf/``
+            beside the import.
+        dtype: type of the weights; by default the one they were saved in, bit for bit.
         shard_bytes: most bytes of one safetensors file.
         quiet: no progress bar.
 
+    Returns:
+        The shape of the model, its settings, the type and bytes of its weights, its rope_type.
+
     Raises:
-        UserError, FileNotFoundError: a checkpoint that cannot be exported, before anything is
-            written.
-        OSError: the disk is full, or fails; nothing is kept.
+        UserError: a checkpoint that is damaged, of no family here, or of another model than
+            ``hf``, an output that holds something, or a disk with too little space; before
+            anything is written.
+        FileNotFoundError: no checkpoint, or ``hf`` or the import it began with is missing.
+        BlockingIOError: another process is writing ``output``.
+        OSError: the disk became full, or failed; nothing is kept.
     """
-    args = read_saved_arguments(checkpoint) if checkpoint and Path(checkpoint).is_dir() else None
+    iteration = require_checkpoint(checkpoint)
+    args = read_arguments(iteration)
     if args is None:
-        raise FileNotFoundError(
-            f"--checkpoint is {checkpoint}: it must hold a torch_dist checkpoint"
-        )
+        raise UserError(f"--checkpoint is {checkpoint}: it says nothing of the model it is of")
     extension = saved_extension(args) or _plain_extension(args)
-    source = _find_source(checkpoint, args, hf)
+    source = find_kept_files(checkpoint, args) if hf is None else find_hf_folder(hf)
     reads = [Path(checkpoint), *([source] if source else [])]
     place = validate_export_output(validate_output(Path(output), reads), checkpoint)
     config = _read_config(source) if source else {}
-    stored = TorchDistTensors(find_checkpoint(checkpoint))
-    try:
+    with closing(TorchDistTensors(iteration)) as stored:
         shape = _validated_shape(args, config, source, stored)
         scaling = _exported_scaling(stored, extension, shape.head_dim)
         tensors = list(plan_tensors(stored, shape, dtype))
@@ -112,28 +123,17 @@ def export_checkpoint(
             writer = ShardWriter(folder, plans, shard_bytes)
             write_tensors(writer, stored, tensors, bar.update)
             _write_files(folder, source, config, shape, extension, scaling, plans[0].dtype)
-    finally:
-        stored.close()
     return ExportedModel(shape, extension, plans[0].dtype, total, scaling.to_hf()["rope_type"])
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    """Return config.json of ``source``, when all that an export takes from there can be read."""
+    """Return config.json of ``source``, after all that an export takes from there was read."""
     config = read_config(source)
     with naming(source):
         window_of(config)
         shape_from_config(config)
     validate_files(source)
     return config
-
-
-def _find_source(checkpoint: str, args: Namespace, hf: str | None) -> Path | None:
-    """Return the folder to take config and tokenizer from; None for a model trained from scratch.
-
-    Raises:
-        FileNotFoundError: the import that the run started from is gone.
-    """
-    return find_kept_files(checkpoint, args) if hf is None else find_hf_folder(hf)
 
 
 def _validated_shape(
@@ -145,7 +145,7 @@ def _validated_shape(
         UserError: they disagree.
     """
     wanted = shape_from_config(config) if config else None
-    shape = exportable_shape(args, wanted and wanted.architecture)
+    shape = exportable_shape(args, wanted.architecture if wanted else None)
     if wanted is not None:
         # A run may have another window, and pad the vocabulary or name the tokenizer's.
         shape = dataclasses.replace(shape, vocabulary=wanted.vocabulary)

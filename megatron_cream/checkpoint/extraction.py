@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face tensors out of the tensors of a Megatron checkpoint, block by block."""
+"""Takes Hugging Face tensors out of the tensors of a Megatron checkpoint, block by block."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import numpy as np
 import torch
 
+from megatron_cream.checkpoint.file_reader import read_ahead
 from megatron_cream.checkpoint.hf_weights import ShardWriter, TensorPlan
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
@@ -20,8 +21,6 @@ from megatron_cream.errors import UserError
 
 BLOCK_BYTES = 64 << 20
 """Most bytes that are read before they are written; two blocks are in memory."""
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,17 @@ class ExtractedTensor:
     key: str
     leading: tuple[int, ...]
     row_bytes: int
-    rows: list[Range]
+    rows: list[range]
 
-    def blocks(self) -> Iterator[list[Range]]:
+    def blocks(self) -> Iterator[list[range]]:
         """Yield its rows in blocks of at most BLOCK_BYTES, or of one row."""
-        most = max(1, BLOCK_BYTES // self.row_bytes)
-        block: list[Range] = []
-        room = most
-        for start, stop in self.rows:
-            while start < stop:
-                end = min(stop, start + room)
-                block.append((start, end))
-                room -= end - start
-                start = end
+        room = most = max(1, BLOCK_BYTES // self.row_bytes)
+        block: list[range] = []
+        for rows in self.rows:
+            while rows:
+                block.append(rows[:room])
+                rows = rows[room:]
+                room -= len(block[-1])
                 if not room:
                     yield block
                     block, room = [], most
@@ -124,46 +121,33 @@ def write_tensors(
         tensors: in the order of ``writer``'s plan.
         on_bytes: called with the bytes of each block that was written.
     """
-    blocks = _read_ahead(stored, tensors)
+    largest = max(
+        max(t.row_bytes, min(BLOCK_BYTES, t.row_bytes * t.plan.shape[0])) for t in tensors
+    )
+    wanted = (
+        partial(_read, stored, tensor, block) for tensor in tensors for block in tensor.blocks()
+    )
     remaining = iter(tensors)
-    for number, shard in enumerate(writer.shards):
-        with writer.shard(number) as file:
-            for _ in shard:
-                for _ in next(remaining).blocks():
-                    data = next(blocks)
-                    file.write(data)
-                    on_bytes(data.nbytes)
+    with closing(read_ahead(wanted, largest)) as blocks:
+        for number, shard in enumerate(writer.shards):
+            with writer.shard(number) as file:
+                for _ in shard:
+                    for _ in next(remaining).blocks():
+                        data = next(blocks)
+                        file.write(data)
+                        on_bytes(data.nbytes)
     writer.write_index()
 
 
-def _read_ahead(stored: TorchDistTensors, tensors: list[ExtractedTensor]) -> Iterator[np.ndarray]:
-    """Yield the bytes of all blocks; each is valid until the next one is asked for."""
-    largest = max(max(t.row_bytes, min(BLOCK_BYTES, t.row_bytes * _count(t.rows))) for t in tensors)
-    buffers = [np.empty(largest, np.uint8) for _ in range(2)]
-    wanted = ((tensor, block) for tensor in tensors for block in tensor.blocks())
-    ahead: deque[Future[np.ndarray]] = deque()
-    with ThreadPoolExecutor(1) as reader:
-        for number, (tensor, block) in enumerate(wanted):
-            ahead.append(reader.submit(_read, stored, tensor, block, buffers[number % 2]))
-            if len(ahead) > 1:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def _count(rows: list[Range]) -> int:
-    return sum(stop - start for start, stop in rows)
-
-
 def _read(
-    stored: TorchDistTensors, tensor: ExtractedTensor, block: list[Range], memory: np.ndarray
+    stored: TorchDistTensors, tensor: ExtractedTensor, block: list[range], memory: np.ndarray
 ) -> np.ndarray:
-    out = memory[: _count(block) * tensor.row_bytes].reshape(-1, tensor.row_bytes)
+    out = memory[: sum(map(len, block)) * tensor.row_bytes].reshape(-1, tensor.row_bytes)
     filled = 0
-    for start, stop in block:
-        target = out[filled : filled + stop - start]
-        stored.read_rows(tensor.key, tensor.leading, start, stop, target)
-        filled += stop - start
+    for rows in block:
+        target = out[filled : filled + len(rows)]
+        stored.read_rows(tensor.key, tensor.leading, rows.start, rows.stop, target)
+        filled += len(rows)
     saved = stored.dtype(tensor.key)
     if saved == tensor.plan.dtype:
         return out.reshape(-1)

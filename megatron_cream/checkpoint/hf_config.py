@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's shape in a Hugging Face config.json: read, refused, written."""
+"""Reads a model's shape out of a Hugging Face config.json, and writes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_cream.errors import UserError
 from megatron_cream.json_values import MOST, flag, integer, number
 
 MOST_MODULES = 100_000
-"""Layers, or experts of one: more is no model, and would take days to list."""
+"""Most layers, and most experts per layer: more is no model, and would take days to list."""
 
 # What transformers takes where config.json says nothing.
 _ABSENT: dict[str, dict[str, Any]] = {
@@ -27,8 +27,8 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     """Read config.json.
 
     Raises:
-        UserError: an architecture or a setting that is not served, or a value that is missing, of
-            another type, or out of range.
+        UserError: an architecture or a setting that is not supported, or a value that is
+            missing, of another type, or out of range.
     """
     architecture, family = _architecture(config)
     config = _ABSENT.get(family.model_type, {}) | config
@@ -196,4 +196,4 @@ def _needed(config: dict[str, Any], key: str) -> Any:
 
 def _integer(config: dict[str, Any], key: str, most: int = MOST) -> int:
     _needed(config, key)
-    return integer(config, key, most=most)
+    return integer(config, key, 0, most)

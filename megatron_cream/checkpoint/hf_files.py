@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a Hugging Face folder that are not weights, and where they are kept.
+"""Finds, reads and copies the files of a Hugging Face folder that are not weights.
 
 An import keeps them in ``hf/`` beside the weights; an export takes them from there, through any
 number of runs that each started from the one before.
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.checkpoint.hf_weights import INDEX
-from megatron_cream.checkpoint.iterations import find_checkpoint, read_saved_arguments
+from megatron_cream.checkpoint.iterations import (
+    RELEASE,
+    read_saved_arguments,
+    require_checkpoint,
+)
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import read_json, read_object
-
-RELEASE = "release"
-"""What Megatron calls a checkpoint that is the start of training, without an iteration."""
 
 HF_FOLDER = "hf"
 """Subfolder of an imported checkpoint with the files of its source."""
@@ -166,7 +167,7 @@ def find_kept_files(checkpoint: str, args: Namespace) -> Path | None:
         FileNotFoundError: a checkpoint on the way, or the import's ``hf/``, is gone.
     """
     for _ in range(_MOST_RUNS):
-        folder = find_checkpoint(checkpoint)
+        folder = require_checkpoint(checkpoint)
         for place in (Path(checkpoint), folder, folder.parent):
             if (place / HF_FOLDER / "config.json").is_file():
                 return place / HF_FOLDER
@@ -192,7 +193,10 @@ def validate_export_output(output: Path, checkpoint: str) -> Path:
         UserError: it is ``hf``, ``release`` or an iteration in the checkpoint's own folder.
     """
     read = output.name in (HF_FOLDER, RELEASE) or output.name.startswith("iter_")
-    if read and output.parent in {Path(checkpoint).resolve(), find_checkpoint(checkpoint).parent}:
+    if read and output.parent in {
+        Path(checkpoint).resolve(),
+        require_checkpoint(checkpoint).parent,
+    }:
         raise UserError(
             f"--output is {output}: a folder of that name is read as a part of the checkpoint; "
             "it must have another one"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_cream.checkpoint.file_reader import FileReader
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.checkpoint.weight_map import IGNORED
 from megatron_cream.errors import UserError
@@ -51,7 +52,7 @@ class TensorLocation:
         return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
 
 
-class HfWeights:
+class HfWeights(FileReader):
     """Tensors of all safetensors files of a folder.
 
     Raises:
@@ -60,9 +61,9 @@ class HfWeights:
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
         self.tensors = _open_folder(folder)
-        self._files: dict[Path, int] = {}
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Read rows ``[start, stop)`` of a tensor into uint8 ``out`` of exactly their size.
@@ -71,31 +72,7 @@ class HfWeights:
             UserError: the file ends before them.
         """
         tensor = self.tensors[name]
-        offset = tensor.offset + start * tensor.row_bytes
-        if tensor.path not in self._files:
-            self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY)
-        read_exactly(self._files[tensor.path], offset, out, tensor.path)
-
-    def close(self) -> None:
-        """Close the files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-
-
-def read_exactly(descriptor: int, offset: int, out: np.ndarray, path: Path) -> None:
-    """Fill uint8 ``out`` from a file at ``offset``.
-
-    Raises:
-        UserError: the file ends before that.
-    """
-    view = memoryview(out)
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise UserError(f"{path} ends at byte {offset + done}: it is cut off")
-        done += count
+        self.read_exactly(tensor.path, tensor.offset + start * tensor.row_bytes, out)
 
 
 def _open_folder(folder: Path) -> dict[str, TensorLocation]:
@@ -241,7 +218,7 @@ def _validate_tied(weights: HfWeights) -> None:
         rows = [np.empty((stop - start) * one.row_bytes, np.uint8) for _ in range(2)]
         weights.read_rows("model.embed_tokens.weight", start, stop, rows[0])
         weights.read_rows("lm_head.weight", start, stop, rows[1])
-        same = same and np.array_equal(*rows)
+        same = same and np.array_equal(rows[0], rows[1])
     if not same:
         raise UserError(
             f"{weights.folder}: tie_word_embeddings is true in config.json, but lm_head.weight "

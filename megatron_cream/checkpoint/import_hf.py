@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face checkpoint becomes a Megatron checkpoint that any layout loads."""
+"""Writes a Megatron checkpoint, which any parallel layout loads, from a Hugging Face one."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,24 +21,24 @@ from tqdm import tqdm
 from megatron_cream.checkpoint.hf_config import shape_from_config, window_of
 from megatron_cream.checkpoint.hf_files import (
     HF_FOLDER,
-    RELEASE,
     copy_hf_files,
     find_hf_folder,
     read_config,
     validate_files,
 )
 from megatron_cream.checkpoint.hf_weights import DTYPES, HfWeights, validate_weights
-from megatron_cream.checkpoint.model_shape import ModelShape, import_arguments
+from megatron_cream.checkpoint.iterations import RELEASE, TRACKER
+from megatron_cream.checkpoint.model_shape import ModelShape, kind_flags, size_flags
 from megatron_cream.checkpoint.torch_dist_io import TensorChunk, write_torch_dist
 from megatron_cream.checkpoint.weight_map import WeightRow, rows_in_order
-from megatron_cream.config import ExtensionConfig, rope_settings
+from megatron_cream.config import SETTINGS_KEY, ExtensionConfig, rope_settings
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming
 from megatron_cream.ownership import staged, validate_output
 from megatron_cream.rope import scaling_from_hf
 
 CHUNK_BYTES = 64 << 20
-"""Most bytes of a piece of the checkpoint: small beside a model, large beside a disk's seeks."""
+"""Most bytes of a chunk of the checkpoint: small beside a model, large beside a disk's seeks."""
 
 EXAMPLES = """
     megatron-cream import --hf meta-llama/Llama-2-7b-hf --output base
@@ -56,17 +60,27 @@ class ImportedModel:
 def import_checkpoint(
     hf: str, output: str, dtype: torch.dtype | None = None, quiet: bool = False
 ) -> ImportedModel:
-    """Write the checkpoint ``output`` with the weights, arguments and files of ``hf``.
+    """Write the Megatron checkpoint ``output`` of a Hugging Face model.
+
+    It has the weights in the torch_dist format, one global tensor ``[layers, rows, columns]`` for
+    all layers, which every parallel layout loads; Megatron's arguments for --use-checkpoint-args;
+    and config.json, tokenizer and licence in ``output/hf``. A few blocks of 64 MiB are in memory.
 
     Args:
         hf: folder with config.json and safetensors files, or a repository on the hub.
-        output: new folder, to be given to --pretrained-checkpoint or --load.
-        dtype: type of the weights; by default the one they have.
+        output: new or empty folder, to be given to --pretrained-checkpoint or --load.
+        dtype: type of the weights; by default the one they have, bit for bit.
         quiet: no progress bar.
 
+    Returns:
+        The shape of the model, the settings of its positions, the type and bytes of its weights.
+
     Raises:
-        UserError, FileNotFoundError: a source that cannot be imported, before anything is written.
-        OSError: the disk is full, or fails; nothing is kept.
+        UserError: a config.json or weights that cannot be imported, an output that holds something
+            or a disk with too little space; before anything is written.
+        FileNotFoundError: no such folder or repository, or a file of it is missing.
+        BlockingIOError: another process is writing ``output``.
+        OSError: the disk became full, or failed; nothing is kept.
     """
     source = find_hf_folder(hf)
     place = validate_output(Path(output), [source])
@@ -75,12 +89,12 @@ def import_checkpoint(
         shape = shape_from_config(config)
         extension = read_base_extension(config, shape)
     validate_files(source)
-    weights = HfWeights(source)
-    try:
+    with contextlib.closing(HfWeights(source)) as weights:
         stored = validate_weights(weights, shape, dtype)
-        chunks = list(_chunks(weights, shape, dtype or stored))
+        dtype = dtype or stored
+        chunks = list(_chunks(weights, shape, dtype))
         total = sum(chunk.nbytes for chunk in chunks)
-        objects = _object_records(shape, extension, dtype or stored)
+        objects = _object_records(shape, extension, dtype)
         with (
             staged(place, total, [source]) as folder,
             tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=quiet) as bar,
@@ -88,17 +102,15 @@ def import_checkpoint(
             (folder / RELEASE).mkdir()
             write_torch_dist(folder / RELEASE, chunks, objects, bar.update)
             copy_hf_files(source, hf, folder / HF_FOLDER)
-            (folder / "latest_checkpointed_iteration.txt").write_text(RELEASE)
-    finally:
-        weights.close()
-    return ImportedModel(shape, extension, dtype or stored, total)
+            (folder / TRACKER).write_text(RELEASE)
+    return ImportedModel(shape, extension, dtype, total)
 
 
 def read_base_extension(config: dict[str, Any], shape: ModelShape) -> ExtensionConfig:
     """Return the settings of the model as it is: its window, and how its angles are made.
 
     Raises:
-        UserError: a window or angles that config.json does not say or that are not served.
+        UserError: a window or angles that config.json does not say, or that are not supported.
     """
     window = window_of(config)
     scaling = scaling_from_hf(config)
@@ -124,50 +136,49 @@ def _chunks(weights: HfWeights, shape: ModelShape, dtype: torch.dtype) -> Iterat
                     shape=(*shape.leading(row), rows, *columns),
                     offset=(*place, start, *(0 for _ in columns)),
                     size=(*(1 for _ in place), stop - start, *columns),
-                    fill=_TensorRows(weights, shape, row, place, start, stop, dtype),
+                    fill=partial(
+                        _read_rows, weights, row, place, range(start, stop), shape.groups, dtype
+                    ),
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _TensorRows:
-    """Rows ``[start, stop)`` of a Megatron tensor, put together from its parts when called."""
+def _read_rows(
+    weights: HfWeights,
+    row: WeightRow,
+    place: tuple[int, ...],
+    wanted: range,
+    groups: int,
+    dtype: torch.dtype,
+    out: np.ndarray,
+) -> None:
+    """Put rows of a Megatron tensor together from its parts, in uint8 ``out`` of their size."""
+    names = [part.at(place) for part in row.parts]
+    part_rows = [weights.tensors[name].shape[0] for name in names]
+    first = filled = 0
+    for part, rows in rows_in_order(row, part_rows, groups):
+        here = rows[max(0, wanted.start - first) : max(0, wanted.stop - first)]
+        first += len(rows)
+        if here:
+            filled += _read_as(weights, names[part], here, dtype, out[filled:])
 
-    weights: HfWeights
-    shape: ModelShape
-    row: WeightRow
-    place: tuple[int, ...]
-    start: int
-    stop: int
-    dtype: torch.dtype
 
-    def __call__(self, out: np.ndarray) -> None:
-        names = [part.at(self.place) for part in self.row.parts]
-        part_rows = [self.weights.tensors[name].shape[0] for name in names]
-        first = filled = 0
-        for piece in rows_in_order(self.row, part_rows, self.shape.groups):
-            begin = piece.start + max(0, self.start - first)
-            end = min(piece.stop, piece.start + self.stop - first)
-            first += piece.stop - piece.start
-            if begin < end:
-                filled += self._read(names[piece.part], begin, end, out[filled:])
-
-    def _read(self, name: str, begin: int, end: int, out: np.ndarray) -> int:
-        tensor = self.weights.tensors[name]
-        count = (end - begin) * tensor.row_bytes
-        stored = DTYPES[tensor.dtype]
-        if stored == self.dtype:
-            self.weights.read_rows(name, begin, end, out[:count])
-            return count
-        memory = np.empty(count, np.uint8)
-        self.weights.read_rows(name, begin, end, memory)
-        values = torch.frombuffer(memory, dtype=stored).to(self.dtype)
-        out[: values.nbytes] = values.view(torch.uint8).numpy()
-        return values.nbytes
+def _read_as(
+    weights: HfWeights, name: str, rows: range, dtype: torch.dtype, out: np.ndarray
+) -> int:
+    """Read rows of a tensor into the begin of ``out`` as ``dtype``; return their bytes."""
+    tensor = weights.tensors[name]
+    count, stored = len(rows) * tensor.row_bytes, DTYPES[tensor.dtype]
+    memory = out[:count] if stored == dtype else np.empty(count, np.uint8)
+    weights.read_rows(name, rows.start, rows.stop, memory)
+    if stored == dtype:
+        return count
+    values = torch.frombuffer(memory, dtype=stored).to(dtype)
+    out[: values.nbytes] = values.view(torch.uint8).numpy()
+    return values.nbytes
 
 
 # Modules that keep no state of their own beside their weights, in any implementation.
 _WITHOUT_STATE = ("embedding.word_embeddings", "output_layer", "decoder.layers.mlp.router")
-
 
 # Modules without weights that are asked for all the same.
 _BESIDE = {"decoder.layers.mlp.linear_fc1": ("decoder.layers.mlp.activation_func",)}
@@ -184,7 +195,7 @@ def _object_records(
     """
     objects: dict[str, Any] = {
         "common_state/shard_0_1": {
-            "args": import_arguments(shape, extension, dtype),
+            "args": _arguments_to_save(shape, extension, dtype),
             "checkpoint_version": 3.0,
             "iteration": 0,
         }
@@ -197,6 +208,51 @@ def _object_records(
             for name in (module, *_BESIDE.get(module, ())):
                 objects[f"{name}._extra_state/shard_{offset}_{size}"] = None
     return objects
+
+
+PADDING = 128
+"""Megatron's --make-vocab-size-divisible-by: any tensor-parallel size up to it divides."""
+
+_TYPE_FLAGS = {torch.float32: (), torch.bfloat16: ("--bf16",), torch.float16: ("--fp16",)}
+
+# Flags of a run, which Megatron's validation asks for and no reader of a checkpoint looks at.
+_UNUSED = (
+    *("--micro-batch-size", "1", "--lr", "0", "--train-iters", "1", "--eval-interval", "1"),
+    *("--eval-iters", "0", "--no-create-attention-mask-in-dataloader"),
+    *("--tokenizer-type", "NullTokenizer"),
+)
+
+
+def _arguments_to_save(
+    shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype
+) -> Namespace:
+    """Return the arguments that are saved with an import.
+
+    All of Megatron's are there, made by its own parser, so that --use-checkpoint-args and every
+    other reader finds what it looks for.
+    """
+    from megatron.training.arguments import add_megatron_arguments, validate_args
+
+    from megatron_cream.training.arguments import add_arguments
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    window = str(extension.target_length)
+    flags = [
+        *(*size_flags(shape), *kind_flags(shape), "--vocab-size", str(shape.vocabulary)),
+        *("--position-embedding-type", "rope"),
+        *("--seq-length", window, "--max-position-embeddings", window),
+    ]
+    args = parser.parse_args([*flags, *_TYPE_FLAGS[dtype], *_UNUSED])
+    args.rank, args.world_size = 0, 1
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints them all
+        validate_args(args)
+    args.padded_vocab_size = -(-shape.vocabulary // PADDING) * PADDING
+    base = extension.rotary_base
+    args.rotary_base = int(base) if base == int(base) else base  # the flag takes whole numbers
+    # Choices of the run, which --use-checkpoint-args would overrule.
+    args.moe_grouped_gemm = args.tokenizer_type = args.tokenizer_model = None
+    setattr(args, SETTINGS_KEY, extension.to_dict())
+    return args
 
 
 def describe(imported: ImportedModel, output: str) -> str:

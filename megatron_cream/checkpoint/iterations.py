@@ -58,12 +58,11 @@ def list_iterations(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         return []
-    found = [
+    numbered = ((iteration_number(path), path) for path in root.iterdir())
+    return [
         path
-        for path in root.iterdir()
-        if iteration_number(path) is not None and _holds_iteration(path)
+        for _, path in sorted((n, p) for n, p in numbered if n is not None and _holds_iteration(p))
     ]
-    return sorted(found, key=iteration_number)
 
 
 def iteration_number(folder: Path) -> int | None:
@@ -162,6 +161,18 @@ def find_checkpoint(path: str) -> Path | None:
             f"checkpoint {path}: {TRACKER} names {folder.name}, which is missing or not whole; "
             f"{advise_earlier_iteration(folder, '--checkpoint')}"
         )
+    return folder
+
+
+def require_checkpoint(path: str) -> Path:
+    """Return what ``find_checkpoint`` finds for --checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = find_checkpoint(path) if path else None
+    if folder is None:
+        raise FileNotFoundError(f"--checkpoint is {path}: it must hold a torch_dist checkpoint")
     return folder
 
 

@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is: the one description that config.json, Megatron's arguments and plans share.
+"""Describes a model: the one shape that config.json, Megatron's arguments and plans share.
 
-``ModelShape`` is read from either of the first two and written as the other (``config_json``,
-``flags``), so that two descriptions of one model can be compared field by field.
+Angles, vocabulary and lengths are not among the flags here: they belong to a run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-import torch
-
 from megatron_cream.checkpoint.weight_map import FAMILIES, Family, WeightPart, WeightRow
-from megatron_cream.config import SETTINGS_KEY, ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import flag_of, values
 
@@ -59,10 +53,9 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Elements of all its Hugging Face tensors."""
-        rows = self.rows()
         return sum(
             math.prod(self.leading(row)) * sum(math.prod(self.part_shape(p)) for p in row.parts)
-            for row in rows
+            for row in self.rows()
         )
 
     @property
@@ -88,13 +81,13 @@ class ModelShape:
             "d": self.head_dim,
             "f": self.ffn,
             "v": self.vocabulary,
-            "e": self.experts,
+            "e": self.experts or 0,
         }
         return tuple(sizes[axis] for axis in part.shape)
 
     def leading(self, row: WeightRow) -> tuple[int, ...]:
         """Return the sizes of the leading axes of a row: (), (layers,) or (layers, experts)."""
-        return tuple({"l": self.layers, "e": self.experts}[axis] for axis in row.axes)
+        return tuple({"l": self.layers, "e": self.experts or 0}[axis] for axis in row.axes)
 
     def places(self) -> Iterator[tuple[WeightRow, tuple[int, ...]]]:
         """Yield every tensor: its row, and its index along the leading axes, layer by layer."""
@@ -142,7 +135,7 @@ def kind_flags(shape: ModelShape) -> list[str]:
 
 
 def shape_from_arguments(args: Namespace, architecture: str | None = None) -> ModelShape:
-    """Return the shape that Megatron's arguments describe; whether Megatron serves it is not asked.
+    """Return the shape that Megatron's arguments describe, of a family here or not.
 
     Args:
         architecture: what the model is to be called; by default the one whose features it has.
@@ -180,53 +173,8 @@ def _architecture(args: Namespace, window: int | None) -> str:
     return "LlamaForCausalLM" if window is None else "MistralForCausalLM"
 
 
-PADDING = 128
-"""Megatron's --make-vocab-size-divisible-by: any tensor-parallel size up to it divides."""
-
-_TYPE_FLAGS = {torch.float32: (), torch.bfloat16: ("--bf16",), torch.float16: ("--fp16",)}
-
-# Flags of a run, which Megatron's validation asks for and no reader of a checkpoint looks at.
-_UNUSED = (
-    *("--micro-batch-size", "1", "--lr", "0", "--train-iters", "1", "--eval-interval", "1"),
-    *("--eval-iters", "0", "--no-create-attention-mask-in-dataloader"),
-    *("--tokenizer-type", "NullTokenizer"),
-)
-
-
-def import_arguments(
-    shape: ModelShape, extension: ExtensionConfig, dtype: torch.dtype
-) -> Namespace:
-    """Return the arguments that are saved with an import.
-
-    All of Megatron's are there, made by its own parser, so that --use-checkpoint-args and every
-    other reader finds what it looks for.
-    """
-    from megatron.training.arguments import add_megatron_arguments, validate_args
-
-    from megatron_cream.training.arguments import add_arguments
-
-    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
-    window = str(extension.target_length)
-    flags = [
-        *(*size_flags(shape), *kind_flags(shape), "--vocab-size", str(shape.vocabulary)),
-        *("--position-embedding-type", "rope"),
-        *("--seq-length", window, "--max-position-embeddings", window),
-    ]
-    args = parser.parse_args([*flags, *_TYPE_FLAGS[dtype], *_UNUSED])
-    args.rank, args.world_size = 0, 1
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints them all
-        validate_args(args)
-    args.padded_vocab_size = -(-shape.vocabulary // PADDING) * PADDING
-    base = extension.rotary_base
-    args.rotary_base = int(base) if base == int(base) else base  # the flag takes whole numbers
-    # Choices of the run, which --use-checkpoint-args would overrule.
-    args.moe_grouped_gemm = args.tokenizer_type = args.tokenizer_model = None
-    setattr(args, SETTINGS_KEY, extension.to_dict())
-    return args
-
-
 def exportable_shape(args: Namespace, architecture: str | None = None) -> ModelShape:
-    """Read Megatron's arguments, as saved with a checkpoint.
+    """Return the shape that saved arguments describe, of a family here.
 
     Args:
         architecture: what the model is to be called; by default the one whose features it has.
@@ -234,13 +182,6 @@ def exportable_shape(args: Namespace, architecture: str | None = None) -> ModelS
     Raises:
         UserError: a model that no family describes, naming the flag.
     """
-    _validate_llama_like(args)
-    shape = shape_from_arguments(args, architecture)
-    _validate_features(shape)
-    return shape
-
-
-def _validate_llama_like(args: Namespace) -> None:
     for name, needed in values("hugging_face").items():
         value = getattr(args, name, needed)
         if value != needed and not (needed is False and value is None):
@@ -248,19 +189,19 @@ def _validate_llama_like(args: Namespace) -> None:
                 f"{flag_of(name)} of the checkpoint is {value!r}: it must be {needed!r} for a "
                 f"Hugging Face model of the families {tuple(FAMILIES)}"
             )
+    shape = shape_from_arguments(args, architecture)
+    _validate_features(shape)
+    return shape
 
 
 def _validate_features(shape: ModelShape) -> None:
-    family = shape.family
+    family, windowed = shape.family, shape.window is not None
     features = {
         "--qk-layernorm": (shape.qk_norm, family.qk_norm),
         "--num-experts": (bool(shape.experts), family.experts),
         "--add-qkv-bias": (shape.qkv_bias, family.qkv_bias or shape.linear_bias),
         "--add-bias-linear": (shape.linear_bias, family.biases and shape.linear_bias),
-        "--window-size": (
-            shape.window is not None,
-            family.windowed and shape.window is not None,
-        ),
+        "--window-size": (windowed, family.windowed and windowed),
     }
     for flag, (has, needs) in features.items():
         if has != needs:

@@ -108,15 +108,20 @@ def _validate_new_start(args: Namespace) -> None:
 
 
 def _same(one: str | None, other: str | None) -> bool:
-    return bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
+    return bool(one and other) and os.path.realpath(one or "") == os.path.realpath(other or "")
 
 
 def _validate_nothing_overwritten(args: Namespace) -> None:
     """Refuse to save over iterations that the run does not go on from."""
     held = list_iterations(Path(args.save))
     start = find_start(args)
-    resumes = start is not None and start.flag == "--load" and _same(args.load, args.save)
-    goes_on = resumes and not args.finetune and start.folder.name != RELEASE
+    goes_on = (
+        start is not None
+        and start.flag == "--load"
+        and start.folder.name != RELEASE
+        and _same(args.load, args.save)
+        and not args.finetune
+    )
     if not held or goes_on:
         return
     save = shlex.quote(args.save)

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and writes the tensors of a checkpoint in the torch_dist format."""
+"""Reads and writes the tensors of a checkpoint in torch's distributed format, ``torch_dist``.
+
+A global tensor lies in chunks over the files of all ranks that saved it. A chunk is a record of
+``torch.save``: a zip archive whose entry ``.../data/0`` is the bytes, uncompressed. They are read
+from there straight into place; torch's own reader loads whole chunks and copies parts of them.
+
+torch's own writer, which asks for one chunk at a time, writes a model of any size from the memory
+of two chunks, without building it: the next one is read while one is written.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -32,57 +42,20 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_cream.checkpoint import checksums
-from megatron_cream.checkpoint.hf_weights import read_exactly
-from megatron_cream.checkpoint.torch_dist_table import CheckpointTable, read_table
+from megatron_cream.checkpoint.file_reader import FileReader, read_ahead
+from megatron_cream.checkpoint.torch_dist_table import (
+    RecordKey,
+    read_table,
+)
 from megatron_cream.checkpoint.unpickling import name_damaged
 from megatron_cream.errors import UserError
-
-
-class FileSection(io.RawIOBase):
-    """A stretch of an open file as a file of its own."""
-
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor, self._offset, self._length = descriptor, offset, length
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, out: Any) -> int:
-        view = memoryview(out).cast("B")
-        count = max(0, min(len(view), self._length - self._position))
-        done = os.preadv(self._descriptor, [view[:count]], self._offset + self._position)
-        self._position += done
-        return done
-
-    def at(self, position: int, count: int) -> bytes:
-        """Return ``count`` bytes from ``position``."""
-        self.seek(position)
-        return self.read(count)
-
-    def rewound(self) -> FileSection:
-        """Return this section at its start."""
-        self.seek(0)
-        return self
-
 
 _ENTRY = "/data/0"
 _LOCAL_MAGIC = b"PK\3\4"
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 
 
-class TorchDistTensors:
+class TorchDistTensors(FileReader):
     """Tensors of one checkpoint folder.
 
     Raises:
@@ -91,13 +64,13 @@ class TorchDistTensors:
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
         table = read_table(folder)
         self._tensors, self._records = table.tensors, table.records
-        for problem in find_missing_files(table):
+        for problem in table.missing_files():
             raise problem
-        self._files: dict[str, int] = {}
-        self._starts: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}
+        self._starts: dict[RecordKey, tuple[Path, int]] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
@@ -150,44 +123,30 @@ class TorchDistTensors:
         path, start = self._data(key, chunk)
         start += (before * size[0] + first) * row_bytes
         if row_bytes == target.shape[1]:
-            read_exactly(self._descriptor(path), start, target.reshape(-1), self.folder / path)
+            self.read_exactly(path, start, target)
             return target.size
         box = np.empty((target.shape[0], row_bytes), np.uint8)
-        read_exactly(self._descriptor(path), start, box.reshape(-1), self.folder / path)
+        self.read_exactly(path, start, box)
         column = offset[1] * self.dtype(key).itemsize
         target[:, column : column + row_bytes] = box
         return box.size
 
-    def _data(self, key: str, chunk: ChunkStorageMetadata) -> tuple[str, int]:
+    def _data(self, key: str, chunk: ChunkStorageMetadata) -> tuple[Path, int]:
+        """Return the file of a chunk, and where in it its bytes start."""
         place = key, tuple(chunk.offsets)
         if place not in self._starts:
-            self._starts[place] = self._find_data(key, chunk)
+            record = self._records[place]
+            path = self.folder / record.file
+            if record.transformed:
+                raise UserError(f"{path}: {key} is stored in a way that is not supported")
+            section = self.open_section(path, record.start, record.length)
+            start = find_data(section, chunk, self.dtype(key), f"{path}: {key}")
+            self._starts[place] = path, record.start + start
         return self._starts[place]
-
-    def _find_data(self, key: str, chunk: ChunkStorageMetadata) -> tuple[str, int]:
-        """Return the file of a chunk, and where in it its bytes start."""
-        record = self._records[key, tuple(chunk.offsets)]
-        path = self.folder / record.file
-        section = FileSection(self._descriptor(record.file), record.start, record.length)
-        if record.transformed:
-            raise UserError(f"{path}: {key} is stored in a way that is not served")
-        start = find_data(section, chunk, self.dtype(key), f"{path}: {key}")
-        return record.file, record.start + start
-
-    def _descriptor(self, path: str) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(self.folder / path, os.O_RDONLY)
-        return self._files[path]
-
-    def close(self) -> None:
-        """Close the files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
 
 
 def find_data(
-    section: FileSection, chunk: ChunkStorageMetadata, dtype: torch.dtype, place: str
+    section: io.BufferedReader, chunk: ChunkStorageMetadata, dtype: torch.dtype, place: str
 ) -> int:
     """Return where in the record of a chunk its bytes start.
 
@@ -198,31 +157,20 @@ def find_data(
     with name_damaged(place):
         with zipfile.ZipFile(section) as archive:
             (entry,) = [i for i in archive.infolist() if i.filename.endswith(_ENTRY)]
+        section.seek(0)
         # A chunk with other strides would have its bytes in another order.
-        tensor = torch.load(section.rewound(), map_location="meta", weights_only=True)
-    stored = isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (
-        chunk.sizes,
-        dtype,
-    )
+        tensor = torch.load(section, map_location="meta", weights_only=True)
+    same = isinstance(tensor, torch.Tensor) and (tensor.shape, tensor.dtype) == (chunk.sizes, dtype)
     plain = entry.compress_type == zipfile.ZIP_STORED
-    if not (stored and plain and entry.file_size == tensor.nbytes and tensor.is_contiguous()):
-        raise UserError(f"{place} is stored in a way that is not served")
-    header = section.at(entry.header_offset, _LOCAL_HEADER)
+    if not (same and plain and entry.file_size == tensor.nbytes and tensor.is_contiguous()):
+        raise UserError(f"{place} is stored in a way that is not supported")
+    section.seek(entry.header_offset)
+    header = section.read(_LOCAL_HEADER)
     names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     start = entry.header_offset + _LOCAL_HEADER + names
     if header[:4] != _LOCAL_MAGIC or start + tensor.nbytes > section.seek(0, io.SEEK_END):
         raise UserError(f"{place} is damaged and cannot be read (its bytes are not in the record)")
     return start
-
-
-def find_missing_files(table: CheckpointTable) -> Iterator[OSError | UserError]:
-    """Yield an error for each file of a checkpoint that is missing or shorter than it must be."""
-    for name, end in sorted(table.ends().items()):
-        file = table.folder / name
-        if not file.is_file():
-            yield FileNotFoundError(f"checkpoint {table.folder} lacks its file {name}")
-        elif (size := file.stat().st_size) < end:
-            yield UserError(f"{file} has {size} bytes, .metadata says {end}: it is cut off")
 
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -252,7 +200,13 @@ class TensorChunk:
     @property
     def nbytes(self) -> int:
         """Bytes of the box."""
-        return int(np.prod(self.size, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.size) * self.dtype.itemsize
+
+    def read(self, memory: np.ndarray) -> torch.Tensor:
+        """Return the box, in the begin of uint8 ``memory``."""
+        box = memory[: self.nbytes]
+        self.fill(box)
+        return torch.frombuffer(box, dtype=self.dtype).view(self.size)
 
 
 def write_torch_dist(
@@ -273,7 +227,7 @@ def write_torch_dist(
     Raises:
         OSError: the disk is full, or fails.
     """
-    # Nothing copied ahead: one piece at a time, in the order of the plan, also where a GPU is.
+    # Nothing copied ahead: one chunk at a time, in the order of the plan, also where a GPU is.
     writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
     plans, metadata = create_default_global_save_plan(_plans(chunks, objects))
@@ -284,10 +238,12 @@ def write_torch_dist(
     sums: dict[str, Future[checksums.FileChecksum]] = {}
     with _without_checksums(), ThreadPoolExecutor(1) as reader:
         for number, plan in enumerate(plans):
-            wanted = [item for item in plan.items if item.type is WriteItemType.SHARD]
-            order = [by_index[item.index.fqn, tuple(item.index.offset)] for item in wanted]
-            with _ChunkReader(order, objects, on_bytes) as source:
-                results.append(writer.write_data(plan, source).wait())
+            wanted = [item.index for item in plan.items if item.type is WriteItemType.SHARD]
+            order = [by_index[index.fqn, tuple(index.offset or ())] for index in wanted]
+            largest = max((chunk.nbytes for chunk in order), default=0)
+            with closing(read_ahead((chunk.read for chunk in order), largest)) as tensors:
+                planner = _ChunkPlanner(order, tensors, objects, on_bytes)
+                results.append(writer.write_data(plan, planner).wait())
             for path in folder.glob(f"__{number}_*"):
                 sums[path.name] = reader.submit(checksums.checksum, path)
     writer.finish(metadata, results)
@@ -332,52 +288,31 @@ def _write_item(chunk: TensorChunk) -> WriteItem:
     )
 
 
-class _ChunkReader:
-    """Hands the writer one piece after the other, with the next one being read meanwhile.
-
-    Of a ``SavePlanner`` it has what the writer calls; the plans are made before.
-    """
+class _ChunkPlanner(DefaultSavePlanner):
+    """Hands torch's writer one chunk after the other; the plans are made before."""
 
     def __init__(
-        self, order: list[TensorChunk], objects: dict[str, Any], on_bytes: Callable[[int], None]
+        self,
+        order: list[TensorChunk],
+        tensors: Iterator[torch.Tensor],
+        objects: dict[str, Any],
+        on_bytes: Callable[[int], None],
     ) -> None:
-        self._order = order
-        self._objects = objects
-        self._on_bytes = on_bytes
-        largest = max((chunk.nbytes for chunk in order), default=0)
-        self._buffers = [np.empty(largest, np.uint8) for _ in range(2)]
-        self._reader = ThreadPoolExecutor(1)
-        self._next = 0
-        self._ahead: Future[torch.Tensor] | None = self._read_ahead()
-
-    def __enter__(self) -> _ChunkReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._reader.shutdown(wait=True)
+        super().__init__()
+        self._order, self._tensors = iter(order), tensors
+        self._objects, self._on_bytes = objects, on_bytes
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             data = io.BytesIO()
             torch.save([self._objects[write_item.index.fqn]], data)
             return data
-        chunk = self._order[self._next]
-        if (chunk.key, chunk.offset) != (write_item.index.fqn, tuple(write_item.index.offset)):
+        chunk = next(self._order)
+        if (chunk.key, chunk.offset) != (
+            write_item.index.fqn,
+            tuple(write_item.index.offset or ()),
+        ):
             raise RuntimeError(f"torch asked for {write_item.index} before {chunk.key}")
-        tensor = self._ahead.result()
-        self._next += 1
-        self._ahead = self._read_ahead()
+        tensor = next(self._tensors)
         self._on_bytes(chunk.nbytes)
         return tensor
-
-    def _read_ahead(self) -> Future[torch.Tensor] | None:
-        if self._next == len(self._order):
-            return None
-        # The writer has written the tensor before the last one when it asks for the next.
-        return self._reader.submit(self._read, self._next)
-
-    def _read(self, number: int) -> torch.Tensor:
-        chunk = self._order[number]
-        memory = self._buffers[number % 2][: chunk.nbytes]
-        chunk.fill(memory)
-        return torch.frombuffer(memory, dtype=chunk.dtype).view(chunk.size)

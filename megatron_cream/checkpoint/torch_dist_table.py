@@ -70,6 +70,15 @@ class CheckpointTable:
             ends[record.file] = max(ends.get(record.file, 0), end)
         return ends
 
+    def missing_files(self) -> Iterator[OSError | UserError]:
+        """Yield an error for each file that is missing or shorter than it must be."""
+        for name, end in sorted(self.ends().items()):
+            file = self.folder / name
+            if not file.is_file():
+                yield FileNotFoundError(f"checkpoint {self.folder} lacks its file {name}")
+            elif (size := file.stat().st_size) < end:
+                yield UserError(f"{file} has {size} bytes, .metadata says {end}: it is cut off")
+
     def read_object(self, name: str) -> Any:
         """Return an object, without running code from the checkpoint.
 
@@ -175,13 +184,15 @@ def _wrong(metadata: Any) -> Iterator[str]:
 
 
 def _wrong_tensor(key: str, entry: TensorStorageMetadata) -> Iterator[str]:
-    size, chunks = getattr(entry, "size", None), getattr(entry, "chunks", None)
+    size: Any = getattr(entry, "size", None)
+    chunks: Any = getattr(entry, "chunks", None)
     dtype = getattr(getattr(entry, "properties", None), "dtype", None)
     if not (_sizes(size) and isinstance(chunks, list) and isinstance(dtype, torch.dtype)):
         yield f"{key} has no size or type"
         return
     for chunk in chunks:
-        at, by = getattr(chunk, "offsets", None), getattr(chunk, "sizes", None)
+        at: Any = getattr(chunk, "offsets", None)
+        by: Any = getattr(chunk, "sizes", None)
         fits = _sizes(at) and _sizes(by) and len(at) == len(by) == len(size)
         if not fits or any(o + n > s for o, n, s in zip(at, by, size, strict=True)):
             yield f"{key} has a chunk outside its size {list(size)}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Hugging Face tensors a Megatron tensor is made of: one table a family.
+"""Maps Megatron tensors to the Hugging Face tensors they are made of: one table per family.
 
 A row names a tensor of a Megatron checkpoint, its Hugging Face parts with their shapes, and in
 which order the rows of the parts follow each other. Megatron keeps one global tensor for all
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 STACKED = "stacked"
 """Parts follow each other: gate before up, as SwiGLU splits ``linear_fc1``."""
@@ -64,26 +65,16 @@ def _row(
     order: str = STACKED,
     when: str | None = None,
     alias: str | None = None,
+    prefixes: tuple[str, str] = ("", ""),
 ) -> WeightRow:
-    """``parts`` read "name: shape"; per-layer rows leave out the prefixes of both sides."""
+    """Make a row; ``parts`` read "name: shape", ``prefixes`` are of Megatron's and their names."""
+    ours, theirs = prefixes
     split = [part.split(": ") for part in parts]
-    return WeightRow(
-        key, tuple(WeightPart(n, tuple(s.split())) for n, s in split), order, when, alias
-    )
+    named = tuple(WeightPart(theirs + name, tuple(shape.split())) for name, shape in split)
+    return WeightRow(ours + key, named, order, when, alias and ours + alias)
 
 
-def _layer(*rows: WeightRow) -> tuple[WeightRow, ...]:
-    """Put the prefixes of a layer before the names of rows."""
-    return tuple(
-        WeightRow(
-            f"decoder.layers.{row.key}",
-            tuple(WeightPart(f"model.layers.{{l}}.{part.name}", part.shape) for part in row.parts),
-            row.order,
-            row.when,
-            row.alias and f"decoder.layers.{row.alias}",
-        )
-        for row in rows
-    )
+_layer = partial(_row, prefixes=("decoder.layers.", "model.layers.{l}."))
 
 
 # fmt: off
@@ -92,41 +83,41 @@ _ENDS = (
     _row("decoder.final_layernorm.weight", "model.norm.weight: h"),
     _row("output_layer.weight", "lm_head.weight: v h", when="untied"),
 )
-_ATTENTION = _layer(
-    _row("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight: h"),
-    _row("self_attention.linear_qkv.weight", "self_attn.q_proj.weight: q h",
-         "self_attn.k_proj.weight: kv h", "self_attn.v_proj.weight: kv h", order=BY_GROUP),
-    _row("self_attention.linear_proj.weight", "self_attn.o_proj.weight: h q"),
+_ATTENTION = (
+    _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight: h"),
+    _layer("self_attention.linear_qkv.weight", "self_attn.q_proj.weight: q h",
+           "self_attn.k_proj.weight: kv h", "self_attn.v_proj.weight: kv h", order=BY_GROUP),
+    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight: h q"),
 )
-_QKV_BIAS = _layer(
-    _row("self_attention.linear_qkv.bias", "self_attn.q_proj.bias: q",
-         "self_attn.k_proj.bias: kv", "self_attn.v_proj.bias: kv", order=BY_GROUP,
-         when="qkv_bias"),
+_QKV_BIAS = (
+    _layer("self_attention.linear_qkv.bias", "self_attn.q_proj.bias: q",
+           "self_attn.k_proj.bias: kv", "self_attn.v_proj.bias: kv", order=BY_GROUP,
+           when="qkv_bias"),
 )
-_QK_NORM = _layer(
-    _row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight: d"),
-    _row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight: d"),
+_QK_NORM = (
+    _layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight: d"),
+    _layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight: d"),
 )
-_MLP = _layer(
-    _row("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight: h"),
-    _row("mlp.linear_fc1.weight", "mlp.gate_proj.weight: f h", "mlp.up_proj.weight: f h"),
-    _row("mlp.linear_fc2.weight", "mlp.down_proj.weight: h f"),
+_MLP = (
+    _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight: h"),
+    _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight: f h", "mlp.up_proj.weight: f h"),
+    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight: h f"),
 )
-_LINEAR_BIAS = _layer(
-    _row("self_attention.linear_proj.bias", "self_attn.o_proj.bias: h", when="linear_bias"),
-    _row("mlp.linear_fc1.bias", "mlp.gate_proj.bias: f", "mlp.up_proj.bias: f",
-         when="linear_bias"),
-    _row("mlp.linear_fc2.bias", "mlp.down_proj.bias: h", when="linear_bias"),
+_LINEAR_BIAS = (
+    _layer("self_attention.linear_proj.bias", "self_attn.o_proj.bias: h", when="linear_bias"),
+    _layer("mlp.linear_fc1.bias", "mlp.gate_proj.bias: f", "mlp.up_proj.bias: f",
+           when="linear_bias"),
+    _layer("mlp.linear_fc2.bias", "mlp.down_proj.bias: h", when="linear_bias"),
 )
 # The norm before experts is a module of its own with Transformer Engine, and takes the name of a
 # norm fused with linear_fc1 without it.
-_EXPERTS = _layer(
-    _row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight: h",
-         alias="mlp.linear_fc1.layer_norm_weight"),
-    _row("mlp.router.weight", "block_sparse_moe.gate.weight: e h"),
-    _row("mlp.experts.experts.linear_fc1.weight", "block_sparse_moe.experts.{e}.w1.weight: f h",
-         "block_sparse_moe.experts.{e}.w3.weight: f h"),
-    _row("mlp.experts.experts.linear_fc2.weight", "block_sparse_moe.experts.{e}.w2.weight: h f"),
+_EXPERTS = (
+    _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight: h",
+           alias="mlp.linear_fc1.layer_norm_weight"),
+    _layer("mlp.router.weight", "block_sparse_moe.gate.weight: e h"),
+    _layer("mlp.experts.experts.linear_fc1.weight", "block_sparse_moe.experts.{e}.w1.weight: f h",
+           "block_sparse_moe.experts.{e}.w3.weight: f h"),
+    _layer("mlp.experts.experts.linear_fc2.weight", "block_sparse_moe.experts.{e}.w2.weight: h f"),
 )
 # fmt: on
 
@@ -170,39 +161,27 @@ IGNORED = (".rotary_emb.inv_freq",)
 """Endings of tensors that old checkpoints carry and every loader computes for itself."""
 
 
-@dataclass(frozen=True)
-class PartRows:
-    """Rows ``[start, stop)`` of a part."""
-
-    part: int
-    start: int
-    stop: int
-
-
-def rows_in_order(row: WeightRow, part_rows: list[int], groups: int) -> Iterator[PartRows]:
-    """Yield the rows of the parts in the order in which the Megatron tensor has them.
+def rows_in_order(row: WeightRow, part_rows: list[int], groups: int) -> Iterator[tuple[int, range]]:
+    """Yield parts and rows of theirs in the order in which the Megatron tensor has them.
 
     Args:
         part_rows: number of rows of each part.
         groups: key-value heads of the model.
     """
     if row.order == STACKED:
-        yield from (PartRows(part, 0, rows) for part, rows in enumerate(part_rows))
+        yield from ((part, range(rows)) for part, rows in enumerate(part_rows))
         return
     for group in range(groups):
         for part, rows in enumerate(part_rows):
             size = rows // groups
-            yield PartRows(part, group * size, (group + 1) * size)
+            yield part, range(group * size, (group + 1) * size)
 
 
-def rows_of_part(
-    row: WeightRow, part_rows: list[int], groups: int, part: int
-) -> list[tuple[int, int]]:
+def rows_of_part(row: WeightRow, part_rows: list[int], groups: int, part: int) -> list[range]:
     """Return which rows of the Megatron tensor are those of a part, in the part's order."""
     found, first = [], 0
-    for piece in rows_in_order(row, part_rows, groups):
-        count = piece.stop - piece.start
-        if piece.part == part:
-            found.append((first, first + count))
-        first += count
+    for other, rows in rows_in_order(row, part_rows, groups):
+        if other == part:
+            found.append(range(first, first + len(rows)))
+        first += len(rows)
     return found
