@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
-from megatron_cream.positions.mixed import Mixed, check_share
-from megatron_cream.positions.scaled import Scaled
+from megatron_cream.positions.mixtures import PlainShare, ScalePerSample, validate_share
+from megatron_cream.positions.strategy import strategy_class
 from megatron_cream.rope import RopeScaling, compose, make_scaling
 from megatron_cream.rope.scaling import scaling_class
 
@@ -22,31 +22,22 @@ LABEL_RULES = ("true-next", "masked", "reference")
 SAMPLE_UNITS = ("document", "window", "packed", "packed-documents")
 DEFAULT_UNIT = "window"
 
-# Which strategy takes which settings; the rest keep their defaults and have no effect.
-_STRATEGY_OPTIONS = {
-    "cream": {
-        "cream_sigma": "sigma",
-        "cream_sigma_relative": "sigma_relative",
-        "cream_gaussian": "gaussian",
-        "cream_head_lengths": "head_lengths",
-    },
-    "pose": {"pose_chunks": "chunks", "pose_lengths": "lengths", "pose_content": "content"},
-}
-
 
 @dataclass(frozen=True)
 class ExtensionConfig:
     """Everything that decides positions, angles and labels of a run.
 
     A field's name with dashes is its flag, except ``train_length``, which is Megatron's
-    --seq-length, ``rotary_base`` and ``rope_base``. Lengths are in tokens.
+    --seq-length, ``position_options``, ``rotary_base`` and ``rope_base``. Lengths are in tokens.
 
     Attributes:
         train_length: N, tokens in a sample.
         target_length: T, the window to reach.
         original_length: window of the model before, from which RoPE is interpolated.
-        position_strategy: ``full``, ``cream``, ``pose`` or ``randpos``.
+        position_strategy: a name of ``STRATEGIES`` of ``megatron_cream.positions``.
         position_seed: seed of the positions.
+        position_options: settings of ``position_strategy`` alone, by the names of its fields; in a
+            checkpoint and as flags they begin with the strategy's name, ``cream_sigma``.
         plain_share: probability that a training sample has plain positions instead.
         rope_interpolation: a name of ``SCALINGS`` of ``megatron_cream.rope``.
         rope_factor: how many times longer RoPE becomes; T / original_length unless given.
@@ -69,13 +60,6 @@ class ExtensionConfig:
     original_length: int
     position_strategy: str = "full"
     position_seed: int = 1234
-    cream_sigma: float = 3.0
-    cream_sigma_relative: float | None = None
-    cream_gaussian: str = "clamped"
-    cream_head_lengths: tuple[int, ...] | None = None
-    pose_chunks: int = 2
-    pose_lengths: str | None = None
-    pose_content: str = "uniform"
     rope_interpolation: str = "none"
     rope_factor: float = 1.0
     rotary_base: float = 10000.0
@@ -85,6 +69,7 @@ class ExtensionConfig:
     label_rule: str = "true-next"
     sample_unit: str = "document"
     plain_share: float = 0.0
+    position_options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.label_rule not in LABEL_RULES:
@@ -96,9 +81,9 @@ class ExtensionConfig:
                 f"sample_unit (--sample-unit) is {self.sample_unit!r}: it must be one of "
                 f"{SAMPLE_UNITS}"
             )
-        if self.cream_head_lengths is not None:
-            object.__setattr__(self, "cream_head_lengths", tuple(self.cream_head_lengths))
-        check_share(self.plain_share)
+        complete = _complete(strategy_class(self.position_strategy), self.position_options)
+        object.__setattr__(self, "position_options", complete)
+        validate_share(self.plain_share)
         self._check_scales()
         self.strategy()
         self._check_theta()
@@ -106,10 +91,9 @@ class ExtensionConfig:
 
     def strategy(self) -> Strategy:
         """Return the position strategy of training samples; one that draws scales if RoPE does."""
-        options = _STRATEGY_OPTIONS.get(self.position_strategy, {})
-        given = {option: getattr(self, field) for field, option in options.items()}
+        given = self.position_options
         if self.plain_share:
-            return Mixed(
+            return PlainShare(
                 self.train_length,
                 self.target_length,
                 plain_share=self.plain_share,
@@ -145,8 +129,8 @@ class ExtensionConfig:
     def _method(self) -> type[RopeScaling]:
         return scaling_class(self.rope_interpolation)
 
-    def _scaled(self, inner: str, scales: tuple[float, ...], options: dict[str, Any]) -> Scaled:
-        return Scaled(
+    def _scaled(self, inner: str, scales: tuple[float, ...], options: dict[str, Any]) -> Strategy:
+        return ScalePerSample(
             self.train_length,
             self.target_length,
             original_length=self.original_length,
@@ -213,21 +197,41 @@ class ExtensionConfig:
         return 64
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint or a JSON file."""
-        return dataclasses.asdict(self)
+        """Return plain values for a checkpoint or a JSON file, every strategy's options in them."""
+        values = dataclasses.asdict(self)
+        own = values.pop("position_options")
+        for name, cls in STRATEGIES.items():
+            given = own if name == self.position_strategy else {}
+            options = _complete(cls, given)
+            values |= {cls.setting(option): value for option, value in options.items()}
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ExtensionConfig:
         """Inverse of ``to_dict``; settings that a newer version added keep their defaults."""
-        return cls(**values)
+        left, own = dict(values), dict(values.get("position_options", {}))
+        for name, strategy in STRATEGIES.items():
+            named = {option: strategy.setting(option) for option in strategy.declared()}
+            found = {option: left.pop(key) for option, key in named.items() if key in left}
+            if name == values.get("position_strategy", cls.position_strategy):
+                own |= found
+        return cls(**left | {"position_options": own})
 
     def differences(self, other: ExtensionConfig) -> list[str]:
         """Name each setting that differs, with both values, this one's first."""
+        own, others = self.to_dict(), other.to_dict()
         return [
-            f"{_flag(field.name)} {getattr(self, field.name)} != {getattr(other, field.name)}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
+            f"{_flag(name)} {own[name]} != {others[name]}"
+            for name in own
+            if own[name] != others[name]
         ]
+
+
+def _complete(cls: type[Strategy], given: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of a strategy, those that are not given by their defaults."""
+    given = {name: value for name, value in given.items() if value is not None}
+    complete = {name: declared.default for name, declared in cls.declared().items()} | given
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in complete.items()}
 
 
 def rope_settings(scaling: RopeScaling) -> dict[str, Any]:
@@ -247,9 +251,6 @@ _FLAGS = {"train_length": "--seq-length", "rope_base": "--rope-base-config"}
 
 def _flag(name: str) -> str:
     return _FLAGS.get(name, "--" + name.replace("_", "-"))
-
-
-POSITION_STRATEGIES = tuple(STRATEGIES)
 
 
 def saved_extension(args: Namespace) -> ExtensionConfig | None:

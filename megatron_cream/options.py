@@ -41,6 +41,12 @@ class Option:
         shown = self.default_help or (f"{default:g}" if self.type is float else f"{default}")
         return f"{self.help} (default: {shown})"
 
+    def argument(self) -> dict[str, Any]:
+        """Return the settings of its flag, for ``add_argument``; None stands for not given."""
+        many = {"nargs": "+"} if self.many else {}
+        choices = {"choices": self.choices} if self.choices else {}
+        return {"type": self.type, "help": self.full_help, **choices, **many}
+
     def needed(self, value: Any) -> str | None:
         """Return what one value must be instead, None where it fits."""
         if self.choices:

@@ -19,7 +19,6 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_cream.config import extension_of
-from megatron_cream.positions.scaled import Scaled
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -130,8 +129,8 @@ def _positions(args: Namespace, data_iterator: Iterator | None, packed: bool) ->
 def _plain_positions(args: Namespace) -> dict[str, Any]:
     device = torch.cuda.current_device()
     plain = torch.arange(args.seq_length, device=device).expand(args.micro_batch_size, -1)
-    strategy = extension_of(args).plain_strategy()
-    if not isinstance(strategy, Scaled):
+    drawn = extension_of(args).plain_strategy().scale(0, 0)
+    if drawn is None:
         return {"position_ids": plain}
-    scale = torch.full((args.micro_batch_size,), strategy.scale(0, 0), device=device)
+    scale = torch.full((args.micro_batch_size,), drawn, device=device)
     return {"position_ids": plain, "scale": scale}

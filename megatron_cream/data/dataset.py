@@ -30,7 +30,6 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Span, Strategy, philox
-from megatron_cream.positions.scaled import Scaled
 
 PACK_MULTIPLE = 16
 """Packed documents are cut to multiples of this many tokens, whatever the layout of the run:
@@ -374,6 +373,5 @@ class SpanDataset(MegatronDataset):
 
 def drawn_scale(strategy: Strategy, seed: int, index: int) -> dict[str, torch.Tensor]:
     """Return ``{"scale": t}``, float32, of a sample whose angles depend on one; else nothing."""
-    if not isinstance(strategy, Scaled):
-        return {}
-    return {"scale": torch.tensor(strategy.scale(seed, int(index)), dtype=torch.float32)}
+    scale = strategy.scale(seed, int(index))
+    return {} if scale is None else {"scale": torch.tensor(scale, dtype=torch.float32)}

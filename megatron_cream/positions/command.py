@@ -9,55 +9,15 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import STRATEGIES, Strategy, coverage, make_strategy
-from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
-from megatron_cream.positions.mixed import Mixed
+from megatron_cream.positions.mixtures import PlainShare
 from megatron_cream.positions.plots import describe, draw, validate_picture_path
-from megatron_cream.positions.pose import CONTENTS, LENGTHS
+from megatron_cream.positions.strategy import strategy_class
 
 EXAMPLES = """
     megatron-cream positions --strategy cream --train-length 4096 --target-length 262144
 
 Prints the report and writes a picture.
 """
-
-# Option of a strategy: (whose, how it is read). Each has the name it has in training as well,
-# so that flags can be copied from a launch script.
-OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sigma": (
-        "cream",
-        {
-            **{"type": float},
-            "help": f"width of the Gaussian in half windows (default: {SIGMA:g} up to {WIDE} N)",
-        },
-    ),
-    "sigma_relative": (
-        "cream",
-        {
-            **{"type": float},
-            "help": f"its width as a multiple of T / N (default: {SIGMA_RELATIVE} above {WIDE} N)",
-        },
-    ),
-    "gaussian": (
-        "cream",
-        {"choices": GAUSSIANS, "help": "what becomes of draws outside (default: clamped)"},
-    ),
-    "head_lengths": (
-        "cream",
-        {
-            **{"type": int, "nargs": "+", "metavar": "TOKENS"},
-            "help": "lengths of head and tail to draw from (default: N // 3 and 4 T / N)",
-        },
-    ),
-    "chunks": ("pose", {"type": int, "metavar": "K", "help": "of a sample (default: 2)"}),
-    "lengths": (
-        "pose",
-        {"choices": LENGTHS, "help": "where it is cut (default: trainer for 2 chunks, else paper)"},
-    ),
-    "content": (
-        "pose",
-        {"choices": CONTENTS, "help": "which text a chunk reads (default: uniform)"},
-    ),
-}
 
 MOST = {"--train-length": 2**22, "--target-length": 2**26, "--samples": 10**7}
 
@@ -76,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-length", type=int, required=True, metavar="T", help="window to reach")
     strategies = tuple(STRATEGIES)
     add("--strategy", "--position-strategy", choices=strategies, required=True, help="of positions")
-    for name, (strategy, reading) in OPTIONS.items():
-        flag = name.replace("_", "-")
-        add(f"--{flag}", f"--{strategy}-{flag}", dest=name, **reading)
+    # Each option has the name that it has in training as well: flags can be copied from a script.
+    for cls in STRATEGIES.values():
+        for name, option in cls.declared().items():
+            flags = (f"--{name.replace('_', '-')}", cls.flag(name))
+            add(*flags, dest=name, **option.argument())
     add("--plain-share", type=float, default=0.0, help="share of samples at plain positions")
     add("--samples", type=int, help="samples to count (default: 32000, fewer where that is slow)")
     add("--seed", "--position-seed", type=int, default=1234, help="of positions (default: 1234)")
@@ -117,7 +79,7 @@ def default_samples(strategy: Strategy) -> int:
 def _strategy(args: argparse.Namespace, given: dict[str, Any]) -> Strategy:
     if not args.plain_share:
         return make_strategy(args.strategy, args.train_length, args.target_length, **given)
-    return Mixed(
+    return PlainShare(
         args.train_length,
         args.target_length,
         plain_share=args.plain_share,
@@ -131,10 +93,10 @@ def run(args: argparse.Namespace) -> None:
     _validate(args)
     output = args.output or Path(f"positions-{args.strategy}.png")
     validate_picture_path(output)
-    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    if args.strategy == "cream" and not given.keys() & {"sigma", "sigma_relative"}:
-        given |= default_widths(args.train_length, args.target_length)  # as training does
-    strategy = _strategy(args, given)
+    names = [name for cls in STRATEGIES.values() for name in cls.declared()]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    own = strategy_class(args.strategy)
+    strategy = _strategy(args, own.recommended(args.train_length, args.target_length, given))
     samples = default_samples(strategy) if args.samples is None else args.samples
     result = coverage(strategy, samples, args.seed)
     print(describe(strategy, result))

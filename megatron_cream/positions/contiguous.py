@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_cream.positions import philox
-from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span, Strategy
+from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span
+from megatron_cream.positions.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,8 @@ class FullLayout(ChunkLayout):
 
 
 @dataclass(frozen=True)
-class Full(Strategy):
+class Full(Strategy, name="full"):
     """Plain positions ``0 .. N-1``: ordinary training at N."""
-
-    name = "full"
 
     @property
     def content_length(self) -> int:
@@ -51,10 +50,8 @@ class RandPosLayout(SampleLayout):
 
 
 @dataclass(frozen=True)
-class RandPos(Strategy):
+class RandPos(Strategy, name="randpos"):
     """Sorted uniform positions without replacement (Ruoss et al. 2023, arXiv:2305.16843)."""
-
-    name = "randpos"
 
     @property
     def content_length(self) -> int:

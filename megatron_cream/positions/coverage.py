@@ -14,7 +14,8 @@ from itertools import combinations
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span, Strategy
+from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span
+from megatron_cream.positions.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Coverage:
             return None
         thirds = np.minimum((3 * self.middle_centres / self.target_length).astype(int), 2)
         counts = np.bincount(thirds, minlength=3) / len(thirds)
-        return tuple(float(share) for share in counts)
+        return _thirds(counts)
 
 
 def coverage(strategy: Strategy, samples: int, seed: int = 1234) -> Coverage:
@@ -119,7 +120,7 @@ class Tally:
     @property
     def token_thirds(self) -> tuple[float, float, float]:
         """Share of the positions added so far in each third of the target window."""
-        return tuple(float(share) for share in self.thirds / self.thirds.sum())
+        return _thirds(self.thirds / self.thirds.sum())
 
     def _sample_counts(self) -> np.ndarray:
         return np.cumsum(self.first_difference)[:-1] + self.dense_counts
@@ -177,6 +178,11 @@ class Tally:
             middle_centres=np.array(self.centres),
             token_thirds=self.token_thirds,
         )
+
+
+def _thirds(shares: np.ndarray) -> tuple[float, float, float]:
+    first, middle, last = map(float, shares)
+    return first, middle, last
 
 
 def _union(intervals: list[Span]) -> list[Span]:

@@ -30,12 +30,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from numbers import Integral
+from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import philox
-from megatron_cream.positions.layout import ChunkLayout, Span, Strategy
-
-GAUSSIANS = ("clamped", "truncated")
+from megatron_cream.positions.layout import ChunkLayout, Span
+from megatron_cream.positions.strategy import Strategy, option
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,8 @@ WIDE = 8
 """T / N above which the published width leaves distances out; docs/positions.md."""
 
 
-def default_widths(train_length: int, target_length: int) -> dict[str, float]:
-    """Return the width of a run that names none: as published, relative above ``WIDE`` times N.
-
-    Args:
-        train_length: N, in tokens.
-        target_length: T, in tokens.
-    """
-    if target_length > WIDE * train_length:
-        return {"sigma_relative": SIGMA_RELATIVE}
-    return {"sigma": SIGMA}
-
-
 @dataclass(frozen=True)
-class Cream(Strategy):
+class Cream(Strategy, name="cream"):
     """CREAM positions.
 
     Attributes:
@@ -87,31 +75,45 @@ class Cream(Strategy):
             (N // 3, floor(4 f)).
     """
 
-    name = "cream"
+    sigma: float = option(
+        "width of the Gaussian in half windows",
+        default=SIGMA,
+        default_help=f"{SIGMA:g} up to T = {WIDE} N",
+    )
+    sigma_relative: float | None = option(
+        "its width as a multiple of T / N instead",
+        default_help=f"{SIGMA_RELATIVE} above that",
+    )
+    gaussian: str = option(
+        "what becomes of draws outside the window",
+        default="clamped",
+        type=str,
+        choices=("clamped", "truncated"),
+    )
+    head_lengths: tuple[int, ...] | None = option(
+        "lengths of head and tail in tokens, of which each sample draws one",
+        type=int,
+        many=True,
+        default_help="N // 3 and 4 T / N",
+    )
 
-    sigma: float = SIGMA
-    sigma_relative: float | None = None
-    gaussian: str = "clamped"
-    head_lengths: tuple[int, ...] | None = None
+    @classmethod
+    def recommended(
+        cls, train_length: int, target_length: int, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Take the published width, and above ``WIDE`` times N the relative one."""
+        if given.keys() & {"sigma", "sigma_relative"}:
+            return given
+        far = target_length > WIDE * train_length
+        return given | ({"sigma_relative": SIGMA_RELATIVE} if far else {"sigma": SIGMA})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_lengths is not None:
             heads = (int(h) if isinstance(h, Integral) else h for h in self.head_lengths)
             object.__setattr__(self, "head_lengths", tuple(heads))
-        if self.gaussian not in GAUSSIANS:
-            raise UserError(
-                f"gaussian (--cream-gaussian) is {self.gaussian!r}: it must be one of {GAUSSIANS}"
-            )
-        self._check_sigma()
         for head in self.heads:
             self._check_head(head)
-
-    def _check_sigma(self) -> None:
-        for field in ("sigma", "sigma_relative"):
-            value, flag = getattr(self, field), "--cream-" + field.replace("_", "-")
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UserError(f"{field} ({flag}) is {value}: it must be a positive number")
 
     def _check_head(self, head: int) -> None:
         fits = isinstance(head, int) and head >= 1 and 2 * head < self.train_length

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a strategy answers: where each trained token stands, and which tokens to read."""
+"""SampleLayout: where each trained token of a sample stands, and which tokens it reads."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
 
 import numpy as np
 
@@ -88,61 +87,3 @@ def _all_positions(target_length: int) -> np.ndarray:
     table = np.arange(target_length, dtype=np.int64)
     table.flags.writeable = False
     return table
-
-
-@dataclass(frozen=True)
-class Strategy(ABC):
-    """Where training tokens pretend to stand. Immutable; a layout depends on nothing else.
-
-    Attributes:
-        train_length: N, tokens in a sample (--seq-length).
-        target_length: T, the window the positions reach (--target-length).
-    """
-
-    train_length: int
-    target_length: int
-
-    name = ""  # set by each strategy; the value of --position-strategy
-
-    def __post_init__(self) -> None:
-        for field in ("train_length", "target_length"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise TypeError(f"{field} is {value!r}: it must be a whole number of tokens")
-            object.__setattr__(self, field, int(value))
-        if self.train_length < 1:
-            raise UserError(
-                f"train_length (--seq-length) is {self.train_length}: it must be at least 1 token"
-            )
-        if self.target_length < self.train_length:
-            raise UserError(
-                f"target_length (--target-length) is {self.target_length}: it must be at least "
-                f"train_length (--seq-length) = {self.train_length}"
-            )
-
-    @property
-    def factor(self) -> float:
-        """f = T / N, any real number of at least 1."""
-        return self.target_length / self.train_length
-
-    @property
-    def content_length(self) -> int:
-        """Tokens of text a sample is chosen from: T where content follows positions."""
-        return self.target_length
-
-    @property
-    def shortest_length(self) -> int:
-        """Fewest tokens a sample can have with these options and T; see ``for_length``."""
-        return 1
-
-    def for_length(self, train_length: int) -> Self:
-        """Return this strategy for samples of another length that reach the same T.
-
-        Raises:
-            UserError: ``train_length`` is below ``shortest_length`` or above T.
-        """
-        return replace(self, train_length=train_length)
-
-    @abstractmethod
-    def layout(self, seed: int, index: int) -> SampleLayout:
-        """Return the layout of sample ``index``; pure, no state, any order."""

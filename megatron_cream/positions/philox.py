@@ -9,11 +9,12 @@ sample without a message from the stage that read its tokens.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 
 _MASK = (1 << 64) - 1
-_BUFFER = 4  # Philox4x64 makes four 64-bit words a block
+_BUFFER = 4  # Philox4x64 makes four 64-bit words per block
 
 
 def words(seed: int, index: int, count: int, stream: int = 0) -> list[int]:
@@ -22,7 +23,8 @@ def words(seed: int, index: int, count: int, stream: int = 0) -> list[int]:
     Stream 0 equals ``numpy.random.Philox(key=[seed, index]).random_raw(count)``. Building that
     object costs 28 us, more than the rest of a sample; re-keying one that exists costs 2.
     """
-    return _keyed(seed, index, stream).random_raw(count).tolist()
+    found: list[int] = _keyed(seed, index, stream).random_raw(count).tolist()
+    return found
 
 
 def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
@@ -49,12 +51,12 @@ def unit(word: int) -> float:
 
 
 class _Rekeyed(threading.local):
-    """One Philox a thread, with the state that its setter copies from; key and counter in there."""
+    """One Philox per thread, and the state that its setter copies from: key and counter in it."""
 
     def __init__(self) -> None:
         philox = np.random.Philox(key=np.zeros(2, dtype=np.uint64))
         key, counter = [0, 0], [0] * _BUFFER
-        state = {
+        state: Any = {
             **philox.state,
             # Lists, not the arrays that are there: the setter reads them item by item.
             "state": {"counter": counter, "key": key},

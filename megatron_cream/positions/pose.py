@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import philox
-from megatron_cream.positions.layout import ChunkLayout, Span, Strategy
-
-CONTENTS = ("uniform", "zero", "positions")
-LENGTHS = ("trainer", "paper")
+from megatron_cream.positions.layout import ChunkLayout, Span
+from megatron_cream.positions.strategy import Strategy, option
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class PoseLayout(ChunkLayout):
 
 
 @dataclass(frozen=True)
-class Pose(Strategy):
+class Pose(Strategy, name="pose"):
     """PoSE positions.
 
     Attributes:
@@ -56,11 +54,19 @@ class Pose(Strategy):
         content: which text a chunk reads, see ``PoseLayout``.
     """
 
-    name = "pose"
-
-    chunks: int = 2
-    lengths: str | None = None
-    content: str = "uniform"
+    chunks: int = option("k, chunks of a sample", default=2, type=int)
+    lengths: str | None = option(
+        "how long chunks are",
+        type=str,
+        choices=("trainer", "paper"),
+        default_help="trainer for 2 chunks, else paper",
+    )
+    content: str = option(
+        "which text a chunk reads",
+        default="uniform",
+        type=str,
+        choices=("uniform", "zero", "positions"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,14 +74,6 @@ class Pose(Strategy):
             raise UserError(
                 f"chunks (--pose-chunks) is {self.chunks}: it must be from 1 to train_length "
                 f"(--seq-length) = {self.train_length}"
-            )
-        if self.content not in CONTENTS:
-            raise UserError(
-                f"content (--pose-content) is {self.content!r}: it must be one of {CONTENTS}"
-            )
-        if self.lengths is not None and self.lengths not in LENGTHS:
-            raise UserError(
-                f"lengths (--pose-lengths) is {self.lengths!r}: it must be one of {LENGTHS}"
             )
         if self.lengths == "trainer" and self.chunks != 2:
             raise UserError(

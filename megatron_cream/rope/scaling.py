@@ -213,8 +213,7 @@ class RopeScaling:
         In the order of operations in which transformers computes it for this type: the last bit
         of a frequency near 1 is an angle of 0.016 at position 262143.
         """
-        rounded: Floats32 = np.float32(1.0) / powers / self.divisors.astype(np.float32)
-        return rounded
+        return np.divide(np.float32(1.0) / powers, self.divisors.astype(np.float32))
 
     @property
     def stretch(self) -> Floats:

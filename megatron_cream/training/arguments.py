@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from megatron_cream.config import (
     DEFAULT_UNIT,
     LABEL_RULES,
-    POSITION_STRATEGIES,
     SAMPLE_UNITS,
     ExtensionConfig,
 )
@@ -16,8 +16,8 @@ from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import rotary_dim
 from megatron_cream.mcore.extra import extras
 from megatron_cream.mcore.validation import make_readable
-from megatron_cream.positions.cream import GAUSSIANS, SIGMA, SIGMA_RELATIVE, WIDE, default_widths
-from megatron_cream.positions.pose import CONTENTS, LENGTHS
+from megatron_cream.positions import STRATEGIES
+from megatron_cream.positions.strategy import strategy_class
 from megatron_cream.rope import SCALINGS
 from megatron_cream.rope.flags import add_options, options_from_args, read_base
 from megatron_cream.rope.scaling import scaling_class
@@ -34,25 +34,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     add("--original-length", type=int, help="window before (default: --seq-length)")
     add(
         "--position-strategy",
-        choices=POSITION_STRATEGIES,
+        choices=tuple(STRATEGIES),
         help="where training tokens pretend to stand (default: cream if T is longer than N)",
     )
     add("--position-seed", type=int, help="seed of the positions (default: --seed)")
-    add(
-        "--cream-sigma",
-        type=float,
-        help=f"width of the Gaussian in half windows (default: {SIGMA:g} up to T = {WIDE} N)",
-    )
-    add(
-        "--cream-sigma-relative",
-        type=float,
-        help=f"its width as a multiple of T / N instead (default: {SIGMA_RELATIVE} above that)",
-    )
-    add("--cream-gaussian", choices=GAUSSIANS, default="clamped")
-    add("--cream-head-lengths", type=int, nargs="+", help="default: N / 3 and 4 T / N")
-    add("--pose-chunks", type=int, default=2)
-    add("--pose-lengths", choices=LENGTHS, help="default: trainer for 2 chunks, else paper")
-    add("--pose-content", choices=CONTENTS, default="uniform")
+    for strategy in STRATEGIES.values():
+        for name, option in strategy.declared().items():
+            add(strategy.flag(name), **option.argument())
     add("--plain-share", type=float, default=0.0, help="share of samples at plain positions")
     add(
         "--rope-interpolation",
@@ -99,12 +87,7 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
         original_length=original,
         position_strategy=strategy,
         position_seed=args.seed if args.position_seed is None else args.position_seed,
-        **_widths(args, strategy, train, target),
-        cream_gaussian=args.cream_gaussian,
-        cream_head_lengths=args.cream_head_lengths and tuple(args.cream_head_lengths),
-        pose_chunks=args.pose_chunks,
-        pose_lengths=args.pose_lengths,
-        pose_content=args.pose_content,
+        position_options=_position_options(args, strategy, train, target),
         rope_interpolation=_interpolation(args, longer=target > original),
         rope_factor=max(factor, 1.0) if args.rope_factor is None else factor,
         rotary_base=float(args.rotary_base),
@@ -120,12 +103,12 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
     return extension
 
 
-def _widths(args: Namespace, strategy: str, train: int, target: int) -> dict[str, float | None]:
-    widths = {"sigma": args.cream_sigma, "sigma_relative": args.cream_sigma_relative}
-    if strategy == "cream" and set(widths.values()) == {None}:
-        widths |= default_widths(train, target)
-    widths["sigma"] = SIGMA if widths["sigma"] is None else widths["sigma"]
-    return {f"cream_{name}": value for name, value in widths.items()}
+def _position_options(args: Namespace, strategy: str, train: int, target: int) -> dict[str, Any]:
+    """Return the strategy's own settings, those that are not given as it recommends them."""
+    cls = strategy_class(strategy)
+    found = {name: getattr(args, cls.setting(name), None) for name in cls.declared()}
+    given = {name: value for name, value in found.items() if value is not None}
+    return cls.recommended(train, target, given)
 
 
 def _interpolation(args: Namespace, longer: bool) -> str:

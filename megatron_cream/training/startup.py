@@ -146,7 +146,7 @@ def _keep_begun(args: Namespace) -> None:
     before = resume.resumed_extension(args) if open_ones else None
     if before is not None:
         for name in itertools.chain(*open_ones):
-            setattr(args, name, getattr(before, name))
+            setattr(args, name, before.to_dict()[name])
 
 
 def _keep_log_short(args: Namespace) -> None:

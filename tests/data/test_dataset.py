@@ -37,7 +37,7 @@ def extension(**changes):
         "position_strategy": "cream",
         "cream_head_lengths": (3, 4),
     }
-    return ExtensionConfig(**(options | changes))
+    return ExtensionConfig.from_dict(options | changes)
 
 
 def build(

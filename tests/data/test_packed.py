@@ -166,4 +166,4 @@ def test_middle_stages_draw_the_same_positions_without_a_token(prefixes, count, 
 
 def test_nothing_long_enough(prefixes):
     with pytest.raises(ValueError, match=r"128 tokens of one \(what the strategy .* has 100"):
-        build(prefixes[:1], split="10,90,0", cream_head_lengths=(60,))
+        build(prefixes[:1], split="10,90,0", position_options={"head_lengths": (60,)})

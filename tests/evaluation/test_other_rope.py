@@ -132,7 +132,7 @@ def test_positions_of_training_do_not_hinder_another_window(tmp_path, monkeypatc
 
     saved = checkpoint_of(
         tmp_path, original_length=256, train_length=1024, position_strategy="cream",
-        cream_head_lengths=(500,), rope_interpolation="linear", rope_factor=8.0,
+        position_options={"head_lengths": (500,)}, rope_interpolation="linear", rope_factor=8.0,
     )  # fmt: skip
     monkeypatch.setattr(models, "read_saved_arguments", lambda path: saved)
     asked = arguments(checkpoint="run", rope_interpolation="yarn", rope_factor=2.0)

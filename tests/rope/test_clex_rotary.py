@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.positions.scaled import Scaled
+from megatron_cream.positions.mixtures import ScalePerSample
 from megatron_cream.rope import hf_rope_fields, make_scaling, scaling_from_hf
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
@@ -196,7 +196,7 @@ def test_scales_and_positions_are_functions_of_the_index():
 def test_scales_that_hold_a_sample():
     longer = dataclasses.replace(settings(), train_length=240)
     assert longer.strategy().scales == (3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
-    assert isinstance(longer.plain_strategy(), Scaled)
+    assert isinstance(longer.plain_strategy(), ScalePerSample)
     assert longer.plain_strategy().scale(0, 0) == 3.0
 
 

@@ -80,7 +80,8 @@ def test_defaults(extension):
 )
 def test_creams_width_is_relative_above_8_times_the_window(extension, flags, sigma, relative):
     made = extension(*flags)
-    assert (made.cream_sigma, made.cream_sigma_relative) == (sigma, relative)
+    saved = made.to_dict()
+    assert (saved["cream_sigma"], saved["cream_sigma_relative"]) == (sigma, relative)
 
 
 def test_options_and_theta_reach_the_scaling(extension):

@@ -207,7 +207,12 @@ OLD = {"position_strategy": "cream", "rope_interpolation": "linear", "rope_facto
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"sample_unit": "window"}, {"cream_sigma_relative": 0.375}, {"rope_interpolation": "ntk"}],
+    [
+        {},
+        {"sample_unit": "window"},
+        {"position_options": {"sigma_relative": 0.375}},
+        {"rope_interpolation": "ntk"},
+    ],
 )
 def test_a_resumed_run_goes_on_as_it_began(resumed, settings):
     """With defaults of then: documents, linear, the published width at 16 times the window."""
@@ -219,7 +224,7 @@ def test_a_resumed_run_goes_on_as_it_began(resumed, settings):
     for elsewhere in ({"load": None}, {"finetune": True}):
         new = resumed(saved, **elsewhere)
         assert (new.sample_unit, new.rope_interpolation) == ("window", "yarn")
-        assert new.cream_sigma_relative == 0.375
+        assert new.position_options["sigma_relative"] == 0.375
 
 
 def test_a_resumed_run_that_is_told_otherwise_differs(resumed):
