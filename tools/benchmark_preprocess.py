@@ -157,9 +157,9 @@ def _without(
 
 def stages(args: argparse.Namespace, ours: Side) -> str:
     """Return what reading and tokenizing take of our CPU seconds, each measured alone."""
-    from megatron_cream.corpus.engine import choose_engine
-    from megatron_cream.corpus.jsonl import Fields
+    from megatron_cream.corpus.gigatoken import choose_engine
     from megatron_cream.corpus.readers import InputSpan, read_span
+    from megatron_cream.corpus.records import Fields
     from megatron_cream.corpus.tokenizers import load_tokenizer
 
     began = time.process_time()

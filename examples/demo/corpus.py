@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_cream.corpus.input_files import find_inputs
 from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
-from megatron_cream.corpus.readers import find_inputs, read_documents
+from megatron_cream.corpus.readers import read_documents
 from megatron_cream.corpus.tokenizers import train_bpe
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins parts, or whole datasets, to one: tokens are copied by the kernel, the index is written."""
+"""Builds a dataset out of the parts of a job, or out of other datasets.
+
+Tokens are copied by the kernel; the index is written anew.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +12,146 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cream.corpus.statistics import Lengths
-from megatron_cream.corpus.storage import EncodedPart
+from megatron_cream.corpus.encode import EncodedPart, finished_parts
+from megatron_cream.corpus.inspection import (
+    DUPLICATES,
+    FINGERPRINT,
+    LISTED_ERRORS,
+    Counts,
+    Lengths,
+    write_metadata,
+)
+from megatron_cream.corpus.job import PreprocessJob
+from megatron_cream.corpus.readers import lines_before, place
+from megatron_cream.corpus.work_folder import WorkFolder
 from megatron_cream.data.indexed import write_index
 from megatron_cream.errors import UserError
 
 _BUCKET_BYTES = 256 << 20
 _COPY_BYTES = 64 << 20
 
-SequenceLayout = tuple[np.ndarray, np.ndarray]
+
+def build_dataset(job: PreprocessJob, units: list[int], folder: WorkFolder) -> None:
+    """Make the files of the dataset, at ``folder.staged``, out of all parts of ``units``.
+
+    Raises:
+        UserError: a part is missing, a bad record is one too many, or no document is left.
+        OSError: they cannot be written.
+    """
+    config = job.config
+    parts = [part for unit in units for part in finished_parts(folder.path, unit, job.dtype)]
+    if len({part.unit for part in parts if part.metadata.next is None}) != len(units):
+        raise UserError(f"--output-prefix {job.prefix}: {folder.path} lost parts, start again")
+    counts = _count_left_out(job, parts)
+    segments = [_part_segment(job, part) for part in parts]
+    kept = first_copies(segments) if config.drop_duplicates else None
+    if kept is not None:
+        counts.add({DUPLICATES: int((~kept).sum())}, {})
+    lengths, documents = assemble(folder.staged, job.dtype, segments, kept, config.thresholds)
+    settings = {**job.metadata(), FINGERPRINT: job.fingerprint()}
+    if config.shard[1] > 1:
+        settings |= {
+            "shard": list(config.shard),
+            "job": job.digest(),
+            "thresholds": config.thresholds,
+            "drop_duplicates": config.drop_duplicates,
+        }
+        if kept is not None:
+            write_hashes(folder.staged + ".hashes", segments, kept)
+    elif not documents:
+        folder.remove()
+        raise UserError(_describe_nothing_left(job, counts))
+    write_metadata(folder.staged, settings, lengths, documents, counts)
+
+
+def _part_segment(job: PreprocessJob, part: EncodedPart) -> Segment:
+    head, tail = int(job.bos is not None), int(job.eod is not None)
+    most = None if job.config.drops_long else job.config.max_tokens
+    return Segment(
+        part.stem + ".bin",
+        part.metadata.documents,
+        lambda: split(part.lengths(), most, head, tail),
+        part.hashes,
+    )
+
+
+def _count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
+    """Add up what the parts left out, naming bad records by their line in the file.
+
+    Raises:
+        UserError: there is a bad record, and none is to be skipped.
+    """
+    counts = Counts({"shorter_than_min_tokens": 0, "longer_than_max_tokens": 0, DUPLICATES: 0})
+    for part in parts:
+        found = part.metadata
+        dropped = {"shorter_than_min_tokens": found.shorter, "longer_than_max_tokens": found.longer}
+        counts.add(dropped, found.errors)
+        counts.longest = max(counts.longest, found.longest)
+    counts.list_errors(_list_bad_records(job, parts))
+    if counts.errors and job.config.on_error == "fail":
+        raise UserError(": ".join(counts.listed[0]))
+    return counts
+
+
+def _list_bad_records(job: PreprocessJob, parts: list[EncodedPart]) -> list[list[str]]:
+    """Place and reason of the first bad records, counting the lines of each file once."""
+    every = [
+        (job.units[part.unit][bad[0]], *bad[1:]) for part in parts for bad in part.metadata.listed
+    ]
+    every = every[:LISTED_ERRORS]
+    starts: dict[str, set[int]] = {}
+    for span, *_ in every:
+        if span.start:
+            starts.setdefault(span.path, set()).add(span.start)
+    before = {
+        (path, start): lines
+        for path, found in starts.items()
+        for start, lines in zip(sorted(found), lines_before(path, sorted(found)), strict=True)
+    }
+    return [
+        [place(span, before.get((span.path, span.start), 0) + number), f"{kind}: {detail}"]
+        for span, number, kind, detail in every
+    ]
+
+
+def _describe_nothing_left(job: PreprocessJob, counts: Counts) -> str:
+    config = job.config
+    given = " ".join(config.input)
+    if not counts.longest:
+        bad = sum(counts.errors.values())
+        found = f" ({bad} bad records)" if bad else ""
+        return f"--input {given}: holds no text{found}, needs one document that is not empty"
+    short = counts.dropped["shorter_than_min_tokens"]
+    if short:
+        return (
+            f"--min-tokens {config.min_tokens}: none of the {short} documents is left, needs at "
+            f"most {counts.longest}, the tokens of the longest"
+        )
+    return f"--max-tokens {config.max_tokens}: all documents are longer, needs more, or to split"
+
+
+SequenceLengths = tuple[np.ndarray, np.ndarray]
+"""int64 ``[sequences]``, tokens in each, and int64 ``[documents]``, how many sequences each has."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the dataset to be.
+    """A stretch of the dataset to be: a part of a job, or a whole dataset.
 
     Attributes:
         bin: the file of its tokens.
         documents: how many it has.
-        layout: returns int64 ``[sequences]``, tokens in each, and int64 ``[documents]``, how many
-            sequences each document has.
-        hashes: returns a hash of each document; None where duplicates are kept.
+        sequences: returns the lengths of its sequences.
+        hashes: returns a hash of each document, where duplicates are dropped.
     """
 
     bin: str
     documents: int
-    layout: Callable[[], SequenceLayout]
-    hashes: Callable[[], np.ndarray] | None = None
+    sequences: Callable[[], SequenceLengths]
+    hashes: Callable[[], np.ndarray]
 
 
-def part_segment(part: EncodedPart, max_tokens: int | None, head: int, tail: int) -> Segment:
-    """Return a part as a segment, its documents split every ``max_tokens`` (see ``split``)."""
-    return Segment(
-        part.bin,
-        part.note.documents,
-        lambda: split(part.lengths(), max_tokens, head, tail),
-        part.hashes if part.note.hashed else None,
-    )
-
-
-def split(lengths: np.ndarray, max_tokens: int | None, head: int, tail: int) -> SequenceLayout:
+def split(lengths: np.ndarray, max_tokens: int | None, head: int, tail: int) -> SequenceLengths:
     """Return the sequences of documents that are split every ``max_tokens`` tokens.
 
     The tokens stay as they are: bos, which is not counted, is in the first sequence of a document
@@ -115,12 +218,13 @@ def assemble(
     counted, documents = Lengths(thresholds), 0
     with open(staged + ".bin", "wb") as out:
         for segment, keep in _with_kept(segments, kept):
-            lengths, counts = segment.layout()
+            lengths, counts = segment.sequences()
             _copy_documents(segment.bin, out.fileno(), lengths, counts, keep, dtype.itemsize)
-            lengths, counts = _kept_layout(lengths, counts, keep)
+            lengths, counts = _kept_sequences(lengths, counts, keep)
             counted.add(lengths)
             documents += len(counts)
-    blocks = (_kept_layout(*segment.layout(), keep) for segment, keep in _with_kept(segments, kept))
+    every = _with_kept(segments, kept)
+    blocks = (_kept_sequences(*segment.sequences(), keep) for segment, keep in every)
     write_index(staged + ".idx", dtype, blocks, counted.documents, documents)
     return counted, documents
 
@@ -129,12 +233,13 @@ def write_hashes(path: str, segments: Sequence[Segment], kept: np.ndarray) -> No
     """Write the hashes of the documents that are kept."""
     with open(path, "wb") as out:
         for segment, keep in _with_kept(segments, kept):
-            out.write(segment.hashes()[keep].tobytes())
+            out.write(segment.hashes()[slice(None) if keep is None else keep].tobytes())
 
 
 def _with_kept(
     segments: Sequence[Segment], kept: np.ndarray | None
 ) -> Iterator[tuple[Segment, np.ndarray | None]]:
+    """Yield each segment with its stretch of ``kept``, None where all its documents are."""
     before = 0
     for segment in segments:
         end = before + segment.documents
@@ -143,9 +248,9 @@ def _with_kept(
         before = end
 
 
-def _kept_layout(
+def _kept_sequences(
     lengths: np.ndarray, counts: np.ndarray, keep: np.ndarray | None
-) -> SequenceLayout:
+) -> SequenceLengths:
     return (lengths, counts) if keep is None else (lengths[np.repeat(keep, counts)], counts[keep])
 
 
@@ -164,19 +269,18 @@ def _copy_documents(
         edges = np.array([0, len(counts)])
     else:
         edges = np.flatnonzero(np.diff(np.concatenate(([0], keep.astype(np.int8), [0]))))
-    stretches = borders[edges].reshape(-1, 2).tolist()
-    with open(path, "rb") as source:
-        for start, end in stretches:
-            _copy(source.fileno(), out, start, end - start, path)
+    with open(path, "rb") as file:
+        for start, end in borders[edges].reshape(-1, 2).tolist():
+            _copy(file.fileno(), out, start, end - start, path)
 
 
-def _copy(source: int, out: int, offset: int, left: int, path: str) -> None:
+def _copy(file: int, out: int, offset: int, left: int, path: str) -> None:
     while left:
         try:
-            done = os.copy_file_range(source, out, min(left, _COPY_BYTES), offset)
+            done = os.copy_file_range(file, out, min(left, _COPY_BYTES), offset)
         except OSError:
             # Not every file system can; a full one says so again here.
-            done = os.sendfile(out, source, offset, min(left, _COPY_BYTES))
+            done = os.sendfile(out, file, offset, min(left, _COPY_BYTES))
         if not done:
             raise UserError(f"{path}: ends {left} bytes early")
         offset += done

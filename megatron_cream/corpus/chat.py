@@ -34,6 +34,25 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``megatron-cream render-chat``."""
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="JSONL")
+    add("--tokenizer-model", required=True, metavar="FOLDER", help="with the chat template")
+    add("--output", required=True, metavar="FILE", help="JSONL with one text per line")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="at a bad conversation")
+    add("--overwrite", action="store_true", help="replace --output")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Render the conversations that the command line names, and say how many there are."""
+    skip = args.on_error == "skip"
+    written, skipped = render_files(
+        args.input, args.output, args.tokenizer_model, skip=skip, overwrite=args.overwrite
+    )
+    print(f"{args.output}: {written} conversations, {skipped} skipped")
+
+
 def messages_of(record: Any) -> list[dict[str, str]]:
     """Return the messages of a conversation as ``role`` and ``content``.
 
@@ -101,12 +120,12 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except TemplateError as error:
             raise UserError(f"the chat template does not take it: {error}") from None
 
 
-def documents(
+def read_conversations(
     lines: Iterable[bytes], template: ChatTemplate, name: str, skip: bool
 ) -> Iterator[str | None]:
     """Yield the document of each line of a JSONL file, None for one that is skipped.
@@ -136,7 +155,7 @@ def documents(
 def render_files(
     inputs: list[str], output: str, folder: str, skip: bool, overwrite: bool = False
 ) -> tuple[int, int]:
-    """Write ``output``, one ``{"text": ...}`` a line; return conversations written and skipped.
+    """Write ``output``, one ``{"text": ...}`` per line; return conversations written and skipped.
 
     Raises:
         UserError: a conversation that cannot be rendered, none that can, or an output that is
@@ -144,7 +163,7 @@ def render_files(
         OSError: a file that cannot be read or written.
     """
     path = Path(output)
-    _check_output(path, inputs, overwrite)
+    _validate_output(path, inputs, overwrite)
     template = ChatTemplate(folder)
     # Under a name of its own, so that no file of the user's is taken for an unfinished one.
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
@@ -153,21 +172,21 @@ def render_files(
         with open(handle, "w", encoding="utf-8") as out:
             for name in inputs:
                 with open(name, "rb") as lines:
-                    for text in documents(lines, template, name, skip):
+                    for text in read_conversations(lines, template, name, skip):
                         written, skipped = written + (text is not None), skipped + (text is None)
                         if text is not None:
                             out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         if not written:
             raise UserError(f"--input: {skipped} conversations, and none that can be rendered")
         os.chmod(partial, 0o666 & ~_umask())
-        _check_output(path, inputs, overwrite)
+        _validate_output(path, inputs, overwrite)
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
     return written, skipped
 
 
-def _check_output(path: Path, inputs: list[str], overwrite: bool) -> None:
+def _validate_output(path: Path, inputs: list[str], overwrite: bool) -> None:
     for name in inputs:
         if os.path.realpath(name) == os.path.realpath(path):
             raise UserError(f"--output is {path}: it is an input; it must be another file")
@@ -183,25 +202,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the command."""
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="JSONL")
-    add("--tokenizer-model", required=True, metavar="FOLDER", help="with the chat template")
-    add("--output", required=True, metavar="FILE", help="JSONL with one text per line")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="at a bad conversation")
-    add("--overwrite", action="store_true", help="replace --output")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Render the files of a command line."""
-    written, skipped = render_files(
-        args.input,
-        args.output,
-        args.tokenizer_model,
-        skip=args.on_error == "skip",
-        overwrite=args.overwrite,
-    )
-    print(f"{args.output}: {written} conversations, {skipped} skipped")

@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encodes a unit of a job: reads its records, tokenizes them, writes its parts."""
+"""Encodes the units of a job: reads records, tokenizes them, writes parts that outlive a kill.
+
+A part is four files in the job's folder: tokens, lengths, hashes, and the metadata that makes it
+count. One without its metadata was being written when its process ended, and is written again.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.engine import CheckedTokenizer, excerpt
-from megatron_cream.corpus.gigatoken import GigatokenTokenizer
+from megatron_cream.corpus.gigatoken import EXCERPT_CHARACTERS, GigatokenTokenizer
+from megatron_cream.corpus.inspection import LISTED_ERRORS
 from megatron_cream.corpus.job import PreprocessJob
-from megatron_cream.corpus.jsonl import BadRecord, Record, Text
 from megatron_cream.corpus.readers import lines_before, place, read_span
+from megatron_cream.corpus.records import BadRecord, Text, TextRecord
 from megatron_cream.corpus.split_points import (
     CUT_CHARACTERS,
     TextSplitter,
@@ -21,12 +32,15 @@ from megatron_cream.corpus.split_points import (
     encode_pieces,
     find_text_splitter,
 )
-from megatron_cream.corpus.storage import HASH_BYTES, PartWriter, finished_parts
 from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.errors import UserError
 
+HASH_BYTES = 16
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
+
+UnitPlace = tuple[int, int, int]
+"""A record of a unit: which span, offset in it, and how many records of the span are before it."""
 
 
 class UnitEncoder:
@@ -47,22 +61,14 @@ class UnitEncoder:
         self.job = job
         self.dtype = np.dtype(job.dtype)
         self.tokenizer = tokenizer or job.load_tokenizer()
-        self.checked: CheckedTokenizer | None = None
-        if isinstance(self.tokenizer, GigatokenTokenizer):
-            self.checked = CheckedTokenizer(self.tokenizer)
-            if job.verify_all:
-                self.tokenizer = self.checked
         self._on_bytes = on_bytes
-        self._splitter: TextSplitter | None = None
-        self._splitter_found = False
 
-    @property
+    @cached_property
     def splitter(self) -> TextSplitter | None:
         """Where long texts may be cut."""
-        if not self._splitter_found:
-            reference = self.checked.fast.reference if self.checked else self.tokenizer
-            self._splitter, self._splitter_found = find_text_splitter(reference), True
-        return self._splitter
+        if isinstance(self.tokenizer, GigatokenTokenizer):
+            return self.tokenizer.splitter
+        return find_text_splitter(self.tokenizer)
 
     def run(self, unit: int) -> None:
         """Write the parts of ``unit`` that are not finished yet.
@@ -73,46 +79,68 @@ class UnitEncoder:
             OSError: a file that cannot be read or written.
         """
         done = finished_parts(self.job.folder, unit, self.dtype)
-        if done and done[-1].note.next is None:
+        start = done[-1].metadata.next if done else (0, 0, 0)
+        if start is None:
             self._on_bytes(self.job.unit_size(unit))
             return
         number = len(done)
         with ExitStack() as stack:
             part = stack.enter_context(_PartEncoder(self, unit, number))
-            for at, record in self._records(unit, done[-1].note.next if done else (0, 0, 0)):
-                if part.characters >= self.job.part_bytes:
+            for at, record in self._records(unit, start):
+                if part.characters >= self.job.config.part_bytes:
                     part.finish(at)
                     number += 1
                     part = stack.enter_context(_PartEncoder(self, unit, number))
-                self._take(unit, part, at[0], record)
+                self._add(unit, part, at[0], record)
             part.finish(None)
 
-    def _records(
-        self, unit: int, start: tuple[int, int, int]
-    ) -> Iterator[tuple[tuple[int, int, int], Record]]:
-        """Yield each record of a unit with the place it starts at, for a later start."""
+    def _records(self, unit: int, start: UnitPlace) -> Iterator[tuple[UnitPlace, TextRecord]]:
+        """Yield each record of a unit with its place, for a later start."""
         first, offset, number = start
-        pieces = self.job.units[unit]
-        for i in range(first, len(pieces)):
-            for record in read_span(pieces[i], self.job.fields, offset, number, self._on_bytes):
+        spans = self.job.units[unit]
+        for i in range(first, len(spans)):
+            for record in read_span(spans[i], self.job.fields, offset, number, self._on_bytes):
                 yield (i, offset, number), record
                 offset, number = record.offset, record.number
             offset = number = 0
 
-    def _take(self, unit: int, part: _PartEncoder, piece: int, record: Record) -> None:
+    def _add(self, unit: int, part: _PartEncoder, span: int, record: TextRecord) -> None:
         try:
             if record.error is not None:
                 raise record.error
             part.add(record.text)
         except BadRecord as exc:
-            if self.job.on_error == "fail":
-                raise UserError(f"{self._where(unit, piece, record.number)}: {exc}") from exc
-            part.writer.count_error(piece, record.number, exc.kind, str(exc))
+            if self.job.config.on_error == "skip":
+                part.count_error(span, record.number, exc)
+                return
+            found = self.job.units[unit][span]
+            before = lines_before(found.path, [found.start])[0] if found.start else 0
+            raise UserError(f"{place(found, before + record.number)}: {exc}") from exc
 
-    def _where(self, unit: int, piece: int, number: int) -> str:
-        found = self.job.units[unit][piece]
-        before = lines_before(found.path, [found.start])[0] if found.start else 0
-        return place(found, before + number)
+
+@dataclass
+class PartMetadata:
+    """What a part holds, and where its unit goes on.
+
+    Attributes:
+        documents, tokens: as kept, eod and bos included.
+        longest: tokens of the longest document, before eod and bos, kept or not.
+        shorter, longer: documents dropped for their length.
+        errors: how many bad records of each kind.
+        listed: span of the unit, number in it, kind and detail of bad records.
+        next: where the next part of the unit starts; None at the end.
+        hashed: whether a hash of each document's text is kept.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    longest: int = 0
+    shorter: int = 0
+    longer: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    listed: list[tuple[int, int, str, str]] = field(default_factory=list)
+    next: UnitPlace | None = None
+    hashed: bool = False
 
 
 class _PartEncoder:
@@ -121,22 +149,27 @@ class _PartEncoder:
     def __init__(self, encoder: UnitEncoder, unit: int, number: int) -> None:
         job = encoder.job
         self.characters = 0
-        self.writer = PartWriter(
-            job.folder, unit, number, encoder.dtype, hashed=job.drop_duplicates
-        )
-        self._job, self._encoder = job, encoder
+        self._metadata = PartMetadata(hashed=job.config.drop_duplicates)
+        self._config, self._encoder = job.config, encoder
+        self._lengths: list[int] = []
+        self._hashes: list[bytes] = []
         self._waiting: list[str] = []
         self._waiting_characters = 0
         self._head = [] if job.bos is None else [np.array([job.bos])]
         self._tail = [] if job.eod is None else [np.array([job.eod])]
-        self._added_tokens = len(self._head) + len(self._tail)
         self._longest = self._unusual = ""
+        self._stem = _part_stem(job.folder, unit, number)
+        # A worker that outlives its killed parent for a moment must not meet the next one's.
+        self._own = f"{self._stem}-{uuid.uuid4().hex}.tmp"
+        self._file = open(self._own, "wb")  # noqa: SIM115, __exit__ and finish do
 
     def __enter__(self) -> _PartEncoder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.writer.close()
+        """Close the file; without ``finish`` before, what it holds is gone."""
+        self._file.close()
+        Path(self._own).unlink(missing_ok=True)
 
     def add(self, text: Text) -> None:
         """Encode a document, soon; one that comes in pieces at once."""
@@ -150,28 +183,49 @@ class _PartEncoder:
         if self._waiting_characters >= _BATCH_CHARACTERS or len(self._waiting) >= _BATCH_DOCUMENTS:
             self._flush()
 
-    def finish(self, next_place: tuple[int, int, int] | None) -> None:
-        """Make the part count, once samples of its hardest texts have the reference's ids."""
+    def count_error(self, span: int, number: int, error: BadRecord) -> None:
+        """Count a bad record, and list one of the first."""
+        found = self._metadata
+        found.errors[error.kind] = found.errors.get(error.kind, 0) + 1
+        if len(found.listed) < LISTED_ERRORS:
+            found.listed.append((span, number, error.kind, str(error)))
+
+    def finish(self, next_place: UnitPlace | None) -> None:
+        """Make the part count, once samples of its hardest texts have the reference's ids.
+
+        Raises:
+            OSError: the files cannot be written; nothing then counts as finished.
+        """
         self._flush()
-        if self._encoder.checked is not None and not self._job.verify_all:
-            samples = [excerpt(self._longest)] if self._longest else []
-            samples += [excerpt(self._unusual)] if self._unusual else []
-            self._encoder.checked.encode(samples)
-        self.writer.finish(next_place)
+        tokenizer = self._encoder.tokenizer
+        if isinstance(tokenizer, GigatokenTokenizer) and not tokenizer.verify_all:
+            samples = [_excerpt(text) for text in (self._longest, self._unusual) if text]
+            tokenizer.verify(samples, tokenizer.encode(samples))
+        self._metadata.documents = len(self._lengths)
+        self._metadata.next = next_place
+        _sync_and_close(self._file)
+        os.replace(self._own, self._stem + ".bin")
+        self._write(".len", np.array(self._lengths, dtype="<i8").tobytes())
+        if self._metadata.hashed:
+            self._write(".hash", b"".join(self._hashes))
+        self._write(".json", json.dumps(asdict(self._metadata)).encode())
+
+    def _write(self, suffix: str, data: bytes) -> None:
+        with open(self._own, "wb") as file:
+            file.write(data)
+            _sync_and_close(file)
+        os.replace(self._own, self._stem + suffix)
 
     def _flush(self) -> None:
         texts, self._waiting, self._waiting_characters = self._waiting, [], 0
         rows: list[np.ndarray] = []
-        lengths: list[int] = []
-        hashes: list[bytes] = []
         for text, ids in zip(texts, self._encode(texts), strict=True):
-            if not self._fits(len(ids)):
-                continue
-            rows += [*self._head, ids, *self._tail]
-            lengths.append(len(ids) + self._added_tokens)
-            if self._job.drop_duplicates:
-                hashes.append(_new_hash(text.encode()).digest())
-        self.writer.add(rows, lengths, hashes)
+            if self._fits(len(ids)):
+                rows += [*self._head, ids, *self._tail]
+                self._count(len(ids), _new_hash(text.encode()) if self._metadata.hashed else None)
+        if rows:
+            # One conversion for many documents; ids are below the vocabulary, so they fit.
+            self._file.write(np.concatenate(rows, dtype=self._encoder.dtype, casting="unsafe"))
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         for text in texts:
@@ -186,44 +240,120 @@ class _PartEncoder:
 
     def _stream(self, pieces: Iterator[str]) -> None:
         """Write a document bit by bit, and undo it if it turns out bad or of a wrong length."""
-        mark, count, state = self.writer.mark(), 0, _new_hash()
+        start, count, state = self._file.tell(), 0, _new_hash()
         try:
             for ids in self._head:
-                self.writer.write(ids)
-            seen = self._seen(pieces, state)
-            for ids in encode_pieces(self._encoder.tokenizer, self._encoder.splitter, seen):
-                self.writer.write(ids)
+                self._write_ids(ids)
+            encoder, seen = self._encoder, self._seen(pieces, state)
+            for ids in encode_pieces(encoder.tokenizer, encoder.splitter, seen):
+                self._write_ids(ids)
                 count += len(ids)
             for ids in self._tail:
-                self.writer.write(ids)
+                self._write_ids(ids)
         except BadRecord:
-            self.writer.undo(mark)
+            self._truncate(start)
             raise
-        if not self._fits(count):
-            self.writer.undo(mark)
-            return
-        hashes = [state.digest()] if self._job.drop_duplicates else []
-        self.writer.add_written(count + self._added_tokens, hashes)
+        if self._fits(count):
+            self._count(count, state if self._metadata.hashed else None)
+        else:
+            self._truncate(start)
+
+    def _truncate(self, size: int) -> None:
+        self._file.seek(size)
+        self._file.truncate()
+
+    def _write_ids(self, ids: np.ndarray) -> None:
+        self._file.write(ids.astype(self._encoder.dtype))
 
     def _seen(self, pieces: Iterator[str], state: hashlib.blake2b) -> Iterator[str]:
         for piece in pieces:
             self.characters += len(piece)
-            if self._job.drop_duplicates:
+            if self._metadata.hashed:
                 state.update(piece.encode())
             yield piece
 
     def _fits(self, tokens: int) -> bool:
-        """Say whether a document of so many tokens is kept; note it if it is not."""
-        job, note = self._job, self.writer.note
-        note.longest = max(note.longest, tokens)
-        if tokens < job.min_tokens:
-            note.shorter += 1
+        """Return whether a document of so many tokens is kept; count it if it is not."""
+        config, found = self._config, self._metadata
+        found.longest = max(found.longest, tokens)
+        if tokens < config.min_tokens:
+            found.shorter += 1
             return False
-        if job.drop_long and tokens > job.max_tokens:
-            note.longer += 1
+        if config.drops_long and config.max_tokens is not None and tokens > config.max_tokens:
+            found.longer += 1
             return False
         return True
+
+    def _count(self, tokens: int, text_hash: hashlib.blake2b | None) -> None:
+        """Count a document that is kept."""
+        length = tokens + len(self._head) + len(self._tail)
+        self._lengths.append(length)
+        self._metadata.tokens += length
+        if text_hash is not None:
+            self._hashes.append(text_hash.digest())
+
+
+def _excerpt(text: str) -> str:
+    """Return a text, or the middle of a long one."""
+    start = max((len(text) - EXCERPT_CHARACTERS) // 2, 0)
+    return text[start : start + EXCERPT_CHARACTERS]
 
 
 def _new_hash(data: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(data, digest_size=HASH_BYTES)
+
+
+def _sync_and_close(file: Any) -> None:
+    """A power cut must not leave metadata beside tokens that never reached the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """A finished part."""
+
+    stem: str
+    unit: int
+    metadata: PartMetadata
+
+    def lengths(self) -> np.ndarray:
+        """int64 ``[documents]``: tokens of each document, eod and bos included."""
+        return np.fromfile(self.stem + ".len", dtype="<i8")
+
+    def hashes(self) -> np.ndarray:
+        """Bytes ``[documents]`` of HASH_BYTES each; only of a hashed part."""
+        return np.fromfile(self.stem + ".hash", dtype=f"V{HASH_BYTES}")
+
+
+def finished_parts(folder: Path, unit: int, dtype: np.dtype) -> list[EncodedPart]:
+    """Return the whole parts of a unit, in order, as far as they follow each other."""
+    parts: list[EncodedPart] = []
+    while parts == [] or parts[-1].metadata.next is not None:
+        part = _read_part(_part_stem(folder, unit, len(parts)), unit, dtype)
+        if part is None:
+            break
+        parts.append(part)
+    return parts
+
+
+def _part_stem(folder: Path, unit: int, number: int) -> str:
+    return str(folder / f"{unit:08d}-{number:06d}")
+
+
+def _read_part(stem: str, unit: int, dtype: np.dtype) -> EncodedPart | None:
+    """Return a part, None where its files are not as long as its metadata says."""
+    try:
+        found = PartMetadata(**json.loads(Path(stem + ".json").read_bytes()))
+        if found.next is not None:
+            span, offset, number = found.next
+            found.next = (span, offset, number)
+        sizes = {".bin": found.tokens * dtype.itemsize, ".len": found.documents * 8}
+        if found.hashed:
+            sizes[".hash"] = found.documents * HASH_BYTES
+        if any(os.path.getsize(stem + suffix) != size for suffix, size in sizes.items()):
+            return None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return EncodedPart(stem, unit, found)

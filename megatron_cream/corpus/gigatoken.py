@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizes with gigatoken: the same ids, some fifty times as fast as from the reference library.
 
-gigatoken is optional and may refuse a tokenizer; whether its ids are the same is checked on text,
-not believed (``verify``).
+gigatoken is optional and may refuse a tokenizer. Whether its ids are the same is not believed but
+checked, on texts that are known to be hard and on the user's own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,13 +18,102 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.corpus.split_points import TextSplitter, find_text_splitter
-from megatron_cream.corpus.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_cream.corpus.tokenizers import (
+    ByteLevelTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
+from megatron_cream.errors import UserError
+
+ENGINES = ("auto", "fast", "reference")
+_LIBRARIES = {
+    "HuggingFaceTokenizer": "tokenizers",
+    "SentencePieceTokenizer": "sentencepiece",
+    "ByteLevelTokenizer": "numpy",
+}
 
 CACHE_BYTES = 256 << 20
 """A tokenizer whose cache of words has made the process grow by this much is loaded anew."""
 
 _CHECK_CHARACTERS = 8 << 20
 _REPAIR_CHARACTERS = 1 << 10
+
+
+def choose_engine(
+    wanted: str, reference: Tokenizer, texts: Iterable[str]
+) -> tuple[GigatokenTokenizer | None, str]:
+    """Return the fast tokenizer, None for the reference, and a line that says why.
+
+    Args:
+        wanted: one of ENGINES.
+        reference: the tokenizer that decides.
+        texts: documents to compare both on, beside texts that are known to be hard.
+
+    Raises:
+        UserError: ``fast`` is wanted, and not installed, not possible or not exact.
+    """
+    library = _LIBRARIES[reference.name]
+    if wanted == "reference" or isinstance(reference, ByteLevelTokenizer):
+        if wanted == "fast":
+            raise UserError(f"--engine fast: {reference.name} has none, needs --engine auto")
+        return None, f"tokenizing with {library}"
+    try:
+        fast = GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
+        every = [*hard_texts(reference), *texts]
+        difference = fast.first_difference(every)
+        if difference is None:
+            return fast, f"tokenizing with gigatoken, compared with {library} on {len(every)} texts"
+        why = f"gigatoken gives other ids, {difference}"
+    except GigatokenUnsupported as exc:
+        why = str(exc)
+    if wanted == "fast":
+        raise UserError(f"--engine fast: {why}; needs --engine reference or auto")
+    return None, f"tokenizing with {library}: {why}"
+
+
+EXCERPT_CHARACTERS = 1 << 13
+"""Long texts are compared by an excerpt: the reference takes a second for a megabyte."""
+
+_HARD = (
+    "",
+    " ",
+    "\n",
+    " leading and trailing ",
+    "  two   three    four\t\ttabs \n\n\n lines\r\n\r\n",
+    "I'll DON'T we've they'RE x's",
+    "0 12 345 6789 12345678901234567890 3.14 1,000,000",
+    "caf\u00e9 cafe\u0301 \ufb01 \u00bd \uff21 \u212b \u1e9b\u0323",
+    "\u4e2d\u6587\u6587\u672c\u3002\u65e5\u672c\u8a9e\u306e\u6587",
+    "\ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u0928\u092e\u0938\u094d\u0924\u0947",
+    "\U0001f388 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f",
+    "\u00a0\u2003\u3000\u200b\ufeff\u2028\u0085 odd spaces",
+    "".join(map(chr, range(1, 32))) + "\x7f controls",
+    "\u2581word \u2581\u2581 mark",
+    "def f(x):\n    return {'a': [x**2, -1e-5]}  # done\n\n\n",
+    "<s> </s> <unk> <0x0A> <|endoftext|> [INST] <pad>",
+    "a" * 300 + " " * 300 + "!" * 300,
+    "\U000e0001\U0010ffff\ufffd\ud7ff\ue000",
+)
+
+
+def hard_texts(tokenizer: Tokenizer) -> list[str]:
+    """Return short texts on which tokenizers differ, with each special token in several places."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokens = [token["content"] for token in tokenizer.description.get("added_tokens") or []]
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        tokens = [tokenizer.decode([i]) or piece for i, piece in enumerate(tokenizer.pieces[:64])]
+    else:
+        tokens = []
+    around = [f"{t}a {t} b{t}{t}\n{t[:-1]} {t}" for t in tokens]
+    return [*_HARD, *around, " ".join(_HARD)]
+
+
+def excerpt(text: str) -> str:
+    """Return a text, or the middle of a long one."""
+    start = max((len(text) - EXCERPT_CHARACTERS) // 2, 0)
+    return text[start : start + EXCERPT_CHARACTERS]
 
 
 class GigatokenUnsupported(Exception):
@@ -81,15 +170,21 @@ class GigatokenTokenizer:
     Args:
         source: from ``gigatoken_source``.
         load_reference: loads the reference tokenizer, when it is first needed.
+        verify_all: whether ``encode`` compares every text with the reference.
 
     Raises:
         GigatokenUnsupported: gigatoken does not take this tokenizer.
     """
 
-    def __init__(self, source: GigatokenSource, load_reference: Callable[[], Tokenizer]) -> None:
+    def __init__(
+        self,
+        source: GigatokenSource,
+        load_reference: Callable[[], Tokenizer],
+        verify_all: bool = False,
+    ) -> None:
         self.name, self.vocab_size = source.name, source.vocab_size
         self.eod, self.bos = source.eod, source.bos
-        self.source = source
+        self.source, self.verify_all = source, verify_all
         self._missing = re.compile(source.missing) if source.missing else None
         self._load_reference = load_reference
         self._load()
@@ -105,7 +200,11 @@ class GigatokenTokenizer:
         return find_text_splitter(self.reference)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text: uint32 arrays of shape (tokens,), no bos or eod added."""
+        """Ids of each text: uint32 arrays of shape (tokens,), no bos or eod added.
+
+        Raises:
+            UserError: with ``verify_all``, they are not those of the reference.
+        """
         self._characters += sum(map(len, texts))
         if self._characters > _CHECK_CHARACTERS:
             self._bound_cache()
@@ -114,17 +213,48 @@ class GigatokenTokenizer:
         if self._missing is not None:
             for i, row in enumerate(rows):
                 if row.size and row.max() >= self.vocab_size:
-                    rows[i] = self._repaired(texts[i])
+                    rows[i] = self._encode_around(texts[i], self._missing)
+        if self.verify_all:
+            self.verify(texts, rows)
         return rows
+
+    def verify(self, texts: list[str], rows: list[np.ndarray]) -> None:
+        """Compare ids with those of the reference.
+
+        Raises:
+            UserError: they differ.
+        """
+        for ours, theirs in zip(rows, self.reference.encode(texts), strict=True):
+            if not np.array_equal(ours, theirs):
+                raise UserError(
+                    f"--engine fast: gigatoken differs from the reference tokenizer: "
+                    f"{self._describe(ours, theirs)}; needs --engine reference"
+                )
+
+    def first_difference(self, texts: Iterable[str]) -> str | None:
+        """Return how the first of ``texts`` whose ids are not the reference's differs, or None."""
+        for text in texts:
+            (ours,), (theirs,) = self.encode([text]), self.reference.encode([text])
+            if not np.array_equal(ours, theirs):
+                return self._describe(ours, theirs)
+        return None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one sequence of ids, by the reference."""
         return self.reference.decode(ids)
 
+    def _describe(self, ours: np.ndarray, theirs: np.ndarray) -> str:
+        shared = min(len(ours), len(theirs))
+        differ = np.flatnonzero(ours[:shared] != theirs[:shared])
+        at = int(differ[0]) if len(differ) else shared
+        near = self.decode(theirs[max(at - 4, 0) : at + 4])
+        found, wanted = (ids[at : at + 3].tolist() for ids in (ours, theirs))
+        return f"token {at} is {found} instead of {wanted}, near {near!r}"
+
     def _load(self) -> None:
         import gigatoken
 
-        self._backend = None  # lets go of the old cache first
+        self._backend: Any = None  # lets go of the old cache first
         try:
             self._backend = gigatoken.Tokenizer.from_json(self.source.json).backend
         except Exception as exc:  # a Rust panic or error of any type: this tokenizer is not taken
@@ -140,12 +270,12 @@ class GigatokenTokenizer:
         if _resident_bytes() - self._resident > CACHE_BYTES:
             self._load()
 
-    def _repaired(self, text: str) -> np.ndarray:
+    def _encode_around(self, text: str, missing: re.Pattern[str]) -> np.ndarray:
         """Encode by the reference what lies between the cuts around each missing byte."""
         if self.splitter is None:
             return self.reference.encode([text])[0].astype(np.uint32)
         rows, done = [], 0
-        for start, end in _around(text, self._missing, self.splitter):
+        for start, end in _stretches(text, missing, self.splitter):
             rows += [
                 self._backend.encode(text[done:start]),
                 *self.reference.encode([text[start:end]]),
@@ -154,7 +284,9 @@ class GigatokenTokenizer:
         return np.concatenate([*rows, self._backend.encode(text[done:])]).astype(np.uint32)
 
 
-def _around(text: str, missing: re.Pattern[str], splitter: TextSplitter) -> list[tuple[int, int]]:
+def _stretches(
+    text: str, missing: re.Pattern[str], splitter: TextSplitter
+) -> list[tuple[int, int]]:
     """Return stretches from cut to cut that hold all characters matched by ``missing``."""
     stretches: list[tuple[int, int]] = []
     for found in missing.finditer(text):

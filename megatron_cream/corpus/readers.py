@@ -1,145 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds input files and reads their records, from any place that an earlier reading reached."""
+"""Reads the records of input files, from any place that an earlier reading reached."""
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_cream.corpus import jsonl
-from megatron_cream.corpus.compression import (
-    COMPRESSED_SUFFIXES,
-    import_zstandard,
-    open_stream,
-    suffixes,
-)
-from megatron_cream.corpus.jsonl import BadRecord, Fields, Line, Record, Text
+from megatron_cream.corpus import records
+from megatron_cream.corpus.input_files import ARROW, JSONL, PARQUET, format_of, open_stream
+from megatron_cream.corpus.records import BadRecord, Fields, Line, TextRecord
 from megatron_cream.errors import UserError
-
-STDIN = Path("-")
-JSONL, TEXT, PARQUET, ARROW = "jsonl", "text", "parquet", "arrow"
-FORMATS = (JSONL, TEXT, PARQUET, ARROW)
-_FORMAT_OF = {
-    ".jsonl": JSONL,
-    ".json": JSONL,
-    ".parquet": PARQUET,
-    ".arrow": ARROW,
-    ".feather": ARROW,
-}
-FOLDER_SUFFIXES = frozenset(
-    {".jsonl", ".txt", ".md", ".rst", ".py", ".parquet", ".arrow", ".feather"}
-)
-
-
-@dataclass(frozen=True)
-class TextInputs:
-    """The files a job reads, in order.
-
-    Attributes:
-        files: every file to read; folders and patterns are already expanded, sorted by path.
-        skipped: how many files in the folders were of a kind that folders do not take.
-        total_bytes: size of all files on disk (compressed size of compressed ones).
-    """
-
-    files: tuple[Path, ...]
-    skipped: int
-    total_bytes: int
-
-
-def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
-    """List the files behind `paths` without reading any of them.
-
-    Args:
-        paths: files, folders, patterns as ``data/*.jsonl`` or ``data/**/*.gz``, and ``-`` for
-            standard input.
-
-    Raises:
-        FileNotFoundError: a path that does not exist, or a pattern without a file.
-        UserError: nothing to read, something that is not a regular file, an empty compressed
-            file, or a `.zst` file without the `zstandard` package.
-    """
-    files: list[Path] = []
-    skipped = 0
-    if "" in map(str, paths):
-        raise UserError("--input '': names nothing, needs a file or a folder")
-    for path in map(Path, paths):
-        if path == STDIN:
-            files.append(path)
-        elif path.is_dir():
-            found, others = _walk(path)
-            files += found
-            skipped += others
-        else:
-            files += _matches(path)
-    if not files:
-        given = " ".join(map(str, paths)) or "(nothing)"
-        kinds = " ".join(sorted(FOLDER_SUFFIXES))
-        raise UserError(
-            f"--input {given}: no files to read ({skipped} of other kinds left out), "
-            f"needs at least one of {kinds}, plain or .gz, .xz or .zst"
-        )
-    if files.count(STDIN) > 1:
-        raise UserError("--input - -: standard input can be read once only")
-    sizes = [_checked_size(path) for path in files]
-    return TextInputs(tuple(files), skipped, sum(sizes))
-
-
-def format_of(path: Path, given: str | None = None) -> str:
-    """Return what is in a file: one of FORMATS, by its suffix where it is not ``given``."""
-    if path == STDIN:
-        return given or JSONL
-    return given or _FORMAT_OF.get(suffixes(path)[0], TEXT)
-
-
-def is_compressed(path: Path) -> bool:
-    """Say whether a file is expanded while it is read."""
-    return path != STDIN and suffixes(path)[1] != ""
-
-
-def _matches(path: Path) -> list[Path]:
-    if path.exists():
-        return [path]
-    if glob.has_magic(str(path)):
-        # A folder that matches is a name of its own; its files need a pattern that reaches them.
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        files = sorted(name for name in found if not name.is_dir())
-        if files:
-            return files
-        raise FileNotFoundError(f"--input {path}: no file matches, needs one that does")
-    raise FileNotFoundError(f"--input {path}: not found, needs an existing file or folder")
-
-
-def _walk(folder: Path) -> tuple[list[Path], int]:
-    """Files under `folder` that folders take, sorted, and the number of the other files."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    # os.walk passes over folders it may not list unless it is told otherwise.
-    every = [Path(root, name) for root, _, names in os.walk(folder, onerror=fail) for name in names]
-    taken = sorted(path for path in every if suffixes(path)[0] in FOLDER_SUFFIXES)
-    return taken, len(every) - len(taken)
-
-
-def _checked_size(path: Path) -> int:
-    if path == STDIN:
-        return 0
-    if not path.is_file():
-        raise UserError(f"--input {path}: not a regular file, needs a file or a folder")
-    content, compression = suffixes(path)
-    if compression == ".zst":
-        import_zstandard(path)
-    if compression and _FORMAT_OF.get(content) in (PARQUET, ARROW):
-        raise UserError(f"--input {path}: needs a {content} file that is not compressed again")
-    size = path.stat().st_size
-    if compression in COMPRESSED_SUFFIXES and size == 0:
-        raise UserError(f"--input {path}: is empty, needs a whole {compression} file")
-    return size
-
 
 _BLOCK_BYTES = 4 << 20
 _AFTER_END_BYTES = 1 << 18
@@ -163,15 +36,15 @@ class InputSpan:
     end: int | None = None
 
 
-def place(piece: InputSpan, number: int) -> str:
+def place(span: InputSpan, number: int) -> str:
     """Return the file and the line or row of a record, for an error.
 
     Args:
-        piece: where the record is.
+        span: where the record is.
         number: its line or row in the file, counted from 1; 0 where a file is one record.
     """
-    unit = "row" if piece.format in (PARQUET, ARROW) else "line"
-    return f"{piece.path}: {unit} {number}" if number else piece.path
+    unit = "row" if span.format in (PARQUET, ARROW) else "line"
+    return f"{span.path}: {unit} {number}" if number else span.path
 
 
 def lines_before(path: str, starts: list[int]) -> list[int]:
@@ -188,26 +61,26 @@ def lines_before(path: str, starts: list[int]) -> list[int]:
 
 
 def read_span(
-    piece: InputSpan,
+    span: InputSpan,
     fields: Fields,
     offset: int = 0,
     number: int = 0,
     on_bytes: Callable[[int], object] = lambda count: None,
-) -> Iterator[Record]:
-    """Yield the records of ``piece``, from ``offset``, where ``number`` ones had been read.
+) -> Iterator[TextRecord]:
+    """Yield the records of ``span``, from ``offset``, where ``number`` ones had been read.
 
     Raises:
         UserError: broken compressed or columnar data.
         OSError: the file cannot be read.
     """
-    if piece.format in (PARQUET, ARROW):
+    if span.format in (PARQUET, ARROW):
         from megatron_cream.corpus.columnar import read_rows
 
-        yield from read_rows(piece.path, piece.format, fields, offset, on_bytes)
+        yield from read_rows(span.path, span.format, fields, offset, on_bytes)
         return
-    with open_stream(Path(piece.path), on_bytes) as stream:
-        if piece.format == JSONL:
-            yield from _read_jsonl(stream, piece, fields, offset, number)
+    with open_stream(Path(span.path), on_bytes) as stream:
+        if span.format == JSONL:
+            yield from _read_jsonl(stream, span, fields, offset, number)
         elif not offset:
             yield _read_text(stream)
 
@@ -236,48 +109,35 @@ def read_documents(
         yield record.text if isinstance(record.text, str) else "".join(record.text)
 
 
-def text_of(line: Line, fields: Fields) -> Text:
-    """Return the text of one line of JSONL; pieces of a giant one may still raise.
-
-    Raises:
-        BadRecord: the line is not an object with strings under ``fields``, or its text holds NUL
-            or half a surrogate pair, which no tokenizer takes.
-    """
-    if len(line) > jsonl.GIANT_BYTES:
-        return jsonl.giant_text(line, fields)
-    return jsonl.validate_text(jsonl.join_text_fields(jsonl.parse(line), fields))
-
-
-def _read_text(stream: BinaryIO) -> Record:
-    data = stream.read(jsonl.GIANT_BYTES + 1)
-    if len(data) > jsonl.GIANT_BYTES:
-        return Record(jsonl.stream_text(stream, data), None, 0, 1)
+def _read_text(stream: BinaryIO) -> TextRecord:
+    data = stream.read(records.LONG_BYTES + 1)
+    if len(data) > records.LONG_BYTES:
+        return TextRecord(records.stream_plain_text(stream, data), None, 0, 1)
     try:
-        text = jsonl.validate_text(jsonl.decode(data.removeprefix(_BOM)))
-        return Record(text, None, 0, 1)
+        text = records.validate_text(records.decode(data.removeprefix(_BOM)))
+        return TextRecord(text, None, 0, 1)
     except BadRecord as exc:
-        return Record(None, exc, 0, 1)
+        return TextRecord("", exc, 0, 1)
 
 
 def _read_jsonl(
-    stream: BinaryIO, piece: InputSpan, fields: Fields, offset: int, number: int
-) -> Iterator[Record]:
-    at = piece.start + offset
-    if offset or not piece.start:
+    stream: BinaryIO, span: InputSpan, fields: Fields, offset: int, number: int
+) -> Iterator[TextRecord]:
+    at, stop = span.start + offset, sys.maxsize if span.end is None else span.end
+    if offset or not span.start:
         _go_to(stream, at)
     else:
-        at = _next_line(stream, piece)
-    lines = _lines(stream, at, piece.end)
-    for end, line in lines:
+        at = _next_line(stream, span.start - 1, stop)
+    for end, line in _lines(stream, at, stop):
         number += 1
-        if number == 1 and not piece.start and bytes(line[:3]) == _BOM:
+        if number == 1 and not span.start and bytes(line[:3]) == _BOM:
             line = line[3:]
         if not line or (line[0] in _BLANK and bytes(line).isspace()):
             continue
         try:
-            yield Record(text_of(line, fields), None, number, end - piece.start)
+            yield TextRecord(records.text_of(line, fields), None, number, end - span.start)
         except BadRecord as exc:
-            yield Record(None, exc, number, end - piece.start)
+            yield TextRecord("", exc, number, end - span.start)
 
 
 def _go_to(stream: BinaryIO, offset: int) -> None:
@@ -288,11 +148,10 @@ def _go_to(stream: BinaryIO, offset: int) -> None:
         offset -= len(block)
 
 
-def _next_line(stream: BinaryIO, piece: InputSpan) -> int:
-    """Go to the first line that begins in ``piece``, or past its end; returns where."""
-    at = piece.start - 1
+def _next_line(stream: BinaryIO, at: int, end: int) -> int:
+    """Go behind the first line end at or after byte ``at``, or past ``end``; returns where."""
     stream.seek(at)
-    while at < piece.end and (block := stream.read(_AFTER_END_BYTES)):
+    while at < end and (block := stream.read(_AFTER_END_BYTES)):
         stop = block.find(b"\n")
         if stop >= 0:
             stream.seek(at + stop + 1)
@@ -301,16 +160,18 @@ def _next_line(stream: BinaryIO, piece: InputSpan) -> int:
     return at
 
 
-def _lines(stream: BinaryIO, at: int, end: int | None) -> Iterator[tuple[int, Line]]:
-    """Yield lines that begin before ``end`` without their ends, and where the next one begins.
+def _lines(stream: BinaryIO, at: int, end: int) -> Iterator[tuple[int, Line]]:
+    """Yield lines that begin before byte ``end``, without their ends, and where the next begins.
 
     Args:
-        stream: stands at byte ``at`` of the file.
-        at: where the first line begins.
-        end: None for the end of the file.
+        stream: stands at byte ``at`` of the file, where the first line begins.
     """
     pending, reached = bytearray(), at
-    while (end is None or at < end) and (block := stream.read(_next_size(reached, end))):
+    while at < end:
+        # Little more than the span: the last line goes on behind it.
+        block = stream.read(min(_BLOCK_BYTES, max(end - reached, 0) + _AFTER_END_BYTES))
+        if not block:
+            break
         begin, first = reached, 0
         reached += len(block)
         if pending:
@@ -322,17 +183,11 @@ def _lines(stream: BinaryIO, at: int, end: int | None) -> Iterator[tuple[int, Li
             at = begin + first
             yield at, memoryview(pending)
         view = memoryview(block)
-        while (end is None or at < end) and (stop := block.find(b"\n", first)) >= 0:
+        while at < end and (stop := block.find(b"\n", first)) >= 0:
             line = view[first:stop]
             first = stop + 1
             at = begin + first
             yield at, line
         pending = bytearray(view[first:])
-    if pending and (end is None or at < end):
+    if pending and at < end:
         yield reached, memoryview(pending)
-
-
-def _next_size(reached: int, end: int | None) -> int:
-    if end is None:
-        return _BLOCK_BYTES
-    return min(_BLOCK_BYTES, max(end - reached, 0) + _AFTER_END_BYTES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of an unfinished job, and the move of its finished files into place.
+"""Keeps the work of an unfinished job, and moves its finished files into place.
 
 One process at a time, one job, and no part of another. All files of a dataset are moved, or none: a
 mark beside the staged files says that they are whole. A process that is killed while it moves them
@@ -14,40 +14,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_cream import ownership
-from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.data.indexed import INDEX_MAGIC
 from megatron_cream.errors import UserError
 
 # In the order they are put in place: megatron finds a dataset by its .idx. The hashes are there
 # for shards of a job that drops duplicates only.
 SUFFIXES = (".bin", ".hashes", ".json", ".idx")
-MARK = ".whole"
 
+PREPROCESSING, MERGING, RETRIEVAL = "preprocessing", "merging", "retrieval"
+"""Kinds of jobs, as they stand in the mark of a folder."""
 
-def validate_absent(prefix: str, overwrite: bool) -> None:
-    """Refuse a prefix that has any of the files already, unless they may be overwritten.
-
-    Only a dataset may be: a file of another kind that happens to have one of the names is kept.
-
-    Raises:
-        UserError: naming the file.
-    """
-    found = [prefix + suffix for suffix in SUFFIXES if os.path.lexists(prefix + suffix)]
-    if found and not overwrite:
-        raise UserError(
-            f"--output-prefix {prefix}: {found[0]} exists, needs a new prefix or --overwrite"
-        )
-    noted, indexed = _is_note(prefix + ".json"), _is_index(prefix + ".idx")
-    for path in found:
-        if not (noted if path.endswith(".json") else noted or indexed):
-            raise UserError(
-                f"--output-prefix {prefix}: {path} is not of a dataset, which is all that "
-                "--overwrite replaces, needs a new prefix, or that file to be moved away"
-            )
+_JOB, _STAGED, _WHOLE = "job.json", "data", ".whole"
 
 
 def validate_prefix(prefix: str) -> None:
-    """Refuse an output that names no file, or a place where no folder can be made.
+    """Check that an output names a file, in a place where a folder can be made.
 
     Raises:
         UserError: naming ``--output-prefix`` and what it needs.
@@ -65,81 +46,30 @@ def validate_prefix(prefix: str) -> None:
         raise UserError(f"{where}: folder {there} needs to be writable")
 
 
-def publish(staged: str, prefix: str, overwrite: bool) -> tuple[str, ...]:
-    """Move the staged files into place, or leave everything as it was.
+def validate_absent(prefix: str, overwrite: bool) -> None:
+    """Check that no file of a dataset is at a prefix, unless it may be overwritten.
 
-    Args:
-        staged: path of the new files without suffix, on the file system of ``prefix``.
-        prefix: where they go.
-        overwrite: whether files that are there may be replaced.
-
-    Returns:
-        The files of the dataset.
-    """
-    new = [suffix for suffix in SUFFIXES if os.path.exists(staged + suffix)]
-    for suffix in new:
-        _sync(staged + suffix)
-    # Once more: another job may have written there since this one was checked.
-    validate_absent(prefix, overwrite)
-    write_whole(staged + MARK, json.dumps(new).encode())
-    try:
-        finish_publishing(staged, prefix)
-    except BaseException:
-        if is_whole(staged):
-            _restore(staged, prefix, new)
-            os.unlink(staged + MARK)
-        raise
-    return tuple(prefix + suffix for suffix in new)
-
-
-def is_whole(staged: str) -> bool:
-    """Say whether the staged files, those moved already included, are a whole dataset."""
-    return os.path.exists(staged + MARK)
-
-
-def finish_publishing(staged: str, prefix: str) -> None:
-    """Move what is not in place yet of a whole dataset, whose mark then goes.
+    Only a dataset may be: a file of another kind that happens to have one of the names is kept.
 
     Raises:
-        UserError: the mark is damaged.
+        UserError: naming the file.
     """
-    new = _names_in(staged + MARK)
-    # The old .idx goes first, so that it is never seen beside the new .bin.
-    for suffix in reversed(SUFFIXES):
-        in_place = suffix in new and not os.path.exists(staged + suffix)
-        if os.path.lexists(prefix + suffix) and not in_place:
-            os.rename(prefix + suffix, staged + ".old" + suffix)
-    for suffix in SUFFIXES:
-        if os.path.exists(staged + suffix):
-            os.rename(staged + suffix, prefix + suffix)
-    _sync(os.path.dirname(prefix) or ".")
-    # From here on the dataset stands for itself, whatever comes of the folder it was made in.
-    os.unlink(staged + MARK)
+    found = [prefix + suffix for suffix in SUFFIXES if os.path.lexists(prefix + suffix)]
+    if found and not overwrite:
+        raise UserError(
+            f"--output-prefix {prefix}: {found[0]} exists, needs a new prefix or --overwrite"
+        )
+    described, indexed = _is_metadata(prefix + ".json"), _is_index(prefix + ".idx")
+    for path in found:
+        if not (described if path.endswith(".json") else described or indexed):
+            raise UserError(
+                f"--output-prefix {prefix}: {path} is not of a dataset, which is all that "
+                "--overwrite replaces, needs a new prefix, or that file to be moved away"
+            )
 
 
-def write_whole(path: str, data: bytes) -> None:
-    """Write a file that is there with all of ``data`` or not at all, also after a power cut."""
-    with open(path + ".tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-    _sync(os.path.dirname(path) or ".")
-
-
-def _names_in(mark: str) -> list[str]:
-    try:
-        with open(mark, "rb") as file:
-            new = json.load(file)
-    except ValueError:
-        new = None
-    if not isinstance(new, list) or not set(map(str, new)) <= set(SUFFIXES):
-        raise UserError(f"{mark} is damaged, needs its folder to be removed")
-    return new
-
-
-def _is_note(path: str) -> bool:
-    """Whether a file is one that preprocessing or merging wrote beside a dataset."""
+def _is_metadata(path: str) -> bool:
+    """Return whether a file is one that preprocessing or merging wrote beside a dataset."""
     try:
         with open(path, "rb") as file:
             content = json.load(file)
@@ -154,30 +84,6 @@ def _is_index(path: str) -> bool:
             return file.read(len(INDEX_MAGIC)) == INDEX_MAGIC
     except OSError:
         return False
-
-
-def _restore(staged: str, prefix: str, new: list[str]) -> None:
-    for suffix in reversed(new):
-        if not os.path.exists(staged + suffix):
-            os.rename(prefix + suffix, staged + suffix)
-    for suffix in SUFFIXES:
-        if os.path.lexists(staged + ".old" + suffix):
-            os.rename(staged + ".old" + suffix, prefix + suffix)
-
-
-def _sync(path: str) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-PREPROCESSING, MERGING, RETRIEVAL = "preprocessing", "merging", "retrieval"
-"""Kinds of jobs, as they stand in the mark of a folder."""
-
-_JOB, _STAGED = "job.json", "data"
 
 
 class WorkFolder:
@@ -199,14 +105,11 @@ class WorkFolder:
     def __init__(self, prefix: str, kind: str) -> None:
         self.prefix, self.kind = prefix, kind
         self.path = Path(prefix + ".parts")
+        self.staged = str(self.path / _STAGED)
+        """Where the files of the dataset are made, without suffix."""
         self._removed = False
         where = f"--output-prefix {prefix}"
         self._lock = ownership.lock(self.path, kind, where, "another prefix")
-
-    @property
-    def staged(self) -> str:
-        """Where the files of the dataset are made, without suffix."""
-        return str(self.path / _STAGED)
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -224,18 +127,18 @@ class WorkFolder:
         os.close(self._lock)
 
     def is_whole(self) -> bool:
-        """Say whether a whole dataset is here that was not, or in part, moved to its place."""
-        return is_whole(self.staged)
+        """Return whether a whole dataset is here that was not, or in part, moved to its place."""
+        return os.path.exists(self.staged + _WHOLE)
 
-    def is_of(self, job: PreprocessJob) -> bool:
-        """Say whether ``job`` is the one whose parts are here."""
-        return self._found() == _settings(job)
+    def is_of(self, identity: dict[str, Any]) -> bool:
+        """Return whether the parts here are of the job of this ``identity`` (see ``claim``)."""
+        return self._found() == json.loads(json.dumps(identity))
 
-    def claim(self, job: PreprocessJob, *, restart: bool) -> int:
+    def claim(self, identity: dict[str, Any], *, restart: bool) -> int:
         """Make the folder this job's; returns how many parts it has already.
 
         Args:
-            job: the job.
+            identity: all that decides the bytes of the job's parts.
             restart: whether what another job left is deleted.
 
         Raises:
@@ -244,13 +147,54 @@ class WorkFolder:
         found = None if restart else self._found()
         if found is None:
             ownership.empty(self.path, self.kind)
-        elif found != _settings(job):
-            _raise_other_job(self.prefix, self.path, found, _settings(job))
-        write_whole(str(self.path / _JOB), json.dumps(_settings(job)).encode())
+        elif not self.is_of(identity):
+            self._raise_other_job(found, json.loads(json.dumps(identity)))
+        _write_whole(str(self.path / _JOB), json.dumps(identity).encode())
         for pattern in (f"{_STAGED}.*", "*.tmp"):
             for left in self.path.glob(pattern):
                 left.unlink(missing_ok=True)
         return len(list(self.path.glob("*-*.json")))
+
+    def publish(self, overwrite: bool) -> None:
+        """Move the staged files into place, or leave everything as it was.
+
+        Args:
+            overwrite: whether a dataset that is there may be replaced.
+        """
+        new = [suffix for suffix in SUFFIXES if os.path.exists(self.staged + suffix)]
+        for suffix in new:
+            _sync(self.staged + suffix)
+        # Once more: another job may have written there since this one was checked.
+        validate_absent(self.prefix, overwrite)
+        _write_whole(self.staged + _WHOLE, json.dumps(new).encode())
+        try:
+            self.finish_publishing()
+        except BaseException:
+            if self.is_whole():
+                _restore(self.staged, self.prefix, new)
+                os.unlink(self.staged + _WHOLE)
+            raise
+
+    def finish_publishing(self) -> None:
+        """Move what is not in place yet of a whole dataset, if there is one.
+
+        Raises:
+            UserError: the mark that says that it is whole is damaged.
+        """
+        if not self.is_whole():
+            return
+        new, staged, prefix = self._names_in_mark(), self.staged, self.prefix
+        # The old .idx goes first, so that it is never seen beside the new .bin.
+        for suffix in reversed(SUFFIXES):
+            in_place = suffix in new and not os.path.exists(staged + suffix)
+            if os.path.lexists(prefix + suffix) and not in_place:
+                os.rename(prefix + suffix, staged + ".old" + suffix)
+        for suffix in SUFFIXES:
+            if os.path.exists(staged + suffix):
+                os.rename(staged + suffix, prefix + suffix)
+        _sync(os.path.dirname(prefix) or ".")
+        # From here on the dataset stands for itself, whatever comes of the folder it was made in.
+        os.unlink(staged + _WHOLE)
 
     def remove(self) -> None:
         """Delete the folder; a new process may make it again at once."""
@@ -262,8 +206,19 @@ class WorkFolder:
         for path in self.path.glob(f"{unit:08d}-*"):
             path.unlink()
 
+    def _names_in_mark(self) -> list[str]:
+        mark = self.staged + _WHOLE
+        try:
+            with open(mark, "rb") as file:
+                new = json.load(file)
+        except ValueError:
+            new = None
+        if not isinstance(new, list) or not set(map(str, new)) <= set(SUFFIXES):
+            raise UserError(f"{mark} is damaged, needs its folder to be removed")
+        return new
+
     def _found(self) -> dict[str, Any] | None:
-        """The settings of the job whose parts are here, None without one."""
+        """The identity of the job whose parts are here, None without one."""
         path = self.path / _JOB
         if not path.exists():
             return None
@@ -277,20 +232,41 @@ class WorkFolder:
             )
         return found
 
+    def _raise_other_job(self, found: dict[str, Any], wanted: dict[str, Any]) -> NoReturn:
+        name = next((name for name in wanted if found.get(name) != wanted[name]), "version")
+        raise UserError(
+            f"--output-prefix {self.prefix}: {self.path} holds an unfinished job with another "
+            f"{name} ({_short(found.get(name))}, this one {_short(wanted.get(name))}); needs the "
+            "same settings to continue, or --restart"
+        )
 
-def _settings(job: PreprocessJob) -> dict[str, Any]:
-    return json.loads(json.dumps({**job.settings(), "shard": job.shard}))
+
+def _restore(staged: str, prefix: str, new: list[str]) -> None:
+    for suffix in reversed(new):
+        if not os.path.exists(staged + suffix):
+            os.rename(prefix + suffix, staged + suffix)
+    for suffix in SUFFIXES:
+        if os.path.lexists(staged + ".old" + suffix):
+            os.rename(staged + ".old" + suffix, prefix + suffix)
 
 
-def _raise_other_job(
-    prefix: str, folder: Path, found: dict[str, Any], wanted: dict[str, Any]
-) -> NoReturn:
-    name = next((name for name in wanted if found.get(name) != wanted[name]), "version")
-    raise UserError(
-        f"--output-prefix {prefix}: {folder} holds an unfinished job with another {name} "
-        f"({_short(found.get(name))}, this one {_short(wanted.get(name))}); needs the same "
-        "settings to continue, or --restart"
-    )
+def _write_whole(path: str, data: bytes) -> None:
+    """Write a file that is there with all of ``data`` or not at all, also after a power cut."""
+    with open(path + ".tmp", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+    _sync(os.path.dirname(path) or ".")
+
+
+def _sync(path: str) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _short(value: Any) -> str:

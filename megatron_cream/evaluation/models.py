@@ -14,7 +14,7 @@ import numpy as np
 from megatron_cream.checkpoint.hf_files import find_kept_files
 from megatron_cream.checkpoint.iterations import find_checkpoint, read_saved_arguments
 from megatron_cream.config import ExtensionConfig, rope_settings, saved_extension
-from megatron_cream.corpus.readers import find_inputs
+from megatron_cream.corpus.input_files import find_inputs
 from megatron_cream.corpus.readers import read_documents as read_texts
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.data.indexed import read_documents

@@ -10,21 +10,29 @@ from pathlib import Path
 import pytest
 
 from megatron_cream.corpus import executors as module
-from megatron_cream.corpus.settings import plan_job
+from megatron_cream.corpus.job import plan_job
 from megatron_cream.corpus.tokenizers import train_bpe
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 PARTS = {"part_bytes": 400}  # of the test's input of about 1200 bytes
 # Runs the tool; its workers say how they were started and whether they hold the lock.
 WATCHED = """
-import importlib.util, multiprocessing, os, sys, threading, time
+import importlib, importlib.util, multiprocessing, os, sys, threading, time
 spec = importlib.util.spec_from_file_location("preprocess_data", sys.argv[1])
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
-from megatron_cream.corpus import encode, executors
 if sys.argv[2] == "a thread":
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-true_run, methods, parent = encode.UnitEncoder.run, [], os.getpid()
+methods, parent, true_import = [], os.getpid(), importlib.import_module
+
+def import_module(name):
+    global true_run
+    module = true_import(name)  # what the tool sets before numpy is loaded is set now
+    from megatron_cream.corpus import encode, executors
+    if encode.UnitEncoder.run is not run:
+        true_run, encode.UnitEncoder.run = encode.UnitEncoder.run, run
+    executors.get_context = get_context
+    return module
 
 def run(encoder, unit):
     if os.getpid() == parent:
@@ -41,7 +49,7 @@ def get_context(method):
     methods.append(method)
     return multiprocessing.get_context(method)
 
-encode.UnitEncoder.run, executors.get_context = run, get_context
+importlib.import_module = import_module
 if __name__ == "__main__":
     status = tool.main(sys.argv[4:])
     print(*methods)

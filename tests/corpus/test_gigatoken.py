@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from megatron_cream.corpus import engine, split_points
 from megatron_cream.corpus import gigatoken as module
-from megatron_cream.corpus.engine import choose_engine
+from megatron_cream.corpus import split_points
 from megatron_cream.corpus.gigatoken import (
     GigatokenTokenizer,
     GigatokenUnsupported,
+    choose_engine,
     gigatoken_source,
 )
+from megatron_cream.corpus.job import plan_job
+from megatron_cream.corpus.preprocess import sample_texts
 from megatron_cream.corpus.split_points import encode_pieces, find_text_splitter
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
 
@@ -106,8 +109,8 @@ def test_any_characters(reference, tokenizer, text):
 
 
 def test_hard_texts_hold_every_special_token(reference, tokenizer):
-    texts = engine.hard_texts(reference)
-    assert engine.first_difference(tokenizer, texts) is None
+    texts = module.hard_texts(reference)
+    assert tokenizer.first_difference(texts) is None
     assert any("<unk>" in text for text in texts)
     if reference.name == "HuggingFaceTokenizer":
         assert any(reference.eod in reference.encode([text])[0] for text in texts)
@@ -206,12 +209,18 @@ def test_any_difference_refuses_the_fast_engine(reference, monkeypatch):
     assert "gigatoken gives other ids, token 0 is [" in line
     with pytest.raises(ValueError, match="--engine fast: gigatoken gives other ids, token 0"):
         choose_engine("fast", reference, [wrong])
-    checked = engine.CheckedTokenizer(
-        GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
-    )
-    assert checked.encode(["fine"])[0].tolist() == reference.encode(["fine"])[0].tolist()
+    fast = GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
+    fast.verify(["fine"], fast.encode(["fine"]))
     with pytest.raises(ValueError, match="differs from the reference tokenizer: token 0"):
-        checked.encode([wrong])
+        fast.verify([wrong], fast.encode([wrong]))
+
+
+def test_every_text_is_compared_on_request(reference):
+    fast = GigatokenTokenizer(gigatoken_source(reference), lambda: reference, verify_all=True)
+    assert fast.encode([WORDS])[0].tolist() == reference.encode([WORDS])[0].tolist()
+    fast.reference = load_tokenizer("ByteLevelTokenizer")
+    with pytest.raises(ValueError, match="differs from the reference tokenizer: token 0"):
+        fast.encode([WORDS])
 
 
 def test_a_real_difference_is_found(tmp_path):
@@ -239,16 +248,13 @@ def test_tokenizers_that_gigatoken_does_not_take(tmp_path, monkeypatch):
         gigatoken_source(unigram)
 
 
-def test_verifying_reads_the_first_documents(tmp_path):
-    from megatron_cream.corpus.jsonl import Fields
-    from megatron_cream.corpus.readers import InputSpan
-
+def test_verifying_reads_the_first_documents(job, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\nbroken\n{"text": "two"}\n{"text": "three"}\n')
-    pieces = [InputSpan(str(path), "jsonl")] * 2
-    assert list(engine.sample_texts(pieces, Fields(), 2)) == ["one", "two"]
-    assert list(engine.sample_texts(pieces, Fields(), 4)) == ["one", "two", "three", "one"]
-    assert list(engine.sample_texts(pieces, Fields(), 0)) == []
+    planned, *_ = plan_job(replace(job, input=(str(path), str(path))))
+    assert list(sample_texts(planned, 2)) == ["one", "two"]
+    assert list(sample_texts(planned, 4)) == ["one", "two", "three", "one"]
+    assert list(sample_texts(planned, 0)) == []
 
 
 def test_importing_the_package_needs_no_gigatoken():

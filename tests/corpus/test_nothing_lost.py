@@ -310,11 +310,11 @@ def test_a_document_longer_than_an_index_can_say(tmp_path):
 
 
 def test_standard_input_is_never_finished_before(job):
-    from megatron_cream.corpus.settings import plan_job
+    from megatron_cream.corpus.job import plan_job
 
     planned = plan_job(replace(job, input=("-",)))[0]
-    assert planned.fingerprint(()) is None
-    assert not module.is_dataset_of(planned, ())
+    assert planned.fingerprint() is None
+    assert not module.is_dataset_of(planned)
 
 
 def test_a_finished_merge_ends_well_and_is_not_done_again(job, run, outputs, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from support.commands import exit_status
 
-from megatron_cream.corpus import encode, jsonl
+from megatron_cream.corpus import encode, records
 from megatron_cream.corpus.preprocess import PreprocessConfig
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer, train_bpe
 
@@ -37,8 +37,8 @@ def test_one_sequence_a_document_reads_back(job, run, left_in, documents, kept):
     assert left_in(job) == ["a.b.bin", "a.b.idx", "a.b.json"]
     lengths = [len(row) for row in expected]
     assert (stats.documents, stats.tokens, stats.longest_document) == (12, sum(lengths), 301)
-    assert stats.note["mean_document"] == pytest.approx(np.mean(lengths))
-    assert stats.note["median_document"] == np.median(lengths)
+    assert stats.metadata["mean_document"] == pytest.approx(np.mean(lengths))
+    assert stats.metadata["median_document"] == np.median(lengths)
     assert stats.input_bytes == Path(job.input[0]).stat().st_size
     assert f"documents: 12\ntokens: {sum(lengths)}\ndropped: 3 shorter" in stats.summary()
 
@@ -126,8 +126,8 @@ def test_long_documents_have_the_same_tokens_around_them(job, tmp_path, run, kep
         "drop_duplicates": True,
     }
     run(job, output_prefix=job.output_prefix + "-whole", **changes)
-    monkeypatch.setattr(jsonl, "GIANT_BYTES", 100)
-    monkeypatch.setattr(jsonl, "PIECE_BYTES", 40)
+    monkeypatch.setattr(records, "LONG_BYTES", 100)
+    monkeypatch.setattr(records, "PIECE_BYTES", 40)
     run(job, **changes)
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer")
     pieces, whole = read(job.output_prefix), read(job.output_prefix + "-whole")

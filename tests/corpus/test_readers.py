@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_cream.corpus.readers import find_inputs, read_documents
+from megatron_cream.corpus.input_files import find_inputs
+from megatron_cream.corpus.readers import read_documents
 
 DOCUMENTS = ["first\r\nline\n", "κόσμε <b>", "", "a\u2028b\u0085c"]
 

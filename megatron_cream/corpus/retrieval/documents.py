@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retrieval documents of exactly so many tokens: filler, then one or several tasks.
+"""Makes documents of exactly so many tokens, filler and then tasks, and a dataset of them.
 
 Every document is a pure function of (seed, number). Its tasks are written as text and tokenized as
 a whole, so that their tokens are those of any other text; filler in front is cut at a token.
@@ -7,12 +7,43 @@ a whole, so that their tokens are those of any other text; filler in front is cu
 
 from __future__ import annotations
 
-import numpy as np
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
 
-from megatron_cream.corpus.retrieval.haystack import Haystack
-from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS, Task, draw_task
-from megatron_cream.corpus.retrieval.words import Rng, prose
-from megatron_cream.corpus.tokenizers import Tokenizer
+import numpy as np
+from tqdm import tqdm
+
+from megatron_cream.corpus.executors import choose_start_method, use_one_thread
+from megatron_cream.corpus.gigatoken import GigatokenSource, GigatokenTokenizer, choose_engine
+from megatron_cream.corpus.inspection import Counts, measure, write_metadata
+from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS, RetrievalTask, draw_task
+from megatron_cream.corpus.retrieval.words import Haystack, Rng, prose, read_haystack
+from megatron_cream.corpus.settings import (
+    APPEND_EOD,
+    ENGINE,
+    OUTPUT_PREFIX,
+    OVERWRITE,
+    TOKENIZER_MODEL,
+    TOKENIZER_TYPE,
+    WORKERS,
+    add_options,
+    option,
+    read_options,
+)
+from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.corpus.work_folder import (
+    RETRIEVAL,
+    WorkFolder,
+    validate_absent,
+    validate_prefix,
+)
+from megatron_cream.data.indexed import token_dtype, write_index
 from megatron_cream.errors import UserError
 from megatron_cream.positions import philox
 
@@ -23,6 +54,185 @@ _STREAM = 3  # keeps documents apart from positions and shuffling of the same se
 _LEAST = 200  # tokens of a task, where a document has several
 _SIZES = (48, 64)  # from here on a task has all its questions, and grows by records alone
 _ANCHOR = "\n"
+_BLOCK = 16  # documents that a worker makes at a time
+
+EXAMPLES = """
+    megatron-cream retrieval-data --tokenizer-type HuggingFaceTokenizer \\
+        --tokenizer-model tokenizer/ --length 8192 --documents 3000 --haystack books/train \\
+        --workers 8 --output-prefix data/retrieval
+
+Train on a blend: --data-path 0.85 data/train 0.15 data/retrieval. See docs/data.md.
+"""
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """The settings of ``make_dataset``; each is a flag of ``megatron-cream retrieval-data``.
+
+    Attributes:
+        length: tokens of a document, end of document included: the trained window N.
+        haystack: files and folders of text; none for sentences made here.
+        questions: most questions of a task.
+    """
+
+    tokenizer_type: str = option(**TOKENIZER_TYPE)
+    output_prefix: str = option(**OUTPUT_PREFIX)
+    length: int = option("tokens of each: the trained window", type=int, metavar="N")
+    documents: int = option("how many", type=int, metavar="D")
+    tokenizer_model: str | None = option(**TOKENIZER_MODEL)
+    seed: int = option("what they are drawn from", default=1234)
+    haystack: tuple[str, ...] = option(
+        "text to hide facts in (default: sentences made here)",
+        default=(),
+        many=True,
+        metavar="TEXT",
+    )
+    append_eod: bool = option(**APPEND_EOD)
+    questions: int = option("most questions of a task", default=MOST_QUESTIONS, metavar="Q")
+    engine: str = option(**ENGINE)
+    workers: int = option(**WORKERS)
+    overwrite: bool = option(**OVERWRITE)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``megatron-cream retrieval-data``."""
+    add_options(parser, RetrievalConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the dataset that the command line asks for, and say what was written."""
+    config = read_options(RetrievalConfig, args)
+    made = make_dataset(config, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(
+        f"written: {made['documents']} documents, {made['tokens']} tokens, {config.output_prefix}"
+    )
+
+
+def make_dataset(
+    config: RetrievalConfig,
+    *,
+    progress: bool = True,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """Write ``PREFIX.bin``, ``.idx`` and ``.json``; returns the content of the last.
+
+    Raises:
+        UserError: a setting that cannot work.
+        OSError: a file that is missing or exists, or cannot be written.
+    """
+    _validate(config)
+    with WorkFolder(config.output_prefix, RETRIEVAL) as folder, use_one_thread():
+        folder.finish_publishing()
+        validate_absent(config.output_prefix, config.overwrite)
+        maker = _maker(config)
+        _choose_engine(config, maker, say)
+        made = _write(config, maker, folder.staged, progress)
+        folder.publish(config.overwrite)
+        folder.remove()
+    return made
+
+
+def _validate(config: RetrievalConfig) -> None:
+    counts = ("documents", "workers", "questions")
+    for flag, value in ((f"--{name}", getattr(config, name)) for name in counts):
+        if value < 1:
+            raise UserError(f"{flag} is {value}: it must be at least 1")
+    if config.seed < 0:
+        raise UserError(f"--seed is {config.seed}: it must be 0 or more")
+    validate_prefix(config.output_prefix)
+
+
+def _maker(config: RetrievalConfig) -> DocumentMaker:
+    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+    if config.append_eod and tokenizer.eod is None:
+        raise UserError("--append-eod: the tokenizer has no token that ends a document")
+    haystack = read_haystack(list(config.haystack)) if config.haystack else None
+    eod = tokenizer.eod if config.append_eod else None
+    return DocumentMaker(tokenizer, config.length, config.seed, haystack, eod, config.questions)
+
+
+def _choose_engine(
+    config: RetrievalConfig, maker: DocumentMaker, say: Callable[[str], object]
+) -> None:
+    """Have ``maker`` use the fast tokenizer where it is exact, also on what is made here."""
+    samples = [text for number in range(2) for text in maker.task_texts(number)]
+    fast, reason = choose_engine(config.engine, maker.tokenizer, samples)
+    say(reason)
+    maker.tokenizer = fast or maker.tokenizer
+
+
+def _write(
+    config: RetrievalConfig, maker: DocumentMaker, staged: str, progress: bool
+) -> dict[str, Any]:
+    dtype = token_dtype(maker.tokenizer.vocab_size)
+    lengths = np.full(config.documents, config.length, dtype=np.int32)
+    bar = tqdm(total=config.documents, unit="doc", disable=not progress)
+    with open(staged + ".bin", "wb") as file, bar:
+        for block in _blocks(config, maker, dtype):
+            file.write(block.tobytes())
+            bar.update(len(block))
+    ones = np.ones(config.documents, dtype=np.int64)
+    write_index(staged + ".idx", dtype, [(lengths, ones)], config.documents, config.documents)
+    settings = _describe_settings(config, maker.tokenizer, dtype)
+    left_out = Counts({}, longest=config.length)
+    return write_metadata(staged, settings, measure(lengths), config.documents, left_out)
+
+
+def _describe_settings(
+    config: RetrievalConfig, tokenizer: Tokenizer, dtype: np.dtype
+) -> dict[str, Any]:
+    return {
+        "kind": "retrieval",
+        "seed": config.seed,
+        "length": config.length,
+        "haystack": list(config.haystack),
+        "questions": config.questions,
+        "tokenizer_type": config.tokenizer_type,
+        "tokenizer_model": config.tokenizer_model,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod,
+        "bos_id": tokenizer.bos,
+        "appended_eod": config.append_eod,
+        "prepended_bos": False,
+        "min_tokens": 1,
+        "max_tokens": None,
+        "dtype": dtype.name,
+    }
+
+
+def _blocks(config: RetrievalConfig, maker: DocumentMaker, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Yield ``[documents of a block, length]`` tokens, in order."""
+    firsts = range(0, config.documents, _BLOCK)
+    ranges = [(first, min(first + _BLOCK, config.documents), dtype) for first in firsts]
+    if config.workers == 1:
+        yield from (_make_block(maker, *one) for one in ranges)
+        return
+    context = get_context(choose_start_method())
+    workers = min(config.workers, len(ranges))
+    given = (config, getattr(maker.tokenizer, "source", None))
+    with ProcessPoolExecutor(workers, context, _start, given) as pool:
+        yield from pool.map(_in_worker, ranges)
+
+
+def _make_block(maker: DocumentMaker, first: int, end: int, dtype: np.dtype) -> np.ndarray:
+    return np.stack([maker.make(number) for number in range(first, end)]).astype(dtype)
+
+
+_workers_maker: DocumentMaker | None = None
+
+
+def _start(config: RetrievalConfig, source: GigatokenSource | None) -> None:
+    """In a worker, which may be a fresh interpreter: make its own maker."""
+    global _workers_maker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _workers_maker = _maker(config)
+    if source is not None:
+        reference = _workers_maker.tokenizer
+        _workers_maker.tokenizer = GigatokenTokenizer(source, lambda: reference)
+
+
+def _in_worker(block: tuple[int, int, np.dtype]) -> np.ndarray:
+    return _make_block(_workers_maker, *block)
 
 
 class DocumentMaker:
@@ -93,7 +303,7 @@ class DocumentMaker:
             "must be longer"
         )
 
-    def _largest(self, task: Task, budget: int) -> tuple[str, np.ndarray] | None:
+    def _largest(self, task: RetrievalTask, budget: int) -> tuple[str, np.ndarray] | None:
         """Return the task at nearly the largest size that fits, None where the smallest does not.
 
         The tokens of two small sizes say how many the others have, nearly.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One task as text: what is drawn once, and the text for any size of it.
+"""Draws one task as text: what is drawn once, and the text for any size of it.
 
 A task has a size, the number of records or of hundreds of characters; its text is a pure function
 of that, so that the size can be fitted to a number of tokens.
@@ -12,10 +12,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_cream.corpus.retrieval.formats import RECORDS, THINGS, Format
-from megatron_cream.corpus.retrieval.haystack import Haystack
-from megatron_cream.corpus.retrieval.hidden import NEEDLES, PASSKEYS, REFRAINS, Needle
-from megatron_cream.corpus.retrieval.words import KEYS, VALUES, Rng, passkeys, prose
+from megatron_cream.corpus.retrieval.wordings import (
+    NEEDLES,
+    PASSKEYS,
+    RECORDS,
+    REFRAINS,
+    THINGS,
+    NeedleWording,
+    RecordFormat,
+)
+from megatron_cream.corpus.retrieval.words import KEYS, VALUES, Haystack, Rng, passkeys, prose
 
 CHARACTERS = 100
 """Characters of a needle task's text that one more of its size stands for."""
@@ -28,7 +34,7 @@ _SEGMENTS = 4
 
 
 @dataclass(frozen=True)
-class Task:
+class RetrievalTask:
     """A task of any size.
 
     Attributes:
@@ -44,7 +50,7 @@ class Task:
 
 def draw_task(
     rng: Rng, tokens: int, haystack: Haystack | None, questions: int = MOST_QUESTIONS
-) -> Task:
+) -> RetrievalTask:
     """Draw a task that can be made as long as ``tokens``, of at most so many ``questions``."""
     kind = rng.random()
     if kind < 0.64:
@@ -54,7 +60,7 @@ def draw_task(
     return _passkey(rng, tokens, haystack)
 
 
-def _records(rng: Rng, tokens: int, questions: int = MOST_QUESTIONS) -> Task:
+def _records(rng: Rng, tokens: int, questions: int = MOST_QUESTIONS) -> RetrievalTask:
     name = str(rng.choice(list(RECORDS)))
     style, thing, most = RECORDS[name], str(rng.choice(THINGS)), max(4, tokens // 8)
     keys = KEYS[str(rng.choice(list(KEYS)))](rng, most)
@@ -66,12 +72,14 @@ def _records(rng: Rng, tokens: int, questions: int = MOST_QUESTIONS) -> Task:
         for i, (k, v, n) in enumerate(zip(keys, values, numbers, strict=True))
     ]
     intro = str(rng.choice(style.intros)).format(t=thing) + style.opening.format(t=thing)
-    asked = _Asked.drawn(rng, questions, style.questions, thing, keys, values)
+    asked = _Questions.drawn(rng, questions, style.questions, thing, keys, values)
     segments = int(rng.integers(2, _SEGMENTS + 1)) if rng.random() < 0.3 else 1
-    return Task(name, most, lambda size: intro + _listed(style, records[:size], asked, segments))
+    return RetrievalTask(
+        name, most, lambda size: intro + _listed(style, records[:size], asked, segments)
+    )
 
 
-def _listed(style: Format, records: list[str], asked: _Asked, segments: int) -> str:
+def _listed(style: RecordFormat, records: list[str], asked: _Questions, segments: int) -> str:
     """Records in some segments, each followed by its share of the questions."""
     text, size = [], len(records)
     borders = [round(size * (i + 1) / segments) for i in range(segments)]
@@ -84,7 +92,7 @@ def _listed(style: Format, records: list[str], asked: _Asked, segments: int) -> 
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Questions:
     """Questions about some of the facts.
 
     Attributes:
@@ -109,7 +117,7 @@ class _Asked:
         thing: str,
         keys: list[str],
         values: list[str],
-    ) -> _Asked:
+    ) -> _Questions:
         places = rng.random(int(rng.integers(max(1, most // 4), most + 1)))
         return cls(str(rng.choice(wordings)), thing, keys, values, places)
 
@@ -122,14 +130,14 @@ class _Asked:
         )
 
 
-def _needles(rng: Rng, tokens: int, haystack: Haystack | None, questions: int) -> Task:
+def _needles(rng: Rng, tokens: int, haystack: Haystack | None, questions: int) -> RetrievalTask:
     count = round(float(2 ** rng.uniform(0, np.log2(_MOST_NEEDLES))))
     keys = KEYS[str(rng.choice(list(KEYS)))](rng, count)
     values = VALUES[str(rng.choice(list(VALUES)))](rng, count)
     return _hidden(rng, tokens, haystack, NEEDLES, keys, values, questions)
 
 
-def _passkey(rng: Rng, tokens: int, haystack: Haystack | None) -> Task:
+def _passkey(rng: Rng, tokens: int, haystack: Haystack | None) -> RetrievalTask:
     return _hidden(rng, tokens, haystack, PASSKEYS, [""], passkeys(rng, 1))
 
 
@@ -137,17 +145,17 @@ def _hidden(
     rng: Rng,
     tokens: int,
     haystack: Haystack | None,
-    wordings: tuple[Needle, ...],
+    wordings: tuple[NeedleWording, ...],
     keys: list[str],
     values: list[str],
     questions: int = MOST_QUESTIONS,
-) -> Task:
+) -> RetrievalTask:
     wording, thing = wordings[rng.integers(len(wordings))], str(rng.choice(THINGS))
     needles = [wording.needle.format(k=k, v=v, t=thing) for k, v in zip(keys, values, strict=True)]
     most = max(1, tokens * 8 // CHARACTERS)
     filler = _filler(rng, most * CHARACTERS, haystack, refrain=wordings is PASSKEYS)
     intro, places = str(rng.choice(wording.intros)).format(t=thing), rng.random(len(keys))
-    asked = _Asked.drawn(rng, questions, wording.questions, thing, keys, values)
+    asked = _Questions.drawn(rng, questions, wording.questions, thing, keys, values)
     # All that fit are asked for: a needle that is not is a line of noise.
     chosen = rng.permutation(len(keys))[: len(asked.places)].tolist()
     answered = "".join(asked.question.format(k=keys[i], v=values[i], t=thing) for i in chosen)
@@ -156,7 +164,7 @@ def _hidden(
         hidden = _planted(filler[: size * CHARACTERS], needles, places)
         return f"{intro}{hidden}\n{answered}"
 
-    return Task("passkey" if wordings is PASSKEYS else "needles", most, text)
+    return RetrievalTask("passkey" if wordings is PASSKEYS else "needles", most, text)
 
 
 def _filler(rng: Rng, characters: int, haystack: Haystack | None, refrain: bool) -> str:

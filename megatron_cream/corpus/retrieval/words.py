@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of many kinds, and prose for where the user gives none.
+"""Draws keys and values of many kinds, passages of the user's text, and prose where there is none.
 
 Nothing here can stand in a case of ``megatron_cream.evaluation``: no adjective, noun or sentence is
 among its own, its UUIDs are of version 4 and these never are. A number is only ever the value of a
@@ -8,10 +8,15 @@ key from here, or, where no key goes with it, has another number of digits than 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 
+from megatron_cream.corpus.input_files import find_inputs
+from megatron_cream.corpus.readers import read_documents
 from megatron_cream.errors import UserError
 
 
@@ -73,10 +78,10 @@ _PASSKEY_DIGITS = 5
 UUID_VERSIONS = "13578"
 
 Rng = np.random.Generator
-Kind = Callable[[Rng, int], list[str]]
+DrawWords = Callable[[Rng, int], list[str]]
 
 
-def distinct(draw: Kind) -> Kind:
+def distinct(draw: DrawWords) -> DrawWords:
     """Return ``draw`` without repetitions."""
 
     def drawn(rng: Rng, count: int) -> list[str]:
@@ -90,7 +95,7 @@ def distinct(draw: Kind) -> Kind:
     return drawn
 
 
-def digits(least: int, most: int) -> Kind:
+def digits(least: int, most: int) -> DrawWords:
     """Numbers, all of as many digits, from ``least`` to ``most`` of them."""
 
     def draw(rng: Rng, count: int) -> list[str]:
@@ -167,7 +172,7 @@ def dates(rng: Rng, count: int) -> list[str]:
     return list(map(str, days))
 
 
-KEYS: dict[str, Kind] = {
+KEYS: dict[str, DrawWords] = {
     "names": distinct(names),
     "uuids": distinct(uuids),
     "codes": distinct(codes),
@@ -175,7 +180,7 @@ KEYS: dict[str, Kind] = {
     "hexadecimal": distinct(hexadecimal),
     "numbers": distinct(digits(5, 8)),
 }
-VALUES: dict[str, Kind] = {
+VALUES: dict[str, DrawWords] = {
     "numbers": digits(3, 9),
     "uuids": uuids,
     "hexadecimal": hexadecimal,
@@ -200,3 +205,63 @@ def prose(rng: Rng, characters: int) -> str:
             sentences.append(f"{_OPENINGS[i]} {a} {_VERBS[j]} {b}.")
             size += len(sentences[-1]) + 1
     return " ".join(sentences)
+
+
+MOST_CHARACTERS = 64 << 20
+"""Text that is kept in memory; of more, the same share of every file."""
+
+_SNAP = 200
+
+
+class Haystack:
+    """Passages of some texts.
+
+    Args:
+        texts: documents; empty ones are left out.
+    """
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = [text for text in texts if text.strip()]
+        self._ends = list(accumulate(map(len, self.texts)))
+
+    def passage(self, rng: Rng, characters: int) -> str:
+        """Return about so many characters from a random place on, never more.
+
+        Where a document ends the passage goes on with another one.
+        """
+        parts, left = [], characters
+        while left > 0:
+            at = int(rng.integers(self._ends[-1]))
+            number = bisect_right(self._ends, at)
+            text = self.texts[number]
+            start = at - (self._ends[number] - len(text))
+            space = text.find(" ", start, start + _SNAP) if start else -1
+            part = text[space + 1 if space >= 0 else start :][:left].replace("\r", "")
+            parts.append(part + "\n\n" if len(part) + 2 < left else part)
+            left -= len(parts[-1])
+        return "".join(parts)
+
+
+def read_haystack(paths: list[str]) -> Haystack:
+    """Read files and folders of text.
+
+    Raises:
+        UserError: there is no text in them, or it cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    files = find_inputs(paths).files
+    share = MOST_CHARACTERS // max(1, len(files))
+    found = Haystack([text for path in files for text in _beginning(path, share)])
+    if not found.texts:
+        raise UserError(f"--haystack {' '.join(paths)}: holds no text, it must have some")
+    return found
+
+
+def _beginning(path: Path, characters: int) -> list[str]:
+    texts = []
+    for text in read_documents(path):
+        texts.append(text[:characters])
+        characters -= len(text)
+        if characters <= 0:
+            break
+    return texts

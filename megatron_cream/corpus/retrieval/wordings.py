@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wordings of retrieval documents: how a record, a needle and a question are written.
+"""Words retrieval documents: how a record, a needle and a question are written.
 
 Templates have ``{k}`` and ``{v}`` for key and value, ``{t}`` for what the values are ("access
 code"), ``{i}`` for the number of the record and ``{n}`` for a number that means nothing. A question
@@ -20,7 +20,7 @@ THINGS = _THINGS.replace("\n", " ").strip().split(", ")
 
 
 @dataclass(frozen=True)
-class Format:
+class RecordFormat:
     """One way to write a list of records.
 
     Attributes:
@@ -59,8 +59,8 @@ _CODE = (
     'The call get("{k}") returns "{v}"\n',
 )
 
-RECORDS: dict[str, Format] = {
-    "prose": Format(
+RECORDS: dict[str, RecordFormat] = {
+    "prose": RecordFormat(
         (
             "Facts to keep in mind.\n",
             "Read these notes with care.\n",
@@ -72,12 +72,12 @@ RECORDS: dict[str, Format] = {
             "\nAccording to the notes, {k} has the {t} {v}.\n",
         ),
     ),
-    "sentences": Format(
+    "sentences": RecordFormat(
         ("Some statements follow, one a line.\n", "Here is what we know.\n"),
         "{k} has the {t} {v}.\n",
         _PLAIN,
     ),
-    "register": Format(
+    "register": RecordFormat(
         (
             "This register has an entry and its {t} on each row. Keep all of them in mind.\n\n",
             "Every row below gives a name and its {t}.\n\n",
@@ -90,7 +90,7 @@ RECORDS: dict[str, Format] = {
             "\nrow {k} again: {t} is <{v}>\n",
         ),
     ),
-    "brackets": Format(
+    "brackets": RecordFormat(
         ("Entries and their contents:\n", ""),
         "entry {k} holds [{v}]\n",
         (
@@ -98,7 +98,7 @@ RECORDS: dict[str, Format] = {
             "\nRecall entry {k}: [{v}]\n",
         ),
     ),
-    "json": Format(
+    "json": RecordFormat(
         (
             "The object below maps names to values.\n",
             "JSON:\n",
@@ -110,7 +110,7 @@ RECORDS: dict[str, Format] = {
         closing="\n}}\n\n",
         cut=2,
     ),
-    "json-row": Format(
+    "json-row": RecordFormat(
         ("Data as JSON:\n", "A single object:\n", ""),
         '"{k}": "{v}", ',
         _QUOTED,
@@ -118,7 +118,7 @@ RECORDS: dict[str, Format] = {
         closing="}}\n\n",
         cut=2,
     ),
-    "jsonl": Format(
+    "jsonl": RecordFormat(
         ("Lines of JSON:\n", ""),
         '{{"id": "{k}", "value": "{v}"}}\n',
         (
@@ -127,7 +127,7 @@ RECORDS: dict[str, Format] = {
             '\nselect value where id = "{k}"\n"{v}"\n',
         ),
     ),
-    "csv": Format(
+    "csv": RecordFormat(
         ("A table with commas between its columns.\n", ""),
         "{i},{k},{v}\n",
         (
@@ -136,7 +136,7 @@ RECORDS: dict[str, Format] = {
         ),
         opening="number,name,{t}\n",
     ),
-    "table": Format(
+    "table": RecordFormat(
         ("The table lists the {t} of every name.\n\n", ""),
         "| {k} | {n} | {v} |\n",
         (
@@ -145,13 +145,13 @@ RECORDS: dict[str, Format] = {
         ),
         opening="| name | count | {t} |\n| --- | --- | --- |\n",
     ),
-    "python": Format(
+    "python": RecordFormat(
         ("A module with constants.\n\n", ""),
         'table["{k}"] = "{v}"\n',
         _CODE,
         opening="table = dict()\n",
     ),
-    "log": Format(
+    "log": RecordFormat(
         ("Log of the service:\n", ""),
         "[{i}] INFO stored {k} with {t} {v}\n",
         (
@@ -159,27 +159,27 @@ RECORDS: dict[str, Format] = {
             "\ngrep {k} service.log | cut -f 7\n{v}\n",
         ),
     ),
-    "settings": Format(
+    "settings": RecordFormat(
         ("Configuration file:\n", ""),
         "{k} = {v}\n",
         ("\n$ get {k}\n{v}\n", "\nThe option {k} is set to {v}\n", "\necho ${k}\n{v}\n"),
     ),
-    "numbered": Format(
+    "numbered": RecordFormat(
         ("Numbered list.\n", "The {t} of each, in no order.\n"),
         "{i}. {k} - {v}\n",
         ("\nWhat stands beside {k}? {v}\n", "\nComplete the item: {k} - {v}\n"),
     ),
-    "yaml": Format(
+    "yaml": RecordFormat(
         ("items:\n", ""),
         "- name: {k}\n  {t}: {v}\n",
         ("\nitem with name {k}\n  {t}: {v}\n", "\nThe item {k} has {t}: {v}\n"),
     ),
-    "markup": Format(
+    "markup": RecordFormat(
         ("<records>\n", ""),
         '<record name="{k}">{v}</record>\n',
         ('\n<answer name="{k}">{v}</answer>\n', '\nText of the record "{k}": {v}\n'),
     ),
-    "sql": Format(
+    "sql": RecordFormat(
         ("Statements that were run:\n", ""),
         "INSERT INTO store VALUES ('{k}', '{v}');\n",
         (
@@ -188,3 +188,87 @@ RECORDS: dict[str, Format] = {
         ),
     ),
 }
+
+
+@dataclass(frozen=True)
+class NeedleWording:
+    """One way to hide facts in other text.
+
+    Attributes:
+        intros: what may stand before; may be empty.
+        needle: the fact, with a space before it.
+        questions: as in ``RecordFormat``.
+    """
+
+    intros: tuple[str, ...]
+    needle: str
+    questions: tuple[str, ...]
+
+
+NEEDLES: tuple[NeedleWording, ...] = (
+    NeedleWording(
+        ("Somewhere in this text codes are given. Note each of them.\n", ""),
+        " The secret {t} of {k} is: {v}.",
+        (
+            "\nWhich secret {t} does {k} have? The secret {t} of {k} is: {v}\n",
+            "\nWhat is the secret {t} of {k}?\nIt is: {v}\n",
+        ),
+    ),
+    NeedleWording(
+        ("Facts are hidden in the following pages.\n", ""),
+        " One thing to note: {k} was given the {t} {v}.",
+        (
+            "\nWhat was {k} given? {k} was given the {t} {v}\n",
+            "\nName the {t} that {k} was given: {v}\n",
+        ),
+    ),
+    NeedleWording(
+        ("Read on, and note what is said about each {t}.\n", ""),
+        " (Note: {k} -> {v})",
+        ("\nNote about {k}? {k} -> {v}\n", "\n{k} ->  {v}\n".replace("  ", " ")),
+    ),
+    NeedleWording(
+        ("You will be asked about single sentences of this text.\n", ""),
+        " The {t} that one should use for {k} is {v}.",
+        (
+            "\nWhich {t} should one use for {k}? One should use {v}\n",
+            "\nFor {k} use: {v}\n",
+        ),
+    ),
+    NeedleWording(
+        ("", "Text with remarks.\n"),
+        " It is worth remembering that {k} stands for {v}.",
+        (
+            "\nWhat does {k} stand for? {k} stands for {v}\n",
+            "\nRemember: {k} stands for {v}\n",
+        ),
+    ),
+)
+
+PASSKEYS: tuple[NeedleWording, ...] = (
+    NeedleWording(
+        ("A password is given once in what follows. Keep it in mind.\n", ""),
+        " The password is {v}. Do not forget {v}, it is the password.",
+        ("\nWhat is the password? The password is {v}\n", "\nThe password was {v}\n"),
+    ),
+    NeedleWording(
+        ("Only one line of this matters.\n", "Look for the number of the vault.\n"),
+        " The vault opens with {v}. Keep it in mind: {v} opens the vault.",
+        (
+            "\nWith which number does the vault open? It opens with {v}\n",
+            "\nThe number of the vault: {v}\n",
+        ),
+    ),
+    NeedleWording(
+        ("An entry code is hidden among sentences that do not matter.\n", ""),
+        " Note that the entry code is {v}.",
+        ("\nTell me the entry code. The entry code is {v}\n", "\nentry code: {v}\n"),
+    ),
+)
+
+REFRAINS = (
+    " Rain falls on the roof. Cars go by. The clock ticks. Nothing happens here.",
+    " One two three four. Round and round it goes. Nobody knows why.",
+    " This sentence says nothing. Neither does this one. The next is no better.",
+    " The river flows on. The wind comes and goes. Another day has passed.",
+)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the text of one line of JSONL, or says what is wrong with the line.
+"""Reads the text of one record, a line of JSONL above all, or says what is wrong with it.
 
-A text is a string, or an iterator of pieces where the line is so long that its text should never
+A text is a string, or an iterator of pieces where the record is so long that its text should never
 be in memory at once: one character outside Latin-1 makes Python spend two or four bytes on each.
 The JSON of such a line is checked with its long strings left out; they are decoded piece by piece
 while they are tokenized.
@@ -13,15 +13,15 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-try:
+orjson: Any = None
+with suppress(ImportError):
     import orjson
-except ImportError:
-    orjson = None
 
-GIANT_BYTES = 32 << 20
+LONG_BYTES = 32 << 20
 """Lines and files longer than this are read in pieces."""
 
 PIECE_BYTES = 4 << 20
@@ -46,17 +46,17 @@ class BadRecord(ValueError):
         self.kind = kind
 
 
-class Record(NamedTuple):
+class TextRecord(NamedTuple):
     """A document, or why there is none.
 
     Attributes:
-        text: its text, to be read before the next record is asked for; None with an error.
+        text: its text, to be read before the next record is asked for; "" with an error.
         error: what is wrong with the record.
-        number: of its line or row, counted from 1 in its piece; 0 for a whole file.
-        offset: where the next record starts: expanded bytes from the start of the piece, or rows.
+        number: of its line or row, counted from 1 in its span; 0 for a whole file.
+        offset: where the next record starts: expanded bytes from the start of the span, or rows.
     """
 
-    text: Text | None
+    text: Text
     error: BadRecord | None
     number: int
     offset: int
@@ -116,18 +116,28 @@ def parse(line: Line) -> Any:
     return value
 
 
+def text_of(line: Line, fields: Fields) -> Text:
+    """Return the text of one line of JSONL; the pieces of a long one may still raise.
+
+    Raises:
+        BadRecord: the line is not an object with strings under ``fields``, or its text holds NUL
+            or half a surrogate pair, which no tokenizer takes.
+    """
+    if len(line) > LONG_BYTES:
+        return stream_json_text(line, fields)
+    return join_text_fields(parse(line), fields)
+
+
 def join_text_fields(record: Any, fields: Fields) -> str:
     """Return the strings under ``fields`` of a parsed record, one after the other.
 
     Raises:
-        BadRecord: it is not an object, or has no string under one of them.
+        BadRecord: it is not an object, has no string under one of them, or one holds NUL.
     """
-    values = strings_of(record, fields)
-    return values[0] if len(values) == 1 else fields.separator.join(values)
+    return validate_text(fields.separator.join(_strings(record, fields)))
 
 
-def strings_of(record: Any, fields: Fields) -> list[str]:
-    """Return the string under each of ``fields``; raises as ``join_text_fields``."""
+def _strings(record: Any, fields: Fields) -> list[str]:
     if not isinstance(record, dict):
         found = type(record).__name__
         raise BadRecord(NOT_AN_OBJECT, f"a {found}, needs one JSON object per line")
@@ -162,14 +172,14 @@ def _validate_surrogates(value: Any) -> None:
 
 # A string of JSON from quote to quote; possessive, or a long one would be remembered step by step.
 _STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
-_LONG = 1 << 20
+_LONG_STRING_BYTES = 1 << 20
 # What is never cut: an escape, a pair of escapes that spell one character.
 _WHOLE = re.compile(
     rb"(?:[^\\]++|\\u[dD][89abAB]..\\u....|\\u(?![dD][89abAB])....|\\[^u])*+", re.DOTALL
 )
 
 
-def giant_text(line: Line, fields: Fields) -> Iterator[str]:
+def stream_json_text(line: Line, fields: Fields) -> Iterator[str]:
     """Yield the text of one long line of JSONL; together they are what ``text_of`` gives.
 
     Raises:
@@ -179,12 +189,12 @@ def giant_text(line: Line, fields: Fields) -> Iterator[str]:
 
     def shorten(found: re.Match[bytes]) -> bytes:
         start, end = found.span(1)
-        if end - start < _LONG:
+        if end - start < _LONG_STRING_BYTES:
             return found.group()
         spans.append((start, end))
         return json.dumps(_placeholder(len(spans) - 1)).encode()
 
-    values = strings_of(parse(_STRING.sub(shorten, line)), fields)
+    values = _strings(parse(_STRING.sub(shorten, line)), fields)
     places = {_placeholder(i): span for i, span in enumerate(spans)}
     for other in places.keys() - set(values):
         for _ in _pieces(line, *places[other]):
@@ -198,7 +208,7 @@ def giant_text(line: Line, fields: Fields) -> Iterator[str]:
             yield validate_text(value)
 
 
-def stream_text(stream: BinaryIO, first: bytes) -> Iterator[str]:
+def stream_plain_text(stream: BinaryIO, first: bytes) -> Iterator[str]:
     """Yield the text of a plain file: ``first``, its first bytes, and what is left in ``stream``.
 
     Raises:
@@ -231,7 +241,8 @@ def _pieces(line: Line, start: int, end: int) -> Iterator[str]:
         window = view[start : min(start + PIECE_BYTES, end)]
         size = len(window)
         if start + size < end:
-            size = _WHOLE.match(window).end() or size
+            whole = _WHOLE.match(window)
+            size = (whole.end() if whole else 0) or size
             while size > 1 and view[start + size] & 0xC0 == 0x80:
                 size -= 1
         yield _unescaped(window[:size])

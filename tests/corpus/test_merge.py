@@ -11,18 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cream.corpus import assemble, settings
+from megatron_cream.corpus import assemble
 from megatron_cream.corpus.assemble import first_copies, split
-from megatron_cream.corpus.inspection import check, describe, document_text
-from megatron_cream.corpus.merge import merge_datasets
-from megatron_cream.corpus.statistics import Lengths, draw_histogram, median
-from megatron_cream.corpus.storage import HASH_BYTES
-from megatron_cream.data.indexed import (
-    read_index,
-    read_metadata,
-    token_dtype,
-    write_index,
+from megatron_cream.corpus.encode import HASH_BYTES
+from megatron_cream.corpus.inspection import (
+    Lengths,
+    check,
+    describe,
+    document_text,
+    draw_histogram,
+    median,
 )
+from megatron_cream.corpus.job import plan_job
+from megatron_cream.corpus.merge import merge_datasets
+from megatron_cream.data.indexed import read_index, read_metadata, token_dtype, write_index
 
 PARTS = {"part_bytes": 200}
 
@@ -125,7 +127,7 @@ def test_bos_is_in_the_first_sequence_and_eod_in_the_last():
 
 def test_long_documents_are_dropped_on_request(job, run):
     stats = run(job, max_tokens=10, long_documents="drop")
-    assert stats.note["dropped"]["longer_than_max_tokens"] == 3
+    assert stats.metadata["dropped"]["longer_than_max_tokens"] == 3
     assert stats.longest_document == 10
     with pytest.raises(ValueError, match="--min-tokens 11: none of the 12 documents is left"):
         run(job, min_tokens=11, max_tokens=299, long_documents="drop", overwrite=True)
@@ -135,7 +137,7 @@ def test_duplicates_keep_their_first_copy(job, run, documents, monkeypatch):
     stats = run(job, drop_duplicates=True, **PARTS)
     data = np.fromfile(job.output_prefix + ".bin", "<u2").astype("u1").tobytes()
     assert data == "".join(documents[:5]).encode()
-    assert stats.note["dropped"]["duplicates"] == 8
+    assert stats.metadata["dropped"]["duplicates"] == 8
 
 
 @pytest.mark.parametrize("bucket_bytes", [1 << 28, 300])
@@ -193,7 +195,7 @@ def test_bad_rows_are_named(job, run, tmp_path):
     with pytest.raises(ValueError, match=r"t\.parquet: row 2: --json-key text: NoneType there"):
         run(config)
     stats = run(config, on_error="skip")
-    assert stats.note["errors"] == {"wrong type": 1, "invalid UTF-8": 1, "NUL": 1}
+    assert stats.metadata["errors"] == {"wrong type": 1, "invalid UTF-8": 1, "NUL": 1}
     assert stats.documents == 2
 
 
@@ -295,7 +297,7 @@ def test_shards_share_the_bytes(job):
     Path(job.input[0]).write_text('{"text": "some text of a line"}\n' * 200)
     owned = []
     for index in range(5):
-        planned = settings.plan_job(replace(job, shard=(index, 5), part_bytes=100))[0]
+        planned = plan_job(replace(job, shard=(index, 5), part_bytes=100))[0]
         owned.append(planned.own_units())
     assert sorted(unit for units in owned for unit in units) == list(range(len(planned.units)))
     sizes = [sum(map(planned.unit_size, units)) for units in owned]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.corpus import jsonl, readers
-from megatron_cream.corpus.jsonl import BadRecord, Fields
-from megatron_cream.corpus.readers import InputSpan, lines_before, read_span, text_of
+from megatron_cream.corpus import readers, records
+from megatron_cream.corpus.readers import InputSpan, lines_before, read_span
+from megatron_cream.corpus.records import BadRecord, Fields, text_of
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200)
 PARSERS = ["orjson", "json"]
@@ -18,7 +18,7 @@ PARSERS = ["orjson", "json"]
 def parser(request, monkeypatch):
     """Both parsers in turn: the result must not depend on which is installed."""
     if request.param == "json":
-        monkeypatch.setattr(jsonl, "orjson", None)
+        monkeypatch.setattr(records, "orjson", None)
     else:
         pytest.importorskip("orjson")
 
@@ -27,22 +27,22 @@ def parser(request, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        (b'{"text": "x"', jsonl.BROKEN_JSON),
-        (b"[" * 100_000, jsonl.BROKEN_JSON),
-        (b'{"text": "a\tb"}', jsonl.BROKEN_JSON),
-        (b'["x"]', jsonl.NOT_AN_OBJECT),
-        (b"7", jsonl.NOT_AN_OBJECT),
-        (b'{"body": "x"}', jsonl.MISSING_FIELD),
-        (b'{"text": 5}', jsonl.WRONG_TYPE),
-        (b'{"text": null}', jsonl.WRONG_TYPE),
-        (b'{"text": ["x"]}', jsonl.WRONG_TYPE),
-        (b'{"text": "\xff"}', jsonl.NOT_UTF8),
-        (b'{"text": "\xed\xa0\x80"}', jsonl.NOT_UTF8),
-        (b'{"text": "a\\ud800"}', jsonl.SURROGATE),
-        (b'{"text": "a", "other": ["\\udc00"]}', jsonl.SURROGATE),
-        (b'{"text": "a\\u0000"}', jsonl.NUL),
-        (b'{"text": "a\0"}', jsonl.NUL),
-        (b"\0" * 40, jsonl.NUL),
+        (b'{"text": "x"', records.BROKEN_JSON),
+        (b"[" * 100_000, records.BROKEN_JSON),
+        (b'{"text": "a\tb"}', records.BROKEN_JSON),
+        (b'["x"]', records.NOT_AN_OBJECT),
+        (b"7", records.NOT_AN_OBJECT),
+        (b'{"body": "x"}', records.MISSING_FIELD),
+        (b'{"text": 5}', records.WRONG_TYPE),
+        (b'{"text": null}', records.WRONG_TYPE),
+        (b'{"text": ["x"]}', records.WRONG_TYPE),
+        (b'{"text": "\xff"}', records.NOT_UTF8),
+        (b'{"text": "\xed\xa0\x80"}', records.NOT_UTF8),
+        (b'{"text": "a\\ud800"}', records.SURROGATE),
+        (b'{"text": "a", "other": ["\\udc00"]}', records.SURROGATE),
+        (b'{"text": "a\\u0000"}', records.NUL),
+        (b'{"text": "a\0"}', records.NUL),
+        (b"\0" * 40, records.NUL),
     ],
 )
 def test_each_kind_of_bad_line(line, kind):
@@ -72,33 +72,33 @@ def test_giant_lines_give_the_same_text(texts, escaped):
     ).encode()
     fields = Fields(("text", "a"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonl, "PIECE_BYTES", 29)
-        patch.setattr(jsonl, "_LONG", 5)
-        pieces = list(jsonl.giant_text(line, fields))
+        patch.setattr(records, "PIECE_BYTES", 29)
+        patch.setattr(records, "_LONG_STRING_BYTES", 5)
+        pieces = list(records.stream_json_text(line, fields))
     assert "".join(pieces) == "".join(texts) + "\n\n" + texts[0]
 
 
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (b"a" * 90 + b"\\ud800" + b"b" * 90, jsonl.SURROGATE),
-        (b"a" * 90 + b"\xff" + b"b" * 90, jsonl.NOT_UTF8),
-        (b"a" * 90 + b"\\q" + b"b" * 90, jsonl.BROKEN_JSON),
-        (b"a" * 90 + b"\\u0000" + b"b" * 90, jsonl.NUL),
-        (b"a" * 90 + b"\\u12", jsonl.BROKEN_JSON),
+        (b"a" * 90 + b"\\ud800" + b"b" * 90, records.SURROGATE),
+        (b"a" * 90 + b"\xff" + b"b" * 90, records.NOT_UTF8),
+        (b"a" * 90 + b"\\q" + b"b" * 90, records.BROKEN_JSON),
+        (b"a" * 90 + b"\\u0000" + b"b" * 90, records.NUL),
+        (b"a" * 90 + b"\\u12", records.BROKEN_JSON),
     ],
 )
 @pytest.mark.parametrize("key", [b"text", b"other"])
 def test_giant_lines_are_checked_as_small_ones(monkeypatch, value, kind, key):
-    monkeypatch.setattr(jsonl, "PIECE_BYTES", 29)
-    monkeypatch.setattr(jsonl, "_LONG", 5)
+    monkeypatch.setattr(records, "PIECE_BYTES", 29)
+    monkeypatch.setattr(records, "_LONG_STRING_BYTES", 5)
     line = b'{"%s": "%s", "text": "x"}' % (key, value)
     if key == b"text":
         line = b'{"other": 1, "text": "%s"}' % value
-    if kind == jsonl.NUL and key == b"other":
+    if kind == records.NUL and key == b"other":
         assert text_of(line, Fields()) == "x"  # NUL is refused in the text only
         return
-    for parse in (text_of, lambda *a: list(jsonl.giant_text(*a))):
+    for parse in (text_of, lambda *a: list(records.stream_json_text(*a))):
         with pytest.raises(BadRecord) as caught:
             parse(line, Fields())
         assert caught.value.kind == kind
@@ -136,7 +136,8 @@ def test_a_byte_order_mark_is_one_at_the_start_of_a_file_only(tmp_path, start):
     line = b'{"text": "one"}\n'
     path.write_bytes((b"\xef\xbb\xbf" if not start else b"") + line + b"\xef\xbb\xbf" + line)
     found = list(read_span(InputSpan(str(path), "jsonl", start, path.stat().st_size), Fields()))
-    assert [record.text for record in found] == ([None] if start else ["one", None])
+    texts = [None if record.error else record.text for record in found]
+    assert texts == ([None] if start else ["one", None])
     assert found[-1].error.kind == "broken JSON"
 
 
@@ -153,8 +154,8 @@ def test_reading_goes_on_from_any_record(tmp_path, name, pack):
 
 
 def test_long_files_come_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "GIANT_BYTES", 1000)
-    monkeypatch.setattr(jsonl, "PIECE_BYTES", 101)
+    monkeypatch.setattr(records, "LONG_BYTES", 1000)
+    monkeypatch.setattr(records, "PIECE_BYTES", 101)
     text = "\ufeff" + "κόσμε 🎈\r\n" * 300
     path = tmp_path / "a.txt"
 
