@@ -185,7 +185,11 @@ def _reaching(found: ExtensionConfig) -> ExtensionConfig:
     window = round(found.original_length * found.rope_factor)
     # Positions of training samples would be checked against the new window, and are not used.
     return dataclasses.replace(
-        found, position_strategy="full", train_length=window, target_length=window
+        found,
+        position_strategy="full",
+        position_options={},
+        train_length=window,
+        target_length=window,
     )
 
 
