@@ -6,6 +6,7 @@
 # make setup  only the virtual environment that all of these use
 # make test-slurm  examples/slurm on a real Slurm of two nodes on this host, three minutes
 # make image  the image for CPUs without a daemon, by buildah or podman
+# make launch-scripts  the scripts of examples/ from their plans
 # make check  whether the install works, half a minute
 # make docs   the documentation site, in build/site
 # make test-engines  exports read by transformers 4 and 5, llama.cpp and CTranslate2, which it installs
@@ -74,12 +75,20 @@ format: setup
 check: setup
 	$(BIN)/megatron-cream check-install
 
+.PHONY: launch-scripts
+launch-scripts: setup
+	$(BIN)/python examples/launch_scripts.py
+
 docs: setup
 	$(BIN)/mkdocs build --strict
 
 # The commands of README.md and docs/ as they are printed, ten minutes.
 .PHONY: test-docs
-test-docs: setup
+test-.PHONY: launch-scripts
+launch-scripts: setup
+	$(BIN)/python examples/launch_scripts.py
+
+docs: setup
 	$(BIN)/python -m pytest -m slow tests/docs
 
 # Its size and seed are variables, which CONTRIBUTING.md names.

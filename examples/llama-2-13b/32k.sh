@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Llama-2-13B to 32K on 8 H100, trained at 4096 tokens.
 #
-# python tools/plan.py llama-2-13b --gpus 8 --target-length 32768
+# megatron-cream plan llama-2-13b --gpus 8 --target-length 32768
 #   TP2 PP1 DP4: 67.5 GiB per GPU, 2.73 s per step, 1000 steps in 45.4 min
 #
 #   DATA=data/books examples/llama-2-13b/32k.sh

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Llama-2-70B to 32K on 64 H100, 8 nodes of 8, trained at 4096 tokens.
 #
-# python tools/plan.py llama-2-70b --gpus 64 --target-length 32768
+# megatron-cream plan llama-2-70b --gpus 64 --target-length 32768
 #   TP8 PP4 DP2: 34.9 GiB per GPU, 2.45 s per step, 1000 steps in 40.8 min
 #
 #   DATA=data/books examples/llama-2-70b/32k.sh

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Llama-2-7B to 256K on 8 H100, trained at 4096 tokens.
 #
-# python tools/plan.py llama-2-7b --gpus 8 --target-length 262144
+# megatron-cream plan llama-2-7b --gpus 8 --target-length 262144
 #   TP1 PP1 DP8: 63.9 GiB per GPU, 1.35 s per step, 1000 steps in 22.5 min
 #
 #   DATA=data/books examples/llama-2-7b/256k.sh

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Llama-2-7B-chat to 32K on 8 H100, trained on conversations at 4096 tokens.
-# CREAM's published recipe for a chat model: 100 steps of 32 conversations of 4096 tokens or more,
-# 2e-5 without warm-up. Conversations become text by tools/render_chat.py; every token is trained,
-# the user's too.
+# Llama-2-7B-chat to 32K on 8 H100, trained at 4096 tokens.
+# CREAM's published recipe for a chat model: 100 steps of 32 conversations of 4096 tokens
+# or more, 2e-5 without warm-up. Conversations become text by megatron-cream render-chat;
+# every token is trained, the user's too.
 #
-# python tools/plan.py llama-2-7b --gpus 8 --target-length 32768 --train-iters 100
+# megatron-cream plan llama-2-7b --gpus 8 --target-length 32768 --train-iters 100
 #   TP1 PP1 DP8: 63.9 GiB per GPU, 1.35 s per step, 100 steps in 2.2 min
 #
 #   DATA=data/conversations examples/llama-2-7b/chat-32k.sh

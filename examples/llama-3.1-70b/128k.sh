@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Llama-3.1-70B to 128K on 64 H100, 8 nodes of 8, trained at 4096 tokens.
-# Llama 3.1 reaches 131072 tokens as released, and keeps its RoPE here: the run trains distances to
-# all of them on your own text, at the cost of samples of 4096 tokens.
+# Llama 3.1 reaches 131072 tokens as released, and keeps its RoPE here: the run trains
+# distances on your own text, at the cost of samples of 4096 tokens.
 #
-# python tools/plan.py llama-3.1-70b --gpus 64 --target-length 131072 --inside-window
+# megatron-cream plan llama-3.1-70b --gpus 64 --target-length 131072 --inside-window
 #   TP8 PP4 DP2: 36.0 GiB per GPU, 2.54 s per step, 1000 steps in 42.3 min
 #
 #   DATA=data/books examples/llama-3.1-70b/128k.sh

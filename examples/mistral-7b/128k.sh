@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Mistral-7B-v0.3 to 128K on 8 H100, trained at 4096 tokens.
 #
-# python tools/plan.py mistral-7b --gpus 8 --target-length 131072
+# megatron-cream plan mistral-7b --gpus 8 --target-length 131072
 #   TP1 PP1 DP8: 68.5 GiB per GPU, 1.44 s per step, 1000 steps in 24.1 min
 #
 #   DATA=data/books examples/mistral-7b/128k.sh

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Qwen2.5-32B to 128K on 8 H100, trained at 4096 tokens.
 #
-# python tools/plan.py qwen2.5-32b --gpus 8 --target-length 131072
+# megatron-cream plan qwen2.5-32b --gpus 8 --target-length 131072
 #   TP4 PP2 DP1, recompute: 69.9 GiB per GPU, 9.56 s per step, 1000 steps in 2.7 h
 #
 #   DATA=data/books examples/qwen2.5-32b/128k.sh

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Qwen2.5-7B to 128K on 8 H100, trained at 4096 tokens.
 #
-# python tools/plan.py qwen2.5-7b --gpus 8 --target-length 131072
+# megatron-cream plan qwen2.5-7b --gpus 8 --target-length 131072
 #   TP1 PP1 DP8: 73.7 GiB per GPU, 1.42 s per step, 1000 steps in 23.7 min
 #
 #   DATA=data/books examples/qwen2.5-7b/128k.sh

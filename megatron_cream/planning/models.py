@@ -92,6 +92,25 @@ _ALIASES = {
     "llama-34b": "codellama-34b",
     "code-llama-34b": "codellama-34b",
 }
+_ON_THE_HUB = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "codellama-34b": "codellama/CodeLlama-34b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
+    "mistral-7b-v0.2": "mistral-community/Mistral-7B-v0.2",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5-14b": "Qwen/Qwen2.5-14B",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+    "qwen2.5-72b": "Qwen/Qwen2.5-72B",
+}
+"""Repository of each model's base weights."""
+
 _SUFFIXES = re.compile(r"-(hf|chat|base|instruct|python)$")
 
 
@@ -117,6 +136,19 @@ def find_model(name: str) -> BaseModel:
         f"MODEL is {name!r}: {hint}it must be a folder with a config.json or one of "
         f"{', '.join(MODELS)}"
     )
+
+
+def hub_name(name: str) -> str:
+    """Return where the weights of ``find_model(name)`` are: a repository, or the folder itself."""
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    return name if "/" in name else _ON_THE_HUB[find_model(name).name]
+
+
+def title_of(hf: str) -> str:
+    """Return what people call a model of the hub: ``meta-llama/Llama-2-7b-hf`` is Llama-2-7B."""
+    plain = re.sub(r"(\d)b\b", r"\1B", hf.rsplit("/", 1)[-1])
+    return plain.removesuffix("-hf").removeprefix("Meta-")
 
 
 def _plain_name(name: str) -> str:

@@ -13,11 +13,12 @@ from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import Workload
 from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
 from megatron_cream.planning.memory import RESERVE_GIB
-from megatron_cream.planning.models import BaseModel, find_model
+from megatron_cream.planning.models import BaseModel, find_model, hub_name, title_of
 from megatron_cream.planning.propose import Cluster, Plan, propose
 from megatron_cream.planning.report import Comparison, plain_values, table
+from megatron_cream.planning.script import LaunchScript, run_flags, validate_script_path
 from megatron_cream.planning.script import argv as run_argv
-from megatron_cream.planning.script import run_flags, script
+from megatron_cream.planning.script import script as bash
 
 EXAMPLES = """
     megatron-cream plan llama-2-70b --gpus 64 --target-length 262144
@@ -52,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("tensor-model", "pipeline-model", "context"):
         add(f"--{name}-parallel-size", type=_positive, help="of the CREAM run (default: chosen)")
     add("--json", type=Path, metavar="FILE", help="write the plan there as well")
+    script_help = "write a launch script there, below examples/ of a checkout"
+    add("--script", type=Path, metavar="FILE", help=script_help)
     add("--check", action="store_true", help="build the stages of the plan")
 
 
@@ -127,24 +130,63 @@ def _amount(text: str) -> float:
 
 def run(args: argparse.Namespace) -> None:
     """Plan, print and, if asked to, write and check."""
-    _validate(args)
-    shape, cluster = find_model(args.model), _cluster(args)
-    _validate_target(shape, args)
-    work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
-    short = propose(shape, cluster, work, _fixed(args))
-    flags = run_flags(shape, short.layout, work, args.target_length, args.train_iters)
-    command = script(flags, args.gpus, args.gpus_per_node)
-    full, why_not = _full_length(shape, cluster, args)
-    found = Comparison(shape, cluster, short, full, why_not, args.target_length, args.train_iters)
+    if args.script:
+        validate_script_path(args.script)
+    found = compare(args)
+    work = found.short.work
+    flags = run_flags(found.shape, found.short.layout, work, args.target_length, args.train_iters)
+    command = bash(flags, args.gpus, args.gpus_per_node)
     print(table(found))
     print(f"\n{command}")
     if args.json:
         args.json.write_text(json.dumps(plain_values(found, command), indent=2) + "\n")
+    if args.script:
+        args.script.write_text(launch_script(found, args), encoding="utf-8")
+        args.script.chmod(0o755)
     if args.check:
         from megatron_cream.planning.stages import check_stages, stage_lines
 
         print()
         print("\n".join(stage_lines(check_stages(run_argv(flags), args.gpus))))
+
+
+def compare(args: argparse.Namespace) -> Comparison:
+    """Return the plan that a command line asks for, beside full-length training."""
+    _validate(args)
+    shape, cluster = find_model(args.model), _cluster(args)
+    _validate_target(shape, args)
+    work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
+    short = propose(shape, cluster, work, _fixed(args))
+    full, why_not = _full_length(shape, cluster, args)
+    return Comparison(shape, cluster, short, full, why_not, args.target_length, args.train_iters)
+
+
+def launch_script(found: Comparison, args: argparse.Namespace, **more: Any) -> str:
+    """Return the launch script of a plan, which is to stand at ``args.script``.
+
+    Args:
+        more: fields of ``LaunchScript`` that are not as the command line has them.
+    """
+    hf = more.pop("hf", None) or hub_name(args.model)
+    fields = {"command": command_of(args), "name": Path(args.model).name, "gpu": args.gpu}
+    launch = LaunchScript(**{**fields, "hf": hf, "title": title_of(hf), **more})
+    return launch.text(found, args.script.resolve())
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """Return the command line of a plan again: what is not a default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = [args.model]
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings or value == action.default or action.dest in _OUTPUTS:
+            continue
+        words += [action.option_strings[0], *([] if value is True else [str(value)])]
+    return " ".join(words)
+
+
+_OUTPUTS = ("help", "json", "script", "check")
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -155,8 +197,10 @@ def _validate(args: argparse.Namespace) -> None:
         )
     if args.mfu > 1:
         raise UserError(f"--mfu is {args.mfu:g}: it must be at most 1, a share of the peak")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json is {args.json}: its folder does not exist")
+    for name in ("json", "script"):
+        path = getattr(args, name)
+        if path and not path.parent.is_dir():
+            raise UserError(f"--{name} is {path}: its folder does not exist")
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise UserError(
             f"--gpus is {args.gpus}: it must be a multiple of --gpus-per-node {args.gpus_per_node}"

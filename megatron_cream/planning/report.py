@@ -110,6 +110,15 @@ def _runs(found: Comparison) -> list[str]:
     return lines
 
 
+def summary(found: Comparison) -> str:
+    """Return the plan at N tokens in one line, without what it is compared with."""
+    plan = found.short
+    return (
+        f"{plan.layout}: {plan.memory.total / GIB:.1f} GiB per GPU, {_duration(plan.step.total)} "
+        f"per step, {found.iterations} steps in {_duration(found.seconds)}"
+    )
+
+
 LOW_MFU, GOOD_MFU = 0.30, 0.40
 
 

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the command that starts a planned run, one bash array per theme."""
+"""Writes a planned run as flags, as bash to paste, and as a launch script of ``examples/``."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.models import BaseModel, megatron_flags
+from megatron_cream.planning.report import Comparison, summary
 from megatron_cream.torchrun import ONE_NODE
 
 
@@ -40,13 +46,18 @@ def run_flags(
         ],
         "OPTIMIZER": [
             *("--bf16", "--lr", "2e-5", "--min-lr", "0", "--lr-decay-style", "linear"),
-            *("--lr-warmup-iters", str(min(10, iterations // 2)), "--weight-decay", "0"),
+            *("--lr-warmup-iters", str(warm_up(iterations)), "--weight-decay", "0"),
         ],
         "CHECKPOINTS": [
             *("--pretrained-checkpoint", "$BASE", "--save", "$OUT", "--load", "$OUT"),
             *("--save-interval", "100", "--eval-interval", "100", "--eval-iters", "4"),
         ],
     }
+
+
+def warm_up(iterations: int) -> int:
+    """Return the steps of learning rate warm-up: CREAM's 10, or half of a shorter run."""
+    return min(10, iterations // 2)
 
 
 def layout_flags(layout: ParallelLayout) -> list[str]:
@@ -131,3 +142,147 @@ def script(flags: dict[str, list[str]], gpus: int, gpus_per_node: int) -> str:
 
 def _quote(flag: str) -> str:
     return f'"{flag}"' if flag.startswith("$") or "," in flag else flag
+
+
+@dataclass(frozen=True)
+class LaunchScript:
+    """What a launch script says beside the plan.
+
+    Attributes:
+        command: the words after ``megatron-cream plan`` by which it was planned.
+        name: of the model, for the folders of its checkpoints and runs.
+        hf: repository or folder that it is imported from.
+        title: what is extended, for people.
+        gpu: kind of GPU, for people.
+        notes: lines of comment.
+        variables: shell variables with other defaults than the plan has.
+        data: example of a dataset, for people.
+    """
+
+    command: str
+    name: str
+    hf: str
+    title: str
+    gpu: str
+    notes: Sequence[str] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    data: str = "data/books"
+
+    def text(self, found: Comparison, path: Path) -> str:
+        """Return the script that starts the run of a plan; it is to stand at ``path``.
+
+        Raises:
+            UserError: ``path`` is not below a folder with ``common.sh``.
+        """
+        common = _common_script(path)
+        flags = run_flags(
+            found.shape, found.short.layout, found.short.work, found.target, found.iterations
+        )
+        lines = [
+            "#!/usr/bin/env bash",
+            "# SPDX-License-Identifier: Apache-2.0",
+            *(f"# {line}" for line in (self._title(found), *self.notes)),
+            "#",
+            f"# megatron-cream plan {self.command}",
+            f"#   {summary(found)}",
+            "#",
+            f"#   DATA={self.data} {path.relative_to(common.parents[1])}",
+            "set -euo pipefail",
+            "",
+            *_variables(self, found, flags["ROPE"]),
+            f"# shellcheck source={os.path.relpath(common, path.parent)}",
+            f'source "$(dirname "${{BASH_SOURCE[0]}}")/{os.path.relpath(common, path.parent)}"',
+            "",
+            *_array("MODEL_ARGS", flags["SIZE"], flags["KIND"], megatron_flags(found.shape)[2]),
+            "",
+            *_array("PARALLEL_ARGS", flags["LAYOUT"]),
+            "",
+            'extend "$@"',
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _title(self, found: Comparison) -> str:
+        cluster, length = found.cluster, found.short.work.seq_length
+        nodes = cluster.gpus // cluster.gpus_per_node
+        where = f"{cluster.gpus} {self.gpu.upper()}"
+        where += f", {nodes} nodes of {cluster.gpus_per_node}" if nodes > 1 else ""
+        return f"{self.title} to {found.target // 1024}K on {where}, trained at {length} tokens."
+
+
+def validate_script_path(path: Path) -> None:
+    """Check where a launch script is to go.
+
+    Raises:
+        UserError: something is there, or ``common.sh`` is in no folder above it.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"--script is {path}: it exists; give another name")
+    _common_script(path.resolve())
+
+
+def _common_script(path: Path) -> Path:
+    """Return the file that launch scripts source, in a folder above ``path``."""
+    for folder in path.parents:
+        if (folder / "common.sh").is_file():
+            return folder / "common.sh"
+    raise UserError(f"--script is {path}: it must be below the folder examples/ of a checkout")
+
+
+def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list[str]:
+    """Shell variables; those that have their default in ``common.sh`` can be set from outside."""
+    cluster, work = found.cluster, found.short.work
+    given = dict(zip(rope, rope[1:], strict=False))
+    fixed = {
+        "NAME": script.name,
+        "HF": f"${{HF:-{script.hf}}}",
+        "TARGET_LENGTH": str(found.target),
+        "ORIGINAL_LENGTH": given["--original-length"],
+        "VOCAB_SIZE": str(found.shape.vocabulary),
+    }
+    planned = {
+        "METHOD": _position_flags(work.seq_length, found.target)[1],
+        "ROPE": given.get("--rope-interpolation", ""),
+        "NODES": str(-(-cluster.gpus // cluster.gpus_per_node)),
+        "GPUS_PER_NODE": str(min(cluster.gpus, cluster.gpus_per_node)),
+        "SEQ_LENGTH": str(work.seq_length),
+        "MICRO_BATCH": str(work.micro_batch),
+        "GLOBAL_BATCH": str(work.global_batch),
+        "ITERATIONS": str(found.iterations),
+        "WARMUP": str(warm_up(found.iterations)),
+        **script.variables,
+    }
+    changed = {name: value for name, value in planned.items() if value != COMMON_DEFAULTS[name]}
+    lines = [f"{name}={value}" for name, value in fixed.items()]
+    return lines + [f"{name}=${{{name}:-{value}}}" for name, value in changed.items()]
+
+
+COMMON_DEFAULTS = {
+    **{"METHOD": "cream", "ROPE": "", "NODES": "1", "GPUS_PER_NODE": "8", "SEQ_LENGTH": "4096"},
+    **{"MICRO_BATCH": "1", "GLOBAL_BATCH": "32", "ITERATIONS": "1000", "WARMUP": "10"},
+}
+"""What ``examples/common.sh`` takes for variables that a script does not set."""
+
+
+def _array(name: str, *themes: list[str]) -> list[str]:
+    """Return a bash array; each theme begins a line, and no flag is parted from its values."""
+    lines = [f"{name}=("]
+    for theme in themes:
+        row = ""
+        for word in _with_values(theme):
+            if row and len(row) + len(word) > 95:
+                lines.append(row)
+                row = ""
+            row = f"{row} {word}" if row else f"    {word}"
+        lines.append(row)
+    return [*lines, ")"]
+
+
+def _with_values(flags: list[str]) -> list[str]:
+    """Join each flag with its values."""
+    joined: list[str] = []
+    for word in flags:
+        if word.startswith("--"):
+            joined.append(word)
+        else:
+            joined[-1] += f" {word}"
+    return joined

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every launch script against the plan that it quotes, and what it does step by step."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -10,18 +11,16 @@ import time
 
 import pytest
 from support import forks, launch
+from support.commands import exit_status
 
+from megatron_cream import cli
 from megatron_cream.cli import make_parser
-from megatron_cream.parallel_layout import Workload
-from megatron_cream.planning import plan as tool
 from megatron_cream.planning.memory import GIB
-from megatron_cream.planning.models import find_model
-from megatron_cream.planning.propose import propose
-from megatron_cream.planning.report import _duration
+from megatron_cream.planning.plan import compare
 from megatron_cream.planning.script import argv, run_flags
 
 SEVEN = launch.ROOT / "examples" / "llama-2-7b" / "32k.sh"
-QUOTE = re.compile(r"^# python tools/plan\.py (.+)\n#   (.+)$", re.M)
+QUOTE = re.compile(r"^# megatron-cream plan (.+)$", re.M)
 NAMES = [f"{path.parent.name}/{path.stem}" for path in launch.SCRIPTS]
 
 # What is a user's own, or not a plan's business: how a run is logged, saved and made fast.
@@ -34,15 +33,22 @@ BESIDE_THE_PLAN = {
 }
 
 
+def load_table():
+    """examples/launch_scripts.py, which says how each script is planned."""
+    path = launch.ROOT / "examples" / "launch_scripts.py"
+    spec = importlib.util.spec_from_file_location("launch_scripts", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def planned(script):
-    """Model, plan and flags of the command that a script quotes, and the quoted result."""
-    command, result = QUOTE.search(script.read_text()).groups()
-    args = make_parser("plan").parse_args(command.split())
-    shape = find_model(args.model)
-    work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
-    plan = propose(shape, tool._cluster(args), work, tool._fixed(args))
-    flags = run_flags(shape, plan.layout, work, args.target_length, args.train_iters)
-    return args, plan, flags, result
+    """Arguments of the command that a script quotes, its plan and the flags of that."""
+    args = make_parser("plan").parse_args(QUOTE.search(script.read_text())[1].split())
+    found = compare(args)
+    plan = found.short
+    flags = run_flags(found.shape, plan.layout, plan.work, args.target_length, args.train_iters)
+    return args, plan, flags
 
 
 def dry_command(script, folder, **variables):
@@ -54,6 +60,14 @@ def dry_command(script, folder, **variables):
     return words[2:], int(world)
 
 
+def test_scripts_are_what_the_planner_writes():
+    """``make launch-scripts`` changes nothing."""
+    texts = load_table().texts()
+    assert set(texts) == set(launch.SCRIPTS)
+    for path, text in texts.items():
+        assert path.read_text() == text, f"{path} is another: make launch-scripts"
+
+
 def test_all_models_of_the_list_have_a_script():
     assert set(NAMES) >= {
         *("llama-2-7b/32k", "llama-2-7b/256k", "llama-2-7b/chat-32k", "llama-2-13b/32k"),
@@ -63,8 +77,8 @@ def test_all_models_of_the_list_have_a_script():
 
 
 @pytest.mark.parametrize("script", launch.SCRIPTS, ids=NAMES)
-def test_a_script_is_what_the_planner_proposes(script, tmp_path):
-    args, plan, flags, result = planned(script)
+def test_a_script_trains_with_the_planned_flags(script, tmp_path):
+    args, _, flags = planned(script)
     words, world = dry_command(script, tmp_path)
     assert world == args.gpus
     mine, theirs = launch.flags(words), launch.flags(argv(flags))
@@ -73,15 +87,59 @@ def test_a_script_is_what_the_planner_proposes(script, tmp_path):
     for flag in theirs.keys() - PLACES:
         assert mine.get(flag) == theirs[flag], flag
     assert mine.keys() - theirs.keys() == BESIDE_THE_PLAN
-    assert result == (
-        f"{plan.layout}: {plan.memory.total / GIB:.1f} GiB per GPU, {_duration(plan.step.total)} "
-        f"per step, {args.train_iters} steps in {_duration(args.train_iters * plan.step.total)}"
-    )
+
+
+@pytest.fixture
+def examples(tmp_path):
+    """A folder with what launch scripts source."""
+    folder = tmp_path / "examples"
+    (folder / "mine").mkdir(parents=True)
+    for name in ("common.sh", "torchrun.sh"):
+        (folder / name).write_text((launch.ROOT / "examples" / name).read_text())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "llama-2-7b --gpus 4 --target-length 65536 --seq-length 8192 --micro-batch-size 2",
+        "qwen2.5-14b --gpus 16 --target-length 65536 --train-iters 12 --global-batch-size 64",
+        "llama-3-8b --gpus 8 --target-length 4096 --seq-length 4096 --inside-window",
+    ],
+)
+def test_a_script_of_ones_own_trains_with_the_planned_flags(words, examples, tmp_path, capsys):
+    path = examples / "mine" / "run.sh"
+    words = words.split()
+    assert cli.main(["plan", *words, "--script", str(path)]) == 0
+    assert f"# megatron-cream plan {words[0]} --gpus" in path.read_text()
+    assert os.access(path, os.X_OK)
+    args, _, flags = planned(path)
+    assert vars(args) == vars(make_parser("plan").parse_args(words))
+    given, world = dry_command(path, tmp_path)
+    mine, theirs = launch.flags(given), launch.flags(argv(flags))
+    assert world == args.gpus
+    assert {flag: mine.get(flag) for flag in theirs.keys() - PLACES} == {
+        flag: theirs[flag] for flag in theirs.keys() - PLACES
+    }
+
+
+def test_a_script_replaces_no_file_and_stands_below_examples(examples, capsys):
+    words = ["plan", "llama-2-7b", "--gpus", "8", "--target-length", "32768", "--script"]
+    (examples / "mine" / "there.sh").write_text("mine\n")
+    for path, said in (
+        (examples / "mine" / "there.sh", "it exists"),
+        (examples.parent / "a.sh", "be below"),
+    ):
+        assert exit_status(cli.main, [*words, str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: --script is {path}: ") and said in captured.err
+        assert captured.out == ""
+    assert (examples / "mine" / "there.sh").read_text() == "mine\n"
 
 
 @pytest.mark.parametrize("script", launch.SCRIPTS, ids=NAMES)
 def test_every_script_passes_its_dry_run(script, tmp_path):
-    args, plan, _, _ = planned(script)
+    args, plan, _ = planned(script)
     lines = forks.call(launch.dry_run, *dry_command(script, tmp_path))
     assert lines[0].startswith(f"{args.gpus} GPUs: {plan.layout}; a step of 32 samples")
     stages = [line for line in lines if line.startswith("stage ")]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes every launch script of this folder from the plan of its run: ``make launch-scripts``.
+
+One more is a row of ``SCRIPTS``. One of your own needs no row:
+
+    megatron-cream plan llama-2-7b --gpus 8 --target-length 65536 --script examples/mine/64k.sh
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+# ruff: noqa: E402
+from megatron_cream.cli import make_parser
+from megatron_cream.errors import one_line_errors
+from megatron_cream.planning.plan import compare, launch_script
+
+LLAMA_2_7B = {
+    "notes": ["The recipe is CREAM's published one: 1000 steps of 32 samples, 2e-5 after 10 steps."]
+}
+CHAT = {
+    "name": "llama-2-7b-chat",
+    "hf": "meta-llama/Llama-2-7b-chat-hf",
+    "notes": [
+        "CREAM's published recipe for a chat model: 100 steps of 32 conversations of 4096 tokens",
+        "or more, 2e-5 without warm-up. Conversations become text by megatron-cream render-chat;",
+        "every token is trained, the user's too.",
+    ],
+    "variables": {"WARMUP": "0"},
+    "data": "data/conversations",
+}
+INSIDE = {
+    "notes": [
+        "Llama 3.1 reaches 131072 tokens as released, and keeps its RoPE here: the run trains",
+        "distances on your own text, at the cost of samples of 4096 tokens.",
+    ]
+}
+
+# Where below this folder: how it is planned, and what the script says beside the plan.
+SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2-7b/32k.sh": ("llama-2-7b --gpus 8 --target-length 32768", LLAMA_2_7B),
+    "llama-2-7b/256k.sh": ("llama-2-7b --gpus 8 --target-length 262144", {}),
+    "llama-2-7b/chat-32k.sh": (
+        "llama-2-7b --gpus 8 --target-length 32768 --train-iters 100",
+        CHAT,
+    ),
+    "llama-2-13b/32k.sh": ("llama-2-13b --gpus 8 --target-length 32768", {}),
+    "llama-2-70b/32k.sh": ("llama-2-70b --gpus 64 --target-length 32768", {}),
+    "llama-2-70b/128k.sh": ("llama-2-70b --gpus 64 --target-length 131072", {}),
+    "llama-3.1-8b/256k.sh": ("llama-3.1-8b --gpus 8 --target-length 262144", {}),
+    "llama-3.1-70b/32k.sh": (
+        "llama-3.1-70b --gpus 64 --target-length 32768 --inside-window",
+        INSIDE,
+    ),
+    "llama-3.1-70b/128k.sh": (
+        "llama-3.1-70b --gpus 64 --target-length 131072 --inside-window",
+        INSIDE,
+    ),
+    "mistral-7b/128k.sh": ("mistral-7b --gpus 8 --target-length 131072", {}),
+    "qwen2.5-7b/128k.sh": ("qwen2.5-7b --gpus 8 --target-length 131072", {}),
+    "qwen2.5-32b/128k.sh": ("qwen2.5-32b --gpus 8 --target-length 131072", {}),
+}
+
+
+def texts() -> dict[Path, str]:
+    """Plan every run; return the content of each script."""
+    parser = make_parser("plan")
+    found = {}
+    for place, (command, beside) in SCRIPTS.items():
+        path = HERE / place
+        args = parser.parse_args([*shlex.split(command), "--script", str(path)])
+        found[path] = launch_script(compare(args), args, **beside)
+    return found
+
+
+def main() -> None:
+    """Write every script."""
+    for path, text in texts().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
