@@ -52,19 +52,31 @@ def _seeds(seed: int, *names: str) -> list[Variant]:
         "cream-retrieval-0.30": Variant("cream-retrieval-0.30", "cream", retrieval=0.3, seed=seed),
         "cream-questions-64": Variant("cream-questions-64", "cream", seed=seed, questions=64),
     }
+    for share in (0.3, 0.5):
+        for method, strategy in {"cream": "cream", "pose": "pose", "plain": "full"}.items():
+            name = f"{method}-questions-64-retrieval-{share:.2f}"
+            ways[name] = Variant(name, strategy, retrieval=share, seed=seed, questions=64)
     return [ways[name] for name in names]
 
 
 PLAIN = ("--plain-share", "0.25")
 RELATIVE = ("--cream-sigma-relative", "0.375")
+MORE_DOCUMENTS = tuple(
+    f"{method}-questions-64-retrieval-0.30" for method in ("cream", "pose", "plain")
+)
+"""The same three positions where the model learns most of what to do near."""
 
 VARIANTS = [
     Variant("before", None, None),
     Variant("yarn-untrained", None),
     *_seeds(1, "cream", "plain", "pose", "cream-plain-0.25", "cream-relative"),
     *_seeds(1, "cream-questions-64"),
+    *_seeds(1, *MORE_DOCUMENTS, "cream-questions-64-retrieval-0.50"),
+    *_seeds(2, *MORE_DOCUMENTS),
     *_seeds(2, "cream", "plain", "pose"),
     *_seeds(1, "cope", "drope", "linear", "cream-no-retrieval", "cream-retrieval-0.30"),
+    *_seeds(3, *MORE_DOCUMENTS),
+    *_seeds(1, "pose-questions-64-retrieval-0.50", "plain-questions-64-retrieval-0.50"),
     *_seeds(3, "cream", "plain", "pose"),
     *_seeds(1, "randpos"),
     *_seeds(2, "cream-plain-0.25", "cream-retrieval-0.30", "cope"),

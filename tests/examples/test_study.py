@@ -101,9 +101,49 @@ def test_variants_can_be_asked_for_and_have_names_of_their_own(study):
 def test_the_committed_results_are_the_table_that_is_documented(study):
     from results import table
 
-    page = (STUDY.parents[1] / "docs" / "choosing.md").read_text("utf-8")
-    for row in table(STUDY / "results").splitlines()[2:]:
-        assert row in page
+    docs = STUDY.parents[1] / "docs"
+    rows = table(STUDY / "results").splitlines()[2:]
+    page = (docs / "study.md").read_text("utf-8")
+    assert all(row in page for row in rows)
+    shown = (
+        (docs / "choosing.md").read_text("utf-8").split("## Measured with retrieval documents")[1]
+    )
+    quoted = [line for line in shown.splitlines() if line.startswith("| `")][:6]
+    assert len(quoted) == 6 and all(row in rows for row in quoted)
+
+
+def test_the_documented_differences_are_those_of_the_results(study):
+    from results import difference
+
+    page = (STUDY.parents[1] / "docs" / "study.md").read_text("utf-8")
+    name = "{}-questions-64-retrieval-0.30"
+    for other in ("plain", "pose"):
+        shown = difference(STUDY / "results", name.format("cream"), name.format(other))
+        assert shown in page
+
+
+def test_differences_have_the_interval_of_their_cases_and_seeds(study, tmp_path):
+    from results import difference
+
+    def write(name, seed, hits):
+        tasks = dict.fromkeys(
+            ("longchat-lines", "kv-retrieval", "niah-multikey", "needle", "passkey"),
+            dict.fromkeys(("4096", "8192", "16384", "32768"), {"hits": hits}),
+        )
+        run = {"variant": {"name": name, "seed": seed}, "tasks": tasks}
+        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(run))
+
+    for seed in (1, 2):
+        write("all", seed, "1" * 100)
+        write("none", seed, "0" * 100)
+    write("half", 1, "10" * 50)
+    write("half", 3, "1" * 100)  # a seed that the others do not have
+    assert "| passkey | +100 [+100, +100] |" in difference(tmp_path, "all", "none")
+    assert "| passkey | +0 [+0, +0] |" in difference(tmp_path, "all", "all")
+    # One seed and 100 cases of a fair coin: 1.96 * 5 points to either side.
+    assert "| needle | +50 [+40, +60] |" in difference(tmp_path, "half", "none")
+    with pytest.raises(SystemExit, match="no seed of both"):
+        difference(tmp_path, "none", "absent")
 
 
 def test_what_is_finished_is_not_done_again(run, tmp_path):
