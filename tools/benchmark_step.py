@@ -155,11 +155,11 @@ def _model(
     )
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_cream.checkpoint.loading import initialize_one_process
+    from megatron_cream.mcore.build_model import initialize_ranks
     from megatron_cream.mcore.rotary import install_rotary
     from megatron_cream.rope import make_scaling
 
-    initialize_one_process()
+    initialize_ranks()
     config = TransformerConfig(
         num_layers=args.layers,
         hidden_size=4096,

@@ -6,8 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import io
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from math import prod
@@ -231,21 +230,15 @@ def _arguments_to_save(
     All of Megatron's are there, made by its own parser, so that --use-checkpoint-args and every
     other reader finds what it looks for.
     """
-    from megatron.training.arguments import add_megatron_arguments, validate_args
+    from megatron_cream.mcore.build_model import parse_flags
 
-    from megatron_cream.training.arguments import add_arguments
-
-    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     window = str(extension.target_length)
     flags = [
         *(*size_flags(shape), *kind_flags(shape), "--vocab-size", str(shape.vocabulary)),
         *("--position-embedding-type", "rope"),
         *("--seq-length", window, "--max-position-embeddings", window),
     ]
-    args = parser.parse_args([*flags, *_TYPE_FLAGS[dtype], *_UNUSED])
-    args.rank, args.world_size = 0, 1
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints them all
-        validate_args(args)
+    args = parse_flags([*flags, *_TYPE_FLAGS[dtype], *_UNUSED])
     args.padded_vocab_size = -(-shape.vocabulary // PADDING) * PADDING
     base = extension.rotary_base
     args.rotary_base = int(base) if base == int(base) else base  # the flag takes whole numbers

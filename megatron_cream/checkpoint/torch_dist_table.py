@@ -139,7 +139,8 @@ def read_common(table: CheckpointTable) -> dict[str, Any]:
     """
     path = table.folder / COMMON_FILE
     if path.is_file():
-        found, place = [unpickle_object(path, str(path))], str(path)
+        found = [unpickle_object(io.BytesIO(path.read_bytes()), str(path))]
+        place = str(path)
     elif (COMMON, ()) in table.records:
         found = table.read_object(COMMON)
         place = f"{table.folder / table.records[COMMON, ()].file}: {COMMON}"

@@ -5,6 +5,9 @@ A pickle may name any function of any package and have it called. Megatron and t
 of pickles of a checkpoint without limits: ``.metadata``, and the records of objects, among them the
 common state with a run's arguments. Here only what the two of them write is accepted: of torch,
 the names below and torch's own list for ``weights_only``; of Megatron, its ``SAFE_GLOBALS``.
+
+Objects are read by torch's own limited unpickler. ``.metadata``, of up to 100 MB, is not: that
+one is written in Python, and reads files of ``torch.save`` alone.
 """
 
 from __future__ import annotations
@@ -13,15 +16,15 @@ import importlib
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_cream.errors import UserError
+from megatron_cream.mcore.safe_globals import is_extra_state_name, named_by_megatron
 
 TRUSTED_VARIABLE = "MEGATRON_CREAM_TRUSTED_GLOBALS"
 """Environment variable with further names that a user accepts, ``package.module.Name,...``."""
@@ -58,9 +61,7 @@ _IN_OBJECTS = {
     "collections.defaultdict": None,
     "datetime.timedelta": None,
     "datetime.datetime": None,
-    "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout": None,
 }
-_ENUMS = ("megatron.core.enums", "megatron.core.transformer.enums")  # all of theirs
 
 
 def unpickle_metadata(path: Path) -> Any:
@@ -71,28 +72,36 @@ def unpickle_metadata(path: Path) -> Any:
         UserError: it is damaged, or names something else than torch and Megatron write.
     """
     with path.open("rb") as file, name_damaged(path):
-        return _MetadataUnpickler(file, path).load()
+        return _ListedUnpickler(file, path, _find_in_metadata).load()
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, path: Path) -> None:
+class _ListedUnpickler(pickle.Unpickler):
+    """Reads a pickle; each name in it is what ``find`` returns for it, or refused where None."""
+
+    def __init__(self, file: Any, place: object, find: Callable[[str, str], Any]) -> None:
         super().__init__(file)
-        self._path = path
+        self._place, self._find = place, find
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        if full not in _IN_METADATA and full not in _trusted_names():
-            raise _foreign_name_error(self._path, [full])
-        return super().find_class(module, name)
+        found = self._find(module, name)
+        if found is None:
+            raise _foreign_name_error(self._place, [f"{module}.{name}"])
+        return found
 
 
-def unpickle_object(data: io.BytesIO | Path, place: str) -> Any:
+def _find_in_metadata(module: str, name: str) -> Any:
+    full = f"{module}.{name}"
+    if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+        return found
+    if full not in _IN_METADATA and full not in _trusted_names():
+        return None
+    return _named(_IN_OBJECTS.get(full) or full)
+
+
+def unpickle_object(data: io.BytesIO, place: str) -> Any:
     """Return an object that ``torch.save`` wrote, tensors on the CPU.
 
     Args:
-        data: the record, or a file that is one.
         place: its file and name, for the message.
 
     Raises:
@@ -100,20 +109,15 @@ def unpickle_object(data: io.BytesIO | Path, place: str) -> Any:
     """
     with name_damaged(place), torch.serialization.safe_globals(_allowed_globals()):
         try:
-            value = torch.load(_rewound(data), map_location="cpu", weights_only=True)
+            value = torch.load(data, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
-            if names := torch.serialization.get_unsafe_globals_in_checkpoint(_rewound(data)):
+            data.seek(0)
+            if names := torch.serialization.get_unsafe_globals_in_checkpoint(data):
                 raise _foreign_name_error(place, names) from None
             raise
     if place.partition("/shard_")[0].endswith("._extra_state"):
         _validate_hidden_pickle(value, place)
     return value
-
-
-def _rewound(data: io.BytesIO | Path) -> io.BytesIO | Path:
-    if isinstance(data, io.BytesIO):
-        data.seek(0)
-    return data
 
 
 @contextmanager
@@ -133,17 +137,11 @@ def only_listed_globals() -> Iterator[None]:
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-def _allowed_globals() -> list[tuple[Any, str]]:
+def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Return what is accepted beyond torch's list and Megatron's, as ``safe_globals`` takes it."""
-    import megatron.core  # noqa: F401  # adds its SAFE_GLOBALS to torch's
-
     names = {**_IN_OBJECTS, **dict.fromkeys(_trusted_names())}
-    listed = [(_named(here or name), name) for name, here in names.items()]
-    for module in _ENUMS:
-        for name, found in vars(importlib.import_module(module)).items():
-            if isinstance(found, type) and issubclass(found, Enum):
-                listed.append((found, f"{module}.{name}"))
-    return listed
+    found = {name: _named(here or name) for name, here in names.items()}
+    return [(value, name) for name, value in (found | named_by_megatron()).items()]
 
 
 def _named(full: str) -> Any:
@@ -176,23 +174,14 @@ def _validate_hidden_pickle(value: Any, place: str) -> None:
         unpickle_object(value, place)
     elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel():
         with name_damaged(place):
-            _NameChecker(io.BytesIO(value.numpy().tobytes()), place).load()
+            hidden = io.BytesIO(value.numpy().tobytes())
+            _ListedUnpickler(hidden, place, _find_placeholder).load()
 
 
-class _NameChecker(pickle.Unpickler):
-    """Looks through a pickle; what it names is stood in for, so that nothing runs."""
-
-    def __init__(self, file: Any, place: str) -> None:
-        super().__init__(file)
-        self._place = place
-
-    def find_class(self, module: str, name: str) -> Any:
-        from megatron.core.safe_globals import SafeUnpickler
-
-        listed = (module, name) in SafeUnpickler._SAFE_CLASSES
-        if not listed and f"{module}.{name}" not in _trusted_names():
-            raise _foreign_name_error(self._place, [f"{module}.{name}"])
-        return _Placeholder
+def _find_placeholder(module: str, name: str) -> Any:
+    """Find nothing that runs: the pickle is looked through for its names alone."""
+    listed = is_extra_state_name(module, name) or f"{module}.{name}" in _trusted_names()
+    return _Placeholder if listed else None
 
 
 class _Placeholder(dict):  # what a pickle may fill, and nothing else

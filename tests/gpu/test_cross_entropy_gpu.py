@@ -17,9 +17,9 @@ S, B, V = 256, 2, 49152
 
 @pytest.fixture(scope="module")
 def tp_group():
-    from megatron_cream.checkpoint.loading import initialize_one_process
+    from megatron_cream.mcore.build_model import initialize_ranks
 
-    initialize_one_process()
+    initialize_ranks()
     from megatron.core import mpu
 
     return mpu.get_tensor_model_parallel_group()

@@ -22,11 +22,11 @@ def build(fused):
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_cream.checkpoint.loading import initialize_one_process
+    from megatron_cream.mcore.build_model import initialize_ranks
     from megatron_cream.mcore.rotary import install_rotary
     from megatron_cream.rope import make_scaling
 
-    initialize_one_process()
+    initialize_ranks()
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     config = TransformerConfig(

@@ -45,15 +45,15 @@ def megatron_model(monkeypatch, flags):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_cream.checkpoint.loading import initialize_one_process
     from megatron_cream.mcore.argument_table import cpu_flags
+    from megatron_cream.mcore.build_model import initialize_ranks
     from megatron_cream.mcore.hooks import model_config
     from megatron_cream.training import arguments
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *cpu_flags(), "--cpu", *FLAGS, *flags])
     args = parse_args(arguments.add_arguments)
     validate_args(args)
-    initialize_one_process()
+    initialize_ranks()
     config = model_config(args, arguments.extension_from_args(args))
     (model,) = config.get_builder_cls()(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
