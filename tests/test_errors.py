@@ -68,3 +68,22 @@ def test_another_pipe_that_breaks_is_an_error(capfd):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert stop.value.code == 2
     assert capfd.readouterr().err == "error: [Errno 32] Broken pipe\n"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_error_is_told_by_one_rank_and_repeated_by_torchrun(rank, monkeypatch, capsys, tmp_path):
+    import json
+
+    from megatron_cream import errors
+
+    waited, report = [], tmp_path / "error.json"
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    with pytest.raises(SystemExit) as ended, errors.one_line_errors():
+        raise UserError("--lr is\n-1: it must be at least 0")
+    said = "error: rank 2: " if rank else "error: "
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{said}--lr is -1: it must be at least 0\n"
+    assert bool(waited) == bool(rank), "the others leave it to rank 0, which ends them"
+    assert json.loads(report.read_text())["message"].startswith(f"{said}--lr")

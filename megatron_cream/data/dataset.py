@@ -140,8 +140,8 @@ def validate_sources(
 _NO_TOKEN = np.zeros(1, dtype=np.int64)  # label where no token follows
 
 
-class _Reads:
-    """Tokens of a file that is not mapped: ``reads[first:end]`` is one call of the reader."""
+class _UnmappedTokens:
+    """Tokens of a file that is not mapped: ``tokens[first:end]`` is one call of the reader."""
 
     def __init__(self, reader: Any, dtype: np.dtype) -> None:
         self.reader = reader
@@ -181,12 +181,12 @@ class SpanReader:
         self._all_ones = np.ones(longest, dtype=np.float32)
         self.tokens = self._open()
 
-    def _open(self) -> np.ndarray | _Reads:
+    def _open(self) -> np.ndarray | _UnmappedTokens:
         """Return all tokens of the file, to be sliced; none is read yet."""
         dtype, reader = np.dtype(self.dataset.index.dtype), self.dataset.bin_reader
         if self.dataset.mmap:  # a view, not a copy, which must not outlive the reader
             return reader.read(dtype.type, int(self.sources.ends.max(initial=0)), 0)
-        return _Reads(reader, dtype)
+        return _UnmappedTokens(reader, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the tokens, which would be copied: the dataset opens its file again."""
@@ -201,9 +201,10 @@ class SpanReader:
 
         ``tokens``, ``labels`` and ``position_ids`` are int64, ``loss_mask`` is float32.
         """
-        start, length, end = self._stretch(source)
+        sources = self.sources
+        start, end = sources.starts.item(source), sources.ends.item(source)
         loss_mask = self._all_ones[: layout.train_length].copy()
-        spans = layout.spans(length)
+        spans = layout.spans(sources.lengths.item(source))
         texts, following, filled = [], [], 0
         for offset, count in spans:
             first = start + offset
@@ -225,10 +226,6 @@ class SpanReader:
             "loss_mask": loss_mask,
             "position_ids": layout.position_ids,
         }
-
-    def _stretch(self, i: int) -> tuple[int, int, int]:
-        sources = self.sources
-        return sources.starts.item(i), sources.lengths.item(i), sources.ends.item(i)
 
     def _apply_label_rule(
         self, spans: list[Span], tokens: np.ndarray, labels: np.ndarray, loss_mask: np.ndarray
@@ -347,7 +344,7 @@ class SpanDataset(MegatronDataset):
     def sample(self, idx: int, draw: int) -> dict[str, torch.Tensor]:
         """Return the text of sample ``idx`` read at the layout with index ``draw``."""
         layout = self.strategy.layout(self.position_seed, int(draw))
-        arrays = self.read(self.chosen(idx), layout)
+        arrays = self.reader.read(self.chosen(idx), layout)
         sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return sample | drawn_scale(self.strategy, self.position_seed, draw)
 
@@ -355,10 +352,6 @@ class SpanDataset(MegatronDataset):
         """Return which text of the epoch sample ``idx`` reads."""
         epoch, slot = divmod(int(idx), self.epoch_size)
         return self._epoch_order(epoch).item(slot)
-
-    def read(self, source: int, layout: SampleLayout) -> dict[str, np.ndarray]:
-        """Return tokens, labels, loss mask and position ids of a source read at ``layout``."""
-        return self.reader.read(source, layout)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """int32 ``[epoch_size]``: the order of an epoch, kept while there is room."""

@@ -144,8 +144,8 @@ def read_index(prefix: str | os.PathLike[str], *, empty: bool = False) -> Datase
     index = DatasetIndex(prefix, dtype, lengths, pointers, borders)
     if not len(lengths) and not empty:
         raise UserError(f"{bin_path} holds no documents")
-    _check_sequences(index, bin_path.stat().st_size)
-    _check_documents(index)
+    _validate_sequences(index, bin_path.stat().st_size)
+    _validate_documents(index)
     return index
 
 
@@ -174,7 +174,7 @@ def _read_header(idx: Path) -> tuple[np.dtype, int, int]:
     return dtype, sequences, documents
 
 
-def _check_sequences(index: DatasetIndex, size: int) -> None:
+def _validate_sequences(index: DatasetIndex, size: int) -> None:
     """Refuse sequences that do not follow each other from the first byte of the file to the last.
 
     Megatron's writers leave no gap, so another place is damage.
@@ -205,7 +205,7 @@ def _check_sequences(index: DatasetIndex, size: int) -> None:
         )
 
 
-def _check_documents(index: DatasetIndex) -> None:
+def _validate_documents(index: DatasetIndex) -> None:
     borders, before = index.documents, 0
     if len(borders) and borders[0] == 0 and borders[-1] == len(index.lengths):
         for block in blocks(borders):
@@ -222,38 +222,25 @@ _PLACES = 256
 _PLACE_TOKENS = 1 << 12
 
 
-def check_tokens(index: DatasetIndex, limit: int | None) -> int:
-    """Read every token of a dataset and return the largest.
+def check_tokens(index: DatasetIndex, limit: int | None, *, sample: bool = False) -> int:
+    """Read every token of a dataset, or those at 256 places, and return the largest.
 
     Args:
         index: of a dataset that has tokens.
         limit: what all must be below; None where that is not known.
+        sample: read places only, the first tokens and the last among them.
 
     Raises:
         UserError: a token is negative or not below ``limit``.
     """
-    tokens = _tokens(index)
-    starts = range(0, len(tokens), _BLOCK_TOKENS)
-    return _largest(index, tokens, starts, _BLOCK_TOKENS, limit)
-
-
-def check_token_sample(index: DatasetIndex, limit: int | None) -> int:
-    """Read the tokens at 256 places of a dataset, its first and last among them; as above."""
-    tokens = _tokens(index)
-    last = max(len(tokens) - _PLACE_TOKENS, 0)
-    starts = np.unique(np.linspace(0, last, _PLACES).astype(np.int64)).tolist()
-    return _largest(index, tokens, starts, _PLACE_TOKENS, limit)
-
-
-def _tokens(index: DatasetIndex) -> np.ndarray:
-    return np.memmap(index.prefix + ".bin", mode="r", dtype=index.dtype)
-
-
-def _largest(
-    index: DatasetIndex, tokens: np.ndarray, starts: Iterable[int], size: int, limit: int | None
-) -> int:
+    tokens = np.memmap(index.prefix + ".bin", mode="r", dtype=index.dtype)
+    size = _PLACE_TOKENS if sample else _BLOCK_TOKENS
+    starts = np.arange(0, len(tokens), size)
+    if sample:
+        last = max(len(tokens) - size, 0)
+        starts = np.unique(np.linspace(0, last, _PLACES).astype(np.int64))
     largest = 0
-    for start in starts:
+    for start in starts.tolist():
         block = tokens[start : start + size]
         low, high = int(block.min()), int(block.max())
         if low < 0:
@@ -297,6 +284,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
+def _is_size(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and 0 <= value < 1 << 63
 
@@ -305,21 +296,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_pair_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
+def _is_list(value: Any, check: Callable[[Any], bool], size: int | None = None) -> bool:
+    return isinstance(value, list) and size in (None, len(value)) and all(map(check, value))
 
 
-def _is_shard(value: Any) -> bool:
-    pair = isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
-    return pair and value[0] < value[1] <= MOST_SHARDS
-
-
-def _object_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda found: isinstance(found, dict) and all(map(check, found.values()))
-
-
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda found: isinstance(found, list) and all(map(check, found))
+def _is_object(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(check, value.values()))
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
@@ -327,13 +309,17 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "true or false": lambda value: isinstance(value, bool),
     "a count": _is_count,
     "an id": _is_count,
-    "1 or more": lambda value: _is_count(value) and value > 0,
+    "1 or more": _is_size,
     "a number": _is_number,
-    "two numbers, I of N": _is_shard,
-    "an object of counts": _object_of(_is_count),
-    "an object of shares": _object_of(_is_number),
-    "a list of lengths": _list_of(lambda value: _is_count(value) and value > 0),
-    "a list of pairs of texts": _list_of(_is_pair_of_texts),
+    "two numbers, I of N": lambda value: (
+        _is_list(value, _is_count, 2) and value[0] < value[1] <= MOST_SHARDS
+    ),
+    "an object of counts": lambda value: _is_object(value, _is_count),
+    "an object of shares": lambda value: _is_object(value, _is_number),
+    "a list of lengths": lambda value: _is_list(value, _is_size),
+    "a list of pairs of texts": lambda value: _is_list(
+        value, lambda pair: _is_list(pair, _is_text, 2)
+    ),
 }
 # A merged dataset has null for what its sources differ in.
 _REQUIRED = {

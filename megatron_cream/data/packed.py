@@ -145,7 +145,7 @@ class PackedSpanDataset(SpanDataset):
         return len(self.bins)
 
     def sample(self, idx: int, draw: int) -> dict[str, torch.Tensor]:
-        parts = [self.read(source, layout) for source, layout in self._members(idx, draw)]
+        parts = [self.reader.read(source, layout) for source, layout in self._members(idx, draw)]
         padding = self._padding(sum(len(part["tokens"]) for part in parts))
         joined = {
             name: torch.from_numpy(np.concatenate([part[name] for part in [*parts, padding]]))

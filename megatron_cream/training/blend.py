@@ -28,7 +28,7 @@ from megatron_cream.data.dataset import (
 )
 from megatron_cream.data.indexed import (
     DatasetIndex,
-    check_token_sample,
+    check_tokens,
     read_index,
     read_metadata,
     validate_metadata,
@@ -182,7 +182,8 @@ def _validate_vocabulary(args: Namespace, index: DatasetIndex) -> None:
             "that"
         )
     sizes = [vocabulary, metadata["vocab_size"] if metadata else None]
-    check_token_sample(index, min((size for size in sizes if size), default=None))
+    limit = min((size for size in sizes if size), default=None)
+    check_tokens(index, limit, sample=True)
 
 
 def _validate_end_of_document(args: Namespace, prefix: str) -> None:

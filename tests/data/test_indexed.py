@@ -8,7 +8,6 @@ import pytest
 from megatron_cream.corpus.inspection import check, describe, document_text
 from megatron_cream.corpus.merge import merge_datasets
 from megatron_cream.data.indexed import (
-    check_token_sample,
     check_tokens,
     read_documents,
     read_index,
@@ -168,13 +167,11 @@ def test_the_dataset_of_a_run_is_checked(prefix):
 def test_token_ids_are_checked(prefix, place):
     patched(prefix.with_suffix(".bin"), 2 * place, "<H", 60_000)
     index = read_index(prefix)
-    for call in (check_tokens, check_token_sample):
-        assert call(index, None) == 60_000
-        assert call(index, 60_001) == 60_000
-        with pytest.raises(
-            UserError, match=r"d\.bin holds token 60000, needs all below vocab_size"
-        ):
-            call(index, 60_000)
+    for sample in (False, True):
+        assert check_tokens(index, None, sample=sample) == 60_000
+        assert check_tokens(index, 60_001, sample=sample) == 60_000
+        with pytest.raises(UserError, match=r"d\.bin holds token 60000, needs all below vocab_s"):
+            check_tokens(index, 60_000, sample=sample)
 
 
 def test_a_sample_of_places_finds_what_is_common(tmp_path):
@@ -185,9 +182,9 @@ def test_a_sample_of_places_finds_what_is_common(tmp_path):
     write_index(tmp_path / "d.idx", tokens.dtype, [(1000 * ones, ones)], 4000, 4000)
     for found, said in ((1000, "holds token 1000"), (-1, "holds a negative token, -1")):
         np.where(tokens == 1000, found, tokens).astype("<i4").tofile(tmp_path / "d.bin")
-        for call in (check_tokens, check_token_sample):
+        for sample in (False, True):
             with pytest.raises(UserError, match=said):
-                call(read_index(tmp_path / "d"), 1000)
+                check_tokens(read_index(tmp_path / "d"), 1000, sample=sample)
 
 
 NOTE = {

@@ -63,6 +63,31 @@ def test_every_argument_says_something():
     assert empty == []
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in argument_table._ROWS if row.refused], ids=lambda row: row.name
+)
+def test_what_a_run_must_leave_out_is_refused_by_its_flag(row):
+    from megatron_cream.mcore.validation import validate_left_out
+
+    validate_left_out(Namespace(**{row.name: row.default}))
+    said = f"^{argument_table.flag_of(row.name)} is 3: it must be left out, "
+    with pytest.raises(UserError, match=said):
+        validate_left_out(Namespace(**{row.name: 3}))
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in argument_table._ROWS if row.range], ids=lambda row: row.name
+)
+def test_a_number_that_no_run_can_have_is_refused_by_its_flag(row):
+    from megatron_cream.mcore.validation import validate_ranges
+
+    for wrong in (-2, float("nan"), float("inf"), 2**63):
+        with pytest.raises(
+            UserError, match=rf"^{argument_table.flag_of(row.name)} is \S+: it must"
+        ):
+            validate_ranges(Namespace(**{"window_size": None, row.name: wrong}))
+
+
 def test_the_command_line_of_a_cpu_gives_the_values_of_the_table(parser):
     parsed = parser.parse_args(argument_table.cpu_flags())
     expected = argument_table.values("cpu")
@@ -84,13 +109,11 @@ def test_a_range_holds_for_its_borders_only():
 
 def test_norms_around_one_are_not_exported():
     """Megatron's --apply-layernorm-1p, under the name that its arguments have in a checkpoint."""
-    from megatron_cream.checkpoint.model_shape import _validate_llama_like
+    from megatron_cream.checkpoint.model_shape import exportable_shape
 
-    args = Namespace(**argument_table.values("hugging_face"))
-    _validate_llama_like(args)
-    args.layernorm_zero_centered_gamma = True
+    exportable = argument_table.values("hugging_face")
     with pytest.raises(UserError, match="--apply-layernorm-1p of the checkpoint is True"):
-        _validate_llama_like(args)
+        exportable_shape(Namespace(**exportable | {"layernorm_zero_centered_gamma": True}))
 
 
 def test_what_has_no_place_beside_a_scale_per_sample_is_refused():

@@ -52,3 +52,13 @@ def test_bad_input_is_one_line(command, flags):
     assert "iteration" not in done.stdout
     last = [line.strip() for line in done.stderr.splitlines() if line.strip()][-2]
     assert last == f"traceback : {errors[0]}", "torchrun's own report is forty lines"
+
+
+def test_printed_losses_are_those_of_their_own_iterations(reference):
+    """Megatron's line of the second iteration after a start would be the mean of two."""
+    import re
+
+    lines = reference.lines("lm loss:")
+    printed = [float(re.search(r"lm loss: (\S+)", line)[1]) for line in lines]
+    assert printed == pytest.approx(list(reference.losses.values()), rel=1e-5)
+    assert len(set(printed)) == 10
