@@ -17,7 +17,7 @@ from support import ruler as given
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import ruler
 from megatron_cream.evaluation.ruler import Materials, make_cases
-from megatron_cream.evaluation.ruler.materials import Pairs, _listed
+from megatron_cream.evaluation.ruler.materials import WordPairs, _listed
 
 THEIRS = json.loads((Path(__file__).parent / "data" / "ruler.json").read_text("utf-8"))
 ALIKE = [(task, setting) for task, settings in THEIRS.items() for setting in settings]
@@ -32,7 +32,9 @@ def materials(tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
     questions = dict(ruler.read_questions(folder / f"{name}.json") for name in ("squad", "hotpot"))
     made = Materials(ruler.read_haystack(folder / "essay.json"), **questions, split=given.cut)
-    made.pairs = Pairs(_listed("adjectives")[::30], _listed("nouns")[::30])  # as there, for time
+    made.pairs = WordPairs(
+        _listed("adjectives")[::30], _listed("nouns")[::30]
+    )  # as there, for time
     return made
 
 
@@ -98,7 +100,7 @@ def test_other_files_are_refused(content, tmp_path):
 
 def test_pairs_are_the_sorted_list():
     adjectives, nouns = ["blue", "old", "blue-eyed", "able"], ["eyed-cat", "cat", "dog", "zoo"]
-    pairs = Pairs(adjectives, nouns)
+    pairs = WordPairs(adjectives, nouns)
     assert list(pairs) == sorted({f"{a}-{n}" for a in adjectives for n in nouns})
 
 
@@ -145,8 +147,8 @@ class TestLmEval:
 
     @pytest.mark.parametrize("task", list(ruler.NEEDLES))
     def test_needles(self, task, port, materials, monkeypatch):
-        from megatron_cream.evaluation.ruler import needles
-        from megatron_cream.evaluation.ruler.fitting import Job, split
+        from megatron_cream.evaluation.ruler.cases import NeedleTexts
+        from megatron_cream.evaluation.ruler.fitting import CaseSampler
 
         theirs = port("prepare_niah")
         monkeypatch.setattr(theirs, "cached_sent_tokenize", given.cut)
@@ -164,11 +166,10 @@ class TestLmEval:
             template=port("niah_utils").TEMPLATE,
             num_needle_q=kind.queries,
         )
-        job = Job(4096, given.count)
-        job.random.seed(7)
+        sampler = CaseSampler(4096, given.count)
+        sampler.random.seed(7)
         whole = Materials(materials.essay, split=given.cut)  # with all keys
-        draw = needles._Material(job, kind, whole).draw(200)
-        case = split(draw, " The special", 0)
+        case = NeedleTexts(sampler, kind, whole).draw(200).split(" The special", 0)
         assert (case.prompt, list(case.answers)) == (text, answers)
 
     def test_frequent_words(self, port):
@@ -182,8 +183,8 @@ class TestLmEval:
 
     @pytest.mark.parametrize("kind", ["squad", "hotpot"])
     def test_questions(self, kind, port, materials):
-        from megatron_cream.evaluation.ruler import questions
-        from megatron_cream.evaluation.ruler.fitting import Job
+        from megatron_cream.evaluation.ruler.cases import choose_documents
+        from megatron_cream.evaluation.ruler.fitting import CaseSampler
         from megatron_cream.evaluation.ruler.templates import DOCUMENT, fill
 
         theirs, file = port("qa_utils"), getattr(materials, kind)
@@ -192,23 +193,23 @@ class TestLmEval:
             for a in file.asked
         ]
         random.seed(3)
-        job = Job(4096, given.count)
-        job.random.seed(3)
+        sampler = CaseSampler(4096, given.count)
+        sampler.random.seed(3)
         for index in range(3):
             text, _ = theirs.generate_input_output(index, 14, qas, file.documents)
-            mine = questions._documents(job, file.documents, file.asked[index], 14)
+            mine = choose_documents(sampler, file.documents, file.asked[index], 14)
             for i, document in enumerate(mine):
                 assert fill(DOCUMENT, i=i + 1, document=document) in text
 
     def test_chain(self, port):
-        from megatron_cream.evaluation.ruler import variables
-        from megatron_cream.evaluation.ruler.fitting import Job
+        from megatron_cream.evaluation.ruler.cases import draw_chain
+        from megatron_cream.evaluation.ruler.fitting import CaseSampler
 
         theirs = port("vt_utils")
         random.seed(42)
         np.random.seed(42)
         _, answers = theirs.generate_input_output(60, 1, 4)
-        assert variables._draw(Job(4096, given.count), 60).answers == answers
+        assert draw_chain(CaseSampler(4096, given.count), 60).answers == answers
 
     def test_scores(self, port):
         theirs = port("common_utils")

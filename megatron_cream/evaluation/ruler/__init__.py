@@ -17,27 +17,25 @@ need an essay, qa_1 questions in SQuAD's form, qa_2 in HotpotQA's (``read_questi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.ruler import counting, needles, questions, variables
-from megatron_cream.evaluation.ruler.fitting import Case, Job
+from megatron_cream.evaluation.ruler.cases import (
+    NeedleKind,
+    make_common_words,
+    make_frequent_words,
+    make_needles,
+    make_questions,
+    make_variables,
+)
+from megatron_cream.evaluation.ruler.fitting import CaseSampler, RulerCase
 from megatron_cream.evaluation.ruler.materials import (
     Materials,
-    Questions,
+    QuestionSet,
     read_haystack,
     read_questions,
     read_words,
-)
-from megatron_cream.evaluation.ruler.needles import Needles
-from megatron_cream.evaluation.ruler.scores import (
-    THRESHOLD,
-    average,
-    effective_length,
-    score,
-    string_match_all,
-    string_match_part,
-    weighted_averages,
 )
 from megatron_cream.evaluation.ruler.templates import (
     COMMON,
@@ -49,14 +47,14 @@ from megatron_cream.evaluation.ruler.templates import (
 )
 
 NEEDLES = {
-    "niah_single_1": Needles("noise"),
-    "niah_single_2": Needles("essay"),
-    "niah_single_3": Needles("essay", value="uuids"),
-    "niah_multikey_1": Needles("essay", keys=4),
-    "niah_multikey_2": Needles("needle"),
-    "niah_multikey_3": Needles("needle", key="uuids", value="uuids"),
-    "niah_multivalue": Needles("essay", values=4),
-    "niah_multiquery": Needles("essay", queries=4),
+    "niah_single_1": NeedleKind("noise"),
+    "niah_single_2": NeedleKind("essay"),
+    "niah_single_3": NeedleKind("essay", value="uuids"),
+    "niah_multikey_1": NeedleKind("essay", keys=4),
+    "niah_multikey_2": NeedleKind("needle"),
+    "niah_multikey_3": NeedleKind("needle", key="uuids", value="uuids"),
+    "niah_multivalue": NeedleKind("essay", values=4),
+    "niah_multiquery": NeedleKind("essay", queries=4),
 }
 _OTHERS = {
     "vt": VARIABLES,
@@ -88,7 +86,7 @@ def _missing(task: str, materials: Materials) -> str | None:
     return None
 
 
-def _questions(task: str, materials: Materials) -> Questions | None:
+def _questions(task: str, materials: Materials) -> QuestionSet | None:
     return materials.squad if task == "qa_1" else materials.hotpot
 
 
@@ -100,7 +98,7 @@ def make_cases(
     materials: Materials | None = None,
     model_template: str = MODEL_TEMPLATES["base"],
     seed: int = 42,
-) -> list[Case]:
+) -> list[RulerCase]:
     """Return the cases of a task, always the same for the same arguments.
 
     Args:
@@ -123,25 +121,77 @@ def make_cases(
     materials = materials or Materials()
     if (missing := _missing(task, materials)) is not None:
         raise UserError(f"{task} needs {missing}")
-    job = Job(length, count, model_template, seed)
+    sampler = CaseSampler(length, count, model_template, seed)
     if task in NEEDLES:
-        return needles.make(job, task, NEEDLES[task], materials, cases)
+        return make_needles(sampler, task, NEEDLES[task], materials, cases)
     if task == "vt":
-        return variables.make(job, task, cases)
+        return make_variables(sampler, task, cases)
     if task == "cwe":
-        return counting.make_common(job, task, materials, cases)
+        return make_common_words(sampler, task, materials, cases)
     if task == "fwe":
-        return counting.make_frequent(job, task, cases)
-    return questions.make(job, task, _questions(task, materials), cases)
+        return make_frequent_words(sampler, task, cases)
+    questions = _questions(task, materials)
+    assert questions is not None  # as ``_missing`` found
+    return make_questions(sampler, task, questions, cases)
+
+
+THRESHOLD = 85.6
+"""Llama-2-7B's average at 4K, which RULER asks of a length that is used effectively."""
+
+
+def clean(written: str) -> str:
+    """Return what a model wrote, control characters as line breaks, without space around."""
+    return re.sub(r"[\x00-\x1f]", "\n", written.strip()).strip()
+
+
+def string_match_all(written: str, answers: Sequence[str]) -> float:
+    """Return which share of the answers (0 to 1) stands in the text, in upper or lower case."""
+    return sum(answer.lower() in written.lower() for answer in answers) / len(answers)
+
+
+def string_match_part(written: str, answers: Sequence[str]) -> float:
+    """Return 1 if any of the answers stands in the text, in upper or lower case, otherwise 0."""
+    return float(any(answer.lower() in written.lower() for answer in answers))
+
+
+def score(task: str, written: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
+    """Return the score of a task's cases, from 0 to 100, with two digits as RULER rounds it."""
+    match = string_match_part if task.startswith("qa_") else string_match_all
+    each = [match(clean(text), of_case) for text, of_case in zip(written, answers, strict=True)]
+    return round(sum(each) / len(each) * 100, 2)
+
+
+def average(scores: Mapping[str, float]) -> float:
+    """Return the mean over the tasks at one length; thirteen make it RULER's average."""
+    return sum(scores.values()) / len(scores)
+
+
+def weighted_averages(averages: Mapping[int, float]) -> tuple[float, float]:
+    """Return RULER's weighted averages over lengths: weights that increase, and that decrease.
+
+    Args:
+        averages: of each length in tokens. The weights are 1, 2, 3, ... by rank of length.
+    """
+    by_length = [averages[length] for length in sorted(averages)]
+    count = len(by_length)
+    total = count * (count + 1) / 2
+    increasing = sum((i + 1) * value for i, value in enumerate(by_length)) / total
+    decreasing = sum((count - i) * value for i, value in enumerate(by_length)) / total
+    return increasing, decreasing
+
+
+def effective_length(averages: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
+    """Return the longest length whose average is at least the threshold, None if there is none."""
+    return max((n for n, value in averages.items() if value >= threshold), default=None)
 
 
 __all__ = [
     "MODEL_TEMPLATES",
     "TASKS",
     "THRESHOLD",
-    "Case",
     "Materials",
-    "Questions",
+    "QuestionSet",
+    "RulerCase",
     "available",
     "average",
     "effective_length",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case, and how many pieces of haystack fit a length, as RULER finds it.
+"""Finds how many pieces of haystack fit a length, as RULER does, and makes cases of that size.
 
 The size is searched for once, by drawing cases; each draw moves the random state on. Then every
 case is drawn at that size, and again with ``step`` pieces fewer while it is too long.
@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.ruler.templates import TaskWording, around
 
 _TRIES = 100  # RULER tries for ever
 
 
 @dataclass(frozen=True)
-class Case:
+class RulerCase:
     """One question about one haystack.
 
     Attributes:
@@ -36,16 +37,21 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Draw:
+class RulerText:
     """A case as text: prompt with the answer's beginning, and the answers."""
 
     text: str
     answers: list[str]
 
+    def split(self, prefix: str, length: int) -> RulerCase:
+        """Return a case; the answer's beginning is found by its first ten characters."""
+        at = self.text.rfind(prefix[:10])
+        return RulerCase(self.text[:at], self.text[at:], tuple(self.answers), length)
+
 
 @dataclass
-class Job:
-    """What the cases of one task at one length are made with.
+class CaseSampler:
+    """Draws the cases of one task at one length.
 
     Attributes:
         length: tokens of a case, those to generate included.
@@ -70,56 +76,73 @@ class Job:
         """Shuffle in place, always in the same way for the same number of things."""
         random.Random(self.seed).shuffle(things)
 
+    def template(self, wording: TaskWording) -> str:
+        """Return what a model reads, to be filled in."""
+        return around(wording, self.model_template)
 
-def largest(
-    job: Job, draw: Callable[[int], Draw], step: int, more: int, estimate: int | None = None
-) -> int:
-    """Return the largest number of pieces whose case fits, by bisection; at least ``step``.
+    def find_size(
+        self,
+        draw: Callable[[int], RulerText],
+        step: int,
+        more: int,
+        estimate: int | None = None,
+    ) -> int:
+        """Return the largest number of pieces whose case fits, by bisection; at least ``step``.
 
-    Args:
-        more: tokens of a case beside its text.
-        estimate: where the bisection begins from above; by default three times as many pieces as
-            would fit if all were like those of a case of ``step`` pieces.
-    """
-    if estimate is None:
-        estimate = int((job.length / (job.count(draw(step).text) / step)) * 3)
-    low, high, best = step, max(estimate, 2 * step), step
-    while low <= high:
-        middle = (low + high) // 2
-        if job.count(draw(middle).text) + more <= job.length:
-            best, low = middle, middle + 1
-        else:
-            high = middle - 1
-    return best
+        Args:
+            more: tokens of a case beside its text.
+            estimate: where the bisection begins from above; by default three times as many pieces
+                as would fit if all were like those of a case of ``step`` pieces.
+        """
+        if estimate is None:
+            estimate = int((self.length / (self.count(draw(step).text) / step)) * 3)
+        low, high, best = step, max(estimate, 2 * step), step
+        while low <= high:
+            middle = (low + high) // 2
+            if self.count(draw(middle).text) + more <= self.length:
+                best, low = middle, middle + 1
+            else:
+                high = middle - 1
+        return best
 
+    def draw_text(
+        self,
+        task: str,
+        draw: Callable[[int], RulerText | None],
+        size: int,
+        step: int,
+        new_tokens: int,
+    ) -> tuple[RulerText, int]:
+        """Return a case that fits, and its length.
 
-def drawn(
-    job: Job, task: str, draw: Callable[[int], Draw | None], size: int, step: int, new_tokens: int
-) -> tuple[Draw, int]:
-    """Return a case that fits and its length.
+        Args:
+            draw: number of pieces to a case; None where there is none of so few.
 
-    Args:
-        draw: number of pieces to a case; None where there is none of so few.
+        Raises:
+            UserError: cases of the fewest pieces do not fit.
+        """
+        length = 0
+        for _ in range(_TRIES):
+            text = draw(size)
+            if text is not None:
+                length = self.count(text.text) + new_tokens
+                if length <= self.length:
+                    return text, length
+            if size > step:
+                size -= step
+        raise UserError(
+            f"the length {self.length} is too short for {task}: with this tokenizer and prompt a "
+            f"case needs about {length} tokens, {new_tokens} to generate included"
+        )
 
-    Raises:
-        UserError: cases of the fewest pieces do not fit.
-    """
-    length = 0
-    for _ in range(_TRIES):
-        case = draw(size)
-        if case is not None:
-            length = job.count(case.text) + new_tokens
-            if length <= job.length:
-                return case, length
-        if size > step:
-            size -= step
-    raise UserError(
-        f"the length {job.length} is too short for {task}: with this tokenizer and prompt a case "
-        f"needs about {length} tokens, {new_tokens} to generate included"
-    )
-
-
-def split(draw: Draw, prefix: str, length: int) -> Case:
-    """Return a case with the answer's beginning apart; it is found by its first ten characters."""
-    at = draw.text.rfind(prefix[:10])
-    return Case(draw.text[:at], draw.text[at:], tuple(draw.answers), length)
+    def draw_case(
+        self,
+        task: str,
+        draw: Callable[[int], RulerText | None],
+        size: int,
+        step: int,
+        wording: TaskWording,
+    ) -> RulerCase:
+        """Return a case that fits; see ``draw_text``."""
+        text, length = self.draw_text(task, draw, size, step, wording.new_tokens)
+        return text.split(wording.prefix, length)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cases are made of: words, essays, questions with documents."""
+"""Reads what cases are made of: words, essays, questions with documents."""
 
 from __future__ import annotations
 
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -18,7 +18,7 @@ from megatron_cream.errors import MissingPackageError, UserError
 
 
 @dataclass(frozen=True)
-class Asked:
+class RulerQuestion:
     """A question.
 
     Attributes:
@@ -34,14 +34,14 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Questions:
+class QuestionSet:
     """The questions of a file, and its documents in alphabetical order, each once."""
 
-    asked: list[Asked]
+    asked: list[RulerQuestion]
     documents: list[str]
 
 
-class Pairs(Sequence[str]):
+class WordPairs:
     """Every adjective with every noun, in alphabetical order and each once, without a list of them.
 
     There are six million. Those of an adjective are together, except where another adjective begins
@@ -105,16 +105,16 @@ class Materials:
     """
 
     essay: list[str] = field(default_factory=list)
-    squad: Questions | None = None
-    hotpot: Questions | None = None
+    squad: QuestionSet | None = None
+    hotpot: QuestionSet | None = None
     more_words: list[str] = field(default_factory=list)
     split: Callable[[str], list[str]] = punkt_sentences
     _cut: dict[int, list[str]] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def pairs(self) -> Pairs:
+    def pairs(self) -> WordPairs:
         """Keys such as ``able-acorn``: every adjective with every noun."""
-        return Pairs(_listed("adjectives"), _listed("nouns"))
+        return WordPairs(_listed("adjectives"), _listed("nouns"))
 
     @cached_property
     def words(self) -> list[str]:
@@ -140,10 +140,10 @@ def read_haystack(path: str | Path) -> list[str]:
     Raises:
         UserError, OSError: a file without words, or not UTF-8.
     """
-    text = _read(path, "--haystack")
+    text: Any = _read(path, "--haystack")
     if str(path).endswith(".json"):
-        text = _json(text, path, "--haystack")
-        text = text.get("text") if isinstance(text, dict) else None
+        found = _json(text, path, "--haystack")
+        text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"--haystack is {path}: it needs a text, or JSON with a text as 'text'")
     return re.sub(r"\s+", " ", text).split(" ")
@@ -162,7 +162,7 @@ def read_words(path: str | Path) -> list[str]:
     return words
 
 
-def read_questions(path: str | Path) -> tuple[str, Questions]:
+def read_questions(path: str | Path) -> tuple[str, QuestionSet]:
     """Return ``squad`` or ``hotpot``, whichever form the file has, and its questions.
 
     Raises:
@@ -185,7 +185,7 @@ def _no_questions(path: str | Path) -> UserError:
     )
 
 
-def _squad(found: dict[str, Any]) -> Questions:
+def _squad(found: dict[str, Any]) -> QuestionSet:
     articles = [article["paragraphs"] for article in found["data"]]
     documents, number = _numbers(part["context"] for parts in articles for part in parts)
     asked = []
@@ -195,21 +195,25 @@ def _squad(found: dict[str, Any]) -> Questions:
             own = number[part["context"]]
             near = [i for i in numbers if i != own]
             asked += [
-                Asked(_text(qa["question"]), [_text(a["text"]) for a in qa["answers"]], [own], near)
+                RulerQuestion(
+                    _text(qa["question"]), [_text(a["text"]) for a in qa["answers"]], [own], near
+                )
                 for qa in part["qas"]
                 if not qa.get("is_impossible", False)
             ]
-    return Questions(asked, documents)
+    return QuestionSet(asked, documents)
 
 
-def _hotpot(found: list[dict[str, Any]]) -> Questions:
+def _hotpot(found: list[dict[str, Any]]) -> QuestionSet:
     texts = [[f"{title}\n{''.join(lines)}" for title, lines in qa["context"]] for qa in found]
     documents, number = _numbers(text for of_one in texts for text in of_one)
     asked = [
-        Asked(_text(qa["question"]), [_text(qa["answer"])], [number[text] for text in own], [])
+        RulerQuestion(
+            _text(qa["question"]), [_text(qa["answer"])], [number[text] for text in own], []
+        )
         for qa, own in zip(found, texts, strict=True)
     ]
-    return Questions(asked, documents)
+    return QuestionSet(asked, documents)
 
 
 def _numbers(texts: Any) -> tuple[list[str], dict[str, int]]:

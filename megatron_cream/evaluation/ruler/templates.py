@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RULER's sentences: what a model reads around a haystack, and how its answer begins.
+"""Has RULER's sentences: what a model reads around a haystack, and how its answer begins.
 
 They are the benchmark's interface and equal to NVIDIA/RULER's (see NOTICE).
 """
@@ -14,7 +14,7 @@ DOCUMENT = "Document {i}:\n{document}"
 
 
 @dataclass(frozen=True)
-class Wording:
+class TaskWording:
     """The sentences of a kind of task.
 
     Attributes:
@@ -28,14 +28,14 @@ class Wording:
     new_tokens: int
 
 
-NIAH = Wording(
+NIAH = TaskWording(
     "Some special magic {type_needle_v} are hidden within the following text. Make sure to "
     "memorize it. I will quiz you about the {type_needle_v} afterwards.\n{context}\nWhat are all "
     "the special magic {type_needle_v} for {query} mentioned in the provided text?",
     " The special magic {type_needle_v} for {query} mentioned in the provided text are",
     128,
 )
-VARIABLES = Wording(
+VARIABLES = TaskWording(
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
     "{context}\nQuestion: Find all variables that are assigned the value {query} in the text "
     "above.",
@@ -43,14 +43,14 @@ VARIABLES = Wording(
     "variables are assigned the value {query}, they are: ",
     30,
 )
-COMMON = Wording(
+COMMON = TaskWording(
     "Below is a numbered list of words. In these words, some appear more often than others. "
     "Memorize the ones that appear most often.\n{context}\nQuestion: What are the 10 most common "
     "words in the above list?",
     " Answer: The top 10 words that appear most often in the list are:",
     120,
 )
-FREQUENT = Wording(
+FREQUENT = TaskWording(
     "Read the following coded text and track the frequency of each coded word. Find the three "
     "most frequently appeared coded words. {context}\nQuestion: Do not provide any explanation. "
     "Please ignore the dots '....'. What are the three most frequently appeared words in the "
@@ -62,7 +62,7 @@ _ASK = (
     "Answer the question based on the given documents. Only give me the answer and do not output "
     "any other words.\n\n"
 )
-QUESTIONS = Wording(
+QUESTIONS = TaskWording(
     _ASK + "The following are given documents.\n\n{context}\n\n" + _ASK + "Question: {query}",
     " Answer:",
     32,
@@ -105,6 +105,6 @@ def fill(template: str, **values: object) -> str:
     return "".join([*parts, rest])
 
 
-def around(wording: Wording, model_template: str) -> str:
+def around(wording: TaskWording, model_template: str) -> str:
     """Return what a model reads: the task in the model's template, then the answer's beginning."""
     return fill(model_template, task_template=wording.template) + wording.prefix
