@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from megatron_cream.errors import MissingPackageError, one_line_errors
-from megatron_cream.extras.clex import on_gpu
-from megatron_cream.extras.clex.ode import Field, grid, solve
+from megatron_cream.extras.clex import ode_triton
+from megatron_cream.extras.clex.ode import VectorField, grid, solve
 
 Result = tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     with one_line_errors():
         torchdiffeq()
     torch.set_num_threads(1)
-    field = Field(args.dim, 10000.0, act=args.act)
+    field = VectorField(args.dim, 10000.0, act=args.act)
     heads = ["T / N0", "torchdiffeq, ms", "ours, ms", "ratio", "difference"]
     if torch.cuda.is_available():
         print(f"GPU: {torch.cuda.get_device_name()}\n")
@@ -71,7 +71,7 @@ def torchdiffeq() -> Any:
 
 
 def recorded(
-    field: Field, weights: np.ndarray, scales: list[float], upstream: np.ndarray
+    field: VectorField, weights: np.ndarray, scales: list[float], upstream: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ``log_stretch`` and the weights' gradient by torchdiffeq; ``scales`` begin at 1."""
     leaf = torch.from_numpy(weights).requires_grad_()
@@ -99,7 +99,7 @@ def recorded(
 
 
 def ours(
-    field: Field, weights: np.ndarray, scales: list[float], upstream: np.ndarray
+    field: VectorField, weights: np.ndarray, scales: list[float], upstream: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the same by this package."""
     solved = solve(field, weights, scales)
@@ -107,16 +107,16 @@ def ours(
 
 
 def ours_on_gpu(
-    field: Field, weights: Tensor, scales: list[float], upstream: Tensor
+    field: VectorField, weights: Tensor, scales: list[float], upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the same of tensors on a GPU, when it is done."""
-    solved = on_gpu.solve(field, weights, scales)
+    solved = ode_triton.solve(field, weights, scales)
     gradient = solved.pull_back(upstream)
     torch.cuda.synchronize()
     return solved.log_stretch, gradient
 
 
-def _row(field: Field, scales: list[float], turns: int) -> str:
+def _row(field: VectorField, scales: list[float], turns: int) -> str:
     rng = np.random.default_rng(1)
     weights = field.initial().double().numpy()
     down = field.split(weights)[1]

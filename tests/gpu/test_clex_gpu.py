@@ -16,7 +16,7 @@ S, B, H, PAIRS = 512, 2, 4, 64
 
 
 def gradients(dtype, fused, interleaved):
-    from megatron_cream.extras.clex.rotate import make_carrier, turn
+    from megatron_cream.extras.clex.trained_rotary import make_carrier, turn
 
     torch.manual_seed(0)
     config = SimpleNamespace(apply_rope_fusion=fused, rotary_interleaved=interleaved)
@@ -42,7 +42,7 @@ def test_fused_equals_unfused(dtype, most, interleaved):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_compiled_reduction_equals_the_plain_one(interleaved):
-    from megatron_cream.extras.clex.rotate import _compiled_pull, pull
+    from megatron_cream.extras.clex.trained_rotary import _compiled_pull, pull
 
     torch.manual_seed(0)
     wide = torch.randn(2, S, B, H, 3 * PAIRS * 2, device="cuda", dtype=torch.bfloat16)

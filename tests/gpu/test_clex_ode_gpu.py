@@ -14,7 +14,7 @@ if cpu.is_installed() or not torch.cuda.is_available():
     pytest.skip("needs a GPU: it runs compiled Triton kernels", allow_module_level=True)
 pytest.importorskip("triton", reason="needs triton, which comes with torch on Linux")
 
-from megatron_cream.extras.clex import on_gpu  # noqa: E402
+from megatron_cream.extras.clex import ode_triton  # noqa: E402
 from megatron_cream.extras.clex.ode import solve  # noqa: E402
 
 _path = Path(__file__).parents[1] / "rope" / "clex_interpreted.py"
@@ -31,7 +31,7 @@ def check(field, weights, scales, upstream, dtype=torch.float64):
     """Compare with the host's, from weights rounded to ``dtype``."""
     there, upstream_there = on_device(weights, upstream)
     there = there.to(dtype)
-    solved = on_gpu.solve(field, there, scales)
+    solved = ode_triton.solve(field, there, scales)
     gradient = solved.pull_back(upstream_there)
     assert solved.log_stretch.is_cuda and gradient.is_cuda
     expected = solve(field, there.double().cpu().numpy(), scales)
@@ -65,7 +65,7 @@ def test_same_bits_again():
     there, upstream_there = on_device(weights, upstream)
     first, second = (
         (solved.log_stretch, solved.pull_back(upstream_there))
-        for solved in (on_gpu.solve(field, there, scales) for _ in range(2))
+        for solved in (ode_triton.solve(field, there, scales) for _ in range(2))
     )
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)

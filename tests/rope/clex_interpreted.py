@@ -25,11 +25,11 @@ CASES = {
 
 
 def case(name):
-    """Field, weights, scales and a gradient of ``log_stretch``."""
-    from megatron_cream.extras.clex.ode import Field
+    """VectorField, weights, scales and a gradient of ``log_stretch``."""
+    from megatron_cream.extras.clex.ode import VectorField
 
     dim, width, act, step, scales = CASES[name]
-    field, rng = Field(dim, 10000.0, width, act, step), np.random.default_rng(1)
+    field, rng = VectorField(dim, 10000.0, width, act, step), np.random.default_rng(1)
     weights = field.initial().double().numpy()
     down = field.split(weights)[1]
     down[:] = rng.normal(scale=0.02, size=down.shape)
@@ -38,7 +38,7 @@ def case(name):
 
 def table(std):
     """A table and its weights; W_down of standard deviation 50 brings pairs to their limits."""
-    from megatron_cream.extras.clex.table import ScaleTable
+    from megatron_cream.extras.clex.frequencies import ScaleTable
     from megatron_cream.rope import make_scaling
 
     scaling = make_scaling("clex", dim=16, factor=7.5, original_length=96)
@@ -65,12 +65,12 @@ STANDARD_DEVIATIONS = {"trained": 0.1, "at the limits": 50.0, "no numbers": floa
 
 
 def main(path):
-    from megatron_cream.extras.clex import on_gpu
+    from megatron_cream.extras.clex import ode_triton
 
     results = {}
     for name in CASES:
         field, weights, scales, upstream = case(name)
-        solved = on_gpu.solve(field, torch.from_numpy(weights), scales)
+        solved = ode_triton.solve(field, torch.from_numpy(weights), scales)
         results[name] = solved.log_stretch.numpy()
         results[f"{name}, gradient"] = solved.pull_back(torch.from_numpy(upstream)).numpy()
     torch.Tensor.is_cuda = property(lambda tensor: True)  # the table takes the GPU's path

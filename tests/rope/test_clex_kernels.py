@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cream.extras.clex import on_gpu
-from megatron_cream.extras.clex.frozen import divisors
-from megatron_cream.extras.clex.ode import Field, limits, solve
+from megatron_cream.extras.clex.frequencies import divisors
+from megatron_cream.extras.clex.ode import VectorField, limits, solve
 from megatron_cream.rope.scaling import rounded_list
+
+triton = pytest.importorskip("triton", reason="comes with torch on Linux")
+from megatron_cream.extras.clex import ode_triton  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("clex_interpreted.py")
 _spec = importlib.util.spec_from_file_location("clex_interpreted", SCRIPT)
@@ -26,8 +28,6 @@ _spec.loader.exec_module(child)
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton, which comes with torch on Linux")
     path = tmp_path_factory.mktemp("interpreted") / "results.npz"
     # Triton reads it when it is imported, so not in this process.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -49,17 +49,14 @@ def test_solution_and_gradient_are_the_hosts(name, interpreted):
     np.testing.assert_allclose(interpreted[f"{name}, gradient"], expected, rtol=0, atol=most)
 
 
-@pytest.mark.parametrize(("kernel", "carried"), [("forward", 5), ("reverse", 4)])
+@pytest.mark.parametrize(("kernel", "carried"), [("_forward", 5), ("_reverse", 4)])
 def test_compiler_keeps_what_a_loop_hands_on(kernel, carried):
     """It has taken a register for a constant, which the interpreter cannot show."""
-    triton = pytest.importorskip("triton", reason="comes with torch on Linux")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_cream.extras.clex import kernels
-
-    function = getattr(kernels, kernel)
-    fixed = {n: v for n, v in kernels.sizes(Field(128, 10000.0)).items() if n.isupper()}
+    function = getattr(ode_triton, kernel)
+    fixed = {n: v for n, v in ode_triton.sizes(VectorField(128, 10000.0)).items() if n.isupper()}
     types = {name: "*fp64" for name in function.arg_names if name not in fixed}
     types |= {"stages": "i32", **dict.fromkeys(fixed, "constexpr")}
     source = ASTSource(fn=function, signature=types, constexprs=fixed)
@@ -89,14 +86,14 @@ def test_weights_that_are_no_numbers_are_told_apart(interpreted):
 
 def test_frequencies_are_rounded_as_a_servers():
     """float32 by torch and by numpy: their exp may differ in float64's last bit, once in 1e7."""
-    field = Field(128, 10000.0)
+    field = VectorField(128, 10000.0)
     low, high = limits(field)
     powers = np.float32(10000.0) ** np.linspace(0, 1, 64, dtype=np.float32)
     stretch = np.random.default_rng(0).uniform(-4.0, 100.0, size=(20000, 64))
     with np.errstate(over="ignore"):  # a pair that does not turn
         expected = rounded_list(divisors(field, stretch), powers)
     tensors = (torch.from_numpy(array) for array in (stretch, powers, low))
-    found = on_gpu.frequencies(*tensors, high).numpy()
+    found = ode_triton.frequencies(*tensors, high).numpy()
     assert found.dtype == np.float32
     assert (found != expected).sum() <= 2
     assert (stretch < low).any() and (stretch > high).any()

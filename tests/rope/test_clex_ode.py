@@ -12,7 +12,7 @@ import torch
 from scipy.integrate import solve_ivp
 from scipy.optimize import approx_fprime
 
-from megatron_cream.extras.clex.ode import Field, grid, limits, solve
+from megatron_cream.extras.clex.ode import VectorField, grid, limits, solve
 from megatron_cream.rope import make_scaling
 
 
@@ -39,7 +39,7 @@ def frequencies(field, stretch):
 @pytest.mark.parametrize("dim", [4, 16, 128])
 @pytest.mark.parametrize("base", [10000.0, 500000.0])
 def test_weights_of_zero_are_ntk_by_2t_minus_1(dim, base):
-    field = Field(dim, base)
+    field = VectorField(dim, base)
     scales = [*map(float, range(1, 65)), 64.5]
     found = frequencies(field, log_stretch(field, initial(field), scales))
     for t, row in zip(scales, found, strict=True):
@@ -66,7 +66,7 @@ def published(field, weights, scales):
 @pytest.mark.parametrize("act", ["tanh", "silu"])
 @pytest.mark.parametrize(("width", "base"), [(1, 10000.0), (2, 500000.0)])
 def test_same_as_another_solver_on_the_published_equation(act, width, base):
-    field = Field(64, base, width, act, step=0.02)
+    field = VectorField(64, base, width, act, step=0.02)
     weights, scales = trained(field), [1.0, 2.0, 3.0, 5.5, 8.0]
     expected = published(field, weights, scales)
     constants, _ = field.constants()
@@ -88,7 +88,7 @@ def benchmark():
 @pytest.mark.parametrize(("width", "step"), [(1, 0.5), (2, 0.1)])
 def test_steps_and_their_reverse_are_torchdiffeqs(act, width, step):
     """Same rule, same grid: to rounding, the gradient too."""
-    field, scales = Field(32, 10000.0, width, act, step), [1.0, 2.0, 3.0, 6.5]
+    field, scales = VectorField(32, 10000.0, width, act, step), [1.0, 2.0, 3.0, 6.5]
     weights, upstream = trained(field, std=0.1), np.random.default_rng(2).normal(size=(4, 16))
     solved = solve(field, weights, scales)
     expected, expected_gradient = benchmark().recorded(field, weights, scales, upstream)
@@ -99,13 +99,13 @@ def test_steps_and_their_reverse_are_torchdiffeqs(act, width, step):
 
 
 def test_weights_matter():
-    field = Field(128, 10000.0)
+    field = VectorField(128, 10000.0)
     zero = log_stretch(field, initial(field), [8.0])
     assert np.abs(log_stretch(field, trained(field), [8.0]) - zero).max() > 0.1
 
 
 def solution_and_gradient(step, scales=16):
-    field = Field(128, 10000.0, step=step)
+    field = VectorField(128, 10000.0, step=step)
     solved = solve(field, trained(field), [float(t) for t in range(1, scales + 1)])
     upstream = np.random.default_rng(2).normal(size=solved.log_stretch.shape)
     return solved.log_stretch, solved.pull_back(upstream)
@@ -114,14 +114,14 @@ def solution_and_gradient(step, scales=16):
 def test_the_default_step_is_more_exact_than_the_published_path():
     """The published fixed step of 0.01 in float32 is 2e-5 off in ln theta at t = 16."""
     exact, exact_gradient = solution_and_gradient(0.02)
-    found, gradient = solution_and_gradient(Field(128, 10000.0).step)
+    found, gradient = solution_and_gradient(VectorField(128, 10000.0).step)
     assert 0 < np.abs(found - exact).max() < 1e-5
     assert np.linalg.norm(gradient - exact_gradient) < 1e-5 * np.linalg.norm(exact_gradient)
 
 
 @pytest.mark.parametrize("act", ["tanh", "silu"])
 def test_gradient_is_the_solutions_own(act):
-    field = Field(8, 10000.0, act=act)
+    field = VectorField(8, 10000.0, act=act)
     weights, scales = trained(field, std=0.3), [1.0, 2.0, 3.5]
     upstream = np.random.default_rng(2).normal(size=(3, 4))
     slopes = approx_fprime(
@@ -141,7 +141,7 @@ def test_grid_has_every_scale_and_no_step_too_long():
 
 
 def test_one_scale_alone_is_that_of_the_table():
-    field = Field(32, 10000.0)
+    field = VectorField(32, 10000.0)
     weights = trained(field)
     table = log_stretch(field, weights, [1.0, 2.0, 3.0, 4.0])
     np.testing.assert_allclose(log_stretch(field, weights, [4.0])[0], table[3], atol=1e-6)
@@ -150,17 +150,17 @@ def test_one_scale_alone_is_that_of_the_table():
 
 def test_initial_weights_are_the_same_everywhere():
     torch.manual_seed(0)
-    first = Field(64, 10000.0).initial()
+    first = VectorField(64, 10000.0).initial()
     torch.manual_seed(7)
-    assert torch.equal(first, Field(64, 500000.0).initial())
-    up, down = Field(64, 10000.0).split(first)
+    assert torch.equal(first, VectorField(64, 500000.0).initial())
+    up, down = VectorField(64, 10000.0).split(first)
     assert (down == 0).all()
     assert 0.9 < up.abs().max() * math.sqrt(32) <= 1
 
 
 def test_limits_are_half_a_turn_a_token():
-    low, high = limits(Field(16, 10000.0))
-    fastest = np.exp(Field(16, 10000.0).constants()[0] - low)
+    low, high = limits(VectorField(16, 10000.0))
+    fastest = np.exp(VectorField(16, 10000.0).constants()[0] - low)
     np.testing.assert_allclose(fastest, math.pi)
     assert 0 < np.float32(np.exp(-high)) < 1e-30
 

@@ -34,7 +34,7 @@ def by_plain_angles(t, inv_freq, ids, interleaved):
 
 
 def by_carrier(t, inv_freq, ids, interleaved, weights=None):
-    from megatron_cream.extras.clex.rotate import make_carrier, turn
+    from megatron_cream.extras.clex.trained_rotary import make_carrier, turn
 
     weights = torch.zeros(5, requires_grad=True) if weights is None else weights
     return turn(t, make_carrier(inv_freq, ids, weights), config(interleaved))
@@ -62,7 +62,7 @@ def test_gradcheck():
 def test_gradients_add_up_over_layers_and_recomputation():
     from torch.utils.checkpoint import checkpoint
 
-    from megatron_cream.extras.clex.rotate import make_carrier, turn
+    from megatron_cream.extras.clex.trained_rotary import make_carrier, turn
 
     t, inv_freq, ids = inputs(2 * PAIRS)
     weights = torch.zeros(5, requires_grad=True)

@@ -3,6 +3,12 @@
 
 What this package exposes is a ``rope.scaling.ScalingTrainer``, which ``ClexScaling`` names; nothing
 else outside knows it. ``rope.clex`` has its settings.
+
+ode             the equation, and its solution on the host                    (numpy)
+ode_triton      the same on a GPU, for training                               (triton)
+frequencies     a table per step, and frozen at one scale for export
+trained_rotary  what takes the place of Megatron's rotary embedding, and its rotation
+gradients       the gradient of the weights, over all ranks, once per step
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
-    from megatron_cream.extras.clex.rotary import ClexRotaryEmbedding
+    from megatron_cream.extras.clex.trained_rotary import ClexRotaryEmbedding
     from megatron_cream.rope.by_pair import LongRopeScaling
     from megatron_cream.rope.clex import ClexScaling
 
@@ -32,7 +38,7 @@ def configure(config: Any, starts_without: bool) -> None:
 
 def rotary_class() -> type[ClexRotaryEmbedding]:
     """Return the module that takes the place of Megatron's rotary embedding."""
-    from megatron_cream.extras.clex.rotary import ClexRotaryEmbedding
+    from megatron_cream.extras.clex.trained_rotary import ClexRotaryEmbedding
 
     return ClexRotaryEmbedding
 
@@ -43,6 +49,6 @@ def freeze_stored(scaling: ClexScaling, stored: TorchDistTensors) -> LongRopeSca
     Raises:
         UserError: it has no such weights, or others than the settings say.
     """
-    from megatron_cream.extras.clex.frozen import freeze, read_weights
+    from megatron_cream.extras.clex.frequencies import freeze, read_weights
 
     return freeze(scaling, read_weights(stored), scaling.factor)

@@ -25,9 +25,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from megatron_cream.errors import UserError
-from megatron_cream.extras.clex.frozen import NOT_FINITE
-from megatron_cream.extras.clex.rotary import ClexRotaryEmbedding
-from megatron_cream.extras.clex.table import ScaleTable
+from megatron_cream.extras.clex.frequencies import NOT_FINITE, ScaleTable
+from megatron_cream.extras.clex.trained_rotary import ClexRotaryEmbedding
 
 
 def share_table(chunks: list[nn.Module], fresh: bool = False) -> list[nn.Module]:

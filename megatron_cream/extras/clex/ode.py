@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ODE that CLEX learns, and its solution at every scale that a step may draw.
+"""The ODE that CLEX learns, and its solution at every scale that a step may draw, in numpy float64.
 
 State: ln theta(t) of each pair over the scale t >= 1, from the model's own at t = 1. With
 alpha(t) = 2 t - 1, c_i = -(2 i / d) ln b and e_i = 2 i / (d - 2), NTK-aware scaling by alpha is
@@ -9,30 +9,36 @@ n(t) = c - e ln alpha(t), and CLEX adds a trained term to its slope (arXiv:2310.
 
 dn / dt is known, so only w = ln theta - n is integrated: dw / dt = act((2 n + w) W_up) W_down with
 w(1) = 0. Weights of zero then give NTK exactly, whatever the step, where integrating all of it is
-2e-5 off at the published step of 0.01. Numpy's float64: the state is d / 2 numbers. On a GPU
-``on_gpu`` takes the same steps, for training.
+2e-5 off at the published step of 0.01. On a GPU ``ode_triton`` takes the same steps, for training.
 
 The grid has every scale that is asked for. n moves as ln alpha, fastest at t = 1: an interval from
 n to n + 1 is cut into the fewest equal steps that are at most ``step * (2 n - 1)``.
+
+The steps are Kutta's 3/8 rule, which torchdiffeq calls ``rk4``, to rounding: the tests compare the
+two. The state is d / 2 numbers, so that a step costs what its calls cost; recorded by autograd, as
+torchdiffeq does, a solution and its gradient take six times as long (``tools/benchmark_ode.py``).
+The reverse is that of the steps, not of the ODE, as autograd's is.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
-
-from megatron_cream.extras.clex import runge_kutta
 
 _INITIAL_SEED = 1234  # the same W_up on every rank and at every layout
 
 
 @dataclass(frozen=True)
-class Field:
+class VectorField:
     """The vector field, weights aside.
 
     Attributes:
@@ -81,7 +87,7 @@ class Field:
         return -pairs / self.dim * math.log(self.base), pairs / (self.dim - 2)
 
 
-def limits(field: Field) -> tuple[np.ndarray, float]:
+def limits(field: VectorField) -> tuple[np.ndarray, float]:
     """Return the least (float64 ``[d / 2]``) and the largest ``log_stretch`` that is served.
 
     A pair that turns by more than pi a token reads as one that turns back, more slowly; one that is
@@ -92,7 +98,7 @@ def limits(field: Field) -> tuple[np.ndarray, float]:
 
 
 @dataclass(frozen=True)
-class Solved:
+class OdeSolution:
     """The solution at the scales that were asked for.
 
     Attributes:
@@ -101,31 +107,31 @@ class Solved:
     """
 
     log_stretch: np.ndarray
-    _learned: runge_kutta.Solution
+    _learned: IntegratedSteps
     _rows: np.ndarray
 
     def pull_back(self, gradient: np.ndarray) -> np.ndarray:
         """Return the gradient of the weights ``[size]`` for that of ``log_stretch``."""
         upstream = np.zeros_like(self._learned.states)
         upstream[self._rows] = -gradient
-        with runge_kutta.one_thread():
+        with _one_thread():
             parts = self._learned.pull_back(upstream)
         return np.concatenate([part.ravel() for part in parts])
 
 
-def solve(field: Field, weights: np.ndarray, scales: list[float]) -> Solved:
+def solve(field: VectorField, weights: np.ndarray, scales: list[float]) -> OdeSolution:
     """Solve the ODE with ``weights``, float64 ``[size]``, at increasing ``scales`` from 1 on."""
     scales = [float(t) for t in scales]
     points = np.array(grid(scales if scales[0] == 1.0 else [1.0, *scales], field.step))
     c, e = field.constants()
-    ln_alpha = np.log(2.0 * runge_kutta.stage_times(points) - 1.0)
+    ln_alpha = np.log(2.0 * stage_times(points) - 1.0)
     known = 2.0 * (c - ln_alpha[..., None] * e)
     up, down = field.split(weights)
-    with runge_kutta.one_thread():
-        learned = runge_kutta.solve(points, known, up, down, runge_kutta.ACTIVATIONS[field.act])
+    with _one_thread():
+        learned = integrate(points, known, up, down, _ACTIVATIONS[field.act])
     rows = np.searchsorted(points, scales)
     ntk = np.log(2.0 * np.array(scales) - 1.0)[:, None] * e
-    return Solved(ntk - learned.states[rows], learned, rows)
+    return OdeSolution(ntk - learned.states[rows], learned, rows)
 
 
 def grid(scales: list[float], step: float) -> list[float]:
@@ -145,3 +151,126 @@ def _cut(low: float, high: float, step: float) -> list[float]:
         points += [start + (stop - start) * i / count for i in range(1, count)] + [stop]
         start = stop
     return points
+
+
+_C = (0.0, 1 / 3, 2 / 3, 1.0)
+# Rows: the arguments of the four stages, then the result; columns: the state, then the slopes of
+# the stages, to be multiplied by the step.
+_FORTH = np.zeros((5, 5))
+_FORTH[1:, 1:] = [[1 / 3, 0, 0, 0], [-1 / 3, 1, 0, 0], [1, -1, 1, 0], [1 / 8, 3 / 8, 3 / 8, 1 / 8]]
+# The same by column: what each slope goes into.
+_BACK = _FORTH[:, 1:].T.copy()
+
+
+def stage_times(points: np.ndarray) -> np.ndarray:
+    """Return where the slope is evaluated between ``points`` ``[n + 1]``: ``[n, 4]``."""
+    return points[:-1, None] + np.diff(points)[:, None] * _C
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function of numbers and its derivative, the latter out of argument and value."""
+
+    value: Callable[[np.ndarray], np.ndarray]
+    slope: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _silu(u: np.ndarray) -> np.ndarray:
+    return u * _sigmoid(u)
+
+
+def _silu_slope(u: np.ndarray, value: np.ndarray) -> np.ndarray:
+    gate = _sigmoid(u)
+    return gate + value * (1.0 - gate)
+
+
+def _sigmoid(u: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(0.5 * u)  # never overflows
+
+
+_ACTIVATIONS = {
+    "tanh": Activation(np.tanh, lambda u, value: 1.0 - value * value),
+    "silu": Activation(_silu, _silu_slope),
+}
+
+
+@dataclass
+class IntegratedSteps:
+    """A solved dw / dt = act((w + q(t)) W_up) W_down with w = 0 at the first point.
+
+    Attributes:
+        states: w at each point, ``[n + 1, p]``.
+    """
+
+    states: np.ndarray
+    _steps: np.ndarray
+    _up: np.ndarray
+    _down: np.ndarray
+    _act: Activation
+    _inputs: np.ndarray  # w + q at each stage, [n, 4, p]
+    _hidden: np.ndarray  # before the activation, [n, 4, h]
+    _active: np.ndarray  # after it
+
+    def pull_back(self, upstream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients of W_up ``[p, h]`` and W_down ``[h, p]`` for that of the states."""
+        slopes = self._act.slope(self._hidden, self._active)
+        up_t, down_t = self._up.T.copy(), self._down.T.copy()
+        rates = np.empty_like(self._inputs)  # gradients of the stages' slopes
+        hidden = np.empty_like(self._hidden)
+        # Gradients of the arguments of the four stages, and of the state behind the step.
+        stack = np.zeros((5, self.states.shape[1]))
+        stack[4] = upstream[-1]
+        for n in reversed(range(len(self._steps))):
+            coefficients = self._steps[n] * _BACK
+            for i in (3, 2, 1, 0):
+                rate = np.dot(coefficients[i, i + 1 :], stack[i + 1 :], out=rates[n, i])
+                inner = np.dot(rate, down_t, out=hidden[n, i])
+                inner *= slopes[n, i]
+                np.dot(inner, up_t, out=stack[i])
+            stack[4] = stack.sum(axis=0) + upstream[n]
+        return _outer(self._inputs, hidden), _outer(self._active, rates)
+
+
+def integrate(
+    points: np.ndarray, known: np.ndarray, up: np.ndarray, down: np.ndarray, act: Activation
+) -> IntegratedSteps:
+    """Integrate over ``points``.
+
+    Args:
+        points: t of each state, ``[n + 1]``, increasing.
+        known: q at ``stage_times(points)``, ``[n, 4, p]``.
+        up, down: W_up ``[p, h]`` and W_down ``[h, p]``.
+    """
+    steps = np.diff(points)
+    count, pairs = len(steps), up.shape[0]
+    states = np.zeros((count + 1, pairs))
+    inputs = np.empty((count, 4, pairs))
+    hidden, active = (np.empty((count, 4, up.shape[1])) for _ in range(2))
+    stack = np.zeros((5, pairs))  # the state before the step, and the slopes of its four stages
+    with np.errstate(over="ignore", invalid="ignore"):  # who uses the states checks them
+        for n, step in enumerate(steps):
+            coefficients = step * _FORTH
+            coefficients[:, 0] = 1.0
+            for i in range(4):
+                argument = np.dot(coefficients[i, : i + 1], stack[: i + 1], out=inputs[n, i])
+                argument += known[n, i]
+                inner = np.dot(argument, up, out=hidden[n, i])
+                active[n, i] = act.value(inner)
+                np.dot(active[n, i], down, out=stack[i + 1])
+            stack[0] = states[n + 1] = coefficients[4] @ stack
+    return IntegratedSteps(states, steps, up, down, act, inputs, hidden, active)
+
+
+def _one_thread() -> AbstractContextManager:
+    """Keep numpy's BLAS on the calling thread: waking others takes longer than these products."""
+    return _controller().limit(limits=1, user_api="blas")
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _outer(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the sum over steps and stages of outer products."""
+    return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])

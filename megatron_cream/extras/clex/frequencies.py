@@ -1,24 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frequencies at every scale that training draws: solved once a step, whatever takes part in it.
+"""Frequencies of CLEX's weights: a table per training step, and frozen at one scale for export.
 
 The weights do not change between two updates, so all micro-batches, pipeline chunks and recomputed
 layers of a step share one table and add their gradients to it. The ODE is solved where the weights
-are, in numpy on a CPU and by ``on_gpu`` on a GPU, where the host waits for nothing; its steps wait
-there until ``gradients`` has the table's gradient of all ranks. Frequencies of evaluation are
+are, in numpy on a CPU and by ``ode_triton`` on a GPU, where the host waits for nothing; its steps
+wait there until ``gradients`` has the table's gradient of all ranks. Frequencies of evaluation are
 solved on the host, as those of an export are.
+
+No server solves an ODE. At the scale of the longest sequence the model is an ordinary one with one
+divisor per pair, which is LongRoPE's ``long_factor``; its ``short_factor`` are ones, CLEX at t = 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cream.extras.clex import ode, on_gpu
-from megatron_cream.extras.clex.frozen import divisors, field_of, solve_weights
+from megatron_cream.errors import UserError
+from megatron_cream.extras.clex.ode import OdeSolution, VectorField, limits, solve
+from megatron_cream.rope.by_pair import LongRopeScaling
 from megatron_cream.rope.clex import ClexScaling
-from megatron_cream.rope.scaling import rounded_list
+from megatron_cream.rope.scaling import make_scaling, rounded_list
+
+if TYPE_CHECKING:
+    from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
+    from megatron_cream.extras.clex import ode_triton
+
+WEIGHTS = "rotary_pos_emb.weights"
+"""Name of the weights in a checkpoint."""
+
+NOT_FINITE = (
+    "CLEX's weights make frequencies that are not finite: train with a lower --lr, a smaller "
+    "--clip-grad or --rope-options act=tanh"
+)
+
+
+def read_weights(stored: TorchDistTensors) -> Tensor:
+    """Return the weights ``[size]`` of a checkpoint, in their own type.
+
+    Raises:
+        UserError: it has none.
+    """
+    if WEIGHTS not in stored:
+        raise UserError(f"checkpoint {stored.folder} lacks {WEIGHTS}: a clex model has it")
+    (size,) = stored.shape(WEIGHTS)
+    dtype = stored.dtype(WEIGHTS)
+    values = np.empty((size, dtype.itemsize), dtype=np.uint8)
+    stored.read_rows(WEIGHTS, (), 0, size, values)
+    return torch.from_numpy(values.reshape(-1)).view(dtype)
+
+
+def field_of(scaling: ClexScaling) -> VectorField:
+    """Return the vector field that a run's settings describe."""
+    return VectorField(
+        dim=scaling.dim,
+        base=scaling.base,
+        width=int(scaling.option("param_factor")),
+        act=scaling.option("act"),
+        step=float(scaling.option("time_step")),
+    )
+
+
+def divisors(field: VectorField, log_stretch: np.ndarray) -> np.ndarray:
+    """Return what each pair's frequency is divided by, float64."""
+    return np.exp(np.clip(log_stretch, *limits(field)))
+
+
+def solve_weights(field: VectorField, weights: Tensor, scales: list[float]) -> OdeSolution:
+    """Solve the ODE with ``weights`` ``[size]`` of any float type, on any device.
+
+    Raises:
+        RuntimeError: they make no finite frequencies.
+    """
+    solved = solve(field, weights.detach().to("cpu", torch.float64, copy=True).numpy(), scales)
+    if not np.isfinite(solved.log_stretch).all():
+        raise RuntimeError(NOT_FINITE)
+    return solved
+
+
+def freeze(scaling: ClexScaling, weights: Tensor, scale: float) -> LongRopeScaling:
+    """Return what serves every sequence beyond the original window as CLEX does at ``scale``.
+
+    Args:
+        weights: ``[size]`` of any float type.
+
+    Raises:
+        UserError: weights of another shape than the settings say.
+        RuntimeError: as ``solve_weights``.
+    """
+    field = field_of(scaling)
+    if weights.shape != (field.size,):
+        raise UserError(
+            f"{WEIGHTS} has shape {tuple(weights.shape)}: clex with dim {field.dim} and "
+            f"param_factor {field.width} has ({field.size},)"
+        )
+    solved = solve_weights(field, weights, [scale])
+    return make_scaling(
+        "longrope",
+        dim=scaling.dim,
+        base=scaling.base,
+        factor=scaling.factor,
+        original_length=scaling.original_length,
+        short_factor=[1.0] * (scaling.dim // 2),
+        long_factor=divisors(field, solved.log_stretch)[0].tolist(),
+        attention_factor=1.0,
+    )
 
 
 class ScaleTable:
@@ -34,9 +124,9 @@ class ScaleTable:
         self.field = field_of(scaling)
         self.powers = powers
         self.inv_freq: Tensor | None = None
-        self._solved: _OnHost | on_gpu.Solved | None = None
+        self._solved: _OnHost | ode_triton.QueuedSolution | None = None
         self._others: dict[float, Tensor] = {}
-        low, self._high = ode.limits(self.field)
+        low, self._high = limits(self.field)
         self._low = torch.from_numpy(low)
 
     def forget(self) -> None:
@@ -98,12 +188,14 @@ class ScaleTable:
         return self._rounded(solved, weights.device)
 
     def _solve_on_gpu(self, weights: Tensor) -> Tensor:
+        from megatron_cream.extras.clex import ode_triton
+
         # Copies of the first step alone.
         self._low, self.powers = (x.to(weights.device) for x in (self._low, self.powers))
-        self._solved = on_gpu.solve(self.field, weights, self.scaling.scales)
-        return on_gpu.frequencies(self._solved.log_stretch, self.powers, self._low, self._high)
+        self._solved = ode_triton.solve(self.field, weights, self.scaling.scales)
+        return ode_triton.frequencies(self._solved.log_stretch, self.powers, self._low, self._high)
 
-    def _rounded(self, solved: ode.Solved, device: torch.device) -> Tensor:
+    def _rounded(self, solved: OdeSolution, device: torch.device) -> Tensor:
         # As an exported model's LongRoPE lists are rounded: bit for bit what will be served.
         powers = self.powers.cpu().numpy()
         frequencies = rounded_list(divisors(self.field, solved.log_stretch), powers)
@@ -112,10 +204,10 @@ class ScaleTable:
 
 @dataclass(frozen=True)
 class _OnHost:
-    """``ode.Solved`` in tensors, of the device that asks."""
+    """``OdeSolution`` in tensors, of the device that asks."""
 
     log_stretch: Tensor
-    solved: ode.Solved
+    solved: OdeSolution
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         weights = torch.from_numpy(self.solved.pull_back(gradient.cpu().numpy()))

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of CLEX's ODE: all Runge-Kutta steps in one launch, and their reverse in another.
+"""CLEX's ODE where the weights are: all Runge-Kutta steps in one launch of Triton, for training.
+
+The same equation, rule and grid in the same float64 as ``ode``, and its reverse in a second launch.
+Nothing here waits for the device: what depends on settings alone is copied there once, so a step's
+solution and its reverse are queued like any layer's.
 
 One program: a stage needs the one before, and it is two products of a vector with 64 KiB of float64
 (d = 128), less than telling another multiprocessor takes. Matrices and state stay in registers
@@ -19,20 +23,137 @@ which stay zeros, as act(0) = 0.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from megatron_cream.extras.clex.ode import Field
+from megatron_cream.extras.clex.ode import VectorField, grid, stage_times
 
-RULE = ((1 / 3, -1 / 3, 1, 1 / 8), (1, -1, 3 / 8, 3 / 8), (1, 3 / 8, 3 / 8, 3 / 8), (1 / 8,) * 4)
+
+@dataclass(frozen=True)
+class OdeConstants:
+    """What of the ODE is known before the weights are, on the device; n stages, p pairs.
+
+    Attributes:
+        rule: what each stage's slope is multiplied by, ``[n, 4]``, see the module.
+        known: q at each stage, and a row of zeros, ``[n + 1, p]``.
+        rows: stages that begin at the scales, ``[scales]``, n for the last state.
+        ntk: ``log_stretch`` of untrained weights, ``[scales, p]``.
+        sizes: the kernels' compile-time arguments.
+    """
+
+    rule: Tensor
+    known: Tensor
+    rows: Tensor
+    ntk: Tensor
+    sizes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class QueuedSolution:
+    """The solution at the scales that were asked for, as ``ode.OdeSolution``.
+
+    Attributes:
+        log_stretch: float64 ``[scales, d / 2]``.
+    """
+
+    log_stretch: Tensor
+    _field: VectorField
+    _constants: OdeConstants
+    _weights: Tensor
+    _states: Tensor
+    _hidden: Tensor
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the weights ``[size]`` for that of ``log_stretch``, float64."""
+        known, rule = self._constants.known[:-1], self._constants.rule
+        upstream = torch.zeros_like(self._states)
+        upstream[self._constants.rows] = -gradient
+        active, slopes = _ACTIVATIONS[self._field.act](self._hidden)
+        up, down = self._field.split(self._weights)
+        transposed = torch.cat((down.t().ravel(), up.t().ravel()))
+        rates, hidden = torch.empty_like(known), torch.empty_like(slopes)
+        _reverse[(1,)](
+            *(transposed, rule, upstream, slopes, rates, hidden, len(known)),
+            **self._constants.sizes,
+        )
+        outer = (self._states[:-1] + known).t() @ hidden, active.t() @ rates
+        return torch.cat([part.ravel() for part in outer])
+
+
+def _tanh(u: Tensor) -> tuple[Tensor, Tensor]:
+    value = torch.tanh(u)
+    return value, 1.0 - value * value
+
+
+def _silu(u: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(u)
+    value = u * gate
+    return value, gate + value * (1.0 - gate)
+
+
+_ACTIVATIONS = {"tanh": _tanh, "silu": _silu}  # values and derivatives
+
+
+def solve(field: VectorField, weights: Tensor, scales: list[float]) -> QueuedSolution:
+    """Solve the ODE with ``weights``, ``[size]`` of any float type, at increasing ``scales``.
+
+    Weights that make no finite frequencies are no error here: it would have to wait for them.
+    """
+    constants = _constants(field, tuple(map(float, scales)), weights.device)
+    known, (pairs, hidden) = constants.known, field.shapes[0]
+    stages = len(known) - 1
+    weights = weights.detach().to(torch.float64, copy=True)  # an optimizer writes into its own
+    states, inner = known.new_empty(stages + 1, pairs), known.new_empty(stages, hidden)
+    _forward[(1,)](*(weights, constants.rule, known, states, inner, stages), **constants.sizes)
+    stretch = constants.ntk - states[constants.rows]
+    return QueuedSolution(stretch, field, constants, weights, states, inner)
+
+
+def frequencies(stretch: Tensor, powers: Tensor, low: Tensor, high: float) -> Tensor:
+    """Return float32 frequencies ``[scales, d / 2]``, as ``rounded_list`` rounds a server's.
+
+    A pair whose ``stretch`` is no number turns as at t = 1: a step goes on with numbers to its end,
+    which refuses it (``gradients.finish``).
+
+    Args:
+        stretch: ``log_stretch``.
+        powers: float32 ``[d / 2]``, base ** (2 i / d).
+        low, high: ``ode.limits``.
+    """
+    divisors = torch.maximum(stretch.nan_to_num(nan=0.0), low).clamp(max=high).exp()
+    return 1.0 / (divisors.float() * powers)
+
+
+@lru_cache(maxsize=4)
+def _constants(field: VectorField, scales: tuple[float, ...], device: torch.device) -> OdeConstants:
+    points = np.array(grid(list(scales if scales[0] == 1.0 else (1.0, *scales)), field.step))
+    c, e = field.constants()
+    ln_alpha = np.log(2.0 * stage_times(points) - 1.0)
+    known = (2.0 * (c - ln_alpha[..., None] * e)).reshape(ln_alpha.size, len(c))
+    rule = np.diff(points)[:, None, None] * np.array(_RULE)
+    ntk = np.log(2.0 * np.array(scales) - 1.0)[:, None] * e
+    rows = 4 * np.searchsorted(points, scales)
+    arrays = (rule.reshape(len(known), 4), np.pad(known, ((0, 1), (0, 0))), rows, ntk)
+    # Whatever the mode of the step that asks first, later ones use them.
+    with torch.inference_mode(False):
+        tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    return OdeConstants(*tensors, sizes(field))
+
+
+_RULE = ((1 / 3, -1 / 3, 1, 1 / 8), (1, -1, 3 / 8, 3 / 8), (1, 3 / 8, 3 / 8, 3 / 8), (1 / 8,) * 4)
 """e of the four stages for steps of one."""
 
 _TILE = 8192  # numbers; two such tiles are half of a multiprocessor's registers
 
 
-def sizes(field: Field) -> dict[str, Any]:
+def sizes(field: VectorField) -> dict[str, Any]:
     """Return the compile-time arguments of both kernels, and their warps."""
     pairs, hidden = field.shapes[0]
     padded = triton.next_power_of_2(pairs)
@@ -50,7 +171,7 @@ def sizes(field: Field) -> dict[str, Any]:
 
 
 @triton.jit
-def forward(
+def _forward(
     matrices,  # W_up [p, h] and W_down [h, p]
     rule,  # e of each stage, [n, 4]
     known,  # q at each stage, and a row that is not used, [n + 1, p]
@@ -88,7 +209,7 @@ def forward(
 
 
 @triton.jit
-def reverse(
+def _reverse(
     matrices,  # W_down and W_up transposed, [p, h] and [h, p]
     rule,
     upstream,  # gradient of states, [n + 1, p]
@@ -103,7 +224,7 @@ def reverse(
     BLOCKS: tl.constexpr,
     TANH: tl.constexpr,
 ):
-    """Go back through the stages of ``forward``."""
+    """Go back through the stages of ``_forward``."""
     pair = tl.arange(0, PADDED)
     real = pair < PAIRS
     second = matrices + PAIRS * HIDDEN
