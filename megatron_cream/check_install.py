@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_cream import torchrun
 from megatron_cream.errors import UserError
+from megatron_cream.mcore import patches
 
 MODULES = (
     "megatron_cream.positions",
@@ -42,17 +43,24 @@ _LOSS = re.compile(r"lm loss: (\S+)")
 
 EXAMPLES = """
     megatron-cream check-install
+    megatron-cream check-install --patches     # what is replaced in Megatron, and why
 
 Half a minute, no GPU and no network.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: the command has no flags."""
+    """Add the flags of the command."""
+    parser.add_argument(
+        "--patches", action="store_true", help="list the patches of Megatron, and check them alone"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a line for each thing that works."""
+    if args.patches:
+        print("\n".join([*patches.listing(), patches.validate_all()]))
+        return
     with tempfile.TemporaryDirectory() as folder:
         print("\n".join(check_install(Path(folder))))
 
@@ -64,12 +72,13 @@ def check_install(folder: Path) -> list[str]:
         folder: for the dataset and the run, a few hundred kB.
 
     Raises:
-        ImportError: a module cannot be imported.
+        ImportError: a module cannot be imported, or a name that is patched has gone.
         UserError: the training run failed, with its error or the end of what it printed.
     """
     for name in MODULES:
         importlib.import_module(name)
     lines = [", ".join(_versions()), f"{len(MODULES)} parts of megatron_cream imported"]
+    lines.append(patches.validate_all())
     prefix = _write_dataset(folder)
     lines.append("text made into an indexed dataset")
     losses = _train(prefix, folder)

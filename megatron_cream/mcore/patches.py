@@ -153,6 +153,30 @@ def registered() -> list[Patch]:
     return list(_patches.values())
 
 
+def listing() -> list[str]:
+    """Return a line for each patch, a group in one: what is replaced, and why."""
+    groups: dict[str, list[Patch]] = {}
+    for each in registered():
+        groups.setdefault(each.group, []).append(each)
+    lines = []
+    for group, own in groups.items():
+        what = own[0].symbols[0] if len(own) == 1 else f"{group} ({len(own)} names)"
+        lines.append(f"{what}: {own[0].why}")
+    return lines
+
+
+def validate_all() -> str:
+    """Hold every patch against the installed release; return a line that says so.
+
+    Raises:
+        ImportError: the release does not have a name or parameter.
+    """
+    found = registered()
+    for each in found:
+        each.validate()
+    return f"{len(found)} patches fit the installed megatron-core"
+
+
 def applied() -> list[str]:
     """Return the names of what is replaced in this process now, each group once."""
     return list(dict.fromkeys(each.group for each in _patches.values() if each.in_place))

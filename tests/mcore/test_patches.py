@@ -20,9 +20,17 @@ PACKAGE = ROOT / "megatron_cream"
 def test_the_installed_release_has_every_symbol():
     found = patches.registered()
     assert {"training_log", "pretrain", "apply_rotary_pos_emb"} <= {each.group for each in found}
-    for each in found:
-        each.validate()
-        assert each.why.endswith("."), f"{each.group}: a reason is a sentence"
+    assert patches.validate_all() == f"{len(found)} patches fit the installed megatron-core"
+    assert all(each.why.endswith(".") for each in found), "a reason is a sentence"
+
+
+@pytest.mark.usefixtures("cpu_megatron")
+def test_the_page_has_every_patch_and_its_reason():
+    page = (ROOT / "docs" / "megatron.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w.]+:[\w.]+)` \| (.+) \|$", page, re.MULTILINE))
+    found = [each for each in patches.registered() if each.group != "torch.cuda by the CPU"]
+    assert rows == {each.symbols[0]: each.why for each in found}
+    assert f"replaces {len(patches.registered()) - len(found)} names of `torch.cuda`" in page
 
 
 @pytest.mark.usefixtures("cpu_megatron")
