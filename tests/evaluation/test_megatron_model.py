@@ -12,6 +12,7 @@ from support.evaluation import run, scored_lines
 from support.runs import write_dataset
 from transformers import AutoModelForCausalLM
 
+from megatron_cream.evaluation.forward import ForwardPass
 from megatron_cream.evaluation.records import read_result
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
@@ -113,7 +114,45 @@ def test_number_of_processes(checkpoint, tmp_path):
 
 @pytest.mark.usefixtures("cpu_megatron")
 def test_context_parallelism_needs_gpus(checkpoint):
-
     asked = arguments(tasks=["needle"], checkpoint=checkpoint, context_parallel_size=2, **CASES)
     with pytest.raises(ValueError, match="--context-parallel-size is 2 with --cpu: it must be 1"):
         run(asked)
+
+
+def make_pass(length=21, rows=(3, 7, 8, 20)):
+    tokens = torch.arange(2 * length).view(2, length) + 100
+    kept = torch.tensor(rows)
+    return ForwardPass(tokens, kept, kept[None] + torch.tensor([[1000], [2000]]))
+
+
+@pytest.mark.usefixtures("cpu_megatron")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_row_is_on_one_rank(ranks):
+    from megatron_cream.evaluation.megatron_model import ContextShard
+
+    one = make_pass()
+    shards = [ContextShard(one, rank, ranks) for rank in range(ranks)]
+    assert sorted(i for shard in shards for i in shard.which.tolist()) == [0, 1, 2, 3]
+    for shard in shards:
+        where = shard.positions[:, shard.kept]
+        assert torch.equal(where[0], one.rows[shard.which])
+        assert torch.equal(shard.targets, one.targets[:, shard.which])
+        assert torch.equal(shard.tokens[:, shard.kept], one.tokens[:, where[0]])
+
+
+@pytest.mark.usefixtures("cpu_megatron")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_chunks_are_megatrons(ranks, monkeypatch):
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from megatron_cream.evaluation.megatron_model import ContextShard
+
+    one, group = make_pass(length=24), object()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
+        batch = {"tokens": one.tokens, "position_ids": one.positions()}
+        own = get_batch_on_this_cp_rank(batch, False, cp_group=group)
+        shard = ContextShard(one, rank, ranks)
+        assert torch.equal(own["tokens"], shard.tokens)
+        assert torch.equal(own["position_ids"], shard.positions)
