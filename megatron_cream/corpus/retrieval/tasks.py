@@ -26,7 +26,7 @@ from megatron_cream.corpus.retrieval.words import KEYS, VALUES, Haystack, Rng, p
 CHARACTERS = 100
 """Characters of a needle task's text that one more of its size stands for."""
 
-MOST_QUESTIONS = 16
+MOST_QUESTIONS = 64
 """Questions of a task, at most, unless another number is asked for."""
 
 _MOST_NEEDLES = 24
