@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed samples against the documents they come from. Token k of document d is 1000 * d + k."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.data.packed import PackedSpanDataset, pack
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
@@ -35,7 +40,6 @@ def build(prefixes, split="100,0,0", weights=None, **changes):
     )
 
     from megatron_cream.data.dataset import SpanDatasetConfig
-    from megatron_cream.data.packed import PackedSpanDataset
 
     extension = ExtensionConfig(
         train_length=N,
@@ -167,3 +171,49 @@ def test_middle_stages_draw_the_same_positions_without_a_token(prefixes, count, 
 def test_nothing_long_enough(prefixes):
     with pytest.raises(ValueError, match=r"128 tokens of one \(what the strategy .* has 100"):
         build(prefixes[:1], split="10,90,0", position_options={"head_lengths": (60,)})
+
+
+def fill(lengths, capacity):
+    return np.sum(lengths) / (len(pack(lengths, capacity)) * capacity)
+
+
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 90))
+def test_every_document_once_and_no_bin_too_full(lengths, capacity):
+    bins = pack(lengths, capacity)
+    assert sorted(bins.members.tolist()) == list(range(len(lengths)))
+    for i in range(len(bins)):
+        assert 1 <= np.take(lengths, bins[i]).sum() <= capacity
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200))
+def test_no_two_bins_could_be_one(lengths):
+    bins = pack(lengths, 50)
+    sums = sorted(np.take(lengths, bins[i]).sum() for i in range(len(bins)))
+    assert len(sums) < 2 or sums[0] + sums[1] > 50
+
+
+def test_two_bins_no_longer_half_empty():
+    bins = pack([30, 30, 10, 20, 10, 20], 60)
+    assert len(bins) == 2
+
+
+def test_text_like_lengths_fill_their_bins():
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 1, 20000), 16, 4096).astype(int)
+    assert fill(lengths, 4096) > 0.99
+
+
+def test_a_million_documents():
+    lengths = np.random.default_rng(0).integers(1, 4097, size=1_000_000)
+    start = time.process_time()
+    assert fill(lengths, 4096) > 0.98
+    assert time.process_time() - start < 20
+
+
+def test_nothing_to_pack():
+    assert len(pack([], 10)) == 0
+
+
+@pytest.mark.parametrize("bad", [0, 11])
+def test_a_length_that_cannot_fit(bad):
+    with pytest.raises(ValueError, match=f"{bad}.*from 1 to 10"):
+        pack([bad], 10)
