@@ -77,7 +77,7 @@ def check_install(folder: Path) -> list[str]:
     """
     for name in MODULES:
         importlib.import_module(name)
-    lines = [", ".join(_versions()), f"{len(MODULES)} parts of megatron_cream imported"]
+    lines = [", ".join(_versions()), f"{len(MODULES)} modules of megatron_cream imported"]
     lines.append(patches.validate_all())
     prefix = _write_dataset(folder)
     lines.append("text made into an indexed dataset")

@@ -103,7 +103,6 @@ COMMANDS = {
         "megatron_cream.dry_run",
         "Check the flags of a run and print its stages and memory, without a GPU.",
         takes_megatron_flags=True,
-        hides_import_warnings=True,
     ),
     "export": Command(
         "megatron_cream.checkpoint.export_hf",
@@ -179,10 +178,10 @@ def main(
     """
     words = sys.argv[1:] if argv is None else list(argv)
     names = tuple(among)
-    if words[:1] == ["--version"]:
-        print(f"megatron_cream {megatron_cream.__version__}")
-        return 0
     with one_line_errors():
+        if words[:1] == ["--version"]:
+            print(f"megatron_cream {megatron_cream.__version__}")
+            return 0
         if not words or words[0] in ("-h", "--help"):
             print(_overview(names, program))
             return 0

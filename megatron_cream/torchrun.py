@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How torchrun is started on one node; examples/torchrun.sh is the same for bash.
+"""Builds the command that starts torchrun on one node, as examples/torchrun.sh does in bash.
 
 ``torchrun --standalone`` asks for the address of the host's own name. Image builds, laptops and
 chroots often cannot resolve it, and torchrun then waits for five minutes and fails. Here the

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Any launch script on a Slurm cluster, one task a node, each of them torchrun.
+# Any launch script on a Slurm cluster, one task per node, each of them torchrun.
 #
 #   DATA=/shared/books sbatch --nodes 8 examples/slurm/run.sh examples/llama-2-70b/128k.sh
 #   CONTAINER=pyxis IMAGE=registry#megatron_cream:gpu MOUNTS=/shared:/shared sbatch ...

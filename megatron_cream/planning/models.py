@@ -45,8 +45,9 @@ _COLUMNS = (
 
 
 def _llama(*values: Any, **more: Any) -> BaseModel:
-    given = {"architecture": "LlamaForCausalLM", "tied": False} | more
-    return BaseModel(**dict(zip(_COLUMNS, values, strict=True)), **given)
+    given = dict(zip(_COLUMNS, values, strict=True))
+    family: dict[str, Any] = {"architecture": "LlamaForCausalLM", "tied": False} | more
+    return BaseModel(**given, **family)
 
 
 def _mistral(*values: Any) -> BaseModel:
@@ -179,7 +180,7 @@ def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
     shape = shape_from_config(config)
     _validate_plannable(shape)
     scaling = scaling_from_hf(config)
-    released_with = {
+    released_with: dict[str, Any] = {
         "rope_type": scaling.name,
         "rope_factor": scaling.factor,
         "rope_original": scaling.original_length,

@@ -57,6 +57,10 @@ class Plan:
     memory: StageMemory
     step: Step
 
+    def seconds(self, tokens: int) -> float:
+        """Return the seconds of training on ``tokens`` tokens."""
+        return tokens / self.work.tokens * self.step.total
+
     def mfu(self, shape: BaseModel, cluster: Cluster) -> float:
         """Return the share of the cluster's peak that the whole step reaches."""
         flops = model_flops(shape, self.work.seq_length) * self.work.tokens

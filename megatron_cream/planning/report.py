@@ -43,10 +43,6 @@ class Comparison:
         """Seconds of the CREAM run's steps."""
         return self.iterations * self.short.step.total
 
-    def full_seconds(self, tokens: int) -> float:
-        """Return the seconds of full-length training on ``tokens`` tokens."""
-        return tokens / self.full.work.tokens * self.full.step.total
-
     @property
     def full_tokens(self) -> int:
         """Tokens of full-length training on as many samples as the CREAM run has."""
@@ -102,7 +98,7 @@ def _runs(found: Comparison) -> list[str]:
     if found.full is None:
         return [*lines, f"full length: {found.why_not}"]
     for what, tokens in (("samples", found.full_tokens), ("tokens", found.tokens)):
-        seconds = found.full_seconds(tokens)
+        seconds = found.full.seconds(tokens)
         lines.append(
             f"full length, as many {what}: {_tokens(tokens)}, {_duration(seconds)}, "
             f"{seconds / found.seconds:.1f} x"
@@ -128,7 +124,7 @@ def advice(found: Comparison) -> list[str]:
     mfu = found.short.mfu(found.shape, found.cluster)
     if mfu < LOW_MFU:
         lines.append(f"warning: MFU is {100 * mfu:.1f} %, below 30 %{_fewer_gpus(found)}")
-    if found.full is not None and found.full_seconds(found.tokens) <= found.seconds:
+    if found.full is not None and found.full.seconds(found.tokens) <= found.seconds:
         lines.append(
             f"note: full length at {found.target} tokens is as fast for the same number of tokens"
         )
@@ -176,9 +172,9 @@ def plain_values(found: Comparison, command: str) -> dict[str, Any]:
         | {
             "same_samples": {
                 "tokens": found.full_tokens,
-                "seconds": found.full_seconds(found.full_tokens),
+                "seconds": full.seconds(found.full_tokens),
             },
-            "same_tokens": {"tokens": found.tokens, "seconds": found.full_seconds(found.tokens)},
+            "same_tokens": {"tokens": found.tokens, "seconds": full.seconds(found.tokens)},
         },
         "command": command,
     }

@@ -95,11 +95,14 @@ def test_command_lists_every_command(installed):
     assert "megatron_cream 0." in installed("megatron-cream", "--version").stdout
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_is_there(installed, name):
-    done = installed("megatron-cream", name, "--help")
+def test_every_command_is_there(installed):
+    code = (
+        "import importlib.util; from megatron_cream import cli; "
+        "assert all(importlib.util.find_spec(command.module) if command.takes_megatron_flags "
+        "else cli.make_parser(name) for name, command in cli.COMMANDS.items())"
+    )
+    done = installed("python", "-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: megatron-cream")
 
 
 def test_command_runs(installed):
