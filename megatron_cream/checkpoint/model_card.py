@@ -48,42 +48,24 @@ class InferenceEngine:
         return self.reads[ROPE_TYPES.index(rope_type)]
 
 
+_YARN = "it computes yarn's attention factor itself"
+# fmt: off
 ENGINES = (
-    InferenceEngine("transformers 5", "run", (YES, YES, YES, YES, YES, YES)),
+    InferenceEngine("transformers 5", "run", (YES,) * 6),
     InferenceEngine("transformers 4.57", "run", (YES, YES, YES, YES, YES, REFUSED)),
-    InferenceEngine(
-        "vLLM",
-        "read in source",
-        (YES, YES, YES, YES, YES, REFUSED),
-        "with longrope every sequence gets the long list once --max-model-len is more than the "
-        "original window; it computes yarn's attention factor itself",
-    ),
-    InferenceEngine(
-        "SGLang",
-        "read in source",
-        (YES, YES, YES, YES, YES, YES),
-        "it computes yarn's attention factor itself",
-    ),
-    InferenceEngine(
-        "llama.cpp",
-        "run",
-        (YES, YES, YES, YES, IGNORED, IGNORED),
-        "its converter writes down longrope for a Llama without the lists",
-    ),
+    InferenceEngine("vLLM", "read in source", (YES, YES, YES, YES, YES, REFUSED),
+                    "with longrope every sequence gets the long list once --max-model-len is more "
+                    f"than the original window; {_YARN}"),
+    InferenceEngine("SGLang", "read in source", (YES,) * 6, _YARN),
+    InferenceEngine("llama.cpp", "run", (YES, YES, YES, YES, IGNORED, IGNORED),
+                    "its converter writes down longrope for a Llama without the lists"),
     InferenceEngine("CTranslate2", "run", (YES, YES, REFUSED, IGNORED, REFUSED, REFUSED)),
-    InferenceEngine(
-        "ONNX Runtime GenAI",
-        "run once",
-        (YES, IGNORED, IGNORED, UNKNOWN, UNKNOWN, UNKNOWN),
-        "newer versions divide by the factor of linear: compare before you serve",
-    ),
-    InferenceEngine(
-        "litgpt",
-        "run once",
-        (IGNORED,) * 6,
-        "takes RoPE from its own table of models by name, and not from config.json",
-    ),
+    InferenceEngine("ONNX Runtime GenAI", "run once", (YES, IGNORED, IGNORED, *[UNKNOWN] * 3),
+                    "newer versions divide by the factor of linear: compare before you serve"),
+    InferenceEngine("litgpt", "run once", (IGNORED,) * 6,
+                    "takes RoPE from its own table of models by name, and not from config.json"),
 )
+# fmt: on
 
 
 def engines_by_answer(rope_type: str) -> dict[str, list[str]]:
@@ -139,73 +121,73 @@ def model_card(
         scaling: what config.json says, where it is not what the settings say alone.
     """
     scaling = scaling or extension.scaling(shape.head_dim)
-    fields = hf_rope_fields(scaling, extension.target_length)
-    rope, rope_type = json.dumps(fields["rope_parameters"]), fields["rope_parameters"]["rope_type"]
+    fields = hf_rope_fields(scaling, extension.target_length)["rope_parameters"]
     window = extension.target_length
-    lines = [
-        "---",
-        *([f"base_model: {base.name}"] if base and "/" in base.name else []),
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        "",
-        f"# {base.name if base else shape.architecture}, {window} tokens",
-        "",
-        *_history(base, extension),
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| architecture | {shape.architecture} |",
-        f"| window | {window} tokens |",
-        *_training(extension),
-        f"| RoPE in config.json | `{rope}` |",
-        f"| weights | {dtype} |",
-        *_attention(shape),
-        f"| exported by | megatron_cream {_version()} |",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        "```",
-        "",
-        "Positions beyond the base model's window are right only where the inference engine reads "
-        f"the RoPE settings of config.json: {describe_engines(rope_type)}.",
-        "",
-        f"`vllm serve PATH --max-model-len {window}` or `python -m sglang.launch_server "
-        f"--model-path PATH --context-length {window}` serves it at its full window.",
-        "",
-    ]
-    return "\n".join(lines)
+    return _CARD.format(
+        base_line=f"base_model: {base.name}\n" if base and "/" in base.name else "",
+        name=base.name if base else shape.architecture,
+        history=_history(base, extension),
+        architecture=shape.architecture,
+        window=window,
+        extension=extension,
+        rope=json.dumps(fields),
+        dtype=dtype,
+        attention=f"| attention | to the last {shape.window} tokens |\n" if shape.window else "",
+        version=_version(),
+        engines=describe_engines(fields["rope_type"]),
+    )
 
 
-def _history(base: SourceModel | None, extension: ExtensionConfig) -> list[str]:
+_CARD = """\
+---
+{base_line}library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}, {window} tokens
+
+{history}
+
+| | |
+| --- | --- |
+| architecture | {architecture} |
+| window | {window} tokens |
+| tokens per training sample | {extension.train_length} |
+| positions of training samples | {extension.position_strategy} |
+| RoPE interpolation | {extension.rope_interpolation}, factor {extension.rope_factor:g} over \
+{extension.original_length} tokens |
+| RoPE in config.json | `{rope}` |
+| weights | {dtype} |
+{attention}| exported by | megatron_cream {version} |
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Positions beyond the base model's window are right only where the inference engine reads the RoPE \
+settings of config.json: {engines}.
+
+`vllm serve PATH --max-model-len {window}` or `python -m sglang.launch_server --model-path PATH \
+--context-length {window}` serves it at its full window.
+"""
+
+
+def _history(base: SourceModel | None, extension: ExtensionConfig) -> str:
     window = extension.target_length
     if base is None:
-        return [f"Trained from scratch with Megatron-Core, with a window of {window} tokens."]
+        return f"Trained from scratch with Megatron-Core, with a window of {window} tokens."
     if base.window == window and extension.position_strategy == "full":
-        return [f"`{base.name}`, with its window of {window} tokens."]
+        return f"`{base.name}`, with its window of {window} tokens."
     how = _HOW.get(extension.position_strategy, extension.position_strategy)
-    return [
+    return (
         f"`{base.name}`, extended from {base.window} to {window} tokens with {how}, trained on "
         f"{extension.train_length} tokens at a time."
-    ]
-
-
-def _training(extension: ExtensionConfig) -> list[str]:
-    return [
-        f"| tokens of a training sample | {extension.train_length} |",
-        f"| positions of training samples | {extension.position_strategy} |",
-        f"| RoPE interpolation | {extension.rope_interpolation}, factor {extension.rope_factor:g} "
-        f"over {extension.original_length} tokens |",
-    ]
-
-
-def _attention(shape: ModelShape) -> list[str]:
-    return [] if shape.window is None else [f"| attention | to the last {shape.window} tokens |"]
+    )
 
 
 def _version() -> str:
