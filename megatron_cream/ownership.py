@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Working folders: one is this tool's own, to be emptied or removed, only if a mark in it says so.
+"""Makes working folders, and outputs that are whole or not there.
 
-A name such as ``X.parts`` or ``X.partial`` proves nothing: a user may keep data under it.
+A folder is this tool's own, to be emptied or removed, only if a mark in it says so: a name such as
+``X.parts`` or ``X.partial`` proves nothing, since a user may keep data under it.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def staged(output: Path, needed_bytes: int, reads: Iterable[Path] = ()) -> Itera
 
     Args:
         output: as ``validate_output`` returned it.
-        needed_bytes: what will be written, to be refused before work starts if it does not fit.
+        needed_bytes: that will be written; an error before work starts if they do not fit.
         reads: folders that the work reads from.
 
     Raises:

@@ -2,15 +2,15 @@
 """Checkpoints: converted from and to Hugging Face, examined, and loaded.
 
 import_hf         Hugging Face to Megatron
-export_hf         Megatron to Hugging Face; ``extraction`` takes the tensors apart
+export_hf         Megatron to Hugging Face; ``extraction`` takes its tensors out of Megatron's
 weight_map        which Hugging Face tensors a Megatron tensor is made of, per family
-model_shape       what a model is, as Megatron's flags and saved arguments
-hf_config         what a model is, as config.json
+model_shape       what a model is, as Megatron's flags and arguments; ``hf_config`` as config.json
 hf_files          the files of a Hugging Face folder beside its weights
 hf_weights        its safetensors files
 model_card        README.md of an export, and which inference engines read it
-torch_dist_table  ``.metadata`` of a checkpoint; ``unpickling`` reads it without running it
-torch_dist_io     tensors of a checkpoint, read and written
+torch_dist_io     tensors of a Megatron checkpoint; ``torch_dist_table`` says where they are
+unpickling        reads its pickles without running them
+file_reader       reads sections of files, one ahead
 iterations        the iterations of a run, and the arguments saved with one
 starting          what a run loads and where it saves, validated before it starts
 doctor            damage; ``checksums`` of the files of a save

@@ -151,7 +151,7 @@ class IterationReport:
     problems: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """Return what to tell."""
+        """Return the lines to print."""
         head = f"{self.folder}: {self.records} records, {self.nbytes / 1e9:.2f} GB"
         rest = self.files - self.summed
         compared = f"{self.summed} of {self.files} files compared with the checksum of their save"
@@ -177,10 +177,9 @@ def examine_iteration(path: str) -> IterationReport:
     table = None
     try:
         table = read_table(folder)
-    except (UserError, OSError):
-        names = {file.name for file in folder.glob("*.distcp")}  # said already
-    else:
         names = set(table.ends())
+    except (UserError, OSError):  # is among the problems already
+        names = {file.name for file in folder.glob("*.distcp")}
     names |= {name for name in (".metadata", "metadata.json") if (folder / name).is_file()}
     hashed, differing = _compare_megatrons_checksums(folder, sums)
     wrong += differing
@@ -188,10 +187,9 @@ def examine_iteration(path: str) -> IterationReport:
         wrong += _wrong_records(table, sums.keys() | hashed)
     nbytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     summed = len(names & (sums.keys() | hashed))
-    told = tuple(dict.fromkeys([*found, *wrong]))
-    return IterationReport(
-        folder, nbytes, len(table.records) if table else 0, summed, len(names), told
-    )
+    problems = tuple(dict.fromkeys([*found, *wrong]))
+    records = len(table.records) if table else 0
+    return IterationReport(folder, nbytes, records, summed, len(names), problems)
 
 
 def _find_iteration(path: str) -> Path:
@@ -267,10 +265,9 @@ def _wrong_record(
     path = table.folder / record.file
     section = files.open_section(path, record.start, record.length)
     if key in chunks and not record.transformed:
+        dtype = table.tensors[key[0]].properties.dtype
         try:
-            find_data(
-                section, chunks[key], table.tensors[key[0]].properties.dtype, f"{path}: {key[0]}"
-            )
+            find_data(section, chunks[key], dtype, f"{path}: {key[0]}")
         except UserError as error:
             yield str(error)
             return

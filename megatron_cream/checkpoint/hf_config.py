@@ -128,7 +128,7 @@ def _head_dim(config: dict[str, Any], hidden: int, heads: int) -> int:
 
 
 def _experts(config: dict[str, Any], family: Family) -> tuple[int | None, int | None]:
-    """Return the experts of a layer, and how many of them a token goes through."""
+    """Return the experts per layer, and how many of them a token goes through."""
     if not family.experts:
         return None, None
     experts = _integer(config, "num_local_experts")
@@ -164,8 +164,8 @@ def config_fields(shape: ModelShape) -> dict[str, Any]:
 
 
 # Settings of config.json under which the model would not be the one that Megatron builds:
-# (key, values that are served).
-_SERVED = (
+# (key, values that are supported).
+_SUPPORTED = (
     ("hidden_act", ("silu",)),
     ("quantization_config", (None,)),
     ("use_sliding_window", (None, False)),
@@ -173,11 +173,11 @@ _SERVED = (
 
 
 def _validate_features(config: dict[str, Any], family: Family) -> None:
-    for key, served in _SERVED:
-        value = config.get(key, served[0])
-        if value not in served:
+    for key, supported in _SUPPORTED:
+        value = config.get(key, supported[0])
+        if value not in supported:
             raise UserError(
-                f"{key} in config.json is {reprlib.repr(value)}: it must be {served[0]!r}"
+                f"{key} in config.json is {reprlib.repr(value)}: it must be {supported[0]!r}"
             )
     biases = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if biases != (False, False) and not (family.biases and biases == (True, True)):

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads, validates and writes the safetensors files of a Hugging Face folder."""
+"""Reads, validates and writes the safetensors files of a Hugging Face folder.
+
+The safetensors library checks every file by its header. Bytes are read into the caller's memory
+and written as they come: a page of a file that the library maps counts as memory used, one that
+shrinks meanwhile ends the process, and the library's writer holds a whole file in memory.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,21 +130,16 @@ def _open_file(path: Path) -> dict[str, TensorLocation]:
         raise UserError(
             f"{path} is cut off, damaged or no safetensors file: {reason(error)}"
         ) from None
-    header, start = _read_header(path)
-    return {
-        name: TensorLocation(
-            path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a whole file, and where its data starts."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: TensorLocation(
+            path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+    }
 
 
 _COMPARED_BYTES = 64 << 20  # at a time
@@ -210,14 +209,15 @@ def _validate_type(weights: HfWeights, names: list[str], dtype: torch.dtype | No
 
 def _validate_tied(weights: HfWeights) -> None:
     """Some checkpoints store the output layer although it is the embedding: it must be equal."""
-    one, two = (weights.tensors[n] for n in ("model.embed_tokens.weight", "lm_head.weight"))
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    one, two = (weights.tensors[name] for name in names)
     same = (one.shape, one.dtype) == (two.shape, two.dtype)
     step = max(1, _COMPARED_BYTES // one.row_bytes)
     for start in range(0, one.shape[0] if same else 0, step):
         stop = min(start + step, one.shape[0])
-        rows = [np.empty((stop - start) * one.row_bytes, np.uint8) for _ in range(2)]
-        weights.read_rows("model.embed_tokens.weight", start, stop, rows[0])
-        weights.read_rows("lm_head.weight", start, stop, rows[1])
+        rows = np.empty((2, (stop - start) * one.row_bytes), np.uint8)
+        for name, out in zip(names, rows, strict=True):
+            weights.read_rows(name, start, stop, out)
         same = same and np.array_equal(rows[0], rows[1])
     if not same:
         raise UserError(
@@ -244,7 +244,7 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def cut_into_shards(tensors: list[TensorPlan], most_bytes: int) -> list[list[TensorPlan]]:

@@ -168,7 +168,7 @@ def starts_without_trained_rope(args: Namespace) -> bool:
 def complete_arguments(args: Namespace) -> None:
     """Finish what --use-checkpoint-args began: settings of the model that Megatron leaves behind.
 
-    Without them a model would be built with another norm epsilon, say, and nobody told.
+    Without them the model would be built with another norm epsilon, for instance, in silence.
     """
     saved = _read_start_arguments(args)
     for name in marked("restored") if saved else ():

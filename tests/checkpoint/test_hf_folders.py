@@ -199,7 +199,7 @@ def test_the_card_says_the_window_that_is_served(tmp_path):
     extension = ExtensionConfig(64, 256, 96, position_strategy="pose")
     lines = model_card(SourceModel("org/base", 96), shape, extension, "float32").splitlines()
     assert {"# org/base, 256 tokens", "| window | 256 tokens |"} <= {*lines}
-    assert "| tokens of a training sample | 64 |" in lines
+    assert "| tokens per training sample | 64 |" in lines
     text = " ".join(lines)
     assert "extended from 96 to 256 tokens" in text
     assert "--max-model-len 256`" in text and "--context-length 256`" in text
