@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_cream.corpus.assemble import build_dataset
-from megatron_cream.corpus.executors import run_on_ray, run_units, use_one_thread
+from megatron_cream.corpus.executors import import_ray, run_on_ray, run_units, use_one_thread
 from megatron_cream.corpus.gigatoken import EXCERPT_CHARACTERS, choose_engine
 from megatron_cream.corpus.input_files import STDIN
 from megatron_cream.corpus.inspection import COUNTED_KEYS, FINGERPRINT, draw_histogram
@@ -164,6 +164,8 @@ def preprocess(
             process at the same output, or a worker that died (`ChildProcessError`).
     """
     started = time.perf_counter()
+    if config.ray is not None:
+        import_ray()  # said before anything is read
     job, tokenizer, inputs = plan_job(config)
     with WorkFolder(job.prefix, PREPROCESSING) as folder, use_one_thread(), _full_disk(folder):
         finished = _finished_before(folder, job)

@@ -14,13 +14,36 @@ import numpy as np
 from megatron_cream.errors import UserError
 
 
-def validate_model_file(path: Path, needed: str) -> None:
-    """Raise FileNotFoundError, naming what is ``needed``, where there is no file."""
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer.
+
+    Attributes:
+        name: the tokenizer type, as `load_tokenizer` takes it.
+        vocab_size: one more than the largest id.
+        eod: id that ends a document, None where the vocabulary has none.
+        bos: id that begins a document, None where the vocabulary has none.
+    """
+
+    name: str
+    vocab_size: int
+    eod: int | None
+    bos: int | None
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text: int32 arrays of shape (tokens,), no bos or eod added."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of one sequence of ids, special tokens included."""
+        ...
+
+
+def _validate_model_file(path: Path, needed: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"--tokenizer-model {path}: not found, needs {needed}")
 
 
-def read_tokenizer_json(path: Path) -> Any:
+def _read_tokenizer_json(path: Path) -> Any:
     """Return the library's tokenizer without the truncation and padding that the file may ask for.
 
     Raises:
@@ -41,8 +64,8 @@ def read_tokenizer_json(path: Path) -> Any:
     return model
 
 
-def special_token(path: Path, key: str) -> str | None:
-    """The token under `key`, spelled as a string or as {"content": string}; None without one."""
+def _read_special_token(path: Path, key: str) -> str | None:
+    """Return the token under `key`, spelled as a string or as {"content": string}, or None."""
     if not path.is_file():
         return None
     try:
@@ -100,8 +123,8 @@ class HuggingFaceTokenizer:
     def __init__(self, model: str | Path) -> None:
         path = Path(model)
         path = path / "tokenizer.json" if path.is_dir() else path
-        validate_model_file(path, "a tokenizer.json or a folder that holds one")
-        self._tokenizer = read_tokenizer_json(path)
+        _validate_model_file(path, "a tokenizer.json or a folder that holds one")
+        self._tokenizer = _read_tokenizer_json(path)
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.eod = self._special_id(path.parent, "eos_token")
         self.bos = self._special_id(path.parent, "bos_token")
@@ -142,7 +165,7 @@ class HuggingFaceTokenizer:
 
     def _special_id(self, folder: Path, key: str) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = special_token(folder / name, key)
+            token = _read_special_token(folder / name, key)
             if token is not None:
                 found = self._tokenizer.token_to_id(token)
                 if found is None:
@@ -165,7 +188,7 @@ class SentencePieceTokenizer:
     name = "SentencePieceTokenizer"
 
     def __init__(self, model: str | Path) -> None:
-        validate_model_file(Path(model), "a SentencePiece .model file")
+        _validate_model_file(Path(model), "a SentencePiece .model file")
         from sentencepiece import SentencePieceProcessor
 
         self._processor = SentencePieceProcessor()
@@ -192,8 +215,9 @@ class SentencePieceTokenizer:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text: int32 arrays of shape (tokens,), no bos or eod added."""
         # One thread, since by default each worker would start one for every core.
-        options = {"add_bos": False, "add_eos": False, "num_threads": 1}
-        rows = self._processor.encode(texts, out_type=int, **options)
+        rows = self._processor.encode(
+            texts, out_type=int, add_bos=False, add_eos=False, num_threads=1
+        )
         return [np.array(row, dtype=np.int32) for row in rows]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -204,41 +228,6 @@ class SentencePieceTokenizer:
 def _present(token_id: int) -> int | None:
     """SentencePiece says -1 for a special token that the model does not have."""
     return token_id if token_id >= 0 else None
-
-
-__all__ = [
-    "TOKENIZERS",
-    "ByteLevelTokenizer",
-    "HuggingFaceTokenizer",
-    "SentencePieceTokenizer",
-    "Tokenizer",
-    "load_tokenizer",
-    "train_bpe",
-]
-
-
-class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer.
-
-    Attributes:
-        name: the tokenizer type, as `load_tokenizer` takes it.
-        vocab_size: one more than the largest id.
-        eod: id that ends a document, None where the vocabulary has none.
-        bos: id that begins a document, None where the vocabulary has none.
-    """
-
-    name: str
-    vocab_size: int
-    eod: int | None
-    bos: int | None
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text: int32 arrays of shape (tokens,), no bos or eod added."""
-        ...
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of one sequence of ids, special tokens included."""
-        ...
 
 
 TOKENIZERS: dict[str, Any] = {

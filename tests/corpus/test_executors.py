@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cream.corpus import encode
 from megatron_cream.corpus import executors as module
 from megatron_cream.corpus.job import plan_job
 from megatron_cream.corpus.tokenizers import train_bpe
+from megatron_cream.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 PARTS = {"part_bytes": 400}  # of the test's input of about 1200 bytes
@@ -35,9 +38,7 @@ def import_module(name):
     return module
 
 def run(encoder, unit):
-    if os.getpid() == parent:
-        time.sleep(0.5)  # so that the worker gets some units
-    else:
+    if os.getpid() != parent:
         links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
         held = [os.readlink(link) for link in links if os.path.exists(link)]
         locks = sum(path.endswith(".parts/.megatron_cream.json") for path in held)
@@ -130,17 +131,43 @@ def test_workers_do_not_import_megatron():
     process.join()
 
 
-def _die_in_worker(*arguments):
-    os._exit(1)
-
-
-def test_dead_worker_is_an_error_and_not_a_hang(job, monkeypatch):
-    config = replace(job, workers=2, **PARTS)
-    planned, tokenizer, _ = plan_job(config)
+@pytest.fixture
+def forked(job, monkeypatch):
+    """Runs a job of several units in two forked workers, which see what a test has patched."""
+    monkeypatch.setattr(module, "choose_start_method", lambda: "fork")
+    planned, tokenizer, _ = plan_job(replace(job, workers=2, **PARTS))
     planned.folder.mkdir()
-    monkeypatch.setattr(module, "_work", _die_in_worker)
+
+    def call(times=1):
+        units = planned.own_units() * times
+        module.run_units(planned, units, 2, lambda count: None, tokenizer)
+
+    return call
+
+
+@pytest.mark.timeout(60)
+def test_killed_worker_is_an_error_and_not_a_hang(forked, monkeypatch):
+    killed = lambda encoder, unit: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    monkeypatch.setattr(encode.UnitEncoder, "run", killed)
     with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
-        module.run_units(planned, planned.own_units(), 2, lambda count: None, tokenizer)
+        forked()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("error", [UserError, ZeroDivisionError])
+def test_what_a_unit_raises_ends_the_others_at_once(forked, monkeypatch, tmp_path, error):
+    def run(encoder, unit):
+        (tmp_path / f"{os.getpid()}.pid").touch()
+        if unit:
+            time.sleep(600)
+        raise error("of the unit")
+
+    monkeypatch.setattr(encode.UnitEncoder, "run", run)
+    with pytest.raises(error, match="of the unit"):
+        forked()
+    for path in tmp_path.glob("*.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.stem), 0)
 
 
 @pytest.mark.timeout(60)
@@ -153,27 +180,26 @@ def test_fresh_worker_that_dies_while_it_starts_is_not_waited_for(job, tmp_path,
     monkeypatch.setattr(module, "choose_start_method", lambda: "spawn")
     planned, tokenizer, _ = plan_job(job)
     planned.folder.mkdir()
-    units = planned.own_units() * (100_000 if long == "job" else 2)
-    if long != "job":
+    units = planned.own_units() * 2
+    if long == "job":
+        planned = replace(planned, units=planned.units * 100_000)
+    else:
         monkeypatch.setattr(sys, "argv", ["tool", *map(str, range(50_000))])
     with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
         module.run_units(planned, units, 2, lambda count: None, tokenizer)
     assert len(sys.argv) > 1 or long == "job"
 
 
-def _die_with_the_lock(next_unit, *arguments):
-    next_unit.get_lock().acquire()
-    time.sleep(1)  # until the other process waits for it
-    os._exit(1)
-
-
 @pytest.mark.timeout(60)
-def test_worker_that_dies_with_a_lock_is_not_waited_for(job, monkeypatch):
-    planned, tokenizer, _ = plan_job(replace(job, workers=2, **PARTS))
-    planned.folder.mkdir()
-    monkeypatch.setattr(module, "_work", _die_with_the_lock)
+def test_worker_that_dies_with_a_lock_is_not_waited_for(forked, monkeypatch):
+    def count(read, size):
+        read.get_lock().acquire()
+        time.sleep(1)  # until another process waits for it
+        os._exit(1)
+
+    monkeypatch.setattr(module, "_count", count)
     with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
-        module.run_units(planned, planned.own_units() * 500, 2, lambda count: None, tokenizer)
+        forked(times=500)
 
 
 def test_bytes_read_add_up_to_the_input(job):
@@ -185,3 +211,35 @@ def test_bytes_read_add_up_to_the_input(job):
         counts = []
         module.run_units(planned, planned.own_units(), 2, counts.append, tokenizer)
         assert sum(counts) >= inputs.total_bytes
+
+
+KILLED = """
+import os, sys, time
+from megatron_cream.corpus import encode, executors, job, settings
+def run(encoder, unit):
+    open(os.path.join(sys.argv[1], f"{os.getpid()}.pid"), "w").close()
+    time.sleep(600)
+encode.UnitEncoder.run, executors.choose_start_method = run, lambda: "fork"
+config = settings.PreprocessConfig((sys.argv[2],), "ByteLevelTokenizer", sys.argv[1] + "/o")
+planned, tokenizer, _ = job.plan_job(config)
+executors.run_units(planned, [0, 0], 2, lambda count: None, tokenizer)
+"""
+
+
+def _is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.timeout(60)
+def test_workers_end_with_a_parent_that_is_killed(job, tmp_path):
+    """Otherwise they would go on writing parts of a job that somebody starts again."""
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), job.input[0]]) as process:
+        while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    while any(map(_is_running, pids)):
+        time.sleep(0.05)

@@ -232,6 +232,7 @@ def _start(config: RetrievalConfig, source: GigatokenSource | None) -> None:
 
 
 def _in_worker(block: tuple[int, int, np.dtype]) -> np.ndarray:
+    assert _workers_maker is not None
     return _make_block(_workers_maker, *block)
 
 
