@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,9 @@ HELP = {
     "frequent-words": "three most frequent invented words",
     "all": "every task; perplexity with --data",
 }
+_RANKS = "ranks that torchrun started for it"
 _LONGEST = 2**27  # tokens of a case or document
-_INT32 = 2**31 - 1
-_RANGES = {
-    **{"lengths": (1, _LONGEST), "stride": (1, _LONGEST), "document_tokens": (1, _LONGEST)},
-    **{"seeds": (1, 100_000), "cases": (1, 1000), "documents": (1, 1_000_000), "shots": (0, 1000)},
-    **{"first_seed": (0, _INT32), "batch_tokens": (1, _INT32), "most_tokens": (1, 2**40)},
-    **{"tensor_model_parallel_size": (1, 2**20), "pipeline_model_parallel_size": (1, 2**20)},
-    "context_parallel_size": (1, 2**20),
-}
-_NAMES = ("checkpoint", "hf", "data", "output", "cases_file", "tokenizer_model", "name")
+_MOST = 2**31 - 1
 
 
 def parse_length(word: str) -> int:
@@ -64,9 +57,16 @@ def parse_length(word: str) -> int:
     return int(found[1]) * (1024 if found[2] else 1)
 
 
-def _flag(default: Any, help_: str, **reading: Any) -> Any:
-    """Return a field of ``EvaluationSettings`` that is a flag; ``reading`` is argparse's."""
-    return field(default=default, metadata={"help": help_, **reading})
+def _flag(default: Any, help_: str, limits: tuple[int, int] | None = None, **reading: Any) -> Any:
+    """Return a field of ``EvaluationSettings`` that is a flag.
+
+    Args:
+        limits: least and most of a whole number.
+        reading: how argparse reads it.
+    """
+    if limits:
+        reading.setdefault("type", int)
+    return field(default=default, metadata={"help": help_, **reading, "limits": limits})
 
 
 @dataclass
@@ -86,20 +86,21 @@ class EvaluationSettings:
     lengths: Sequence[int] = _flag(
         None,
         "in tokens, 4K is 4096; needed, except with --cases-file, whose cases have their own",
+        (1, _LONGEST),
         **{"type": parse_length, "nargs": "+"},
     )
     output: str | None = _flag(
         None, "folder for results (default: the table is printed, nothing is written)"
     )
-    batch_tokens: int = _flag(8192, "most tokens in a pass of several samples", type=int)
+    batch_tokens: int = _flag(8192, "most tokens in a pass of several samples", (1, _MOST))
     dtype: str | None = _flag(
         None,
         "of the weights, with --hf (default: as saved)",
         choices=("float32", "bfloat16", "float16"),
     )
-    tensor_model_parallel_size: int = _flag(1, "ranks that torchrun started for it", type=int)
-    pipeline_model_parallel_size: int = _flag(1, "ranks that torchrun started for it", type=int)
-    context_parallel_size: int = _flag(1, "ranks that torchrun started for it, on GPUs", type=int)
+    tensor_model_parallel_size: int = _flag(1, _RANKS, (1, 2**20))
+    pipeline_model_parallel_size: int = _flag(1, _RANKS, (1, 2**20))
+    context_parallel_size: int = _flag(1, f"{_RANKS}, on GPUs", (1, 2**20))
     rope_interpolation: str | None = _flag(
         None,
         "evaluate with another one than the model's own: "
@@ -113,20 +114,21 @@ class EvaluationSettings:
     rope_options: list[str] | None = None
     rope_factors_file: str | None = None
     cpu: bool = _flag(False, "a checkpoint on a machine with no GPU", action="store_true")
-    cases: int = _flag(5, "cases per seed: depths, places, or questions", type=int)
-    seeds: int = _flag(3, "haystacks, or cases of --cases-file", type=int)
-    first_seed: int = _flag(0, "seeds count up from it", type=int)
+    cases: int = _flag(5, "cases per seed: depths, places, or questions", (1, 1000))
+    seeds: int = _flag(3, "haystacks, or cases of --cases-file", (1, 100_000))
+    first_seed: int = _flag(0, "seeds count up from it", (0, _MOST))
     most_tokens: int | None = _flag(
         None,
         "of a task's haystacks at one length; fewer seeds if need be, at least one (default: no "
         "limit)",
+        (1, 2**40),
         type=parse_length,
     )
     cases_file: str | None = _flag(
         None, "published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)"
     )
     prompt: str = _flag("base", "base, or chat for the tokenizer's chat template")
-    shots: int = _flag(0, "worked examples in front", type=int)
+    shots: int = _flag(0, "worked examples in front", (0, 1000))
     bos: bool | None = _flag(
         None,
         "begin cases with the token that begins a text, or do not (default: as the tokenizer)",
@@ -139,15 +141,15 @@ class EvaluationSettings:
     data: str | None = _flag(
         None, "for perplexity: indexed dataset without .bin and .idx, or text files"
     )
-    documents: int = _flag(16, "documents to score", type=int)
+    documents: int = _flag(16, "documents to score", (1, 1_000_000))
     document_tokens: int | None = _flag(
         None,
         "tokens of each; shorter documents are passed over (default: twice the longest of "
         "--lengths, and one)",
-        type=int,
+        (1, _LONGEST),
     )
     stride: int | None = _flag(
-        None, "tokens between windows (default: half of each length)", type=int
+        None, "tokens between windows (default: half of each length)", (1, _LONGEST)
     )
 
     def __post_init__(self) -> None:
@@ -159,21 +161,16 @@ class EvaluationSettings:
         Raises:
             UserError, FileNotFoundError: naming the flag.
         """
-        for name in _NAMES:
-            if getattr(self, name) == "":
-                raise UserError(f"{_flag_of(name)} is empty: leave it out, or give it a value")
+        for one in fields(self):
+            if getattr(self, one.name) == "":
+                raise UserError(f"{_flag_of(one.name)} is empty: leave it out, or give it a value")
         if (self.checkpoint is None) == (self.hf is None):
             raise UserError("--checkpoint or --hf: exactly one of them must be given")
         if not self.lengths and self.cases_file is None:
             raise UserError(
                 "--lengths is missing: name context lengths in tokens, 4K 8K for instance"
             )
-        for name, value in self._numbers():
-            least, most = _RANGES[name]
-            if not least <= value <= most:
-                raise UserError(
-                    f"{_flag_of(name)} has {value}: it must be at least {least}, at most {most}"
-                )
+        self._validate_numbers()
         if self.cases_file is not None:
             self._validate_cases_file(self.cases_file)
         if "perplexity" in self.tasks:
@@ -181,11 +178,17 @@ class EvaluationSettings:
         self._validate_model()
         self._validate_output()
 
-    def _numbers(self) -> Iterator[tuple[str, int]]:
-        for name in _RANGES:
-            value = getattr(self, name)
-            for number in value if name == "lengths" else [] if value is None else [value]:
-                yield name, number
+    def _validate_numbers(self) -> None:
+        for one in fields(self):
+            if (limits := one.metadata.get("limits")) is None:
+                continue
+            value = getattr(self, one.name)
+            for number in value if one.name == "lengths" else [] if value is None else [value]:
+                if not limits[0] <= number <= limits[1]:
+                    raise UserError(
+                        f"{_flag_of(one.name)} has {number}: it must be at least {limits[0]}, at "
+                        f"most {limits[1]}"
+                    )
 
     def _validate_cases_file(self, path: str) -> None:
         from megatron_cream.evaluation.tasks.lines import read_cases, validate_has_published
@@ -254,7 +257,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = commands.add_parser(task, help=help_)
         for one in fields(EvaluationSettings):
             if one.metadata:
-                command.add_argument(_flag_of(one.name), default=one.default, **one.metadata)
+                words = {key: value for key, value in one.metadata.items() if key != "limits"}
+                command.add_argument(_flag_of(one.name), default=one.default, **words)
         add_options(command.add_argument)
     command = commands.add_parser("compare", help="several runs of one task in one picture")
     command.add_argument("runs", nargs="+", metavar="RUN", help="--output of a finished run")

@@ -78,11 +78,8 @@ def draw_suite(results: Sequence[Result], path: str | Path) -> None:
     lengths = lengths_of(shares)
     names = [result["task"] for result in shares]
     figure = _figure(f"{shares[0]['name']}: exact answers in %", 2.4 + 0.7 * len(lengths), 3.4)
-    axes = figure.subplots()
     cells = {(r["task"], row["length"]): row["hit"] for r in shares for row in r["lengths"]}
-    heat_map(axes, _grid(cells, names, lengths), list(map(short, lengths)), names)
-    axes.set_xlabel(_LENGTH, fontsize=NORMAL, color=MUTED)
-    mark_window(axes, lengths, shares[0]["window"])
+    _draw_map(figure.subplots(), cells, dict(zip(names, names, strict=True)), shares)
     figure.savefig(path)
 
 
@@ -195,19 +192,24 @@ def _cell_words(results: Sequence[Result]) -> str:
     return f"exact answers in %, {several} case{'s' if counts != [1] else ''} a cell"
 
 
-def _grid(cells: dict[tuple[Any, int], float], rows: Sequence, lengths: Sequence[int]) -> Any:
-    return np.array([[cells.get((row, length), np.nan) for length in lengths] for row in rows])
-
-
 def _place_map(axes: Axes, result: Result, ylabel: str) -> None:
-    lengths = lengths_of([result])
-    places = _place_rows(result)
     cells = {(row["where"], row["length"]): row["hit"] for row in result["places"]}
-    names = [f"{100 * place:.0f} %" for place in places]
-    heat_map(axes, _grid(cells, places, lengths), list(map(short, lengths)), names)
-    axes.set_xlabel(_LENGTH, fontsize=NORMAL, color=MUTED)
+    _draw_map(axes, cells, {at: f"{100 * at:.0f} %" for at in _place_rows(result)}, [result])
     axes.set_ylabel(ylabel, fontsize=NORMAL, color=MUTED)
-    mark_window(axes, lengths, result["window"])
+
+
+def _draw_map(
+    axes: Axes,
+    cells: dict[tuple[Any, int], float],
+    rows: dict[Any, str],
+    results: Sequence[Result],
+) -> None:
+    """Draw shares by row and length; ``rows`` has the name of each."""
+    lengths = lengths_of(results)
+    shares = [[cells.get((row, length), np.nan) for length in lengths] for row in rows]
+    heat_map(axes, np.array(shares), list(map(short, lengths)), list(rows.values()))
+    axes.set_xlabel(_LENGTH, fontsize=NORMAL, color=MUTED)
+    mark_window(axes, lengths, results[0]["window"])
 
 
 def _place_rows(result: Result) -> list[float]:

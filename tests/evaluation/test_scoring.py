@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_cream.evaluation.forward import ForwardPass, score_rows
+from megatron_cream.evaluation.generation import generate_tokens
 from megatron_cream.evaluation.haystacks import CaseTail, Haystack, HaystackBuilder
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
 from megatron_cream.evaluation.models import load_tokenizer
@@ -41,16 +42,8 @@ def greedy(model, haystack, index):
     """What transformers generates for a case, as many tokens as the gold answer has."""
     tail = haystack.tails[index]
     whole = np.concatenate([haystack.context, tail.tokens])
-    prompt = torch.from_numpy(whole[: len(whole) - len(tail.answer)])[None]
-    made = model.module.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=len(tail.answer),
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return made[0, prompt.shape[1] :].numpy()
+    size = len(tail.answer)
+    return generate_tokens(model.module, whole[: len(whole) - size], size)
 
 
 def with_greedy_answers(model, haystack, chosen):
