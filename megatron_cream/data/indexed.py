@@ -253,7 +253,7 @@ def check_tokens(index: DatasetIndex, limit: int | None, *, sample: bool = False
     return largest
 
 
-def read_documents(prefix: str, count: int, tokens: int) -> list[np.ndarray]:
+def read_first_tokens(prefix: str, count: int, tokens: int) -> list[np.ndarray]:
     """Return the first ``tokens`` tokens of ``count`` documents that have as many.
 
     The documents are spread evenly over those that are long enough, in order.

@@ -17,7 +17,7 @@ from megatron_cream.config import ExtensionConfig, rope_settings, saved_extensio
 from megatron_cream.corpus.input_files import find_inputs
 from megatron_cream.corpus.readers import read_documents as read_texts
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
-from megatron_cream.data.indexed import read_documents
+from megatron_cream.data.indexed import read_first_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel
@@ -272,7 +272,7 @@ def open_documents(settings: EvaluationSettings, model: ScoringModel) -> list[np
     """
     data, tokens = str(settings.data), settings.tokens_per_document
     if Path(f"{data}.idx").exists() or not Path(data).exists():
-        documents = read_documents(data, settings.documents, tokens)
+        documents = read_first_tokens(data, settings.documents, tokens)
     else:
         documents = _encode_texts(settings, data, model, tokens)
     if (lowest := min(int(document.min()) for document in documents)) < 0:

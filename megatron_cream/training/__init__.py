@@ -3,7 +3,7 @@
 
 startup      starts a run: machine, flags, checks, hooks and patches
 arguments    our flags, and the settings they make
-validate     whether flags, files and checkpoints are right; with flags, blend and resume
+validate     every check of a run, in order; with blend and resume
 datasets     builds the datasets of a pipeline stage
 step         forward step and loss
 start_block  what is printed at start; with tokens_read

@@ -55,13 +55,13 @@ def validate_blend(args: Namespace) -> None:
         flags = " and ".join(map(flag_of, given))
         raise UserError(f"{flags} are given: datasets must be named in one of these ways")
     for name in given:
-        for words in _lists(name, getattr(args, name)):
+        for words in _read_lists(name, getattr(args, name)):
             _validate_words(flag_of(name), words)
     if args.split is not None:
         _validate_split(args.split)
 
 
-def _lists(name: str, value: Any) -> list[list[str]]:
+def _read_lists(name: str, value: Any) -> list[list[str]]:
     """Return the words of each list that a flag gives, or the file that it names."""
     if name == "data_args_path":
         return [Path(value).read_text(encoding="utf-8", errors="replace").split()]

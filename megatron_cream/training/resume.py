@@ -29,14 +29,14 @@ _KEPT = {
 
 def resumed_extension(args: Namespace) -> ExtensionConfig | None:
     """Return the settings of the run that is resumed, None where none is."""
-    start = _start_of_resumed(args)
+    start = _resumed_start(args)
     if start is None:
         return None
     check_whole(start.folder, f"{start.flag} is {start.root}", objects=False)
     return saved_extension(_saved(start))
 
 
-def _start_of_resumed(args: Namespace) -> RunStart | None:
+def _resumed_start(args: Namespace) -> RunStart | None:
     start = find_start(args)
     return start if start and start.flag == "--load" and not args.finetune else None
 
@@ -61,7 +61,7 @@ def validate_checkpoint(args: Namespace, extension: ExtensionConfig) -> None:
     if start is None:
         return
     saved = _saved(start)
-    if _start_of_resumed(args):
+    if _resumed_start(args):
         _validate_same_settings(args.load, saved, extension)
         _validate_optimizer_layout(args, saved)
     else:
@@ -203,7 +203,7 @@ def validate_same_schedule(args: Namespace) -> None:
         UserError: naming the flags, both values and the two flags that settle it.
     """
     settled = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    start = _start_of_resumed(args)
+    start = _resumed_start(args)
     if start is None or settled or args.skip_train or args.no_load_optim:
         return
     saved = _saved(start)

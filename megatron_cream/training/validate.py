@@ -29,20 +29,6 @@ from megatron_cream.mcore.validation import (
 from megatron_cream.training import blend, resume
 from megatron_cream.training.arguments import extension_from_args
 
-_TOKENIZER_FILES = {
-    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-    "BertWordPieceLowerCase": ("vocab_file",),
-    "BertWordPieceCase": ("vocab_file",),
-    "SentencePieceTokenizer": ("tokenizer_model",),
-    "GPTSentencePieceTokenizer": ("tokenizer_model",),
-    "Llama2Tokenizer": ("tokenizer_model",),
-    "TikTokenizer": ("tokenizer_model",),
-}
-_OF_HUB = ("HuggingFaceTokenizer", "SFTTokenizer")
-_HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_TIMEOUT = 10.0  # seconds; Megatron's own look, with its repetitions, takes a minute
-_ADVICE = "or take --tokenizer-type NullTokenizer with --vocab-size, datasets hold tokens already"
-
 
 def validate_flags(
     args: Namespace, defaults: dict[str, Any] | None = None
@@ -80,6 +66,24 @@ def validate_our_flags(args: Namespace) -> ExtensionConfig:
     for extra in extras():
         extra.validate_flags(args, extension)
     return extension
+
+
+def validate_files(args: Namespace, validated: Namespace, extension: ExtensionConfig) -> None:
+    """Validate what flags name: packages, tokenizer, datasets and checkpoints.
+
+    Args:
+        args: as parsed.
+        validated: the same, validated by Megatron.
+
+    Raises:
+        UserError, OSError: naming the flag or file, and what it needs.
+    """
+    validate_packages(args)
+    validate_model_config(validated)
+    validate_tokenizer(args)
+    blend.validate_datasets(args, extension)
+    resume.validate_checkpoint(args, extension)
+    resume.validate_same_schedule(validated)
 
 
 def validate_divisibility(args: Namespace) -> None:
@@ -189,24 +193,6 @@ def _validate_packing(args: Namespace) -> None:
         )
 
 
-def validate_files(args: Namespace, validated: Namespace, extension: ExtensionConfig) -> None:
-    """Validate what flags name: packages, tokenizer, datasets and checkpoints.
-
-    Args:
-        args: as parsed.
-        validated: the same, validated by Megatron.
-
-    Raises:
-        UserError, OSError: naming the flag or file, and what it needs.
-    """
-    validate_packages(args)
-    validate_model_config(validated)
-    validate_tokenizer(args)
-    blend.validate_datasets(args, extension)
-    resume.validate_checkpoint(args, extension)
-    resume.validate_same_schedule(validated)
-
-
 def validate_packages(args: Namespace) -> None:
     """Refuse what needs a package that is not installed here.
 
@@ -227,6 +213,21 @@ def validate_packages(args: Namespace) -> None:
         extra.validate_machine(args)
 
 
+_TOKENIZER_FILES = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "BertWordPieceLowerCase": ("vocab_file",),
+    "BertWordPieceCase": ("vocab_file",),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "GPTSentencePieceTokenizer": ("tokenizer_model",),
+    "Llama2Tokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model",),
+}
+_OF_HUB = ("HuggingFaceTokenizer", "SFTTokenizer")
+_HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_TIMEOUT = 10.0  # seconds; Megatron's own look, with its repetitions, takes a minute
+_ADVICE = "or take --tokenizer-type NullTokenizer with --vocab-size, datasets hold tokens already"
+
+
 def validate_tokenizer(args: Namespace) -> None:
     """Refuse a tokenizer whose files are neither here nor on a hub within reach.
 
@@ -241,10 +242,10 @@ def validate_tokenizer(args: Namespace) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{flag} is {path}: it must be an existing file; {_ADVICE}")
     if args.tokenizer_type in _OF_HUB:
-        _validate_name(args.tokenizer_type, args.tokenizer_model)
+        _validate_tokenizer_name(args.tokenizer_type, args.tokenizer_model)
 
 
-def _validate_name(kind: str, name: str | None) -> None:
+def _validate_tokenizer_name(kind: str, name: str | None) -> None:
     if name is None:
         raise UserError(f"--tokenizer-model is missing: --tokenizer-type {kind} reads it")
     folder = Path(name)

@@ -9,7 +9,7 @@ from megatron_cream.corpus.inspection import check, describe, document_text
 from megatron_cream.corpus.merge import merge_datasets
 from megatron_cream.data.indexed import (
     check_tokens,
-    read_documents,
+    read_first_tokens,
     read_index,
     read_metadata,
     validate_metadata,
@@ -44,10 +44,10 @@ def test_reads_what_megatron_wrote(prefix):
 
 
 def test_documents(prefix):
-    (found,) = read_documents(str(prefix), count=1, tokens=100)
+    (found,) = read_first_tokens(str(prefix), count=1, tokens=100)
     np.testing.assert_array_equal(found, np.arange(100))
     with pytest.raises(ValueError, match="--documents asks for 2"):
-        read_documents(str(prefix), count=2, tokens=100)
+        read_first_tokens(str(prefix), count=2, tokens=100)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
