@@ -9,7 +9,7 @@ All take unrotated queries and keys, rotate inside, have exact gradients and nee
 the number of tokens. torch only.
 """
 
-from megatron_cream.attention.functions import (
+from megatron_cream.attention.beyond_window import (
     dual_chunk_attention,
     self_extend_attention,
     string_attention,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cream.attention import kernels
-from megatron_cream.attention.bands import Bands, Shape, Tile
+from megatron_cream.attention import sdpa
+from megatron_cream.attention.bands import Bands, Tile, TileShape
+from megatron_cream.attention.sdpa import TileAttention
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class _Banded(torch.autograd.Function):
         lse = torch.empty(q.shape[:3], dtype=_wide(q), device=q.device)
         states = []
         for group in bands.of_documents(lengths):
-            parts = [_run(turned, v, tile, scale) for tile in group]
-            _merge(out, lse, group, parts)
-            states.append([part.state for part in parts])
+            outputs = [_run(turned, v, tile, scale) for tile in group]
+            _merge(out, lse, group, outputs)
+            states.append([output.state for output in outputs])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.settings = bands, rotation, scale, lengths, states
         return out
@@ -140,30 +141,31 @@ class _Turned:
         return self._rotation.turn(gradient, positions, back=True)
 
 
-def _run(turned: _Turned, v: Tensor, tile: Tile, scale: float) -> kernels.Part:
+def _run(turned: _Turned, v: Tensor, tile: Tile, scale: float) -> TileAttention:
     tensors = turned.query(tile), turned.key(tile), v[:, :, slice(*tile.columns)]
-    mirrored = tile.shape is Shape.ANTICAUSAL
-    part = kernels.forward(
-        *(_mirror(x, mirrored) for x in tensors), tile.shape is not Shape.FULL, scale
+    mirrored = tile.shape is TileShape.ANTICAUSAL
+    found = sdpa.forward(
+        *(_mirror(x, mirrored) for x in tensors), tile.shape is not TileShape.FULL, scale
     )
-    return kernels.Part(_mirror(part.out, mirrored), _mirror(part.lse, mirrored), part.state)
+    out, lse = (_mirror(x, mirrored) for x in (found.out, found.lse))
+    return TileAttention(out, lse, found.state)
 
 
-def _merge(out: Tensor, lse: Tensor, group: Sequence[Tile], parts: list[kernels.Part]) -> None:
+def _merge(out: Tensor, lse: Tensor, group: Sequence[Tile], outputs: list[TileAttention]) -> None:
     """Write the one softmax over all tiles of a group into ``out`` and ``lse``."""
     first, end = min(t.rows[0] for t in group), max(t.rows[1] for t in group)
     if len(group) == 1:
-        out[:, :, first:end], lse[:, :, first:end] = parts[0].out, parts[0].lse
+        out[:, :, first:end], lse[:, :, first:end] = outputs[0].out, outputs[0].lse
         return
     total = torch.full_like(lse[:, :, first:end], -torch.inf)
-    for tile, part in zip(group, parts, strict=True):
+    for tile, output in zip(group, outputs, strict=True):
         rows = slice(tile.rows[0] - first, tile.rows[1] - first)
-        total[:, :, rows] = torch.logaddexp(total[:, :, rows], part.lse)
+        total[:, :, rows] = torch.logaddexp(total[:, :, rows], output.lse)
     merged = torch.zeros_like(out[:, :, first:end], dtype=_wide(out))
-    for tile, part in zip(group, parts, strict=True):
+    for tile, output in zip(group, outputs, strict=True):
         rows = slice(tile.rows[0] - first, tile.rows[1] - first)
-        share = (part.lse - total[:, :, rows]).exp().unsqueeze(-1)
-        merged[:, :, rows].addcmul_(part.out.to(merged.dtype), share)
+        share = (output.lse - total[:, :, rows]).exp().unsqueeze(-1)
+        merged[:, :, rows].addcmul_(output.out.to(merged.dtype), share)
     out[:, :, first:end], lse[:, :, first:end] = merged.to(out.dtype), total
 
 
@@ -178,12 +180,12 @@ def _pull_back(
 ) -> None:
     """Add one tile's share of the gradients of q, k and v."""
     rows, columns = slice(*tile.rows), slice(*tile.columns)
-    mirrored = tile.shape is Shape.ANTICAUSAL
+    mirrored = tile.shape is TileShape.ANTICAUSAL
     grad, out, lse = (_mirror(x[:, :, rows], mirrored) for x in merged)
     tensors = turned.query(tile), turned.key(tile), v[:, :, columns]
     q, k, values = (_mirror(x, mirrored) for x in tensors)
-    found = kernels.backward(
-        grad, q, k, values, out, lse, tile.shape is not Shape.FULL, scale, state
+    found = sdpa.backward(
+        grad, q, k, values, out, lse, tile.shape is not TileShape.FULL, scale, state
     )
     dq, dk, dv = (_mirror(x, mirrored) for x in found)
     grads[0][:, :, rows] += turned.turn_back(dq, turned.query_positions(tile))

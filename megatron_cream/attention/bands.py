@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_cream.errors import UserError
 
 
-class Shape(Enum):
+class TileShape(Enum):
     """Which pairs of a tile attend; row r and column c count from its corner."""
 
     FULL = "all"
@@ -38,7 +38,7 @@ class Tile:
     band: int
     rows: tuple[int, int]
     columns: tuple[int, int]
-    shape: Shape
+    shape: TileShape
 
     def moved(self, offset: int) -> Tile:
         """Return the tile of a document that begins at token ``offset``."""
@@ -113,11 +113,11 @@ def dual_chunk(chunk_size: int, local_size: int) -> Bands:
 def _chunk_tiles(length: int, stride: int) -> Iterator[tuple[Tile, ...]]:
     for first in range(0, length, stride):
         rows = (first, min(first + stride, length))
-        tiles = [Tile(0, rows, rows, Shape.CAUSAL)]
+        tiles = [Tile(0, rows, rows, TileShape.CAUSAL)]
         if first:
-            tiles.append(Tile(1, rows, (first - stride, first), Shape.FULL))
+            tiles.append(Tile(1, rows, (first - stride, first), TileShape.FULL))
         if first > stride:
-            tiles.append(Tile(2, rows, (0, first - stride), Shape.FULL))
+            tiles.append(Tile(2, rows, (0, first - stride), TileShape.FULL))
         yield tuple(tiles)
 
 
@@ -171,11 +171,11 @@ def _near_and_far(length: int, near: int) -> Iterator[Tile]:
     """Tiles of distances below ``near`` (band 0) and of the others (band 1)."""
     for first in range(0, length, near):
         end = min(first + near, length)
-        yield Tile(0, (first, end), (first, end), Shape.CAUSAL)
+        yield Tile(0, (first, end), (first, end), TileShape.CAUSAL)
         if first:
             yield from _nearest_before(first, end, near)
     if length > near:
-        yield Tile(1, (near, length), (0, length - near), Shape.CAUSAL)
+        yield Tile(1, (near, length), (0, length - near), TileShape.CAUSAL)
 
 
 def _nearest_before(first: int, end: int, near: int) -> Iterator[Tile]:
@@ -187,6 +187,6 @@ def _nearest_before(first: int, end: int, near: int) -> Iterator[Tile]:
     rows = min(end - first, near - 1)
     corner = first - near + 1
     if rows:
-        yield Tile(0, (first, first + rows), (corner, corner + rows), Shape.ANTICAUSAL)
+        yield Tile(0, (first, first + rows), (corner, corner + rows), TileShape.ANTICAUSAL)
     if corner + rows < first:
-        yield Tile(0, (first, first + rows), (corner + rows, first), Shape.FULL)
+        yield Tile(0, (first, first + rows), (corner + rows, first), TileShape.FULL)

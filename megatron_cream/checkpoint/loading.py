@@ -44,6 +44,10 @@ def load_model(
             with interpolation that it was not trained with.
         layout: ranks to spread it over, by the first three of its sizes.
 
+    Returns:
+        The module, called with ``input_ids`` and ``position_ids`` ``[b, s]``; its settings, with
+        lengths in tokens; and Megatron's arguments.
+
     Raises:
         FileNotFoundError: there is no torch_dist checkpoint.
         UserError: it carries no settings of ours and ``extension`` is not given; it is damaged, or

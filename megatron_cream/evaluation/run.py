@@ -35,6 +35,9 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
     It gets result.json, table.md, picture.png and every finished case at once, so that a run that
     was killed goes on where it was.
 
+    Args:
+        settings: tasks, the model, lengths in tokens, and where results go.
+
     Returns:
         one result per task, in order, as in result.json: ``lengths`` has a row per context length
         in tokens. Of perplexity that is ``perplexity``, and ``nll`` in nats per token with

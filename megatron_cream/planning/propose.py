@@ -70,7 +70,16 @@ class Plan:
 def propose(
     shape: BaseModel, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
 ) -> Plan:
-    """Return the layout with the shortest step among those that fit the memory.
+    """Return the layout of parallelism with the shortest step among those that fit the memory.
+
+    Args:
+        shape: the model, its sizes.
+        cluster: GPUs in all and per node, memory in GiB, the share of their peak that is reached.
+        work: lengths in tokens and batch sizes of a step.
+        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``.
+
+    Returns:
+        The layout, its memory per GPU in bytes and its time per step in seconds, both estimated.
 
     Raises:
         UserError: none divides evenly, or none fits; names what would.

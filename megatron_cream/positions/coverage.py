@@ -72,6 +72,15 @@ def coverage(strategy: Strategy, samples: int, seed: int = 1234) -> Coverage:
     Cost is O(T) memory and, for strategies of a few chunks, O(samples + T) time; RandPos takes
     O(samples * T log T).
 
+    Args:
+        strategy: what draws the layouts.
+        samples: how many.
+        seed: of the positions (--position-seed).
+
+    Returns:
+        Counts per distance, int64 and float64 ``[T]``, and what follows from them: ``covered``,
+        ``holes`` in tokens, ``token_thirds``.
+
     Raises:
         UserError: ``samples`` is below 1.
     """

@@ -93,8 +93,12 @@ class LongRopeScaling(RopeScaling, name="longrope"):
     """
 
     OPTIONS = {
-        "short_factor": Option("divisors up to the original window", (), per_pair=True),
-        "long_factor": Option("divisors of longer sequences", (), per_pair=True),
+        "short_factor": Option(
+            "divisors up to the original window", per_pair=True, default_help="--rope-factors-file"
+        ),
+        "long_factor": Option(
+            "divisors of longer sequences", per_pair=True, default_help="--rope-factors-file"
+        ),
         "attention_factor": ATTENTION_FACTOR,
     }
     hf_types = ("longrope", "su")  # su: what the first Phi-3 configs called it

@@ -29,6 +29,13 @@ def scaling_from_hf(config: dict[str, Any]) -> RopeScaling:
     Angles and attention factor are those written; the name may not be: an NTK model reads back as
     ``none`` with the larger base, ``yarn-pose`` as ``longrope``.
 
+    Args:
+        config: all of config.json.
+
+    Returns:
+        The scaling, its lengths in tokens; ``inv_freq`` is float64 ``[dim // 2]``, in radians per
+        token, and equals transformers' to the bit in float32 (``RopeScaling.rounded``).
+
     Raises:
         UserError: a ``rope_type`` that is not known, or lacks what it needs, or a value that is
             missing, of another type, or out of range.
@@ -185,6 +192,9 @@ def hf_rope_fields(
         plain RoPE, so that it replaces one of the base model), ``partial_rotary_factor`` if some
         dimensions are not rotated, and for ``longrope`` ``original_max_position_embeddings``.
         ``with_rope`` puts them into a config.json.
+
+    Raises:
+        UserError: frequencies that are trained, which weights say and settings do not.
     """
     parameters = scaling.to_hf()
     if head_dim is not None and scaling.dim != head_dim:

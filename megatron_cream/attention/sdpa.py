@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain attention kernels that also return the logarithm of the softmax's sum.
+"""torch's scaled dot product attention of one tile, with the logarithm of the softmax's sum.
 
-What parts of one softmax need: the parts' outputs are merged by it, and a kernel's backward pass
-that is handed the *merged* output and sum computes exactly its part's share of the gradients.
+One softmax runs over several tiles: their outputs are merged by that sum, and a kernel's backward
+pass that is handed the *merged* output and sum computes exactly its tile's share of the gradients.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-class Part(NamedTuple):
-    """One kernel call's answer: output ``[b, h, n, d]``, log-sum-exp ``[b, h, n]``, its state."""
+class TileAttention(NamedTuple):
+    """Of one tile: output ``[b, h, n, d]``, log-sum-exp ``[b, h, n]`` and the kernel's state."""
 
     out: Tensor
     lse: Tensor
     state: tuple[Any, ...]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Part:
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> TileAttention:
     """Return softmax(scale q k^T) v and the log-sum-exp of its logits, float32 or float64.
 
     Args:
@@ -36,16 +36,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Part
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, scale=scale
         )
-        return Part(out, lse, ())
-    if _cudnn_serves(q):
+        return TileAttention(out, lse, ())
+    if _takes_cudnn(q):
         out, lse, *state = _aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
-        return Part(out, lse.reshape(q.shape[:3]), ("cudnn", *state[:6]))
+        return TileAttention(out, lse.reshape(q.shape[:3]), ("cudnn", *state[:6]))
     out, lse, *state = _aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, causal, False, scale=scale
     )
-    return Part(out, lse[..., : q.shape[2]], ("flash", *state[:6]))
+    return TileAttention(out, lse[..., : q.shape[2]], ("flash", *state[:6]))
 
 
 def backward(
@@ -59,11 +59,11 @@ def backward(
     scale: float,
     state: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v of one part.
+    """Return the gradients of q, k and v of one tile.
 
     Args:
-        grad, out, lse: of the *merged* attention at this part's queries.
-        state: the part's own, of ``forward``.
+        grad, out, lse: of the *merged* attention at this tile's queries.
+        state: the tile's own, of ``forward``.
     """
     heads = k.shape[1]
     k, v = (_all_heads(x, q.shape[1]) for x in (k, v))
@@ -87,7 +87,7 @@ def backward(
     return dq, _own_heads(dk, heads), _own_heads(dv, heads)
 
 
-def _cudnn_serves(q: Tensor) -> bool:
+def _takes_cudnn(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and torch.backends.cuda.cudnn_sdp_enabled()
 
 

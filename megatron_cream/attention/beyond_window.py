@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attentions as functions of unrotated queries and keys."""
+"""Dual chunk attention, STRING and SelfExtend, as functions of unrotated queries and keys."""
 
 from __future__ import annotations
 
@@ -46,11 +46,14 @@ def dual_chunk_attention(
         lengths: tokens of packed documents in each row of the batch; one of s tokens if None.
         interleaved: pairs of dimensions are (0, 1), (2, 3) ...
 
+    Returns:
+        ``[b, s, h, d]``, in the type of ``q``; memory is linear in s.
+
     Raises:
         UserError: sizes or shapes do not fit.
     """
-    parts = bands.dual_chunk(chunk_size, local_size)
-    return _attend(q, k, v, scaling, parts, softmax_scale, lengths, interleaved)
+    tiles = bands.dual_chunk(chunk_size, local_size)
+    return _attend(q, k, v, scaling, tiles, softmax_scale, lengths, interleaved)
 
 
 def string_attention(
@@ -67,17 +70,22 @@ def string_attention(
 ) -> Tensor:
     """Return STRING's attention ``[b, s, h, d]``: distances d from S on become d - S + W.
 
-    See arXiv:2410.18745 and ``dual_chunk_attention`` for what the arguments share.
+    See arXiv:2410.18745.
 
     Args:
+        q: unrotated, ``[b, s, h, d]``; the other arguments that are not listed here are those of
+            ``dual_chunk_attention``.
         shift: S in tokens; the paper takes a third of the trained window.
         local_size: W in tokens; the paper takes 128.
+
+    Returns:
+        ``[b, s, h, d]``, in the type of ``q``.
 
     Raises:
         UserError: sizes or shapes do not fit.
     """
-    parts = bands.string(shift, local_size)
-    return _attend(q, k, v, scaling, parts, softmax_scale, lengths, interleaved)
+    tiles = bands.string(shift, local_size)
+    return _attend(q, k, v, scaling, tiles, softmax_scale, lengths, interleaved)
 
 
 def self_extend_attention(
@@ -94,17 +102,22 @@ def self_extend_attention(
 ) -> Tensor:
     """Return SelfExtend's attention ``[b, s, h, d]``: beyond w, distances of groups of positions.
 
-    See arXiv:2401.01325 and ``dual_chunk_attention`` for what the arguments share.
+    See arXiv:2401.01325.
 
     Args:
+        q: unrotated, ``[b, s, h, d]``; the other arguments that are not listed here are those of
+            ``dual_chunk_attention``.
         group_size: G in tokens.
         window: w in tokens, up to which distances stay as they are.
+
+    Returns:
+        ``[b, s, h, d]``, in the type of ``q``.
 
     Raises:
         UserError: sizes or shapes do not fit.
     """
-    parts = bands.self_extend(group_size, window)
-    return _attend(q, k, v, scaling, parts, softmax_scale, lengths, interleaved)
+    tiles = bands.self_extend(group_size, window)
+    return _attend(q, k, v, scaling, tiles, softmax_scale, lengths, interleaved)
 
 
 def _attend(
@@ -112,7 +125,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     scaling: RopeScaling,
-    parts: bands.Bands,
+    tiles: bands.Bands,
     softmax_scale: float | None,
     lengths: Sequence[int] | None,
     interleaved: bool,
@@ -125,7 +138,7 @@ def _attend(
     inv_freq = torch.as_tensor(scaling.at_length(tokens).inv_freq, dtype=wide, device=q.device)
     rotation = Rotation(inv_freq, scaling.at_length(tokens).attention_factor, interleaved)
     by_head = (x.transpose(1, 2) for x in (q, k, v))
-    return banded_attention(*by_head, parts, rotation, scale, lengths).transpose(1, 2)
+    return banded_attention(*by_head, tiles, rotation, scale, lengths).transpose(1, 2)
 
 
 def _validate(
