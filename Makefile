@@ -19,7 +19,7 @@ TEST_PROCESSES ?= 2
 # Versions that make setup installs: requirements.lock, requirements.lowest.txt, or /dev/null for the
 # newest allowed ones.
 CONSTRAINT ?= requirements.lock
-PYTEST_RUN = pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+PYTEST_RUN = pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 

@@ -1,22 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import shlex
+import sys
 import warnings
+
+# Two workers with a thread per core each would wait for each other's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-from support import ranks
+from support import fork_python, ranks
 from support.runs import FLAGS, write_dataset
 
 # What megatron says on import about GPU packages that a CPU machine lacks.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 
 
+# Folders whose files run the real trainer or commands.
+_LONG = ("examples", "training", "checkpoint", "planning")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in _LONG)
+
+
 @pytest.fixture(scope="session")
 def cpu_megatron():
     """Megatron importable in this process with the CPU standing in for the GPU."""
-    from megatron_cream.mcore import cpu
-
-    cpu.install()
-    import megatron.training  # noqa: F401
+    import support.preload  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +58,16 @@ def reference(tmp_path_factory, flags, initial):
     """Ten iterations on one rank."""
     folder = tmp_path_factory.mktemp("reference")
     return ranks.train(folder, [*flags, "--pretrained-checkpoint", initial])
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory):
+    """Path of a stand-in for python that starts with megatron in memory."""
+    folder = tmp_path_factory.mktemp("python")
+    address = f"quick-python-{os.getpid()}"
+    program = folder / "python"
+    words = [sys.executable, "-SE", fork_python.__file__, address]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    program.chmod(0o755)
+    with ranks.process(fork_python.serve, address):
+        yield str(program)

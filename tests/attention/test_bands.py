@@ -47,28 +47,23 @@ def dense(q, k, v, scaling, distance, lengths, interleaved=False):
     groups = h // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     first, second = pairs(torch.arange(scaling.dim), interleaved)
-    inv_freq = torch.from_numpy(scaling.inv_freq)
     logits = torch.full((b, h, s, s), -math.inf, dtype=torch.float64)
     offset = 0
     for length in lengths:
-        for i in range(length):
-            js = torch.arange(i + 1)
-            gaps = torch.tensor([distance(i, int(j)) for j in js], dtype=torch.float64)
-            angle = gaps[:, None] * inv_freq
-            cos, sin = angle.cos(), angle.sin()
-            query, keys = q[:, offset + i], k[:, offset : offset + i + 1]
-            q1, q2 = (query[..., x][:, None] for x in (first, second))
-            k1, k2 = (keys[..., x] for x in (first, second))
-            turned = ((q1 * k1 + q2 * k2) * cos[:, None] - (q2 * k1 - q1 * k2) * -sin[:, None]).sum(
-                -1
-            )
-            # Re(q conj(k) e^(i angle)), the rotation by the difference of two positions.
-            turned = ((q1 * k1 + q2 * k2) * cos[:, None] + (q1 * k2 - q2 * k1) * sin[:, None]).sum(
-                -1
-            )
-            rest = (query[:, None, :, scaling.dim :] * keys[..., scaling.dim :]).sum(-1)
-            value = turned * scaling.attention_factor**2 + rest
-            logits[:, :, offset + i, offset : offset + i + 1] = value.transpose(1, 2)
+        part = slice(offset, offset + length)
+        # Every pair (i, j) at once: [b, i, j, h, d].
+        queries, keys = q[:, part, None], k[:, None, part]
+        gaps = [[distance(i, j) if j <= i else 0 for j in range(length)] for i in range(length)]
+        angle = torch.tensor(gaps, dtype=torch.float64)[:, :, None, None] * torch.from_numpy(
+            scaling.inv_freq
+        )
+        q1, q2, k1, k2 = (x[..., half] for x in (queries, keys) for half in (first, second))
+        # Re(q conj(k) e^(i angle)), the rotation by the difference of two positions.
+        turned = (q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()
+        rest = (queries[..., scaling.dim :] * keys[..., scaling.dim :]).sum(-1)
+        value = (turned.sum(-1) * scaling.attention_factor**2 + rest).permute(0, 3, 1, 2)
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        logits[:, :, part, part] = value.masked_fill(later, -math.inf)
         offset += length
     weights = (logits / math.sqrt(d)).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", weights, v)

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -399,11 +398,11 @@ def test_killed_import_leaves_nothing_that_looks_whole(source, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_tool_says_it_in_one_line(source):
+def test_tool_says_it_in_one_line(source, quick_python):
     truncate(shards(source)[0], 1)
     tool = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
     output = str(source.parent / "out")
-    command = [sys.executable, str(tool), "import", "--hf", str(source), "--output", output]
+    command = [quick_python, str(tool), "import", "--hf", str(source), "--output", output]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stdout == ""

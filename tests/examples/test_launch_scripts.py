@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -239,11 +238,11 @@ def test_a_dry_run_is_one_wherever_its_flag_stands(tmp_path):
     assert words[-4:] == ["--lr", "1e-5", "--seed", "7"]
 
 
-def test_the_dry_run_as_a_user_starts_it(tmp_path):
-    """No stand-in: bash, our module, Megatron; and what it says to a flag that is wrong."""
+def test_the_dry_run_as_a_user_starts_it(quick_python):
+    """No stub: bash, our module, Megatron; and what it says to a flag that is wrong."""
     done = subprocess.run(
         ["bash", str(SEVEN), "--dry-run", "--tensor-model-parallel-size", "3"],
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": quick_python},
         capture_output=True,
         text=True,
     )

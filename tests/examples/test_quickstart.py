@@ -23,9 +23,9 @@ def start(*arguments, script="run.sh", **variables):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(tmp_path_factory, quick_python):
     work = tmp_path_factory.mktemp("smoke")
-    done = start("--smoke", WORK=str(work))
+    done = start("--smoke", WORK=str(work), PYTHON=quick_python)
     assert done.returncode == 0, done.stderr[-4000:]
     return work, done
 
@@ -82,7 +82,7 @@ LENGTHS = {"WINDOW": "64", "TARGET": "256", "LENGTHS": "192 256"}
 
 
 @pytest.fixture(scope="module")
-def compared(smoke, tmp_path_factory):
+def compared(smoke, tmp_path_factory, quick_python):
     """compare.sh over a way that is trained already."""
     done = smoke[0]
     work = tmp_path_factory.mktemp("compared")
@@ -94,6 +94,7 @@ def compared(smoke, tmp_path_factory):
         (work / name).symlink_to(done / name)
     given = {"HF": str(done / "tiny"), "TEXT": str(ROOT / "docs"), "WORK": str(work)}
     given |= {"HELD_OUT": str(ROOT / "README.md"), "DOCUMENTS": "1", "DTYPE": "float32"}
+    given["PYTHON"] = quick_python
     way = "cream:yarn:1e-3"
     return work, start(way, script="compare.sh", **LENGTHS, **given)
 

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +78,19 @@ def train(
     if wait and kill_when is None and any(status):
         raise RuntimeError(f"ranks ended with {status}:\n{log[-6000:]}")
     return Run(read_losses(folder, ranks), read_losses(folder, ranks, column=2), log, status)
+
+
+@contextlib.contextmanager
+def process(function: Callable[..., None], *arguments: object) -> Iterator[None]:
+    """Run a function that does not end in a fork of the server, which is killed at the end."""
+    _prepare_server()
+    worker = _SERVER.Process(target=function, args=arguments, daemon=True)
+    worker.start()
+    try:
+        yield
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def _kill_when(processes: list, reached: Callable[[], bool]) -> None:

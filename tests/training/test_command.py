@@ -2,6 +2,7 @@
 """The command as a user types it, torchrun and all."""
 
 import subprocess
+import sys
 
 import pytest
 from support import ranks
@@ -11,10 +12,11 @@ from megatron_cream import torchrun
 
 @pytest.fixture(scope="module")
 def command():
-    def call(flags, processes=1):
+    def call(flags, processes=1, python=sys.executable):
         line = torchrun.command(processes, "-m", "megatron_cream.pretrain", "--cpu", *flags)
+        environment = torchrun.environment(PYTHON=python)
         return subprocess.run(
-            line, env=torchrun.environment(), capture_output=True, text=True, timeout=240
+            [python, *line[1:]], env=environment, capture_output=True, text=True, timeout=240
         )
 
     return call
@@ -43,8 +45,8 @@ def test_start_block_names_the_holes(tmp_path, flags):
     assert ", never " in line
 
 
-def test_bad_input_is_one_line(command, flags):
-    done = command([*flags, "--target-length", "90"])
+def test_bad_input_is_one_line(command, flags, quick_python):
+    done = command([*flags, "--target-length", "90"], python=quick_python)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

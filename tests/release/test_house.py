@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tree stays a house to live in: small files and functions, each name once, each explained."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = sorted(ROOT.glob("megatron_cream/**/*.py"))
+CODE = [*PACKAGE, *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("examples/**/*.py"))]
+TREES = {path: ast.parse(path.read_text()) for path in CODE}
+MOST_MODULES = 150
+MOST_LINES, MOST_LINES_OF_FUNCTION = 400, 50
+pytestmark = pytest.mark.repository
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_the_package_does_not_grow_rooms_unseen():
+    assert 50 < len(PACKAGE) <= MOST_MODULES, "merge what is only read together, or raise the limit"
+
+
+def test_no_file_name_stands_twice_in_the_package():
+    names = Counter(path.name for path in PACKAGE)
+    twice = {word for word, count in names.items() if count > 1} - {"__init__.py"}
+    assert [name(path) for path in PACKAGE if path.name in twice] == []
+
+
+def test_no_module_is_long():
+    lengths = {name(path): path.read_text().count("\n") for path in CODE}
+    assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_no_function_is_long():
+    found = {}
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MOST_LINES_OF_FUNCTION:
+                    found[f"{name(path)}: {node.name}"] = lines
+    assert found == {}
+
+
+def test_every_module_says_what_it_is():
+    said = {path: (ast.get_docstring(tree) or "").splitlines() for path, tree in TREES.items()}
+    assert [name(path) for path, lines in said.items() if not lines] == []
+    sentences = {path: lines[0] for path, lines in said.items()}
+    assert [name(path) for path, line in sentences.items() if not line[:1].isupper()] == []
+
+
+def test_nothing_is_imported_in_a_circle_of_packages():
+    """What imports what, package by package; modules beside them count as packages."""
+    graph = {}
+    for path in PACKAGE:
+        own = unit(path.relative_to(ROOT).with_suffix("").parts)
+        graph.setdefault(own, set()).update(imported(TREES[path]) - {own})
+    while free := [one for one, others in graph.items() if not others & graph.keys()]:
+        for one in free:
+            del graph[one]
+    assert graph == {}
+
+
+def unit(parts):
+    return parts[1] if len(parts) > 1 and parts[1] != "__init__" else ""
+
+
+def imported(tree):
+    """Packages and modules right under ours that a module imports, late ones too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            words = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            words = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {unit(word.split(".")) for word in words if word.startswith("megatron_cream.")}
+    return found
