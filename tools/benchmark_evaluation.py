@@ -21,9 +21,9 @@ from megatron_cream.errors import one_line_errors
 from megatron_cream.evaluation.evaluate import EvaluationSettings, parse_length
 from megatron_cream.evaluation.forward import ForwardPass
 from megatron_cream.evaluation.generation import NEW_TOKENS, generated_hit
-from megatron_cream.evaluation.haystacks import Haystack, HaystackBuilder
+from megatron_cream.evaluation.haystacks import HaystackBuilder, HaystackCases
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
-from megatron_cream.evaluation.models import open_prompt, validate_vocabulary
+from megatron_cream.evaluation.open_model import open_prompt, validate_vocabulary
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.results import markdown, short
 from megatron_cream.evaluation.scoring import CaseScore, make_batches, make_pass, read_scores
@@ -54,7 +54,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def score_all(
-    model: HuggingFaceModel, haystacks: list[Haystack], args: argparse.Namespace
+    model: HuggingFaceModel, haystacks: list[HaystackCases], args: argparse.Namespace
 ) -> tuple[dict[tuple[int, int], CaseScore], float]:
     """Return the scores by haystack and question, and seconds."""
     clock = CLOCKS[args.clock]
@@ -89,7 +89,7 @@ def measure(
         RuntimeError: generation and scoring in float32 disagree about a case.
     """
     made = TASKS[task].make(HaystackBuilder(prompt), length, 0, args.cases)
-    haystacks = [Haystack(h.context, h.tails, h.length, i) for i, h in enumerate(made)]
+    haystacks = [HaystackCases(h.context, h.tails, h.length, i) for i, h in enumerate(made)]
     ours = model.module.config._attn_implementation
     scores, seconds = score_all(model, haystacks, args)
     chosen = sorted(scores)[:: max(1, len(scores) // args.generated)][: args.generated]

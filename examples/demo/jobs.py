@@ -110,7 +110,7 @@ def perplexities(
     """Return the results of one run's checkpoint, with other settings if given."""
     cpu.install()
     from megatron_cream.evaluation.evaluate import EvaluationSettings
-    from megatron_cream.evaluation.models import open_model
+    from megatron_cream.evaluation.open_model import open_model
     from megatron_cream.evaluation.perplexity import score_perplexity
 
     settings = EvaluationSettings(

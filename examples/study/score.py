@@ -44,7 +44,7 @@ SMOKE = {
 def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: list[str]) -> None:
     """Write the results of every task to ``output/TASK``."""
     from megatron_cream.evaluation.evaluate import settings_of
-    from megatron_cream.evaluation.models import open_model, open_prompt, validate_vocabulary
+    from megatron_cream.evaluation.open_model import open_model, open_prompt, validate_vocabulary
     from megatron_cream.evaluation.perplexity import score_perplexity
     from megatron_cream.evaluation.scoring import score_cases, validate_fit
 

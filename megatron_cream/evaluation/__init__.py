@@ -3,13 +3,13 @@
 
 command     the command ``evaluate``: its flags as settings, validated
 run         ``evaluate``: the tasks that are asked for on one model
-models      opens model, tokenizer, prompt and documents
+open_model  opens model, tokenizer, prompt and documents
 forward     one forward pass over a context and the tails that continue it
 tasks       retrieval, tracking and counting tasks, by name
 haystacks   cases of an exact token length
 scoring     cases scored by one forward pass, without generation
 perplexity  sliding-window perplexity by context length and position
-results     shares, perplexities, intervals and tables; store keeps them, records reads them
+results     shares, perplexities, intervals and tables; store keeps them, result_files reads them
 compare     several runs in one table and picture
 ruler       RULER's thirteen tasks, case for case, and its figures
 lm_eval     a model class for lm-eval

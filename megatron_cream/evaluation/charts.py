@@ -104,8 +104,8 @@ def name_lines(axes: Axes, lines: Sequence[ChartLine], colors: Sequence[Any] = C
     ends = [(line.x[-1], line.y[-1]) for _, line in named]
     last = max((x for x, _ in ends), default=0)
     own = [axes.transData.transform(end)[1] * 72 / figure.dpi for end in ends]
-    behind = [i for i, end in enumerate(ends) if end[0] == last]
-    places = dict(zip(behind, apart([own[i] for i in behind], _NAME_HEIGHT), strict=True))
+    named_last = [i for i, end in enumerate(ends) if end[0] == last]
+    places = dict(zip(named_last, apart([own[i] for i in named_last], _NAME_HEIGHT), strict=True))
     for i, (number, line) in enumerate(named):
         axes.annotate(
             line.name, ends[i], xytext=(8, places[i] - own[i]) if i in places else (0, -10),

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.pictures import draw, note_missing_matplotlib
-from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.results import Result, joined_table
 from megatron_cream.evaluation.store import RESULT_FILE, SETTINGS_FILE, write_whole
 from megatron_cream.positions.plots import has_matplotlib

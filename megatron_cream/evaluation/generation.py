@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_cream.evaluation.haystacks import Haystack
+from megatron_cream.evaluation.haystacks import HaystackCases
 
 # Most new tokens in the published scripts.
 NEW_TOKENS = {"longchat-lines": 35, "kv-retrieval": 50, "passkey": 20}
@@ -40,7 +40,7 @@ def generate_tokens(
 
 
 def generated_hit(
-    module: Any, haystack: Haystack, index: int, new_tokens: int, eos: int | None = None
+    module: Any, haystack: HaystackCases, index: int, new_tokens: int, eos: int | None = None
 ) -> bool:
     """Return whether greedy decoding writes the gold answer of one case of a haystack.
 

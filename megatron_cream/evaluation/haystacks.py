@@ -71,7 +71,7 @@ class CaseTail:
 
 
 @dataclass(frozen=True)
-class Haystack:
+class HaystackCases:
     """Cases that share a context.
 
     Attributes:
@@ -224,7 +224,7 @@ class HaystackBuilder:
         number: int = 0,
         least: int = 1,
         most: int = sys.maxsize,
-    ) -> Haystack:
+    ) -> HaystackCases:
         """Return the haystack of ``length`` tokens with as large a body as fits.
 
         Args:
@@ -261,13 +261,13 @@ class HaystackBuilder:
         (question,) = text.questions
         return self._context(text), self._tail(question)
 
-    def _build(self, text: HaystackText, length: int, seed: int, number: int) -> Haystack:
+    def _build(self, text: HaystackText, length: int, seed: int, number: int) -> HaystackCases:
         longest = max(len(self._tail_tokens(question)) for question in text.questions)
         room = length - len(self._context(text))
         size = min(room, -(-longest // ROUND) * ROUND)
         context = self._context(text, room - size)
         tails = [self._tail(question, size) for question in text.questions]
-        return Haystack(context, tails, length, seed, number)
+        return HaystackCases(context, tails, length, seed, number)
 
     def _size(self, text: HaystackText) -> int:
         longest = max(len(self._tail_tokens(question)) for question in text.questions)

@@ -74,10 +74,10 @@ class MegatronCreamLM(TemplateLM):
                 "checkpoint"
             )
         if cpu:
-            from megatron_cream.mcore import cpu as stand_in
+            from megatron_cream.mcore.cpu import install
 
-            stand_in.install()
-        from megatron_cream.evaluation.models import (
+            install()
+        from megatron_cream.evaluation.open_model import (
             open_tokenizer,
             validate_gpu,
             validate_vocabulary,

@@ -26,8 +26,8 @@ from megatron_cream.evaluation.forward import (
     progress_bar,
     weigh_tokens,
 )
-from megatron_cream.evaluation.models import open_documents, result_header
-from megatron_cream.evaluation.records import DOCUMENT_RECORDS
+from megatron_cream.evaluation.open_model import open_documents, result_header
+from megatron_cream.evaluation.result_files import DOCUMENT_RECORDS
 from megatron_cream.evaluation.results import buckets, perplexity_results
 from megatron_cream.evaluation.store import ResultStore
 

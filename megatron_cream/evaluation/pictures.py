@@ -134,7 +134,7 @@ def _percent_axis(axes: Axes) -> None:
 
 
 def _lengths_and_places(figure: Figure, results: Sequence[Result]) -> Figure:
-    """Accuracy by length, and by place: a map of all lengths of a run, or a line per run."""
+    """Draw accuracy by length, and by place: a map of all lengths of a run, or a line per run."""
     left, right = figure.subplots(1, 2)
     _accuracy(left, results)
     if len(results) == 1 and len(lengths_of(results)) > 1:
@@ -171,7 +171,7 @@ def _places(result: Result, named: bool) -> ChartLine:
 
 
 def _depths(title: str, results: Sequence[Result]) -> Figure:
-    """Depth by length, one map per run, in rows that fit a page."""
+    """Draw depth by length, one map per run, in rows that fit a page."""
     count, width = len(results), 1.6 + 0.62 * len(lengths_of(results))
     rows = math.ceil(count / max(1, int(_PAGE / width)))
     columns = math.ceil(count / rows)
@@ -321,7 +321,7 @@ def _columns(ratios: Sequence[tuple[float | None, ...]], scale: float = 1) -> li
 
 
 def _positions(axes: Axes, result: Result) -> None:
-    """Perplexity by position, one line per length; a bucket stands at its geometric middle."""
+    """Draw perplexity by position, one line per length; a bucket stands at its geometric middle."""
     lines = []
     for length in lengths_of([result]):
         rows = [row for row in result["positions"] if row["length"] == length]

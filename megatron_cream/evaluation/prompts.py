@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words around a task: beginning of sequence, chat template; and text to tokens, piece by piece."""
+"""Puts words around a task, a chat template for instance, and encodes text piece by piece."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Prompt:
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens int64 ``[n]`` of a piece of text.
 
-        It is encoded behind a line break whose tokens are dropped: SentencePiece begins a text, but
+        It is encoded after a line break whose tokens are dropped: SentencePiece begins a text, but
         not what follows a line break, with a space of its own.
         """
         return self.encode_all([text])[0]
@@ -63,8 +63,8 @@ class Prompt:
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
         """Return the tokens of each piece."""
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
-        behind = self.tokenizer.encode([_ANCHOR + text for text in new]) if new else []
-        for text, tokens in zip(new, behind, strict=True):
+        encoded = self.tokenizer.encode([_ANCHOR + text for text in new]) if new else []
+        for text, tokens in zip(new, encoded, strict=True):
             if not np.array_equal(tokens[: len(self._anchor)], self._anchor):
                 # The line break went into a token with the text, as two line breaks do.
                 tokens = np.concatenate([self._anchor, self.tokenizer.encode([text])[0]])

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_cream.evaluation.evaluate import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel
-from megatron_cream.evaluation.models import (
+from megatron_cream.evaluation.open_model import (
     open_documents,
     open_model,
     open_prompt,

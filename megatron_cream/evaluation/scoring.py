@@ -27,10 +27,10 @@ from megatron_cream.evaluation.forward import (
     progress_bar,
     weigh_tokens,
 )
-from megatron_cream.evaluation.haystacks import CaseTail, Haystack, HaystackBuilder
-from megatron_cream.evaluation.models import result_header
+from megatron_cream.evaluation.haystacks import CaseTail, HaystackBuilder, HaystackCases
+from megatron_cream.evaluation.open_model import result_header
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.records import CASE_RECORDS, NUMBER_CASE_RECORDS
+from megatron_cream.evaluation.result_files import CASE_RECORDS, NUMBER_CASE_RECORDS
 from megatron_cream.evaluation.results import case_results
 from megatron_cream.evaluation.store import ResultStore
 from megatron_cream.evaluation.tasks import TASKS
@@ -78,7 +78,7 @@ class ScoringBatch:
         chosen: indices of the tails in each row.
     """
 
-    haystacks: list[Haystack]
+    haystacks: list[HaystackCases]
     chosen: list[int]
 
     @property
@@ -160,7 +160,7 @@ def _record(score: CaseScore, task: str, prompt: Prompt) -> dict[str, Any]:
     return record
 
 
-def make_haystacks(settings: EvaluationSettings, prompt: Prompt, task: str) -> list[Haystack]:
+def make_haystacks(settings: EvaluationSettings, prompt: Prompt, task: str) -> list[HaystackCases]:
     """Return all cases of a run, shortest first.
 
     Raises:
@@ -196,11 +196,11 @@ def _builder(settings: EvaluationSettings, prompt: Prompt, task: str) -> Haystac
 
 def _draw(
     settings: EvaluationSettings, builder: HaystackBuilder, task: str, lengths: Iterable[int]
-) -> list[Haystack]:
+) -> list[HaystackCases]:
     kind, made = TASKS[task], []
     for length in lengths:
         seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-        groups: Iterable[list[Haystack]] = (
+        groups: Iterable[list[HaystackCases]] = (
             kind.make(builder, length, seed, settings.cases) for seed in seeds
         )
         if not kind.placed:  # each case is a haystack, and none of them is needed for the others
@@ -209,13 +209,13 @@ def _draw(
     return made
 
 
-def affordable(groups: Iterable[list[Haystack]], most: int | None) -> list[Haystack]:
+def affordable(groups: Iterable[list[HaystackCases]], most: int | None) -> list[HaystackCases]:
     """Return the first groups of haystacks that together have at most ``most`` tokens.
 
     The first group is always among them; None stands for no limit. Groups beyond the limit are
     not made.
     """
-    taken: list[Haystack] = []
+    taken: list[HaystackCases] = []
     for group in groups:
         tokens = sum(one.length for one in (*taken, *group))
         if taken and most is not None and tokens > most:
@@ -225,14 +225,14 @@ def affordable(groups: Iterable[list[Haystack]], most: int | None) -> list[Hayst
 
 
 def make_batches(
-    haystacks: Sequence[Haystack], batch_tokens: int, share: bool
+    haystacks: Sequence[HaystackCases], batch_tokens: int, share: bool
 ) -> Iterator[ScoringBatch]:
     """Cut haystacks into passes of up to ``batch_tokens`` tokens, or of one haystack.
 
     Args:
         share: whether a pass may have more than one tail.
     """
-    groups: dict[tuple[int, int, int], list[Haystack]] = {}
+    groups: dict[tuple[int, int, int], list[HaystackCases]] = {}
     for one in haystacks:
         shape = (len(one.context), len(one.tails[0].tokens), len(one.tails))
         groups.setdefault(shape, []).append(one)
@@ -275,7 +275,7 @@ def read_scores(batch: ScoringBatch, scores: PassScores) -> Iterator[CaseScore]:
 
 
 def _score(
-    haystack: Haystack, index: int, tail: CaseTail, logprobs: np.ndarray, best: np.ndarray
+    haystack: HaystackCases, index: int, tail: CaseTail, logprobs: np.ndarray, best: np.ndarray
 ) -> CaseScore:
     answer = tail.answer
     right = best[-1 - len(answer) : -1] == answer

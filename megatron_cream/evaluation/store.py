@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.records import RecordFormat, read_object, read_records
+from megatron_cream.evaluation.result_files import ScoreFormat, read_object, read_records
 from megatron_cream.evaluation.results import table
 from megatron_cream.positions.plots import has_matplotlib
 
@@ -38,7 +38,7 @@ class ResultStore:
         self,
         folder: str | Path | None,
         settings: dict[str, Any],
-        kind: RecordFormat,
+        kind: ScoreFormat,
         primary: bool = True,
     ) -> None:
         self.primary = primary and folder is not None

@@ -229,7 +229,7 @@ def attack_plain(seed, data):
 
 def prepared(asked):
     """All of a run up to the model."""
-    from megatron_cream.evaluation.models import open_prompt
+    from megatron_cream.evaluation.open_model import open_prompt
     from megatron_cream.evaluation.scoring import validate_fit
 
     args = arguments(**asked)
@@ -254,7 +254,7 @@ def data_files(folder):
 
 
 def test_damaged_data(small_hf, tmp_path):
-    from megatron_cream.evaluation.models import open_documents, open_model
+    from megatron_cream.evaluation.open_model import open_documents, open_model
 
     model = open_model(arguments(hf=small_hf))
     for data, files in data_files(tmp_path):

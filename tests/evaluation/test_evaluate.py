@@ -15,7 +15,7 @@ from support.commands import exit_status
 from support.evaluation import run
 
 from megatron_cream.checkpoint import hf_files
-from megatron_cream.evaluation import models
+from megatron_cream.evaluation import open_model as models
 
 ROOT = Path(__file__).parents[2]
 LINE = "line amber-oak: REGISTER_CONTENT is <67890>"

@@ -14,7 +14,7 @@ from support import hf_models as models
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
-from megatron_cream.evaluation.models import changed_fields
+from megatron_cream.evaluation.open_model import changed_fields
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from support.runs import write_dataset
 from transformers import AutoModelForCausalLM
 
 from megatron_cream.evaluation.forward import ForwardPass
-from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.result_files import read_result
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
 CASES = {"lengths": [384], "cases": 3, "seeds": 2}

@@ -12,8 +12,8 @@ from support.arguments import arguments
 from support.evaluation import run
 from transformers import AutoModelForCausalLM
 
-from megatron_cream.evaluation.models import open_model
-from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.open_model import open_model
+from megatron_cream.evaluation.result_files import read_result
 
 # As a person writes them into config.json; the small model's window is 512 and theta 10000.
 BY_HAND = {
@@ -110,7 +110,7 @@ def checkpoint_of(tmp_path, **settings):
 @pytest.mark.parametrize("own", ["none", "linear", "yarn", "llama3"])
 @pytest.mark.parametrize("name", ["linear", "yarn", "ntk", "dynamic", "rope-theta"])
 def test_checkpoint_and_folder_claim_the_same_window(own, name, tmp_path, monkeypatch):
-    from megatron_cream.evaluation import models
+    from megatron_cream.evaluation import open_model as models
     from megatron_cream.rope.huggingface import claimed_window
 
     factor = 1.0 if own == "none" else 8.0
@@ -128,7 +128,7 @@ def test_checkpoint_and_folder_claim_the_same_window(own, name, tmp_path, monkey
 
 
 def test_positions_of_training_do_not_hinder_another_window(tmp_path, monkeypatch):
-    from megatron_cream.evaluation import models
+    from megatron_cream.evaluation import open_model as models
 
     saved = checkpoint_of(
         tmp_path, original_length=256, train_length=1024, position_strategy="cream",

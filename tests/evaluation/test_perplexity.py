@@ -13,7 +13,7 @@ from support.evaluation import run
 
 from megatron_cream.evaluation.forward import PassScores
 from megatron_cream.evaluation.perplexity import buckets, score_document, windows
-from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.results import perplexity_results
 
 
@@ -111,7 +111,7 @@ def test_checkpoint_of_any_layout(tmp_path, dataset, flags, initial):
     assert record["lengths"][0]["perplexity"] < 120
     # Another interpolation is another model.
     other = arguments(**asked, document_tokens=400, rope_factor=1.0)
-    from megatron_cream.evaluation.models import open_model
+    from megatron_cream.evaluation.open_model import open_model
 
     changed = score_perplexity(other, open_model(other))
     assert changed["lengths"][0]["nll"] != record["lengths"][0]["nll"]

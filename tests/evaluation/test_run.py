@@ -15,8 +15,8 @@ from support.evaluation import run
 
 from megatron_cream.evaluation.compare import compare
 from megatron_cream.evaluation.evaluate import HELP, parse_length
-from megatron_cream.evaluation.haystacks import Haystack
-from megatron_cream.evaluation.records import CASE_RECORDS, read_result
+from megatron_cream.evaluation.haystacks import HaystackCases
+from megatron_cream.evaluation.result_files import CASE_RECORDS, read_result
 from megatron_cream.evaluation.scoring import affordable
 from megatron_cream.evaluation.store import ResultStore
 
@@ -138,7 +138,7 @@ def test_affordable_haystacks(most, taken):
     def groups():
         for number in range(5):
             made.append(number)
-            yield [Haystack([], [], 25, number)] * 2
+            yield [HaystackCases([], [], 25, number)] * 2
 
     assert len(affordable(groups(), most)) == 2 * taken
     assert len(made) <= taken + 1  # what will not be scored is not made
@@ -200,7 +200,7 @@ def test_tokenizer_of_another_model(small_hf, tmp_path):
 
 
 def test_a_trained_checkpoint_names_its_tokenizer(small_hf, tmp_path, monkeypatch):
-    from megatron_cream.evaluation import models
+    from megatron_cream.evaluation import open_model as models
 
     words = arguments(checkpoint=str(tmp_path))
     saved = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=small_hf)

@@ -10,9 +10,9 @@ import torch
 
 from megatron_cream.evaluation.forward import ForwardPass, score_rows
 from megatron_cream.evaluation.generation import generate_tokens
-from megatron_cream.evaluation.haystacks import CaseTail, Haystack, HaystackBuilder
+from megatron_cream.evaluation.haystacks import CaseTail, HaystackBuilder, HaystackCases
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
-from megatron_cream.evaluation.models import load_tokenizer
+from megatron_cream.evaluation.open_model import load_tokenizer
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
 from megatron_cream.evaluation.tasks import TASKS
@@ -27,7 +27,7 @@ def random_haystack(length=60, tails=3, seed=0, vocabulary=384):
     rng = np.random.default_rng(seed)
     context = rng.integers(vocabulary, size=length - 12)
     made = [CaseTail(rng.integers(vocabulary, size=12), (2, 3), 0.5) for _ in range(tails)]
-    return Haystack(context, made, length, seed)
+    return HaystackCases(context, made, length, seed)
 
 
 def scores(model, haystacks, share=True, batch_tokens=4096):
@@ -100,7 +100,7 @@ def test_parts_of_an_answer():
     from megatron_cream.evaluation.scoring import _score
 
     tail = CaseTail(np.arange(10, 20), (2, 3), 0.25)
-    haystack = Haystack(np.arange(5), [tail], 15, 0)
+    haystack = HaystackCases(np.arange(5), [tail], 15, 0)
     best = np.array([99, 15, 16, 17, 0, 19, 7])  # longer answers of other tails come first
     case = _score(haystack, 0, tail, np.full(7, -0.5), best)
     assert (case.hit, case.items, case.tokens) == (False, 0.5, 0.8)

@@ -8,7 +8,7 @@ from support.arguments import arguments
 from support.evaluation import run
 
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.records import (
+from megatron_cream.evaluation.result_files import (
     CASE_RECORDS,
     DOCUMENT_RECORDS,
     NUMBER_CASE_RECORDS,

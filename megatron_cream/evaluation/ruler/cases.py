@@ -143,7 +143,7 @@ class NeedleTexts:
 
 
 def make_variables(sampler: CaseSampler, task: str, cases: int) -> list[RulerCase]:
-    """Return cases of one chain of four hops in noise, behind a worked example."""
+    """Return cases of one chain of four hops in noise, after a worked example."""
     example = _example(sampler)
     step = 10 if sampler.length >= 4096 else 5
     more = sampler.count(example) + VARIABLES.new_tokens

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_cream.evaluation.haystacks import Haystack, HaystackBuilder, HaystackText, spread
+from megatron_cream.evaluation.haystacks import HaystackBuilder, HaystackCases, HaystackText, spread
 from megatron_cream.evaluation.tasks import counting, lines, needles
 
 __all__ = ["TASKS", "EvaluationTask"]
@@ -51,7 +51,9 @@ class EvaluationTask:
     least: int | None = 1
     most: int = sys.maxsize
 
-    def make(self, builder: HaystackBuilder, length: int, seed: int, cases: int) -> list[Haystack]:
+    def make(
+        self, builder: HaystackBuilder, length: int, seed: int, cases: int
+    ) -> list[HaystackCases]:
         """Return haystacks of ``length`` tokens with ``cases`` questions in all.
 
         Raises:

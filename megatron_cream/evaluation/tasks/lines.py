@@ -21,8 +21,8 @@ import numpy as np
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.haystacks import (
-    Haystack,
     HaystackBuilder,
+    HaystackCases,
     HaystackText,
     Question,
     names,
@@ -98,7 +98,7 @@ def _key_question(key: str, value: str, where: float) -> Question:
 
 def read_haystacks(
     task: str, path: str, builder: HaystackBuilder, limit: int, places: int
-) -> list[Haystack]:
+) -> list[HaystackCases]:
     """Return the first ``limit`` cases of a file, key-value pairs at ``places`` gold places each.
 
     Raises:
@@ -117,7 +117,8 @@ def read_haystacks(
     cases = [builder.build_as_is(text) for text in texts]
     longest = max(len(context) + len(tail.tokens) for context, tail in cases)
     return [
-        Haystack(context, [tail], longest, number) for number, (context, tail) in enumerate(cases)
+        HaystackCases(context, [tail], longest, number)
+        for number, (context, tail) in enumerate(cases)
     ]
 
 

@@ -55,13 +55,13 @@ def _list_of(check: ValueCheck) -> ValueCheck:
 
 
 @dataclass(frozen=True)
-class RecordFormat:
-    """What the records of a run have.
+class ScoreFormat:
+    """What the scores of a run have, one per line of cases.jsonl.
 
     Attributes:
-        key: fields that tell two records of a run apart.
+        key: fields that tell two of them apart.
         fields: check of each field.
-        together: check of a record whose fields are right one by one.
+        together: check of a score whose fields are right one by one.
     """
 
     key: tuple[str, ...]
@@ -69,7 +69,7 @@ class RecordFormat:
     together: Callable[[dict[str, Any]], bool] = lambda record: True
 
     def is_right(self, record: Any) -> bool:
-        """Return whether it is a record of this format."""
+        """Return whether it is a score of this format."""
         if not isinstance(record, dict) or _wrong_field(record, self.fields):
             return False
         return self.together(record)
@@ -93,9 +93,9 @@ _CASE: dict[str, ValueCheck] = {
     **{"hit": _boolean, "items": _share, "tokens": _share, "logprob": _number},
     "answer_tokens": _count,
 }
-CASE_RECORDS = RecordFormat(("length", "seed", "haystack", "index"), _CASE)
-NUMBER_CASE_RECORDS = RecordFormat(CASE_RECORDS.key, _CASE | {"number": _boolean})
-DOCUMENT_RECORDS = RecordFormat(
+CASE_RECORDS = ScoreFormat(("length", "seed", "haystack", "index"), _CASE)
+NUMBER_CASE_RECORDS = ScoreFormat(CASE_RECORDS.key, _CASE | {"number": _boolean})
+DOCUMENT_RECORDS = ScoreFormat(
     ("length", "document"),
     {"length": _count, "document": _whole, "nll": _list_of(_number), "targets": _list_of(_whole)},
     _fits_buckets,
@@ -119,7 +119,7 @@ def read_object(path: Path, flag: str) -> dict[str, Any]:
     return found
 
 
-def read_records(path: Path, text: bytes, kind: RecordFormat) -> list[dict[str, Any]]:
+def read_records(path: Path, text: bytes, kind: ScoreFormat) -> list[dict[str, Any]]:
     """Return the records in ``text``, one per line, each of them once.
 
     Raises:
