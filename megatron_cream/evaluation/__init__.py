@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluates models on long text.
 
-command     the command ``evaluate``: its flags as settings, validated
-run         ``evaluate``: the tasks that are asked for on one model
+evaluate    the command: its flags as settings, validated
+run         ``evaluate()``: the tasks that are asked for on one model
 open_model  opens model, tokenizer, prompt and documents
 forward     one forward pass over a context and the tails that continue it
 tasks       retrieval, tracking and counting tasks, by name
