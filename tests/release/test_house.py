@@ -2,6 +2,8 @@
 """The tree stays a house to live in: small files and functions, each name once, each explained."""
 
 import ast
+import importlib.util
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted(ROOT.glob("megatron_cream/**/*.py"))
 CODE = [*PACKAGE, *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("examples/**/*.py"))]
+SPEC = importlib.util.spec_from_file_location("architecture", ROOT / "docs/hooks/architecture.py")
+PICTURE = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(PICTURE)
 TREES = {path: ast.parse(path.read_text()) for path in CODE}
 MOST_MODULES = 150
 MOST_LINES, MOST_LINES_OF_FUNCTION = 400, 50
@@ -53,26 +58,39 @@ def test_every_module_says_what_it_is():
     assert [name(path) for path, line in sentences.items() if not line[:1].isupper()] == []
 
 
-def test_nothing_is_imported_in_a_circle_of_packages():
-    """What imports what, package by package; modules beside them count as packages."""
-    graph = {}
+def test_the_picture_is_drawn_from_its_script():
+    assert PICTURE.IMAGE.read_text() == PICTURE.svg(), "python docs/hooks/architecture.py"
+
+
+def test_imports_go_down_the_picture():
+    """When a module is imported it takes only from rows beneath; late imports are free."""
+    boxes = [set(names.split(", ")) for row in PICTURE.ROWS for names in row]
+    rows = {
+        name: row
+        for row, parts in enumerate(PICTURE.ROWS)
+        for names in parts
+        for name in names.split(", ")
+    }
+    units = {unit(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGE}
+    assert units - {"", "__main__"} == set(rows)
+    upwards = set()
     for path in PACKAGE:
         own = unit(path.relative_to(ROOT).with_suffix("").parts)
-        graph.setdefault(own, set()).update(imported(TREES[path]) - {own})
-    while free := [one for one, others in graph.items() if not others & graph.keys()]:
-        for one in free:
-            del graph[one]
-    assert graph == {}
+        for other in imported(TREES[path]) & rows.keys() if own in rows else ():
+            if rows[other] <= rows[own] and not any({own, other} <= box for box in boxes):
+                upwards.add(f"{name(path)} imports {other}")
+    assert upwards == set()
 
 
 def unit(parts):
+    """The package or module right under ours that a dotted name belongs to."""
     return parts[1] if len(parts) > 1 and parts[1] != "__init__" else ""
 
 
 def imported(tree):
-    """Packages and modules right under ours that a module imports, late ones too."""
+    """What of ours a module imports when it is imported itself."""
     found = set()
-    for node in ast.walk(tree):
+    for node in tree.body:
         if isinstance(node, ast.Import):
             words = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -81,3 +99,11 @@ def imported(tree):
             continue
         found |= {unit(word.split(".")) for word in words if word.startswith("megatron_cream.")}
     return found
+
+
+def test_files_that_the_guide_sends_to_exist():
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    table = guide.split("| to change | go to |")[1].split("\n\n")[0]
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", table)
+    assert len(named) > 15
+    assert [path for path in named if not (ROOT / "megatron_cream" / path).exists()] == []
