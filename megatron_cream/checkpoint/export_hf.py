@@ -29,7 +29,7 @@ from megatron_cream.checkpoint.hf_files import (
     validate_files,
 )
 from megatron_cream.checkpoint.hf_weights import ShardWriter
-from megatron_cream.checkpoint.iterations import read_arguments, require_checkpoint
+from megatron_cream.checkpoint.iterations import require_arguments, require_checkpoint
 from megatron_cream.checkpoint.model_card import SourceModel, describe_engines, model_card
 from megatron_cream.checkpoint.model_shape import ModelShape, exportable_shape
 from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
@@ -75,17 +75,15 @@ def export_checkpoint(
 ) -> ExportedModel:
     """Write the Hugging Face folder ``output`` of a Megatron checkpoint.
 
-    It has the weights in safetensors files, each tensor ``[rows, columns]`` or ``[rows]`` in the
-    shape that transformers takes; config.json with the window reached, in tokens, and RoPE as it
-    was trained, in the keys of transformers 4 and 5; the tokenizer; and a model card. A few blocks
-    of 64 MiB are in memory.
+    It has the weights in safetensors files, each tensor ``[rows, columns]`` or ``[rows]``;
+    config.json with the window reached, in tokens, and RoPE as it was trained, in the keys of
+    transformers 4 and 5; the tokenizer; and a model card. A few blocks of 64 MiB are in memory.
 
     Args:
         checkpoint: folder given to --save, or one iteration in it; saved at any parallel layout.
         output: new or empty folder.
-        hf: folder, or repository on the hub, whose config.json, tokenizer and licence the model
-            takes over; by default the one that the checkpoint was imported from, as kept in ``hf/``
-            beside the import.
+        hf: folder, or repository on the hub, to take config.json, tokenizer and licence from; by
+            default what the import that the run began with keeps in its ``hf/``.
         dtype: type of the weights; by default the one they were saved in, bit for bit.
         shard_bytes: most bytes of one safetensors file.
         quiet: no progress bar.
@@ -95,19 +93,16 @@ def export_checkpoint(
 
     Raises:
         UserError: a checkpoint that is damaged, of no family here, or of another model than
-            ``hf``, an output that holds something, or a disk with too little space; before
-            anything is written.
+            ``hf``, or an output that cannot be written; before anything is written.
         FileNotFoundError: no checkpoint, or ``hf`` or the import it began with is missing.
         BlockingIOError: another process is writing ``output``.
         OSError: the disk became full, or failed; nothing is kept.
     """
     iteration = require_checkpoint(checkpoint)
-    args = read_arguments(iteration)
-    if args is None:
-        raise UserError(f"--checkpoint is {checkpoint}: it says nothing of the model it is of")
+    args = require_arguments(iteration)
     extension = saved_extension(args) or _plain_extension(args)
     source = find_kept_files(checkpoint, args) if hf is None else find_hf_folder(hf)
-    reads = [Path(checkpoint), *([source] if source else [])]
+    reads = [Path(checkpoint), *filter(None, [source])]
     place = validate_export_output(validate_output(Path(output), reads), checkpoint)
     config = _read_config(source) if source else {}
     with closing(TorchDistTensors(iteration)) as stored:

@@ -199,3 +199,15 @@ def read_arguments(folder: Path) -> Namespace | None:
             f"checkpoint {folder} is damaged: its arguments are a {type(args).__name__}"
         )
     return args
+
+
+def require_arguments(folder: Path) -> Namespace:
+    """Return what ``read_arguments`` reads.
+
+    Raises:
+        UserError: there are none, or as ``read_arguments``.
+    """
+    args = read_arguments(folder)
+    if args is None:
+        raise UserError(f"checkpoint {folder} has no arguments, which say what its model is")
+    return args

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_cream.checkpoint.doctor import validate_iteration
-from megatron_cream.checkpoint.iterations import read_arguments, require_checkpoint
+from megatron_cream.checkpoint.iterations import require_arguments, require_checkpoint
 from megatron_cream.checkpoint.unpickling import only_listed_globals
 from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
@@ -55,9 +55,7 @@ def load_model(
     """
     folder = require_checkpoint(path)
     validate_iteration(folder, f"--checkpoint is {path}")
-    args = read_arguments(folder)
-    if args is None:
-        raise UserError(f"--checkpoint is {path}: {folder.name} says nothing of the model it is of")
+    args = require_arguments(folder)
     extension = extension or saved_extension(args)
     if extension is None:
         raise UserError(
