@@ -45,7 +45,10 @@ class Rotation:
         return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return (x[..., ::2], x[..., 1::2]) if self.interleaved else x.chunk(2, dim=-1)
+        if self.interleaved:
+            return x[..., ::2], x[..., 1::2]
+        first, second = x.chunk(2, dim=-1)
+        return first, second
 
     def _joined(self, first: Tensor, second: Tensor) -> Tensor:
         if self.interleaved:
@@ -144,9 +147,8 @@ class _Turned:
 def _run(turned: _Turned, v: Tensor, tile: Tile, scale: float) -> TileAttention:
     tensors = turned.query(tile), turned.key(tile), v[:, :, slice(*tile.columns)]
     mirrored = tile.shape is TileShape.ANTICAUSAL
-    found = sdpa.forward(
-        *(_mirror(x, mirrored) for x in tensors), tile.shape is not TileShape.FULL, scale
-    )
+    q, k, values = (_mirror(x, mirrored) for x in tensors)
+    found = sdpa.forward(q, k, values, tile.shape is not TileShape.FULL, scale)
     out, lse = (_mirror(x, mirrored) for x in (found.out, found.lse))
     return TileAttention(out, lse, found.state)
 

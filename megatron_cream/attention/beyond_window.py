@@ -137,8 +137,8 @@ def _attend(
     wide = torch.promote_types(q.dtype, torch.float32)
     inv_freq = torch.as_tensor(scaling.at_length(tokens).inv_freq, dtype=wide, device=q.device)
     rotation = Rotation(inv_freq, scaling.at_length(tokens).attention_factor, interleaved)
-    by_head = (x.transpose(1, 2) for x in (q, k, v))
-    return banded_attention(*by_head, tiles, rotation, scale, lengths).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return banded_attention(q, k, v, tiles, rotation, scale, lengths).transpose(1, 2)
 
 
 def _validate(

@@ -6,12 +6,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.positions import Coverage, SampleLayout, Strategy
+from megatron_cream.positions.layout import ChunkLayout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +130,8 @@ def draw(strategy: Strategy, result: Coverage, layouts: list[SampleLayout], outp
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.6), dpi=150, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12, hspace=0.04)
+    engine: Any = figure.get_layout_engine()
+    engine.set(h_pad=0.12, w_pad=0.12, hspace=0.04)
     title = (
         f"{strategy.name}: {_tokens(strategy.train_length)} trained tokens over a window of "
         f"{_tokens(strategy.target_length)}, {percent(result.covered)} of all distances covered"
@@ -168,11 +170,13 @@ def _style_x(axes: Axes, target: int) -> None:
 
 
 def _draw_layouts(axes: Axes, strategy: Strategy, layouts: list[SampleLayout]) -> None:
-    if all(len(getattr(layout, "chunks", ())) in range(1, MOST_BARS + 1) for layout in layouts):
+    of_chunks = [layout for layout in layouts if isinstance(layout, ChunkLayout)]
+    few = all(len(layout.chunks) in range(1, MOST_BARS + 1) for layout in of_chunks)
+    if few and len(of_chunks) == len(layouts):
         # In order of the middle or last chunk the rows draw the spread as a curve.
-        layouts = sorted(layouts, key=lambda layout: layout.chunks[len(layout.chunks) // 2][0])
-        _draw_chunks(axes, strategy, layouts)
-        note = ", sorted" if any(len(layout.chunks) > 1 for layout in layouts) else ""
+        of_chunks.sort(key=lambda layout: layout.chunks[len(layout.chunks) // 2][0])
+        _draw_chunks(axes, strategy, of_chunks)
+        note = ", sorted" if any(len(layout.chunks) > 1 for layout in of_chunks) else ""
     else:
         _draw_density(axes, strategy, layouts)
         note = ", darker where they stand closer"
@@ -185,7 +189,7 @@ def _draw_layouts(axes: Axes, strategy: Strategy, layouts: list[SampleLayout]) -
     axes.tick_params(axis="x", labelbottom=False)
 
 
-def _draw_chunks(axes: Axes, strategy: Strategy, layouts: list[SampleLayout]) -> None:
+def _draw_chunks(axes: Axes, strategy: Strategy, layouts: list[ChunkLayout]) -> None:
     from matplotlib.patches import Patch
 
     target = strategy.target_length
@@ -223,7 +227,7 @@ def _edges(first: int, end: int, bins: int) -> np.ndarray:
     return np.linspace(first, end, min(bins, end - first) + 1).astype(np.int64)
 
 
-def _legend(axes: Axes, **options) -> None:
+def _legend(axes: Axes, **options: Any) -> None:
     axes.legend(
         loc="lower right", bbox_to_anchor=(1, 1), ncols=len(CHUNKS), frameon=False, fontsize=9,
         labelcolor=MUTED, handlelength=1, handleheight=1, borderaxespad=0.1, **options,

@@ -55,7 +55,8 @@ def rotate(q: Tensor, k: Tensor, tables: Tensor, interleaved: bool = False) -> t
         interleaved: pairs are (0, 1), (2, 3) ...
     """
     several = tables if tables.dim() == 5 else tables.unsqueeze(0)
-    return _Rotate.apply(q, k, several, interleaved)
+    turned: tuple[Tensor, ...] = _Rotate.apply(q, k, several, interleaved)
+    return turned
 
 
 def rotate_mixed(
@@ -68,7 +69,8 @@ def rotate_mixed(
         tables: ``[s, b or 1, 1, d_rot]``.
         queries_per_group: n.
     """
-    return _RotateMixed.apply(mixed, tables.unsqueeze(0), queries_per_group, interleaved)
+    q, k, v = _RotateMixed.apply(mixed, tables.unsqueeze(0), queries_per_group, interleaved)
+    return q, k, v
 
 
 class _Rotate(torch.autograd.Function):
@@ -131,7 +133,7 @@ def _separate(x: Tensor) -> Heads:
 
 def _inside(mixed: Tensor, n: int, d: int) -> tuple[Heads, Heads, Heads]:
     """Queries, keys and values inside ``mixed``."""
-    by_head = mixed.unflatten(-1, (n + 2, d))
+    by_head = mixed.view(*mixed.shape[:-1], n + 2, d)
     strides = mixed.stride(0), mixed.stride(1), mixed.stride(2)
     return (
         Heads(by_head[..., :n, :], *strides, d),

@@ -21,7 +21,7 @@ import importlib
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -213,7 +213,8 @@ class RopeScaling:
         In the order of operations in which transformers computes it for this type: the last bit
         of a frequency near 1 is an angle of 0.016 at position 262143.
         """
-        return np.divide(np.float32(1.0) / powers, self.divisors.astype(np.float32))
+        rounded: Floats32 = np.divide(np.float32(1.0) / powers, self.divisors.astype(np.float32))
+        return rounded
 
     @property
     def stretch(self) -> Floats:
@@ -268,8 +269,9 @@ class ScalingTrainer(Protocol):
 
 def trainer_of(scaling: RopeScaling | type[RopeScaling]) -> ScalingTrainer | None:
     """Return what trains the frequencies of a scaling, None where settings alone say them."""
-    module: Any = importlib.import_module(scaling.trained_by) if scaling.trained_by else None
-    return module  # type: ignore[no-any-return]
+    if not scaling.trained_by:
+        return None
+    return cast(ScalingTrainer, importlib.import_module(scaling.trained_by))
 
 
 def make_scaling(

@@ -73,7 +73,8 @@ class YarnScaling(RopeScaling, name="yarn"):
         ramp = np.clip((pairs - np.float32(low)) / np.float32(width), 0, 1)
         # In float32 as it is served: a share that is nearly 0 keeps only some of its digits, and
         # exact ones would be up to 3e-6 off from transformers' frequencies.
-        return (1 - ramp).astype(np.float64)
+        kept: Floats = (1 - ramp).astype(np.float64)
+        return kept
 
     def _pair_that_turns(self, times: float) -> float:
         """Return the (fractional) pair that turns so often in the original window."""

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
     from megatron_cream.extras.clex.trained_rotary import ClexRotaryEmbedding
-    from megatron_cream.rope.by_pair import LongRopeScaling
     from megatron_cream.rope.clex import ClexScaling
+    from megatron_cream.rope.scaling import RopeScaling
 
 
 def configure(config: Any, starts_without: bool) -> None:
@@ -43,7 +43,7 @@ def rotary_class() -> type[ClexRotaryEmbedding]:
     return ClexRotaryEmbedding
 
 
-def freeze_stored(scaling: ClexScaling, stored: TorchDistTensors) -> LongRopeScaling:
+def freeze_stored(scaling: ClexScaling, stored: TorchDistTensors) -> RopeScaling:
     """Return the frequencies of a checkpoint's weights at T, as LongRoPE's lists.
 
     Raises:

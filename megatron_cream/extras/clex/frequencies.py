@@ -22,9 +22,8 @@ from torch import Tensor
 
 from megatron_cream.errors import UserError
 from megatron_cream.extras.clex.ode import OdeSolution, VectorField, limits, solve
-from megatron_cream.rope.by_pair import LongRopeScaling
 from megatron_cream.rope.clex import ClexScaling
-from megatron_cream.rope.scaling import make_scaling, rounded_list
+from megatron_cream.rope.scaling import RopeScaling, make_scaling, rounded_list
 
 if TYPE_CHECKING:
     from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
@@ -82,7 +81,7 @@ def solve_weights(field: VectorField, weights: Tensor, scales: list[float]) -> O
     return solved
 
 
-def freeze(scaling: ClexScaling, weights: Tensor, scale: float) -> LongRopeScaling:
+def freeze(scaling: ClexScaling, weights: Tensor, scale: float) -> RopeScaling:
     """Return what serves every sequence beyond the original window as CLEX does at ``scale``.
 
     Args:
@@ -161,25 +160,35 @@ class ScaleTable:
 
     def finite(self) -> Tensor:
         """Return whether the weights made finite frequencies: a bool on the table's device."""
-        return torch.isfinite(self._solved.log_stretch).all()
+        return torch.isfinite(self._solution.log_stretch).all()
 
     def gradient(self) -> Tensor:
         """Return what this rank has added up, float64 ``[scales, d / 2]`` on the table's device."""
-        if self.inv_freq is None:
-            raise RuntimeError("CLEX's table was not solved in this step: no layer turned anything")
-        gradient = self.inv_freq.grad
-        gradient = torch.zeros_like(self.inv_freq) if gradient is None else gradient
+        gradient = self._frequencies.grad
+        gradient = torch.zeros_like(self._frequencies) if gradient is None else gradient
         return gradient.double()
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """Return the weights' float64 gradient ``[size]`` for that of the table, on its device."""
         # inv_freq is base / exp(log_stretch).
-        upstream = -(self.inv_freq.detach().double() * gradient)
-        stretch = self._solved.log_stretch
+        upstream = -(self._frequencies.detach().double() * gradient)
+        stretch = self._solution.log_stretch
         # Beyond a limit only what leads back counts.
         outward = (stretch < self._low) & (upstream > 0)
         outward |= (stretch > self._high) & (upstream < 0)
-        return self._solved.pull_back(upstream.masked_fill(outward, 0.0))
+        return self._solution.pull_back(upstream.masked_fill(outward, 0.0))
+
+    @property
+    def _frequencies(self) -> Tensor:
+        if self.inv_freq is None:
+            raise RuntimeError("CLEX's table was not solved in this step: no layer turned anything")
+        return self.inv_freq
+
+    @property
+    def _solution(self) -> _OnHost | ode_triton.QueuedSolution:
+        if self._solved is None:
+            raise RuntimeError("CLEX's table was not solved in this step: no layer turned anything")
+        return self._solved
 
     def _solve_on_host(self, weights: Tensor) -> Tensor:
         solved = solve_weights(self.field, weights, self.scaling.scales)

@@ -44,14 +44,15 @@ def share_table(chunks: list[nn.Module], fresh: bool = False) -> list[nn.Module]
     from megatron.core.transformer.attention import Attention
 
     first = mpu.get_pipeline_model_parallel_rank() * len(chunks)
+    table = _rotary(chunks[0]).table
     for i, chunk in enumerate(chunks):
         if not any(isinstance(module, Attention) for module in chunk.modules()):
             raise UserError(
                 "--rope-interpolation is 'clex': a pipeline stage has no attention layer; every "
                 "stage must have one, change --pipeline-model-parallel-layout or its size"
             )
-        rotary = chunk.rotary_pos_emb
-        rotary.table = chunks[0].rotary_pos_emb.table
+        rotary: Any = chunk.rotary_pos_emb
+        rotary.table = table
         rotary.replica, rotary.fresh = first + i, fresh
         rotary.weights.shared = rotary.replica > 0
     return chunks
@@ -97,7 +98,8 @@ def finish(model: list[nn.Module], divisor: Tensor | float) -> None:
     table = rotaries[0].table
     gradient = weights_gradient(table, divisor)
     checks = [table.finite()]
-    if model[0].ddp_config.check_for_nan_in_grad:
+    ddp_config: Any = model[0].ddp_config
+    if ddp_config.check_for_nan_in_grad:
         checks.append(torch.isfinite(gradient).all())
     passed = torch.stack(checks).tolist()  # the only wait for the device
     if not passed[0]:
@@ -106,7 +108,8 @@ def finish(model: list[nn.Module], divisor: Tensor | float) -> None:
         raise RuntimeError("found NaN or Inf in the gradient of CLEX's weights")
     table.forget()
     for rotary in rotaries:
-        rotary.weights.main_grad.copy_(gradient)
+        weights: Any = rotary.weights  # Megatron gives its parameters a main_grad
+        weights.main_grad.copy_(gradient)
 
 
 def weights_gradient(table: ScaleTable, divisor: Tensor | float) -> Tensor:

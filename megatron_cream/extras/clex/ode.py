@@ -157,7 +157,9 @@ _C = (0.0, 1 / 3, 2 / 3, 1.0)
 # Rows: the arguments of the four stages, then the result; columns: the state, then the slopes of
 # the stages, to be multiplied by the step.
 _FORTH = np.zeros((5, 5))
-_FORTH[1:, 1:] = [[1 / 3, 0, 0, 0], [-1 / 3, 1, 0, 0], [1, -1, 1, 0], [1 / 8, 3 / 8, 3 / 8, 1 / 8]]
+_FORTH[1:, 1:] = np.array(
+    [[1 / 3, 0, 0, 0], [-1 / 3, 1, 0, 0], [1, -1, 1, 0], [1 / 8, 3 / 8, 3 / 8, 1 / 8]]
+)
 # The same by column: what each slope goes into.
 _BACK = _FORTH[:, 1:].T.copy()
 

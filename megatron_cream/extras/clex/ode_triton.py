@@ -140,11 +140,15 @@ def _constants(field: VectorField, scales: tuple[float, ...], device: torch.devi
     rule = np.diff(points)[:, None, None] * np.array(_RULE)
     ntk = np.log(2.0 * np.array(scales) - 1.0)[:, None] * e
     rows = 4 * np.searchsorted(points, scales)
-    arrays = (rule.reshape(len(known), 4), np.pad(known, ((0, 1), (0, 0))), rows, ntk)
     # Whatever the mode of the step that asks first, later ones use them.
     with torch.inference_mode(False):
-        tensors = [torch.from_numpy(array).to(device) for array in arrays]
-    return OdeConstants(*tensors, sizes(field))
+        return OdeConstants(
+            rule=torch.from_numpy(rule.reshape(len(known), 4)).to(device),
+            known=torch.from_numpy(np.pad(known, ((0, 1), (0, 0)))).to(device),
+            rows=torch.from_numpy(rows).to(device),
+            ntk=torch.from_numpy(ntk).to(device),
+            sizes=sizes(field),
+        )
 
 
 _RULE = ((1 / 3, -1 / 3, 1, 1 / 8), (1, -1, 3 / 8, 3 / 8), (1, 3 / 8, 3 / 8, 3 / 8), (1 / 8,) * 4)

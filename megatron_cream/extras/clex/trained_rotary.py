@@ -67,7 +67,7 @@ class ClexRotaryEmbedding(PositionRotaryEmbedding):
         )
         powers = rounded_powers(scaling, device)
         # Not of a layout that is only counted.
-        self.table = None if powers.is_meta else ScaleTable(scaling, powers)
+        self.table: Any = None if powers.is_meta else ScaleTable(scaling, powers)
         self.weights = nn.Parameter(field_of(scaling).initial().to(device))
         self.replica = 0
         self.fresh = False
