@@ -76,6 +76,11 @@ COMMANDS = {
         "Make documents that train a model to find what it read, as an indexed dataset.",
         environment=_ONE_THREAD,
     ),
+    "extend": Command(
+        "megatron_cream.extend.extend",
+        "Extend a model: Hugging Face folder and text in, longer Hugging Face folder out.",
+        hides_import_warnings=True,
+    ),
     "positions": Command(
         "megatron_cream.positions.command",
         "Report and draw where a strategy puts its tokens and which distances it trains.",
@@ -122,7 +127,6 @@ COMMANDS = {
     "check-install": Command(
         "megatron_cream.check_install",
         "Check that the install works: imports, a dataset, two training steps on a CPU.",
-        hides_import_warnings=True,
     ),
 }
 """Every command by its name, in the order in which ``--help`` lists them."""

@@ -253,18 +253,20 @@ def check_tokens(index: DatasetIndex, limit: int | None, *, sample: bool = False
     return largest
 
 
-def read_first_tokens(prefix: str, count: int, tokens: int) -> list[np.ndarray]:
+def read_first_tokens(prefix: str, count: int, tokens: int, skip: int = 0) -> list[np.ndarray]:
     """Return the first ``tokens`` tokens of ``count`` documents that have as many.
 
-    The documents are spread evenly over those that are long enough, in order.
+    The documents are spread evenly over those that are long enough, in order; the first ``skip`` of
+    the dataset are passed over.
 
     Raises:
         UserError: fewer than ``count`` documents are long enough.
     """
     index = read_index(prefix)
-    eligible = np.flatnonzero(index.lengths >= tokens)
+    lengths = index.lengths[skip:]
+    eligible = skip + np.flatnonzero(lengths >= tokens)
     if len(eligible) < count:
-        longest = int(index.lengths.max())
+        longest = int(lengths.max(initial=0))
         raise UserError(
             f"--data is {prefix}: {len(eligible)} of its documents have {tokens} tokens (the "
             f"longest has {longest}), --documents asks for {count}; take fewer or shorter ones "

@@ -142,6 +142,9 @@ class EvaluationSettings:
         None, "for perplexity: indexed dataset without .bin and .idx, or text files"
     )
     documents: int = _flag(16, "documents to score", (1, 1_000_000))
+    skip_documents: int = _flag(
+        0, "documents at the start of an indexed dataset that training read: not scored", (0, _MOST)
+    )
     document_tokens: int | None = _flag(
         None,
         "tokens of each; shorter documents are passed over (default: twice the longest of "
@@ -260,6 +263,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 words = {key: value for key, value in one.metadata.items() if key != "limits"}
                 command.add_argument(_flag_of(one.name), default=one.default, **words)
         add_options(command.add_argument)
+        if task == "all":
+            names = [name for name in HELP if name != "all"]
+            command.add_argument(
+                "--tasks", nargs="+", choices=names, metavar="TASK", help="only these of them"
+            )
     command = commands.add_parser("compare", help="several runs of one task in one picture")
     command.add_argument("runs", nargs="+", metavar="RUN", help="--output of a finished run")
     command.add_argument("--output", help="folder for the table and the picture")
@@ -269,10 +277,15 @@ def settings_of(args: argparse.Namespace) -> EvaluationSettings:
     """Return the settings of a parsed command line."""
     given = dict(vars(args))
     task = given.pop("task")
-    tasks = [name for name in HELP if name != "all"] if task == "all" else [task]
-    if task == "all" and args.data is None:
-        tasks.remove("perplexity")
-    return EvaluationSettings(tasks=tasks, **given)
+    return EvaluationSettings(tasks=_tasks(task, given.pop("tasks", None), args.data), **given)
+
+
+def _tasks(task: str, named: list[str] | None, data: str | None) -> list[str]:
+    if task != "all":
+        return [task]
+    if named is not None:
+        return list(dict.fromkeys(named))
+    return [name for name in HELP if name != "all" and (name != "perplexity" or data is not None)]
 
 
 def run(args: argparse.Namespace) -> None:

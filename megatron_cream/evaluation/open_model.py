@@ -272,7 +272,8 @@ def open_documents(settings: EvaluationSettings, model: ScoringModel) -> list[np
     """
     data, tokens = str(settings.data), settings.tokens_per_document
     if Path(f"{data}.idx").exists() or not Path(data).exists():
-        documents = read_first_tokens(data, settings.documents, tokens)
+        skip = settings.skip_documents
+        documents = read_first_tokens(data, settings.documents, tokens, skip)
     else:
         documents = _encode_texts(settings, data, model, tokens)
     if (lowest := min(int(document.min()) for document in documents)) < 0:

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses what ``megatron-cream extend`` trains: window, steps, batch, layout and their flags."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from megatron_cream.errors import UserError
+from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
+from megatron_cream.planning.memory import RESERVE_GIB, stage_parameters
+from megatron_cream.planning.models import BaseModel
+from megatron_cream.planning.propose import Cluster, propose
+from megatron_cream.planning.script import layout_flags, warm_up
+
+if TYPE_CHECKING:
+    from megatron_cream.extend.extend import ExtendSettings
+
+LONGEST_WINDOW = 8192
+"""Tokens trained at, unless told otherwise: below that most time goes to matrix products."""
+
+STEP_TOKENS = 131_072
+"""Tokens per step, as in CREAM's paper: 32 samples of 4096."""
+
+SMALL = 1e9
+"""Parameters below which a model takes the short recipe of docs/study.md."""
+
+_LARGEST_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained.
+
+    Attributes:
+        window: tokens of a sample, N.
+        target: tokens of the window that the model gets, T.
+        steps: optimizer steps.
+        global_batch: samples per step.
+        micro_batch: samples per forward pass.
+        learning_rate: at its highest.
+        processes: one per GPU, or on the CPU.
+        layout: how the model is spread; None on the CPU, where every process has all of it.
+    """
+
+    window: int
+    target: int
+    steps: int
+    global_batch: int
+    micro_batch: int
+    learning_rate: float
+    processes: int
+    layout: ParallelLayout | None
+
+    @property
+    def samples(self) -> int:
+        """Samples of the whole run."""
+        return self.steps * self.global_batch
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths to score at, in tokens: half the window, and doubled up to the target."""
+        count = math.ceil(math.log2(self.target / self.window))
+        return [self.window // 2, *(self.window << i for i in range(count)), self.target]
+
+    def describe(self) -> str:
+        """Return the recipe in a line."""
+        where = f"{self.layout} on {self.processes} GPUs" if self.layout else "CPU"
+        return (
+            f"{self.window} to {self.target} tokens, {self.steps} steps of {self.global_batch} x "
+            f"{self.window} tokens, learning rate {self.learning_rate:g}, {where}"
+        )
+
+
+def make_recipe(settings: ExtendSettings, model: BaseModel) -> Recipe:
+    """Return the recipe for a model; what ``settings`` leave out follows from model and machine.
+
+    Raises:
+        UserError: a target that is no extension, a batch that cannot be split, or a model that
+            does not fit.
+    """
+    window = settings.window or min(model.trained_length, LONGEST_WINDOW)
+    _validate_lengths(settings.target_length, window, model)
+    small = stage_parameters(model, ParallelLayout(), 0) < SMALL
+    batch = settings.global_batch_size or max(1, STEP_TOKENS // window)
+    steps = settings.steps or (130 if small else 1000)
+    rate = settings.lr or (4e-4 if small else 2e-5)
+    target = settings.target_length
+    if settings.cpu:
+        processes = settings.gpus or 1
+        share = batch // processes
+        fitting = (n for n in range(_LARGEST_MICRO_BATCH, 1, -1) if share % n == 0)
+        micro = settings.micro_batch_size or next(fitting, 1)
+        return Recipe(window, target, steps, batch, micro, rate, processes, None)
+    gpus, gpu = _find_gpus(settings)
+    micro, layout = _choose_layout(settings, model, window, batch, gpus, gpu)
+    return Recipe(window, target, steps, batch, micro, rate, gpus, layout)
+
+
+def _validate_lengths(target: int, window: int, model: BaseModel) -> None:
+    if target <= model.trained_length:
+        raise UserError(
+            f"--target-length is {target}: {model.name} has a window of {model.trained_length} "
+            "tokens, the target must be above"
+        )
+    if not 32 <= window <= model.trained_length:
+        raise UserError(
+            f"--window is {window}: it must be at least 32 and at most the model's own window of "
+            f"{model.trained_length} tokens"
+        )
+
+
+def _find_gpus(settings: ExtendSettings) -> tuple[int, Gpu]:
+    """Return how many GPUs there are and of what kind; for a dry run those that are named."""
+    import torch
+
+    there = torch.cuda.device_count()
+    gpus = settings.gpus or there
+    if not settings.dry_run and gpus > there:
+        raise UserError(f"--gpus is {gpus}: this machine has {there}")
+    if not gpus:
+        raise UserError(
+            "--gpus is missing and this machine has none: name a number for --dry-run, or train "
+            "on the CPU with --cpu"
+        )
+    if settings.gpu:
+        return gpus, GPUS[settings.gpu]
+    if not there:
+        return gpus, GPUS["h100"]
+    name = torch.cuda.get_device_name(0).lower()
+    return gpus, next((gpu for kind, gpu in GPUS.items() if kind in name), GPUS["a100"])
+
+
+def _choose_layout(
+    settings: ExtendSettings, model: BaseModel, window: int, batch: int, gpus: int, gpu: Gpu
+) -> tuple[int, ParallelLayout]:
+    """Return the largest micro-batch that fits without recomputation, and its fastest layout."""
+    cluster = Cluster(gpus, gpu, gpu.memory - RESERVE_GIB, measured_mfu())
+    given = settings.micro_batch_size
+    sizes = [given] if given else [n for n in (8, 4, 2, 1) if n <= _LARGEST_MICRO_BATCH]
+    failed: UserError | None = None
+    found: list[tuple[int, ParallelLayout]] = []
+    for micro in sizes:
+        try:
+            plan = propose(model, cluster, Workload(window, batch, micro))
+        except UserError as error:
+            failed = error
+            continue
+        found.append((micro, plan.layout))
+    if not found:
+        assert failed is not None
+        raise failed
+    # Ties of the size of the model's split go to the larger micro-batch, which comes first.
+    return min(found, key=lambda pair: (pair[1].recompute, pair[1].tensor * pair[1].pipeline))
+
+
+def machine_flags(recipe: Recipe) -> list[str]:
+    """Return the trainer's flags that the machine decides."""
+    if recipe.layout is None:
+        return ["--cpu", "--num-workers", "0"]
+    flags = [
+        *("--bf16", *layout_flags(recipe.layout)),
+        *("--manual-gc", "--manual-gc-interval", "100", "--num-workers", "4"),
+        # Compiling takes longer than it saves in a short run.
+        *("--disable-jit-fuser", "--no-bias-swiglu-fusion", "--use-te-activation-func"),
+    ]
+    if find_spec("fused_weight_gradient_mlp_cuda") is None:  # of Apex
+        flags.append("--no-gradient-accumulation-fusion")
+    from megatron_cream.extras.te_cross_entropy import why_absent
+
+    return flags if why_absent() else [*flags, "--te-cross-entropy"]
+
+
+def schedule_flags(recipe: Recipe) -> list[str]:
+    """Return the trainer's flags for batch, steps and learning rate."""
+    return [
+        *("--micro-batch-size", str(recipe.micro_batch)),
+        *("--global-batch-size", str(recipe.global_batch), "--train-iters", str(recipe.steps)),
+        *("--lr", f"{recipe.learning_rate:g}", "--min-lr", "0", "--lr-decay-style", "linear"),
+        *("--lr-warmup-iters", str(warm_up(recipe.steps)), "--weight-decay", "0"),
+        *("--save-interval", str(min(recipe.steps, 200))),
+        *(["--no-save-optim"] if recipe.steps <= 200 else []),
+        *("--eval-iters", "0", "--eval-interval", str(recipe.steps)),
+        *("--log-interval", str(max(1, recipe.steps // 65))),
+    ]
