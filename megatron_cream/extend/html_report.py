@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import megatron_cream
-from megatron_cream.evaluation.records import read_result
+from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.results import markdown, percent, short
 from megatron_cream.evaluation.store import write_whole
 from megatron_cream.extend.recipe import Recipe
