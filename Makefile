@@ -61,6 +61,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck $(wildcard .ci/* tools/*.sh examples/*.sh examples/*/*.sh)
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/mypy
 
 test-engines: setup
 	$(BIN)/python tests/engines/install.py build/engines
@@ -84,11 +85,7 @@ docs: setup
 
 # The commands of README.md and docs/ as they are printed, ten minutes.
 .PHONY: test-docs
-test-.PHONY: launch-scripts
-launch-scripts: setup
-	$(BIN)/python examples/launch_scripts.py
-
-docs: setup
+test-docs: setup
 	$(BIN)/python -m pytest -m slow tests/docs
 
 # Its size and seed are variables, which CONTRIBUTING.md names.

@@ -139,3 +139,22 @@ def test_links_of_pages_outside_the_site_lead_somewhere(name):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / name).read_text())
     missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
     assert missing == []
+
+
+def test_lowest_versions_are_those_that_setup_cfg_asks_for():
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "setup.cfg")
+    extras = [text for name, text in parser["options.extras_require"].items() if name != "dev"]
+    wanted = "\n".join([parser["options"]["install_requires"], *extras])
+    lower = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)", wanted, re.MULTILINE))
+    file = (ROOT / "requirements.lowest.txt").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", file, re.MULTILINE))
+    assert len(pinned) > 10
+    for name, found in pinned.items():
+        least = [int(part) for part in lower[name].split(".")]
+        assert [int(part) for part in found.split(".")][: len(least)] == least, name
+        assert not any(int(part) for part in found.split(".")[len(least) :]), name
+    named = re.findall(
+        r"^([\w-]+)(?:\[\w+\])?", parser["options"]["install_requires"], re.MULTILINE
+    )
+    assert set(named) <= pinned.keys()
