@@ -13,6 +13,7 @@ from xml.sax.saxutils import escape
 ROWS: list[dict[str, str]] = [
     {
         "cli": "the table of commands",
+        "extend": "all steps in one",
         "pretrain, launch": "training starts here",
         "dry_run, check_install": "a look before a run",
     },

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's scaled dot product attention of one tile, with the logarithm of the softmax's sum.
+"""Scaled dot product attention of one tile by torch, with the logarithm of the softmax's sum.
 
 One softmax runs over several tiles: their outputs are merged by that sum, and a kernel's backward
 pass that is handed the *merged* output and sum computes exactly its tile's share of the gradients.
