@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.evaluation import write_small_hf
 
 from megatron_cream.positions import STRATEGIES
 from megatron_cream.rope import SCALINGS
@@ -32,7 +33,7 @@ CASES = [
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(str(STUDY))
-    for name in ("study", "variants", "results"):
+    for name in ("study", "variants", "results", "score"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import study
 
@@ -144,6 +145,16 @@ def test_differences_have_the_interval_of_their_cases_and_seeds(study, tmp_path)
     assert "| needle | +50 [+40, +60] |" in difference(tmp_path, "half", "none")
     with pytest.raises(SystemExit, match="no seed of both"):
         difference(tmp_path, "none", "absent")
+
+
+def test_a_model_is_scored_for_real(study, tmp_path):
+    import score as scoring
+
+    hf = write_small_hf(tmp_path / "hf")
+    scoring.SMOKE = {"needle": ("--lengths", "768", "--cases", "1", "--seeds", "1")}
+    scoring.score(str(hf), "none", str(tmp_path / "m" / "scores"), True, ["needle"], [])
+    found = json.loads((tmp_path / "m" / "scores" / "needle" / "result.json").read_text())
+    assert found["name"] == "m" and found["lengths"][0]["cases"] == 1
 
 
 def test_what_is_finished_is_not_done_again(run, tmp_path):
