@@ -127,6 +127,7 @@ COMMANDS = {
     "check-install": Command(
         "megatron_cream.check_install",
         "Check that the install works: imports, a dataset, two training steps on a CPU.",
+        hides_import_warnings=True,
     ),
 }
 """Every command by its name, in the order in which ``--help`` lists them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds where to cut a long text so that the ids of the parts, in a row, are those of the whole.
+"""Finds where to cut a long text so that the ids of its stretches in a row are those of the whole.
 
 Two kinds of tokenizers have such places. One that splits text into words first (a pre-tokenizer)
 never merges across words: the text is cut between two words, and each cut is tried on the real
@@ -20,7 +20,7 @@ import numpy as np
 from megatron_cream.corpus.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 CUT_CHARACTERS = 1 << 20
-"""Texts longer than this are encoded in parts of about this size."""
+"""Texts longer than this are encoded in stretches of about this size."""
 
 _SEARCHED = (1 << 11, 1 << 16)
 _CONTEXT = 256
@@ -34,7 +34,7 @@ class TextSplitter:
 
     Attributes:
         pattern: matches, with no width, where a cut may be.
-        dropped: ids at the start of each part but the first that the whole does not have.
+        dropped: ids at the start of each stretch but the first that the whole does not have.
         holds: whether a cut between two stretches of text changes nothing.
     """
 
@@ -83,20 +83,20 @@ def encode_pieces(
 ) -> Iterator[np.ndarray]:
     """Yield the ids of a text that comes in pieces, cut anywhere, ``[tokens]`` at a time."""
     first = True
-    for part in _parts(splitter, pieces):
-        (ids,) = tokenizer.encode([part])
+    for stretch in _cut_anew(splitter, pieces):
+        (ids,) = tokenizer.encode([stretch])
         yield ids if first or splitter is None else ids[splitter.dropped :]
         first = False
 
 
 def encode_long(tokenizer: Tokenizer, splitter: TextSplitter | None, text: str) -> np.ndarray:
-    """Return the ids of a text, encoded in parts where it is long."""
+    """Return the ids of a text, encoded in stretches where it is long."""
     starts = range(0, len(text), CUT_CHARACTERS)
     pieces = (text[start : start + CUT_CHARACTERS] for start in starts)
     return np.concatenate(list(encode_pieces(tokenizer, splitter, pieces)))
 
 
-def _parts(splitter: TextSplitter | None, pieces: Iterable[str]) -> Iterator[str]:
+def _cut_anew(splitter: TextSplitter | None, pieces: Iterable[str]) -> Iterator[str]:
     """Cut a text of many pieces anew, where ``splitter`` says."""
     waiting: list[str] = []
     size = 0

@@ -22,7 +22,7 @@ from megatron_cream.config import extension_of
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
-Batch = dict[str, torch.Tensor | None]
+Batch = dict[str, Any]
 
 
 def packed_seq_params(args: Namespace, cu_seqlens: torch.Tensor | None) -> PackedSeqParams | None:
@@ -73,12 +73,11 @@ def is_packed(args: Namespace) -> bool:
     return extension_of(args).sample_unit == "packed-documents"
 
 
-def _tokens_and_positions(
-    args: Namespace, data_iterator: Iterator | None, packed: bool
-) -> dict[str, Any]:
-    batch: dict[str, Any] = {}
-    sample: dict[str, Any] = {}
+def _tokens_and_positions(args: Namespace, data_iterator: Iterator | None, packed: bool) -> Batch:
+    batch: Batch = {}
+    sample: Batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None  # of this rank the dataset is built
         sample = next(data_iterator)
         keys = (*BATCH_KEYS, "cu_seqlens") if packed else BATCH_KEYS
         batch = {key: sample[key].cuda(non_blocking=True) for key in keys}

@@ -95,10 +95,6 @@ class Argument:
         return value is None or value is False or value == self.default
 
 
-def _argument(name: str, **facts: Any) -> Argument:
-    return Argument(name=name, **facts)
-
-
 def _each(names: str, **facts: Any) -> Iterator[Argument]:
     return (Argument(name=name, **facts) for name in names.split())
 
@@ -112,59 +108,58 @@ _YARN = "use --rope-interpolation yarn --rope-options"
 
 _ROWS = (
     # The model
-    *(_argument(name, **_SHAPE) for name in ("hidden_size", "num_attention_heads")),
-    _argument("max_position_embeddings", **_SHAPE),
+    *_each("hidden_size num_attention_heads max_position_embeddings", **_SHAPE),
     *_each(
         "seq_length vocab_size padded_vocab_size make_vocab_size_divisible_by num_layers "
         "ffn_hidden_size kv_channels num_query_groups moe_ffn_hidden_size",
         range=COUNT,
     ),
     *_each("init_method_std embedding_init_method_std", range=AMOUNT),
-    _argument(
+    *_each(
         "layernorm_epsilon", flag="--norm-epsilon", range=AMOUNT, same_model=True, restored=True
     ),
     *_each("qk_layernorm window_size", restored=True),
-    _argument("normalization", hugging_face="RMSNorm", estimated="RMSNorm", same_model=True),
-    _argument("layernorm_zero_centered_gamma", flag="--apply-layernorm-1p", hugging_face=False),
-    _argument("swiglu", hugging_face=True, estimated=True),
-    _argument("add_bias_linear", off="--disable-bias-linear", estimated=False),
+    *_each("normalization", hugging_face="RMSNorm", estimated="RMSNorm", same_model=True),
+    *_each("layernorm_zero_centered_gamma", flag="--apply-layernorm-1p", hugging_face=False),
+    *_each("swiglu", hugging_face=True, estimated=True),
+    *_each("add_bias_linear", off="--disable-bias-linear", estimated=False),
     *_each("hidden_dropout attention_dropout", range=BELOW_ONE, estimated=0.0),
-    _argument("hybrid_layer_pattern", hugging_face=None, estimated=None),
-    _argument("window_attn_skip_freq", hugging_face=None),
-    _argument("num_experts", range=AMOUNT, estimated=None),
-    _argument("moe_router_topk", range=COUNT, same_model=True),
-    _argument("moe_router_pre_softmax", hugging_face=False, same_model=True),
-    _argument("moe_router_score_function", hugging_face="softmax"),
-    _argument("moe_shared_expert_intermediate_size", hugging_face=None),
-    _argument("multi_latent_attention", refused="positions do not reach MLA", hugging_face=False),
-    _argument("mtp_num_layers", refused="multi-token prediction is not supported"),
+    *_each("hybrid_layer_pattern", hugging_face=None, estimated=None),
+    *_each("window_attn_skip_freq", hugging_face=None),
+    *_each("num_experts", range=AMOUNT, estimated=None),
+    *_each("moe_router_topk", range=COUNT, same_model=True),
+    *_each("moe_router_pre_softmax", hugging_face=False, same_model=True),
+    *_each("moe_router_score_function", hugging_face="softmax"),
+    *_each("moe_shared_expert_intermediate_size", hugging_face=None),
+    *_each("multi_latent_attention", refused="positions do not reach MLA", hugging_face=False),
+    *_each("mtp_num_layers", refused="multi-token prediction is not supported"),
     # Positions and angles
-    _argument("position_embedding_type", hugging_face="rope"),
-    _argument("position_seed", range=AMOUNT),
-    _argument("rotary_base", range=COUNT, same_model=True),
-    _argument("rotary_percent", range=ABOVE_ZERO_SHARE, hugging_face=1.0, same_model=True),
-    _argument("rotary_interleaved", hugging_face=False, same_model=True),
-    _argument("rope_type", refused="use --rope-interpolation"),
-    _argument("use_rope_scaling", refused="use --rope-interpolation", scales_rope=True),
-    _argument("rope_scaling_factor", default=8.0, refused="use --rope-factor"),
-    _argument(
+    *_each("position_embedding_type", hugging_face="rope"),
+    *_each("position_seed", range=AMOUNT),
+    *_each("rotary_base", range=COUNT, same_model=True),
+    *_each("rotary_percent", range=ABOVE_ZERO_SHARE, hugging_face=1.0, same_model=True),
+    *_each("rotary_interleaved", hugging_face=False, same_model=True),
+    *_each("rope_type", refused="use --rope-interpolation"),
+    *_each("use_rope_scaling", refused="use --rope-interpolation", scales_rope=True),
+    *_each("rope_scaling_factor", default=8.0, refused="use --rope-factor"),
+    *_each(
         "rotary_seq_len_interpolation_factor",
         refused="use --rope-interpolation linear --rope-factor",
         scales_rope=True,
     ),
-    _argument(
+    *_each(
         "yarn_original_max_position_embeddings",
         refused="use --rope-interpolation yarn --original-length",
     ),
     *_each("yarn_beta_fast yarn_beta_slow", refused=_YARN),
-    _argument("mrope_section", refused="positions have one axis"),
-    _argument("flash_decode", refused="it takes angles by length; leave it out"),
-    _argument("reset_position_ids", refused="the strategy decides the positions"),
+    *_each("mrope_section", refused="positions have one axis"),
+    *_each("flash_decode", refused="it takes angles by length; leave it out"),
+    *_each("reset_position_ids", refused="the strategy decides the positions"),
     # Layout
     *_each("tensor_model_parallel_size pipeline_model_parallel_size", range=COUNT, one_rank=1),
-    _argument("context_parallel_size", range=COUNT, one_rank=1, meta=1),
+    *_each("context_parallel_size", range=COUNT, one_rank=1, meta=1),
     *_each("expert_model_parallel_size expert_tensor_parallel_size", range=COUNT, one_rank=1),
-    _argument(
+    *_each(
         "virtual_pipeline_model_parallel_size",
         flag="--num-virtual-stages-per-pipeline-rank",
         computed=True,
@@ -173,13 +168,13 @@ _ROWS = (
     ),
     *_each("num_layers_per_virtual_pipeline_stage", range=COUNT),
     *_each("num_virtual_stages_per_pipeline_rank", range=COUNT),
-    _argument(
+    *_each(
         "microbatch_group_size_per_vp_stage",
         flag="--microbatch-group-size-per-virtual-pipeline-stage",
         range=COUNT,
     ),
     *_each("decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers", **_STAGES),
-    _argument("pipeline_model_parallel_layout", one_rank=None, estimated=None),
+    *_each("pipeline_model_parallel_layout", one_rank=None, estimated=None),
     *_each(
         "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
         estimated=False,
@@ -187,22 +182,22 @@ _ROWS = (
     *_each(
         "tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards", one_rank=None
     ),
-    _argument("sequence_parallel", needs_gpu=True, evaluated=False, meta=False),
-    _argument("hierarchical_context_parallel_sizes", needs_gpu=True),
-    _argument("hybrid_context_parallel", refused="samples have one length"),
-    _argument("overlap_moe_expert_parallel_comm", refused="schedule plans are not supported"),
+    *_each("sequence_parallel", needs_gpu=True, evaluated=False, meta=False),
+    *_each("hierarchical_context_parallel_sizes", needs_gpu=True),
+    *_each("hybrid_context_parallel", refused="samples have one length"),
+    *_each("overlap_moe_expert_parallel_comm", refused="schedule plans are not supported"),
     *_each("use_megatron_fsdp use_torch_fsdp2", needs_gpu=True, with_scales=_GRADIENTS),
     # How a step runs
-    _argument("transformer_impl", default="transformer_engine", cpu="local"),
-    _argument("distributed_backend", default="nccl", cpu="gloo"),
-    _argument("use_cpu_initialization", cpu=True),
-    _argument("no_persist_layer_norm", cpu=True),
-    _argument("masked_softmax_fusion", off="--no-masked-softmax-fusion", cpu=False),
-    _argument("bias_gelu_fusion", off="--no-bias-gelu-fusion", cpu=False),
-    _argument("bias_dropout_fusion", off="--no-bias-dropout-fusion", cpu=False),
-    _argument("bias_swiglu_fusion", off="--no-bias-swiglu-fusion", cpu=False),
-    _argument("apply_rope_fusion", off="--no-rope-fusion", cpu=False),
-    _argument(
+    *_each("transformer_impl", default="transformer_engine", cpu="local"),
+    *_each("distributed_backend", default="nccl", cpu="gloo"),
+    *_each("use_cpu_initialization", cpu=True),
+    *_each("no_persist_layer_norm", cpu=True),
+    *_each("masked_softmax_fusion", off="--no-masked-softmax-fusion", cpu=False),
+    *_each("bias_gelu_fusion", off="--no-bias-gelu-fusion", cpu=False),
+    *_each("bias_dropout_fusion", off="--no-bias-dropout-fusion", cpu=False),
+    *_each("bias_swiglu_fusion", off="--no-bias-swiglu-fusion", cpu=False),
+    *_each("apply_rope_fusion", off="--no-rope-fusion", cpu=False),
+    *_each(
         "gradient_accumulation_fusion",
         off="--no-gradient-accumulation-fusion",
         cpu=False,
@@ -211,52 +206,50 @@ _ROWS = (
     *_each(
         "moe_grouped_gemm use_te_activation_func fused_residual_rmsnorm", default=False, cpu=False
     ),
-    _argument("bf16", estimated=True),
-    _argument("fp8", flag="--fp8-format", needs_gpu=True, meta=None, estimated=None),
-    _argument("fp8_param_gather", meta=False),
+    *_each("bf16", estimated=True),
+    *_each("fp8", flag="--fp8-format", needs_gpu=True, meta=None, estimated=None),
+    *_each("fp8_param_gather", meta=False),
     *_each("recompute_granularity recompute_method", **_MEMORY),
-    _argument("recompute_num_layers", range=COUNT, **_MEMORY),
-    _argument("tp_comm_overlap", evaluated=False, meta=False),
-    _argument("te_cross_entropy", evaluated=False),  # logits are what is asked for
-    _argument("perform_initialization", off="--no-initialization", meta=False),
-    _argument(
-        "cuda_graph_impl", default="none", with_scales="the rotation of clex is not captured"
-    ),
+    *_each("recompute_num_layers", range=COUNT, **_MEMORY),
+    *_each("tp_comm_overlap", evaluated=False, meta=False),
+    *_each("te_cross_entropy", evaluated=False),  # logits are what is asked for
+    *_each("perform_initialization", off="--no-initialization", meta=False),
+    *_each("cuda_graph_impl", default="none", with_scales="the rotation of clex is not captured"),
     *_each("enable_cuda_graph external_cuda_graph optimizer_cuda_graph", needs_gpu=True),
     *_each("async_save optimizer_cpu_offload", needs_gpu=True),
     # Batch, optimizer and schedule
-    _argument("micro_batch_size", required="samples of one rank in one pass", range=COUNT),
+    *_each("micro_batch_size", required="samples of one rank in one pass", range=COUNT),
     *_each("global_batch_size eval_micro_batch_size eval_global_batch_size", range=COUNT),
-    _argument("use_distributed_optimizer", estimated=True),
-    _argument("num_distributed_optimizer_instances", range=COUNT, estimated=1),
+    *_each("use_distributed_optimizer", estimated=True),
+    *_each("num_distributed_optimizer_instances", range=COUNT, estimated=1),
     *_each("adam_beta1 adam_beta2", range=BELOW_ONE),
-    _argument("lr", required="the largest learning rate", unless="skip_train", range=AMOUNT),
+    *_each("lr", required="the largest learning rate", unless="skip_train", range=AMOUNT),
     *_each(
         "min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples decoupled_lr decoupled_min_lr "
         "weight_decay start_weight_decay end_weight_decay clip_grad adam_eps sgd_momentum",
         range=AMOUNT,
     ),
     *_each("lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples", range=COUNT),
-    _argument("lr_warmup_fraction", range=SHARE),
+    *_each("lr_warmup_fraction", range=SHARE),
     # The run
-    _argument(
+    *_each(
         "eval_interval",
         required="iterations between two evaluations; Megatron asks for it also where "
         "--eval-iters is 0",
         range=COUNT,
     ),
-    _argument(
+    *_each(
         "tokenizer_type",
         required="NullTokenizer with --vocab-size will do, datasets hold tokens already",
     ),
-    _argument(
+    *_each(
         "save_interval",
         required="iterations between two checkpoints in --save",
         where="save",
         range=COUNT,
     ),
     *_each("load pretrained_checkpoint", evaluated=None),  # where the run started from
-    _argument("seed", range=SEED),
+    *_each("seed", range=SEED),
     *_each(
         "train_iters train_samples exit_interval exit_duration_in_mins train_sync_interval "
         "log_interval tensorboard_log_interval tensorboard_queue_size log_memory_interval "
@@ -266,41 +259,41 @@ _ROWS = (
         range=COUNT,
     ),
     *_each("num_workers eval_iters start_eval_at_iter ckpt_step manual_gc_interval", range=AMOUNT),
-    _argument("yaml_cfg", refused="settings come from flags"),
-    _argument("check_for_spiky_loss", refused="the loss is checked for NaN and Inf"),
+    *_each("yaml_cfg", refused="settings come from flags"),
+    *_each("check_for_spiky_loss", refused="the loss is checked for NaN and Inf"),
     *_each("logits_load_dir logits_save_dir", refused="distillation is not supported"),
-    _argument("perform_rl_step", refused="reinforcement learning is not supported"),
+    *_each("perform_rl_step", refused="reinforcement learning is not supported"),
     # Data
     *_each("sft mock_data", refused="samples come from indexed datasets"),
-    _argument("fim_data", refused="samples are read as they stand"),
+    *_each("fim_data", refused="samples are read as they stand"),
     *_each(
         "reset_attention_mask dataloader_inter_document_masking",
         refused="samples are not masked by document",
     ),
-    _argument(
+    *_each(
         "multiple_validation_sets",
         refused="validation is one blend; evaluate the sets with tools/evaluate.py",
     ),
-    _argument(
+    *_each(
         "full_validation",
         refused="validation is --eval-iters batches of a blend; evaluate all of a set with "
         "tools/evaluate.py",
     ),
-    _argument("validation_set_names", refused="validation is one blend, which has no names"),
-    _argument(
+    *_each("validation_set_names", refused="validation is one blend, which has no names"),
+    *_each(
         "phase_transition_iterations",
         refused="samples are counted from the start of a run on one blend",
     ),
-    _argument("per_dataset_sequences_path", refused="the index says how many samples there are"),
-    _argument("object_storage_cache_path", refused="datasets are local files"),
-    _argument("dataloader_fast_cache_load", refused="datasets have no cache"),
-    _argument("dataloader_defer_npy_index_mmap", refused="datasets have no such index"),
-    _argument("allow_ambiguous_pad_tokens", refused="samples are not padded"),
-    _argument("decoder_seq_length", refused="use --seq-length"),
-    _argument("sample_rate", default=1.0, refused="every sample of the blend is read"),
-    _argument("mask_prob", default=0.15, refused="no token is hidden from the model"),
-    _argument("short_seq_prob", default=0.1, refused="samples have one length"),
-    _argument(
+    *_each("per_dataset_sequences_path", refused="the index says how many samples there are"),
+    *_each("object_storage_cache_path", refused="datasets are local files"),
+    *_each("dataloader_fast_cache_load", refused="datasets have no cache"),
+    *_each("dataloader_defer_npy_index_mmap", refused="datasets have no such index"),
+    *_each("allow_ambiguous_pad_tokens", refused="samples are not padded"),
+    *_each("decoder_seq_length", refused="use --seq-length"),
+    *_each("sample_rate", default=1.0, refused="every sample of the blend is read"),
+    *_each("mask_prob", default=0.15, refused="no token is hidden from the model"),
+    *_each("short_seq_prob", default=0.1, refused="samples have one length"),
+    *_each(
         "mid_level_dataset_surplus",
         default=0.005,
         refused="datasets have as many samples as are asked for",

@@ -38,7 +38,7 @@ def install() -> None:
         import torch._dynamo
 
         torch._dynamo.config.disable = True
-    # Twenty lines a rank on GPU packages that are missing: here they are meant to be.
+    # Twenty lines per rank on GPU packages that are missing: here they are meant to be.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     # Its random-state tracker wonders, at every dropout, why the CPU's state changed with the
     # GPU's: they are one.
@@ -62,13 +62,13 @@ def install() -> None:
     from torch.utils._device import _device_constructors
 
     _device_constructors()
-    for each in _STAND_IN:
+    for each in _PATCHES:
         each.apply()
 
 
 def is_installed() -> bool:
     """Say whether the CPU stands in for ``torch.cuda`` in this process."""
-    return _STAND_IN[0].in_place
+    return _PATCHES[0].in_place
 
 
 def validate_flags(args: Any) -> None:
@@ -123,7 +123,7 @@ def _validate_experts(args: Any) -> None:
 
 _WHY = "torch.cuda and tensors on it are answered by the CPU (--cpu)."
 _GROUP = "torch.cuda by the CPU"
-_STAND_IN: list[Patch] = []
+_PATCHES: list[Patch] = []
 
 
 def _replace(*names: str) -> Callable[[Callable[[Any], Any]], None]:
@@ -131,7 +131,7 @@ def _replace(*names: str) -> Callable[[Callable[[Any], Any]], None]:
 
     def declare(make: Callable[[Any], Any]) -> None:
         for name in names:
-            _STAND_IN.append(patch(name, why=_WHY, group=_GROUP)(make))
+            _PATCHES.append(patch(name, why=_WHY, group=_GROUP)(make))
 
     return declare
 

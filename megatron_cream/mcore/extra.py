@@ -18,14 +18,14 @@ class Extra:
         """Add its flags by ``add``, the ``add_argument`` of our group."""
 
     def validate_flags(self, args: Namespace, extension: Any) -> None:
-        """Refuse what flags alone say is wrong.
+        """Validate flags alone.
 
         Raises:
             UserError: naming the flag, its value and the value needed.
         """
 
     def validate_machine(self, args: Namespace) -> None:
-        """Refuse what needs a package that is not installed here.
+        """Validate that packages which flags need are installed here.
 
         Raises:
             UserError: naming the flag and the package.

@@ -57,8 +57,8 @@ class PositionRotaryEmbedding(RotaryEmbedding):
     def set_length(self, length: int) -> None:
         """Turn as for sequences of ``length`` tokens from now on.
 
-        For evaluation with ``dynamic`` and ``longrope``, whose angles depend on it, as served
-        models' do; nothing changes for the others.
+        For evaluation with ``dynamic`` and ``longrope``, whose angles depend on it, as in engines
+        that serve them; nothing changes for the others.
         """
         if self.scaling.varies_with_length:
             self.scaling = self.scaling.at_length(length)
@@ -93,7 +93,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         packed_seq: bool = False,
         cp_group: Any = None,
     ) -> Tensor:
-        """Return the angles of the positions that were set; called by the model once a step.
+        """Return the angles of the positions that were set; called by the model once per step.
 
         ``[s, b, 1, d]``, or ``[1, tokens, 1, d]`` for packed sequences. ``max_seq_len`` is what
         Megatron computed from the hidden states: the number of tokens over all context-parallel
@@ -123,7 +123,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         if not packed_seq and position_ids.shape[-1] * ranks != max_seq_len:
             raise UserError(
                 f"position_ids has shape {tuple(position_ids.shape)} on each of {ranks} "
-                f"context-parallel ranks: the step has {max_seq_len} tokens a sample"
+                f"context-parallel ranks: the step has {max_seq_len} tokens per sample"
             )
         return position_ids
 
@@ -163,7 +163,7 @@ def _inv_freq(scaling: RopeScaling, device: torch.device | str | None) -> Tensor
 
 
 def fold_attention_factor_into_softmax(config: Any, scaling: RopeScaling) -> bool:
-    """Put the attention factor m into ``config.softmax_scale`` if that is the same; say if it was.
+    """Put the attention factor m into ``config.softmax_scale`` if that is the same; return whether.
 
     Cos and sin of queries and keys times m make logits m ** 2 times as large. Where every
     dimension of a head is rotated a softmax scale of m ** 2 / sqrt(d) does just that, and the
@@ -238,7 +238,7 @@ def _scale_rotated(model: nn.Module, factor: float) -> None:
 def _hand_over_position_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
     inference = kwargs.get("inference_context") or kwargs.get("inference_params")
-    rotary = model.rotary_pos_emb
+    rotary: Any = model.rotary_pos_emb
     if rotary.attention_factor_in_softmax and inference and not inference.is_static_batching():
         raise RuntimeError(
             f"the attention factor {rotary.scaling.attention_factor:g} is in the softmax scale, "

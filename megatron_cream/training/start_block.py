@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block printed at start: what this run will really do."""
+"""Prints at start what a run will do: the settings as they will be used."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 
+import numpy as np
+
 from megatron_cream.checkpoint.iterations import find_start
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.mcore import patches
 from megatron_cream.mcore.argument_table import rotary_dim
-from megatron_cream.positions import Strategy, coverage
+from megatron_cream.positions import SampleLayout, Strategy, coverage
 from megatron_cream.rope import RopeScaling
 from megatron_cream.training.tokens_read import tokens_read
 
 # Beyond this many layouts coverage has converged, and a start must not wait for it.
 _SAMPLES = 32_000
-_DENSE_SAMPLES = 64  # strategies without chunks take O(T log T) a sample
+_DENSE_SAMPLES = 64  # strategies without chunks take O(T log T) per sample
 
 
 def start_block(args: Namespace, extension: ExtensionConfig) -> str:
-    """Return the settings of a run as they will be used, one a line."""
+    """Return the settings of a run as they will be used, each on a line."""
     strategy = extension.strategy()
     layout = strategy.layout(extension.position_seed, 0)
     ids = layout.position_ids
@@ -66,11 +68,11 @@ def _attention_factor_line(args: Namespace, scaling: RopeScaling) -> str:
     return f"{scaling.attention_factor:.6g}, {where}"
 
 
-def _ends(ids: object) -> str:
+def _ends(ids: np.ndarray) -> str:
     return f"{' '.join(map(str, ids[:3]))} ... {' '.join(map(str, ids[-3:]))}"
 
 
-def _pieces(layout: object) -> str:
+def _pieces(layout: SampleLayout) -> str:
     runs = layout.runs()
     return "as many pieces as tokens" if runs is None else f"{len(runs)} piece(s)"
 

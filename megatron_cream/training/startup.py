@@ -115,41 +115,43 @@ def parse(
     if from_checkpoint:
         validate_start(args)  # Megatron's validation reads it, without limits
     else:
-        _keep_begun(args)
+        _take_over_settings(args)
         extension, validated = validate_flags(args, defaults)
         validate_files(args, validated, extension)
     with megatron_validation_errors(args, tell=True):
         args = parse_and_validate_args(provider, ignore_unknown_args, defaults)
     if from_checkpoint:
         complete_arguments(args)
-        _keep_begun(args)
+        _take_over_settings(args)
         extension = validate_our_flags(args)
         validate_files(args, args, extension)
     complete_vocabulary(args)
     # Micro-batches may hold different numbers of trained tokens (texts end, borders are masked);
     # averaging their averages would make the result depend on the layout.
     args.calculate_per_token_loss = True
-    _keep_log_short(args)
+    _shorten_log(args)
     setattr(args, SETTINGS_KEY, extension.to_dict())
     return args
 
 
 # Settings whose default another release may have had; those of a group are given together.
-_BEGUN = (("sample_unit",), ("rope_interpolation",), ("cream_sigma", "cream_sigma_relative"))
+_TAKEN_OVER = (("sample_unit",), ("rope_interpolation",), ("cream_sigma", "cream_sigma_relative"))
 
 
-def _keep_begun(args: Namespace) -> None:
+def _take_over_settings(args: Namespace) -> None:
     """Have a run that is resumed go on as it began where it is not told otherwise."""
     from megatron_cream.training import resume
 
-    open_ones = [names for names in _BEGUN if all(getattr(args, name) is None for name in names)]
+    open_ones = [
+        names for names in _TAKEN_OVER if all(getattr(args, name) is None for name in names)
+    ]
     before = resume.resumed_extension(args) if open_ones else None
     if before is not None:
         for name in itertools.chain(*open_ones):
             setattr(args, name, before.to_dict()[name])
 
 
-def _keep_log_short(args: Namespace) -> None:
+def _shorten_log(args: Namespace) -> None:
     """Leave out what Megatron logs for its developers: a line for every parameter and more.
 
     Its own switch, which --logging-level and MEGATRON_LOGGING_LEVEL decide where they are given.
@@ -175,7 +177,7 @@ def _with_defaults(args: Namespace, defaults: dict[str, Any]) -> Namespace:
 
 
 def ready(args: Namespace, config: Any) -> None:
-    """Put our hooks and scalars into Megatron, and say on rank 0 what this run will do.
+    """Put our hooks and scalars into Megatron, and print on rank 0 what this run will do.
 
     The last thing before ``megatron.training.pretrain``.
     """

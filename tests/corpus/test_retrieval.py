@@ -210,10 +210,11 @@ def test_needles_hide_in_the_text_that_is_given(tmp_path, tokenizer):
     ("changes", "words_"),
     [
         ({"length": 100}, "--length is 100.*at least 256"),
-        ({"documents": 0}, "--documents is 0.*at least 1"),
-        ({"workers": 0}, "--workers is 0"),
-        ({"questions": 0}, "--questions is 0"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"documents": 0}, "--documents 0: needs 1 to "),
+        ({"workers": 0}, "--workers 0: needs 1 to 4096"),
+        ({"questions": 0}, "--questions 0: needs 1 to "),
+        ({"seed": -1}, "--seed -1: needs 0 to "),
+        ({"engine": "slow"}, "--engine slow: needs one of auto, fast, reference"),
         ({"tokenizer_type": "HuggingFaceTokenizer"}, "--tokenizer-model"),
     ],
 )

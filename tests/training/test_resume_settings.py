@@ -80,7 +80,7 @@ def resumed(monkeypatch, tmp_path):
         parser.set_defaults(load=str(tmp_path), pretrained_checkpoint=None, finetune=False)
         parser.set_defaults(**others)
         args = parser.parse_args(["--target-length", "15360", *flags])
-        startup._keep_begun(args)
+        startup._take_over_settings(args)
         return extension_from_args(args)
 
     return make

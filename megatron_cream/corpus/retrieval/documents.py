@@ -35,6 +35,7 @@ from megatron_cream.corpus.settings import (
     add_options,
     option,
     read_options,
+    validate_options,
 )
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import (
@@ -80,7 +81,7 @@ class RetrievalConfig:
     length: int = option("tokens of each: the trained window", type=int, metavar="N")
     documents: int = option("how many", type=int, metavar="D")
     tokenizer_model: str | None = option(**TOKENIZER_MODEL)
-    seed: int = option("what they are drawn from", default=1234)
+    seed: int = option("what they are drawn from", default=1234, fewest=0, most=(1 << 64) - 1)
     haystack: tuple[str, ...] = option(
         "text to hide facts in (default: sentences made here)",
         default=(),
@@ -120,7 +121,8 @@ def make_dataset(
         UserError: a setting that cannot work.
         OSError: a file that is missing or exists, or cannot be written.
     """
-    _validate(config)
+    validate_options(config)
+    validate_prefix(config.output_prefix)
     with WorkFolder(config.output_prefix, RETRIEVAL) as folder, use_one_thread():
         folder.finish_publishing()
         validate_absent(config.output_prefix, config.overwrite)
@@ -130,16 +132,6 @@ def make_dataset(
         folder.publish(config.overwrite)
         folder.remove()
     return made
-
-
-def _validate(config: RetrievalConfig) -> None:
-    counts = ("documents", "workers", "questions")
-    for flag, value in ((f"--{name}", getattr(config, name)) for name in counts):
-        if value < 1:
-            raise UserError(f"{flag} is {value}: it must be at least 1")
-    if config.seed < 0:
-        raise UserError(f"--seed is {config.seed}: it must be 0 or more")
-    validate_prefix(config.output_prefix)
 
 
 def _maker(config: RetrievalConfig) -> DocumentMaker:

@@ -50,7 +50,7 @@ def test_nothing_is_started_by_the_hosts_name():
     allowed = {
         "megatron_cream/torchrun.py",
         "examples/torchrun.sh",
-        "tests/examples/test_own_name.py",
+        "tests/examples/test_torchrun.py",
         "tests/docs/test_commands.py",  # which knows torchrun's flags
     }
     assert set(found) <= allowed
