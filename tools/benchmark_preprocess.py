@@ -31,9 +31,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cream.cli import Parser
-from megatron_cream.corpus.settings import validate_count
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError, one_line_errors
+from megatron_cream.options import validate_count
 
 TOOL = Path(__file__).with_name("preprocess_data.py")
 OURS, STAND_IN, STOCK, FAST = "megatron_cream", "stand-in", "Megatron", "Megatron, gigatoken"

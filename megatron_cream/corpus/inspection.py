@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.settings import validate_count
 from megatron_cream.corpus.tokenizers import TOKENIZERS, load_tokenizer
 from megatron_cream.data.indexed import (
     DatasetIndex,
@@ -23,6 +22,7 @@ from megatron_cream.data.indexed import (
     validate_metadata,
 )
 from megatron_cream.errors import UserError
+from megatron_cream.options import validate_count
 
 FORMAT_VERSION = 1
 DUPLICATES = "duplicates"

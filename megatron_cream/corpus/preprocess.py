@@ -30,7 +30,7 @@ from megatron_cream.corpus.inspection import COUNTED_KEYS, FINGERPRINT, draw_his
 from megatron_cream.corpus.job import InputFile, PreprocessJob, plan_job
 from megatron_cream.corpus.readers import read_span
 from megatron_cream.corpus.records import BadRecord
-from megatron_cream.corpus.settings import PreprocessConfig, add_options, read_options
+from megatron_cream.corpus.settings import PreprocessConfig
 from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.corpus.work_folder import (
     PREPROCESSING,
@@ -40,6 +40,7 @@ from megatron_cream.corpus.work_folder import (
 )
 from megatron_cream.data.indexed import read_index, read_metadata, validate_metadata
 from megatron_cream.errors import UserError
+from megatron_cream.options import add_flags, read_flags
 
 __all__ = ["PreprocessConfig", "PreprocessStats", "preprocess"]
 
@@ -56,7 +57,7 @@ See docs/data.md.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``megatron-cream preprocess``."""
-    add_options(parser, PreprocessConfig)
+    add_flags(parser, PreprocessConfig)
     every = "compare every document (default: as --verify says)"
     parser.add_argument("--verify-all", action="store_true", help=every)
 
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the job that the command line asks for, and print what it did."""
     args.verify = -1 if args.verify_all else args.verify
-    config = read_options(PreprocessConfig, args)
+    config = read_flags(PreprocessConfig, args)
     # Without a handler a termination would leave worker processes to find out by themselves.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of the data tools: each declared once, with its flag, help and limits."""
+"""The settings of ``preprocess``, and the fields that other data commands share with it."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,94 +13,7 @@ from megatron_cream.corpus.input_files import ARROW, FORMATS, PARQUET, STDIN
 from megatron_cream.corpus.tokenizers import TOKENIZERS
 from megatron_cream.data.indexed import MOST_SHARDS
 from megatron_cream.errors import UserError
-
-LARGEST_COUNT = (1 << 31) - 3
-"""Tokens of a sequence, at most: with bos and eod, what an index has room for."""
-
-
-def option(
-    help: str,
-    *,
-    group: str = "",
-    default: Any = MISSING,
-    type: Callable[[str], Any] | None = None,
-    many: bool = False,
-    metavar: str | None = None,
-    choices: Sequence[str] | None = None,
-    fewest: int = 1,
-    most: int = LARGEST_COUNT,
-) -> Any:
-    """Declare a field of settings that is a flag of the command line too.
-
-    Args:
-        help: what the flag does.
-        group: heading in ``--help``.
-        default: MISSING for a flag that must be given.
-        type: of a value on the command line; int where the default is one.
-        many: whether it takes several values, a tuple.
-        metavar: stands for the value in ``--help``.
-        choices: the values that it can have.
-        fewest, most: limits of a number.
-    """
-    type = int if type is None and isinstance(default, int) else type
-    declared = {"group": group, "help": help, "type": type, "many": many, "metavar": metavar}
-    limits = {"choices": choices, "fewest": fewest, "most": most}
-    return field(default=default, metadata=declared | limits)
-
-
-def add_options(parser: argparse.ArgumentParser, settings: Any) -> None:
-    """Add a flag for each field of a class of settings."""
-    groups: dict[str, Any] = {"": parser}
-    for found in fields(settings):
-        declared = dict(found.metadata)
-        group = declared["group"]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        words: dict[str, Any] = {"help": declared["help"], "dest": found.name}
-        if found.default is MISSING:
-            words["required"] = True
-        else:
-            words["default"] = found.default
-        if isinstance(found.default, bool):
-            words["action"] = "store_true"
-        else:
-            words |= {key: declared[key] for key in ("type", "metavar", "choices")}
-            words |= {"nargs": "+"} if declared["many"] else {}
-        groups[group].add_argument(_flag(found.name), **words)
-
-
-def read_options(settings: Any, args: argparse.Namespace) -> Any:
-    """Return the settings that ``add_options`` took from a command line."""
-    given = {found.name: getattr(args, found.name) for found in fields(settings)}
-    return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-
-
-def validate_options(settings: Any) -> None:
-    """Check each field of some settings against its limits and choices.
-
-    Raises:
-        UserError: naming the flag, the value and what it needs.
-    """
-    for found in fields(settings):
-        value, choices = getattr(settings, found.name), found.metadata["choices"]
-        if found.metadata["type"] is int and not isinstance(value, bool):
-            limits = found.metadata["fewest"], found.metadata["most"]
-            validate_count(_flag(found.name), value, *limits)
-        if choices is not None and value not in choices and value != found.default:
-            raise UserError(f"{_flag(found.name)} {value}: needs one of {', '.join(choices)}")
-
-
-def validate_count(flag: str, value: int | None, fewest: int, most: int = LARGEST_COUNT) -> None:
-    """Check that a number is within ``fewest`` to ``most``; None is a flag that is not given.
-
-    Raises:
-        UserError: naming the flag, the value and what it needs.
-    """
-    if value is not None and not fewest <= value <= most:
-        raise UserError(f"{flag} {value}: needs {fewest} to {most}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+from megatron_cream.options import flag_field, validate_count, validate_fields
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
@@ -112,7 +24,7 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 
 _input, _tokens, _documents, _running = (
-    partial(option, group=group) for group in ("input", "tokens", "documents", "running")
+    partial(flag_field, group=group) for group in ("input", "tokens", "documents", "running")
 )
 TOKENIZER_TYPE: dict[str, Any] = {"help": "how text becomes ids", "choices": tuple(TOKENIZERS)}
 TOKENIZER_MODEL: dict[str, Any] = {
@@ -224,7 +136,7 @@ class PreprocessConfig:
         Raises:
             UserError: naming the flag, the value and what it needs.
         """
-        validate_options(self)
+        validate_fields(self)
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise UserError(
                 f"--max-tokens {self.max_tokens}: needs at least --min-tokens, {self.min_tokens}"

@@ -7,13 +7,13 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from megatron_cream.errors import UserError
+from megatron_cream.options import add_flags, flag_field, flag_name
 from megatron_cream.rope import SCALINGS
-from megatron_cream.rope.flags import add_options
+from megatron_cream.rope.flags import add_rope_flags
 
 EXAMPLES = """
     megatron-cream evaluate perplexity --checkpoint runs/cream --data data/validation \\
@@ -57,18 +57,6 @@ def parse_length(word: str) -> int:
     return int(found[1]) * (1024 if found[2] else 1)
 
 
-def _flag(default: Any, help_: str, limits: tuple[int, int] | None = None, **reading: Any) -> Any:
-    """Return a field of ``EvaluationSettings`` that is a flag.
-
-    Args:
-        limits: least and most of a whole number.
-        reading: how argparse reads it.
-    """
-    if limits:
-        reading.setdefault("type", int)
-    return field(default=default, metadata={"help": help_, **reading, "limits": limits})
-
-
 @dataclass
 class EvaluationSettings:
     """What is evaluated, and on what; every field but ``tasks`` is a flag of the command.
@@ -78,95 +66,107 @@ class EvaluationSettings:
     """
 
     tasks: Sequence[str]
-    checkpoint: str | None = _flag(None, "folder given to --save, or one iteration in it")
-    hf: str | None = _flag(None, "Hugging Face folder instead")
-    name: str | None = _flag(
-        None, "what tables and pictures call the model (default: its folder's name)"
+    checkpoint: str | None = flag_field(
+        "folder given to --save, or one iteration in it", default=None
     )
-    lengths: Sequence[int] = _flag(
-        None,
+    hf: str | None = flag_field("Hugging Face folder instead", default=None)
+    name: str | None = flag_field(
+        "what tables and pictures call the model (default: its folder's name)", default=None
+    )
+    lengths: Sequence[int] = flag_field(
         "in tokens, 4K is 4096; needed, except with --cases-file, whose cases have their own",
-        (1, _LONGEST),
-        **{"type": parse_length, "nargs": "+"},
+        default=None,
+        type=parse_length,
+        many=True,
+        most=_LONGEST,
     )
-    output: str | None = _flag(
-        None, "folder for results (default: the table is printed, nothing is written)"
+    output: str | None = flag_field(
+        "folder for results (default: the table is printed, nothing is written)", default=None
     )
-    batch_tokens: int = _flag(8192, "most tokens in a pass of several samples", (1, _MOST))
-    dtype: str | None = _flag(
-        None,
+    batch_tokens: int = flag_field(
+        "most tokens in a pass of several samples", default=8192, most=_MOST
+    )
+    dtype: str | None = flag_field(
         "of the weights, with --hf (default: as saved)",
+        default=None,
         choices=("float32", "bfloat16", "float16"),
     )
-    tensor_model_parallel_size: int = _flag(1, _RANKS, (1, 2**20))
-    pipeline_model_parallel_size: int = _flag(1, _RANKS, (1, 2**20))
-    context_parallel_size: int = _flag(1, f"{_RANKS}, on GPUs", (1, 2**20))
-    rope_interpolation: str | None = _flag(
-        None,
+    tensor_model_parallel_size: int = flag_field(_RANKS, default=1, most=2**20)
+    pipeline_model_parallel_size: int = flag_field(_RANKS, default=1, most=2**20)
+    context_parallel_size: int = flag_field(f"{_RANKS}, on GPUs", default=1, most=2**20)
+    rope_interpolation: str | None = flag_field(
         "evaluate with another one than the model's own: "
         f"{', '.join(name for name, one in SCALINGS.items() if not one.trained_by)} "
         "(default: its own)",
+        default=None,
     )
-    rope_factor: float | None = _flag(
-        None, "its factor, from the original window (default: its own)", type=float
+    rope_factor: float | None = flag_field(
+        "its factor, from the original window (default: its own)", default=None, type=float
     )
     rope_theta: float | None = None
     rope_options: list[str] | None = None
     rope_factors_file: str | None = None
-    cpu: bool = _flag(False, "a checkpoint on a machine with no GPU", action="store_true")
-    cases: int = _flag(5, "cases per seed: depths, places, or questions", (1, 1000))
-    seeds: int = _flag(3, "haystacks, or cases of --cases-file", (1, 100_000))
-    first_seed: int = _flag(0, "seeds count up from it", (0, _MOST))
-    most_tokens: int | None = _flag(
-        None,
+    cpu: bool = flag_field("a checkpoint on a machine with no GPU", default=False)
+    cases: int = flag_field("cases per seed: depths, places, or questions", default=5, most=1000)
+    seeds: int = flag_field("haystacks, or cases of --cases-file", default=3, most=100_000)
+    first_seed: int = flag_field("seeds count up from it", default=0, fewest=0, most=_MOST)
+    most_tokens: int | None = flag_field(
         "of a task's haystacks at one length; fewer seeds if need be, at least one (default: no "
         "limit)",
-        (1, 2**40),
+        default=None,
         type=parse_length,
+        most=2**40,
     )
-    cases_file: str | None = _flag(
-        None, "published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)"
+    cases_file: str | None = flag_field(
+        "published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)", default=None
     )
-    prompt: str = _flag("base", "base, or chat for the tokenizer's chat template")
-    shots: int = _flag(0, "worked examples in front", (0, 1000))
-    bos: bool | None = _flag(
-        None,
+    prompt: str = flag_field("base, or chat for the tokenizer's chat template", default="base")
+    shots: int = flag_field("worked examples in front", default=0, fewest=0, most=1000)
+    bos: bool | None = flag_field(
         "begin cases with the token that begins a text, or do not (default: as the tokenizer)",
+        default=None,
         action=argparse.BooleanOptionalAction,
     )
-    tokenizer_type: str | None = _flag(
-        None, "as in megatron-cream preprocess (default: the model's own)"
+    tokenizer_type: str | None = flag_field(
+        "as in megatron-cream preprocess (default: the model's own)", default=None
     )
-    tokenizer_model: str | None = _flag(None, "its file or folder")
-    data: str | None = _flag(
-        None, "for perplexity: indexed dataset without .bin and .idx, or text files"
+    tokenizer_model: str | None = flag_field("its file or folder", default=None)
+    data: str | None = flag_field(
+        "for perplexity: indexed dataset without .bin and .idx, or text files", default=None
     )
-    documents: int = _flag(16, "documents to score", (1, 1_000_000))
-    skip_documents: int = _flag(
-        0, "documents at the start of an indexed dataset that training read: not scored", (0, _MOST)
+    documents: int = flag_field("documents to score", default=16, most=1_000_000)
+    skip_documents: int = flag_field(
+        "documents at the start of an indexed dataset that training read: not scored",
+        default=0,
+        fewest=0,
+        most=_MOST,
     )
-    document_tokens: int | None = _flag(
-        None,
+    document_tokens: int | None = flag_field(
         "tokens of each; shorter documents are passed over (default: twice the longest of "
         "--lengths, and one)",
-        (1, _LONGEST),
+        default=None,
+        type=int,
+        most=_LONGEST,
     )
-    stride: int | None = _flag(
-        None, "tokens between windows (default: half of each length)", (1, _LONGEST)
+    stride: int | None = flag_field(
+        "tokens between windows (default: half of each length)",
+        default=None,
+        type=int,
+        most=_LONGEST,
     )
 
     def __post_init__(self) -> None:
         self.lengths = sorted(set(self.lengths or ())) if self.cases_file is None else []
 
     def validate(self) -> None:
-        """Refuse what needs no model to be refused.
+        """Check what can be checked without a model.
 
         Raises:
             UserError, FileNotFoundError: naming the flag.
         """
         for one in fields(self):
             if getattr(self, one.name) == "":
-                raise UserError(f"{_flag_of(one.name)} is empty: leave it out, or give it a value")
+                raise UserError(f"{flag_name(one.name)} is empty: leave it out, or give it a value")
         if (self.checkpoint is None) == (self.hf is None):
             raise UserError("--checkpoint or --hf: exactly one of them must be given")
         if not self.lengths and self.cases_file is None:
@@ -183,14 +183,15 @@ class EvaluationSettings:
 
     def _validate_numbers(self) -> None:
         for one in fields(self):
-            if (limits := one.metadata.get("limits")) is None:
+            if one.metadata.get("type") not in (int, parse_length):
                 continue
             value = getattr(self, one.name)
+            least, most = one.metadata["fewest"], one.metadata["most"]
             for number in value if one.name == "lengths" else [] if value is None else [value]:
-                if not limits[0] <= number <= limits[1]:
+                if not least <= number <= most:
                     raise UserError(
-                        f"{_flag_of(one.name)} has {number}: it must be at least {limits[0]}, at "
-                        f"most {limits[1]}"
+                        f"{flag_name(one.name)} has {number}: it must be at least {least}, at "
+                        f"most {most}"
                     )
 
     def _validate_cases_file(self, path: str) -> None:
@@ -235,7 +236,7 @@ class EvaluationSettings:
             )
 
     def _validate_output(self) -> None:
-        """Refuse a folder of something else for several tasks; for one the store does."""
+        """Check that several tasks do not write into another folder; for one the store does."""
         from megatron_cream.evaluation.store import SETTINGS_FILE
 
         if self.output is None or len(self.tasks) == 1:
@@ -249,20 +250,13 @@ class EvaluationSettings:
             )
 
 
-def _flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a sub-command for each task, and one that compares runs."""
     commands = parser.add_subparsers(dest="task", required=True)
     for task, help_ in HELP.items():
         command = commands.add_parser(task, help=help_)
-        for one in fields(EvaluationSettings):
-            if one.metadata:
-                words = {key: value for key, value in one.metadata.items() if key != "limits"}
-                command.add_argument(_flag_of(one.name), default=one.default, **words)
-        add_options(command.add_argument)
+        add_flags(command, EvaluationSettings)
+        add_rope_flags(command.add_argument)
         if task == "all":
             names = [name for name in HELP if name != "all"]
             command.add_argument(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from megatron_cream import ownership, torchrun
 from megatron_cream.checkpoint.hf_files import find_hf_folder
-from megatron_cream.corpus.settings import add_options, option, read_options, validate_options
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import HELP, parse_length
@@ -24,6 +23,7 @@ from megatron_cream.extend.recipe import (
     schedule_flags,
 )
 from megatron_cream.extend.steps import Step, run_step
+from megatron_cream.options import add_flags, flag_field, read_flags, validate_fields
 from megatron_cream.planning.cost import GPUS
 from megatron_cream.planning.models import find_model
 from megatron_cream.positions import STRATEGIES
@@ -53,70 +53,70 @@ class ExtendSettings:
     Lengths are in tokens. What is None follows from the model, the target and the machine.
     """
 
-    hf: str = option("Hugging Face folder, or a name on the hub", metavar="MODEL")
-    text: tuple[str, ...] = option("files or folders of text to train on", many=True)
-    target_length: int = option("tokens of the new window: 32K is 32768", type=parse_length)
-    output: str = option("new folder for the extended model")
-    held_out: tuple[str, ...] = option(
+    hf: str = flag_field("Hugging Face folder, or a name on the hub", metavar="MODEL")
+    text: tuple[str, ...] = flag_field("files or folders of text to train on", many=True)
+    target_length: int = flag_field("tokens of the new window: 32K is 32768", type=parse_length)
+    output: str = flag_field("new folder for the extended model")
+    held_out: tuple[str, ...] = flag_field(
         "text to measure perplexity on (default: the last fiftieth of TEXT's documents, which is "
         "then kept from training)",
         default=(),
         many=True,
         metavar="TEXT",
     )
-    work: str | None = option("folder for everything else (default: OUTPUT.work)", default=None)
-    window: int | None = option(
+    work: str | None = flag_field("folder for everything else (default: OUTPUT.work)", default=None)
+    window: int | None = flag_field(
         "tokens to train at (default: the model's window, at most 8192)",
         default=None,
         type=parse_length,
     )
-    gpus: int | None = option(
+    gpus: int | None = flag_field(
         "GPUs of this machine to train on (default: all); with --cpu processes",
         default=None,
         type=int,
     )
-    gpu: str | None = option(
+    gpu: str | None = flag_field(
         "kind of GPU to plan for (default: this machine's)", default=None, choices=tuple(GPUS)
     )
-    cpu: bool = option("train on the CPU: for trying things out", default=False)
-    position_strategy: str = option(
+    cpu: bool = flag_field("train on the CPU: for trying things out", default=False)
+    position_strategy: str = flag_field(
         "of the far samples", default="cream", choices=tuple(STRATEGIES)
     )
-    rope_interpolation: str = option(
+    rope_interpolation: str = flag_field(
         "of the angles",
         default="yarn",
         choices=tuple(name for name, one in SCALINGS.items() if not one.evaluation_only),
     )
-    retrieval_share: float = option(
+    retrieval_share: float = flag_field(
         "share of the samples that are retrieval documents", default=0.3, type=float
     )
-    steps: int | None = option(
+    steps: int | None = flag_field(
         "optimizer steps (default: 130, from a billion parameters on 1000)", default=None, type=int
     )
-    global_batch_size: int | None = option(
+    global_batch_size: int | None = flag_field(
         "samples per step (default: 131072 tokens of them)", default=None, type=int
     )
-    micro_batch_size: int | None = option(
+    micro_batch_size: int | None = flag_field(
         "samples per forward pass (default: the most that fit)", default=None, type=int
     )
-    lr: float | None = option(
+    lr: float | None = flag_field(
         "highest learning rate (default: 4e-4, from a billion parameters on 2e-5)",
         default=None,
         type=float,
     )
-    seed: int = option("of text, order and positions", default=1)
-    lengths: tuple[int, ...] = option(
+    seed: int = flag_field("of text, order and positions", default=1)
+    lengths: tuple[int, ...] = flag_field(
         "to measure at (default: half the trained window, and doubled up to the target)",
         default=(),
         type=parse_length,
         many=True,
     )
-    tasks: tuple[str, ...] = option(
+    tasks: tuple[str, ...] = flag_field(
         "to measure beside perplexity", default=_TASKS, many=True, metavar="TASK"
     )
-    cases: int = option("cases per seed, task and length", default=5)
-    workers: int = option("processes that read text", default=os.cpu_count() or 1)
-    dry_run: bool = option("print recipe and commands, run nothing", default=False)
+    cases: int = flag_field("cases per seed, task and length", default=5)
+    workers: int = flag_field("processes that read text", default=os.cpu_count() or 1)
+    dry_run: bool = flag_field("print recipe and commands, run nothing", default=False)
 
     @property
     def work_folder(self) -> Path:
@@ -126,12 +126,12 @@ class ExtendSettings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``megatron-cream extend``."""
-    add_options(parser, ExtendSettings)
+    add_flags(parser, ExtendSettings)
 
 
 def run(args: argparse.Namespace) -> None:
     """Extend the model that the command line names, and say where it is."""
-    extend(read_options(ExtendSettings, args))
+    extend(read_flags(ExtendSettings, args))
 
 
 def extend(settings: ExtendSettings) -> Path:
@@ -170,7 +170,7 @@ def extend(settings: ExtendSettings) -> Path:
 
 
 def _validate(settings: ExtendSettings) -> None:
-    validate_options(settings)
+    validate_fields(settings)
     if not 0 <= settings.retrieval_share < 1:
         raise UserError(
             f"--retrieval-share is {settings.retrieval_share:g}: it must be at least 0 and below 1"

@@ -16,7 +16,7 @@ from megatron_cream.rope.scaling import SCALINGS
 FACTOR_LISTS = tuple(key for key, option in LongRopeScaling.OPTIONS.items() if option.per_pair)
 
 
-def add_options(add: Callable[..., Any]) -> None:
+def add_rope_flags(add: Callable[..., Any]) -> None:
     """Add the flags that one interpolation or another needs to an ``add_argument``."""
     add("--rope-theta", type=float, help="new theta, in place of the model's")
     add(
@@ -29,7 +29,7 @@ def add_options(add: Callable[..., Any]) -> None:
 
 
 def options_from_args(args: Namespace) -> dict[str, Any]:
-    """Return the interpolation's own settings out of the flags of ``add_options``.
+    """Return the interpolation's own settings out of the flags of ``add_rope_flags``.
 
     Raises:
         FileNotFoundError, ValueError: as ``parse_options`` and ``read_factors``.

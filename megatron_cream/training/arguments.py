@@ -19,7 +19,7 @@ from megatron_cream.mcore.validation import make_readable
 from megatron_cream.positions import STRATEGIES
 from megatron_cream.positions.strategy import strategy_class
 from megatron_cream.rope import SCALINGS
-from megatron_cream.rope.flags import add_options, options_from_args, read_base
+from megatron_cream.rope.flags import add_rope_flags, options_from_args, read_base
 from megatron_cream.rope.scaling import scaling_class
 
 
@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--rope-base-config; yarn if T is longer than --original-length",
     )
     add("--rope-factor", type=float, help="default: T / --original-length")
-    add_options(add)
+    add_rope_flags(add)
     add(
         "--rope-base-config",
         help="config.json of a base model whose RoPE is scaled already; linear and ntk go on top",

@@ -32,10 +32,6 @@ from megatron_cream.corpus.settings import (
     TOKENIZER_MODEL,
     TOKENIZER_TYPE,
     WORKERS,
-    add_options,
-    option,
-    read_options,
-    validate_options,
 )
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import (
@@ -46,6 +42,7 @@ from megatron_cream.corpus.work_folder import (
 )
 from megatron_cream.data.indexed import token_dtype, write_index
 from megatron_cream.errors import UserError
+from megatron_cream.options import add_flags, flag_field, read_flags, validate_fields
 from megatron_cream.positions import philox
 
 SHORTEST = 256
@@ -76,33 +73,33 @@ class RetrievalConfig:
         questions: most questions of a task.
     """
 
-    tokenizer_type: str = option(**TOKENIZER_TYPE)
-    output_prefix: str = option(**OUTPUT_PREFIX)
-    length: int = option("tokens of each: the trained window", type=int, metavar="N")
-    documents: int = option("how many", type=int, metavar="D")
-    tokenizer_model: str | None = option(**TOKENIZER_MODEL)
-    seed: int = option("what they are drawn from", default=1234, fewest=0, most=(1 << 64) - 1)
-    haystack: tuple[str, ...] = option(
+    tokenizer_type: str = flag_field(**TOKENIZER_TYPE)
+    output_prefix: str = flag_field(**OUTPUT_PREFIX)
+    length: int = flag_field("tokens of each: the trained window", type=int, metavar="N")
+    documents: int = flag_field("how many", type=int, metavar="D")
+    tokenizer_model: str | None = flag_field(**TOKENIZER_MODEL)
+    seed: int = flag_field("what they are drawn from", default=1234, fewest=0, most=(1 << 64) - 1)
+    haystack: tuple[str, ...] = flag_field(
         "text to hide facts in (default: sentences made here)",
         default=(),
         many=True,
         metavar="TEXT",
     )
-    append_eod: bool = option(**APPEND_EOD)
-    questions: int = option("most questions of a task", default=MOST_QUESTIONS, metavar="Q")
-    engine: str = option(**ENGINE)
-    workers: int = option(**WORKERS)
-    overwrite: bool = option(**OVERWRITE)
+    append_eod: bool = flag_field(**APPEND_EOD)
+    questions: int = flag_field("most questions of a task", default=MOST_QUESTIONS, metavar="Q")
+    engine: str = flag_field(**ENGINE)
+    workers: int = flag_field(**WORKERS)
+    overwrite: bool = flag_field(**OVERWRITE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``megatron-cream retrieval-data``."""
-    add_options(parser, RetrievalConfig)
+    add_flags(parser, RetrievalConfig)
 
 
 def run(args: argparse.Namespace) -> None:
     """Make the dataset that the command line asks for, and say what was written."""
-    config = read_options(RetrievalConfig, args)
+    config = read_flags(RetrievalConfig, args)
     made = make_dataset(config, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(
         f"written: {made['documents']} documents, {made['tokens']} tokens, {config.output_prefix}"
@@ -121,7 +118,7 @@ def make_dataset(
         UserError: a setting that cannot work.
         OSError: a file that is missing or exists, or cannot be written.
     """
-    validate_options(config)
+    validate_fields(config)
     validate_prefix(config.output_prefix)
     with WorkFolder(config.output_prefix, RETRIEVAL) as folder, use_one_thread():
         folder.finish_publishing()
