@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_cream.checkpoint.extraction import plan_tensors, write_tensors
+from megatron_cream.checkpoint.extraction import ExtractedTensor, plan_tensors, write_tensors
 from megatron_cream.checkpoint.hf_config import config_fields, shape_from_config, window_of
 from megatron_cream.checkpoint.hf_files import (
     TOKENIZER,
@@ -109,16 +109,12 @@ def export_checkpoint(
         shape = _validated_shape(args, config, source, stored)
         scaling = _exported_scaling(stored, extension, shape.head_dim)
         tensors = list(plan_tensors(stored, shape, dtype))
-        plans = [tensor.plan for tensor in tensors]
-        total = sum(plan.nbytes for plan in plans)
-        with (
-            staged(place, total, reads) as folder,
-            tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar,
-        ):
-            writer = ShardWriter(folder, plans, shard_bytes)
-            write_tensors(writer, stored, tensors, bar.update)
-            _write_files(folder, source, config, shape, extension, scaling, plans[0].dtype)
-    return ExportedModel(shape, extension, plans[0].dtype, total, scaling.to_hf()["rope_type"])
+        total = sum(tensor.plan.nbytes for tensor in tensors)
+        written = tensors[0].plan.dtype
+        with staged(place, total, reads) as folder:
+            _write_weights(folder, stored, tensors, shard_bytes, quiet)
+            _write_files(folder, source, config, shape, extension, scaling, written)
+    return ExportedModel(shape, extension, written, total, scaling.to_hf()["rope_type"])
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -178,6 +174,20 @@ def _exported_scaling(
     scaling = extension.scaling(dim)
     trainer = trainer_of(scaling)
     return trainer.freeze_stored(scaling, stored) if trainer else scaling
+
+
+def _write_weights(
+    folder: Path,
+    stored: TorchDistTensors,
+    tensors: list[ExtractedTensor],
+    shard_bytes: int,
+    quiet: bool,
+) -> None:
+    """Write the weights as safetensors files, behind a bar of bytes."""
+    plans = [tensor.plan for tensor in tensors]
+    total = sum(plan.nbytes for plan in plans)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar:
+        write_tensors(ShardWriter(folder, plans, shard_bytes), stored, tensors, bar.update)
 
 
 def _write_files(

@@ -22,7 +22,7 @@ from megatron_cream.extend.recipe import (
     make_recipe,
     schedule_flags,
 )
-from megatron_cream.extend.steps import Step, run_step
+from megatron_cream.extend.steps import RecipeStep, run_step
 from megatron_cream.options import add_flags, flag_field, read_flags, validate_fields
 from megatron_cream.planning.cost import GPUS
 from megatron_cream.planning.models import find_model
@@ -234,11 +234,11 @@ class _Commands:
         # Documents of the text in all and of them to train on; known once they were counted.
         self.counted: tuple[int, int] | None = None
 
-    def all_steps(self) -> list[Step]:
+    def all_steps(self) -> list[RecipeStep]:
         """Return every step, for a dry run."""
         return [*self.data_steps(), *self.model_steps()]
 
-    def data_steps(self) -> list[Step]:
+    def data_steps(self) -> list[RecipeStep]:
         """Return the steps up to training's input."""
         steps = [
             self._tool("import", self.base, "import", "--hf", str(self.source), "--output"),
@@ -250,7 +250,7 @@ class _Commands:
             steps.append(self._retrieval())
         return steps
 
-    def model_steps(self) -> list[Step]:
+    def model_steps(self) -> list[RecipeStep]:
         """Return the steps from the first scores to the last."""
         before, after = self.scores
         output = Path(self.settings.output)
@@ -290,20 +290,20 @@ class _Commands:
     def _scored_tokens(self) -> int:
         return self.lengths[-1] + 1
 
-    def _tool(self, name: str, makes: Path, *words: str) -> Step:
+    def _tool(self, name: str, makes: Path, *words: str) -> RecipeStep:
         command = [sys.executable, "-m", "megatron_cream", *words, str(makes)]
-        return Step(name, makes, command)
+        return RecipeStep(name, makes, command)
 
-    def _dataset(self, name: str, texts: tuple[str, ...], shortest: int) -> Step:
+    def _dataset(self, name: str, texts: tuple[str, ...], shortest: int) -> RecipeStep:
         prefix = self.work / name
         command = [
             *(sys.executable, "-m", "megatron_cream", "preprocess", "--input", *texts),
             *(*self.tokenizer, "--min-tokens", str(shortest)),
             *("--workers", str(self.settings.workers), "--output-prefix", str(prefix)),
         ]
-        return Step(f"tokenize-{name}", prefix.with_name(f"{name}.idx"), command)
+        return RecipeStep(f"tokenize-{name}", prefix.with_name(f"{name}.idx"), command)
 
-    def _retrieval(self) -> Step:
+    def _retrieval(self) -> RecipeStep:
         settings, prefix = self.settings, self.work / "retrieval"
         # Twice their share of the samples: none is read again, whatever the blend draws.
         count = max(1, round(2 * settings.retrieval_share * self.recipe.samples))
@@ -314,9 +314,9 @@ class _Commands:
             *("--length", str(self.recipe.window), "--documents", str(count), *haystack),
             *("--workers", str(settings.workers), "--output-prefix", str(prefix)),
         ]
-        return Step("retrieval-documents", prefix.with_name("retrieval.idx"), command)
+        return RecipeStep("retrieval-documents", prefix.with_name("retrieval.idx"), command)
 
-    def _train(self) -> Step:
+    def _train(self) -> RecipeStep:
         settings, recipe = self.settings, self.recipe
         share, text = settings.retrieval_share, str(self.work / "text")
         data = [text]
@@ -338,7 +338,7 @@ class _Commands:
             *(*schedule_flags(recipe), *machine_flags(recipe)),
         ]
         command = torchrun.command(recipe.processes, "-m", "megatron_cream.pretrain", *flags)
-        return Step("train", self.work / "trained", command, trains=recipe.steps)
+        return RecipeStep("train", self.work / "trained", command, trains=recipe.steps)
 
     def _split(self) -> str:
         if self.settings.held_out:
@@ -348,7 +348,7 @@ class _Commands:
         count, trained = self.counted
         return f"{trained},{count - trained},0"
 
-    def _score(self, name: str, model: Path, output: Path) -> list[Step]:
+    def _score(self, name: str, model: Path, output: Path) -> list[RecipeStep]:
         """Return the step that scores a model; nothing is scored twice."""
         data = self.work / ("held-out" if self.settings.held_out else "text")
         skipped = self.counted[1] if self.counted and not self.settings.held_out else 0
@@ -363,7 +363,7 @@ class _Commands:
             command += ["--data", str(data), "--document-tokens", str(self._scored_tokens)]
             command += ["--documents", str(self._documents(data, skipped))]
             command += ["--skip-documents", str(skipped)] if skipped else []
-        return [Step(f"score-{name}", output / "table.md", command)]
+        return [RecipeStep(f"score-{name}", output / "table.md", command)]
 
     def _documents(self, data: Path, skipped: int) -> int:
         if self.counted is None:

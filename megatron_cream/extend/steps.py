@@ -23,7 +23,7 @@ _LAST_LINES = 20
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """One command of the recipe.
 
     Attributes:
@@ -45,7 +45,7 @@ class Step:
         return shlex.join(words)
 
 
-def run_step(step: Step, logs: Path) -> bool:
+def run_step(step: RecipeStep, logs: Path) -> bool:
     """Run a step unless what it makes is there; returns whether it ran.
 
     Raises:
@@ -70,7 +70,7 @@ def run_step(step: Step, logs: Path) -> bool:
     return True
 
 
-def _run_tool(step: Step, log: IO[str]) -> tuple[int, list[str]]:
+def _run_tool(step: RecipeStep, log: IO[str]) -> tuple[int, list[str]]:
     """Run a command whose progress bar goes to the screen as it is; its results go to the log."""
     with subprocess.Popen(
         step.command,
@@ -100,7 +100,7 @@ def _show(stream: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _run_training(step: Step, log: IO[str]) -> tuple[int, list[str]]:
+def _run_training(step: RecipeStep, log: IO[str]) -> tuple[int, list[str]]:
     """Run the trainer: of its output the start block and the losses are shown."""
     lines: list[str] = []
     environment = torchrun.environment(CUDA_DEVICE_MAX_CONNECTIONS="1")

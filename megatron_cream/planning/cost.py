@@ -44,7 +44,7 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """Seconds of a training step.
 
     Attributes:
@@ -95,7 +95,7 @@ def measured_mfu() -> float:
 
 def step_time(
     shape: ModelShape, layout: ParallelLayout, work: Workload, gpu: Gpu, mfu: float, node: int = 8
-) -> Step:
+) -> StepTime:
     """Return the seconds per step on ``layout``.
 
     Args:
@@ -106,7 +106,7 @@ def step_time(
     one = max(_stage_flops(shape, layout, work)) / (gpu.tflops * 1e12 * mfu)
     # --overlap-grad-reduce and --overlap-param-gather hide them behind one micro-batch.
     replicas = max(0.0, replica_seconds(shape, layout, gpu, node) - one)
-    return Step(
+    return StepTime(
         kernels=batches * one,
         bubble=(layout.pipeline - 1) * one,
         communication=activation_seconds(shape, layout, work, gpu, node) + replicas,

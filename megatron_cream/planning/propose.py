@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import ParallelLayout, Workload
-from megatron_cream.planning.cost import Gpu, Step, model_flops, step_time
+from megatron_cream.planning.cost import Gpu, StepTime, model_flops, step_time
 from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
 from megatron_cream.planning.models import BaseModel
 
@@ -55,7 +55,7 @@ class Plan:
     layout: ParallelLayout
     work: Workload
     memory: StageMemory
-    step: Step
+    step: StepTime
 
     def seconds(self, tokens: int) -> float:
         """Return the seconds of training on ``tokens`` tokens."""

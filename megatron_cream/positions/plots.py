@@ -64,11 +64,11 @@ def describe(strategy: Strategy, result: Coverage) -> str:
     lines = [
         f"{strategy.name}: N = {train}, T = {target}, factor {strategy.factor:g}, "
         f"{result.samples} samples",
-        f"distances covered: {percent(result.covered)} of [1, {target})",
+        f"distances covered: {share_text(result.covered)} of [1, {target})",
         *_hole_lines(result),
         "samples that contain a distance, on average:",
-        *(f"  {name:<20}{percent(share)}" for name, share in _seen(train, result)),
-        f"pairs at distance >= N: {percent(far.sum() / max(pairs.sum(), 1))}",
+        *(f"  {name:<20}{share_text(share)}" for name, share in _seen(train, result)),
+        f"pairs at distance >= N: {share_text(far.sum() / max(pairs.sum(), 1))}",
     ]
     if result.middle_thirds is not None:
         lines.append(f"middle chunks' centres:  {_thirds(result.middle_thirds)}")
@@ -78,7 +78,7 @@ def describe(strategy: Strategy, result: Coverage) -> str:
 
 def _thirds(shares: tuple[float, float, float]) -> str:
     names = ("first", "middle", "last")
-    return ", ".join(f"{n} third {percent(s)}" for n, s in zip(names, shares, strict=True))
+    return ", ".join(f"{n} third {share_text(s)}" for n, s in zip(names, shares, strict=True))
 
 
 def _hole_lines(result: Coverage) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _hole_lines(result: Coverage) -> Iterator[str]:
     for low, high in sorted(holes[:HOLES_SHOWN]):
         size = high - low + 1
         share = size / (result.target_length - 1)
-        yield f"  {range_name(low, high):<20}{size} distance{'s'[: size > 1]}, {percent(share)}"
+        yield f"  {range_name(low, high):<20}{size} distance{'s'[: size > 1]}, {share_text(share)}"
     if len(holes) > HOLES_SHOWN:
         yield f"  and {len(holes) - HOLES_SHOWN} more, none longer"
 
@@ -107,7 +107,7 @@ def _seen(train: int, result: Coverage) -> Iterator[tuple[str, float]]:
         yield f"least, from {train} on", float(shares[train:].min())
 
 
-def percent(share: float) -> str:
+def share_text(share: float) -> str:
     """Write a share with three digits, and never 0 or 100 % for what is not quite that."""
     if 0.999 < share < 1:
         return f"{100 * share:.5f} %"
@@ -134,7 +134,7 @@ def draw(strategy: Strategy, result: Coverage, layouts: list[SampleLayout], outp
     engine.set(h_pad=0.12, w_pad=0.12, hspace=0.04)
     title = (
         f"{strategy.name}: {_tokens(strategy.train_length)} trained tokens over a window of "
-        f"{_tokens(strategy.target_length)}, {percent(result.covered)} of all distances covered"
+        f"{_tokens(strategy.target_length)}, {share_text(result.covered)} of all distances covered"
     )
     figure.suptitle(title, x=0.015, ha="left", fontsize=13, color=INK, weight="bold")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.15, 1))

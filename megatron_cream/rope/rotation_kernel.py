@@ -333,6 +333,29 @@ def _store_rest(
 
 
 @triton.jit
+def _backward_keys(
+    grad, grad_value, dk, dv, angles, key_heads, gk_head, gv_head, k_group,
+    D: tl.constexpr, INTERLEAVED: tl.constexpr, VALUES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn the gradients of the keys of one row back; those of its values are copied."""
+    for begin in range(0, key_heads, HEAD_BLOCK):
+        heads = begin + tl.arange(0, HEAD_BLOCK)
+        places = heads * k_group
+        first, second = _pull_back(
+            grad, angles, heads, key_heads, heads * gk_head, HALF, HALF_BLOCK, INTERLEAVED
+        )
+        _store_pairs(dk, heads, key_heads, places, first, second, HALF, HALF_BLOCK, INTERLEAVED)
+        if REST > 0:
+            rest = _load_rest(grad, heads, key_heads, heads * gk_head, 2 * HALF, REST, REST_BLOCK)
+            _store_rest(dk, heads, key_heads, places, rest, 2 * HALF, REST, REST_BLOCK)
+        if VALUES:
+            value = _load_rest(grad_value, heads, key_heads, heads * gv_head, 0, D, VALUE_BLOCK)
+            _store_rest(dv, heads, key_heads, places, value, 0, D, VALUE_BLOCK)
+
+
+@triton.jit
 def _backward(
     grads, grad_key, grad_value, dq, dk, dv, tables, inner_rows,
     g_outer, g_inner, g_head, gk_outer, gk_inner, gk_head, gv_outer, gv_inner, gv_head,
@@ -372,22 +395,9 @@ def _backward(
         if REST > 0:
             _store_rest(target, heads, query_heads, places, rest, 2 * HALF, REST, REST_BLOCK)
     key_row = outer * k_outer + inner * k_inner
-    grad = grad_key + outer * gk_outer + inner * gk_inner
-    for begin in range(0, key_heads, HEAD_BLOCK):
-        heads = begin + tl.arange(0, HEAD_BLOCK)
-        places = heads * k_group
-        first, second = _pull_back(
-            grad, angles, heads, key_heads, heads * gk_head, HALF, HALF_BLOCK, INTERLEAVED
-        )
-        _store_pairs(
-            dk + key_row, heads, key_heads, places, first, second, HALF, HALF_BLOCK, INTERLEAVED
-        )
-        if REST > 0:
-            rest = _load_rest(grad, heads, key_heads, heads * gk_head, 2 * HALF, REST, REST_BLOCK)
-            _store_rest(dk + key_row, heads, key_heads, places, rest, 2 * HALF, REST, REST_BLOCK)
-        if VALUES:
-            value = _load_rest(
-                grad_value + outer * gv_outer + inner * gv_inner, heads, key_heads,
-                heads * gv_head, 0, D, VALUE_BLOCK,
-            )  # fmt: skip
-            _store_rest(dv + key_row, heads, key_heads, places, value, 0, D, VALUE_BLOCK)
+    _backward_keys(
+        grad_key + outer * gk_outer + inner * gk_inner,
+        grad_value + outer * gv_outer + inner * gv_inner,
+        dk + key_row, dv + key_row, angles, key_heads, gk_head, gv_head, k_group,
+        D, INTERLEAVED, VALUES, VALUE_BLOCK, HALF, HALF_BLOCK, REST, REST_BLOCK, HEAD_BLOCK,
+    )  # fmt: skip

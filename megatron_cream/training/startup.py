@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_cream.config import SETTINGS_KEY, extension_of
+from megatron_cream.config import SETTINGS_KEY, ExtensionConfig, extension_of
 from megatron_cream.errors import UserError
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -44,7 +44,7 @@ def prepare_process(command: str) -> None:
 
 
 def require_launcher(module: str, flags: Sequence[str]) -> None:
-    """Refuse a process that nothing has told its rank.
+    """Check that this process knows its rank.
 
     Args:
         module: for the message, what torchrun starts.
@@ -61,7 +61,7 @@ def require_launcher(module: str, flags: Sequence[str]) -> None:
 
 
 def require_gpu(flags: Sequence[str]) -> None:
-    """Refuse a machine with no GPU where the CPU is not asked to stand in.
+    """Check that this machine has a GPU, unless the run is one on the CPU.
 
     Raises:
         UserError: saying what to do.
@@ -95,17 +95,9 @@ def parse(
     """
     from megatron.training.arguments import parse_args
 
-    from megatron_cream.checkpoint.starting import (
-        complete_arguments,
-        complete_vocabulary,
-        validate_start,
-    )
+    from megatron_cream.checkpoint.starting import complete_arguments, validate_start
     from megatron_cream.mcore.validation import megatron_validation_errors
-    from megatron_cream.training.validate import (
-        validate_files,
-        validate_flags,
-        validate_our_flags,
-    )
+    from megatron_cream.training.validate import validate_files, validate_flags, validate_our_flags
 
     provider = _ours_after(extra_args_provider)
     defaults = args_defaults or {}
@@ -125,13 +117,20 @@ def parse(
         _take_over_settings(args)
         extension = validate_our_flags(args)
         validate_files(args, args, extension)
+    _complete(args, extension)
+    return args
+
+
+def _complete(args: Namespace, extension: ExtensionConfig) -> None:
+    """Set what every run of ours has, whatever its flags are."""
+    from megatron_cream.checkpoint.starting import complete_vocabulary
+
     complete_vocabulary(args)
     # Micro-batches may hold different numbers of trained tokens (texts end, borders are masked);
     # averaging their averages would make the result depend on the layout.
     args.calculate_per_token_loss = True
     _shorten_log(args)
     setattr(args, SETTINGS_KEY, extension.to_dict())
-    return args
 
 
 # Settings whose default another release may have had; those of a group are given together.

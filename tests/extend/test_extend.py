@@ -15,7 +15,7 @@ from megatron_cream.extend import extend as module
 from megatron_cream.extend.extend import ExtendSettings, extend
 from megatron_cream.extend.html_report import write_report
 from megatron_cream.extend.recipe import make_recipe
-from megatron_cream.extend.steps import Step, run_step
+from megatron_cream.extend.steps import RecipeStep, run_step
 from megatron_cream.planning.models import MODELS
 
 
@@ -150,7 +150,7 @@ def test_documents_kept_from_training_are_those_that_are_scored(command, window,
 
 def test_a_failed_step_says_its_error_once_and_names_its_log(tmp_path, capfd):
     code = "import sys; print('out'); print('error: --x is 1: it must be 2', file=sys.stderr)"
-    step = Step("score", tmp_path / "made", [sys.executable, "-c", f"{code}; sys.exit(2)"])
+    step = RecipeStep("score", tmp_path / "made", [sys.executable, "-c", f"{code}; sys.exit(2)"])
     with pytest.raises(UserError) as caught:
         run_step(step, tmp_path)
     log = tmp_path / "score.log"
@@ -165,7 +165,7 @@ def test_training_shows_its_start_block_and_its_losses_and_keeps_the_rest_in_the
     shown = ["noise", "megatron_cream", "  positions  cream", "more noise"]
     lines = [*shown, line.format(1), line.format(2)]
     (tmp_path / "output").write_text("\n".join(lines))
-    step = Step("train", tmp_path / "trained", ["cat", str(tmp_path / "output")], trains=2)
+    step = RecipeStep("train", tmp_path / "trained", ["cat", str(tmp_path / "output")], trains=2)
     assert run_step(step, tmp_path) is True
     seen = capfd.readouterr().err
     assert "positions  cream" in seen and "loss=3.200" in seen and "2/2" in seen

@@ -301,7 +301,7 @@ def test_context_parallel_ranks_have_two_pieces_of_a_sample_each():
 
 
 def test_ties_go_to_the_layout_that_splits_less(monkeypatch):
-    same = cost.Step(1.0, 0.0, 0.0, 0.0)
+    same = cost.StepTime(1.0, 0.0, 0.0, 0.0)
     monkeypatch.setattr(propose, "step_time", lambda *_: same)
     found = propose.propose(SMOL, cluster(6), Workload(4096, 6)).layout
     assert (found.tensor, found.pipeline) == (1, 1)
