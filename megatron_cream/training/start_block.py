@@ -31,7 +31,7 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
         "trained window N": f"{extension.train_length} tokens",
         "target window T": f"{extension.target_length} tokens, {strategy.factor:g} x N",
         "positions": _positions_line(extension),
-        "sample 0": f"{_ends(ids)}, in {_pieces(layout)}",
+        "sample 0": f"{_ends(ids)}, in {_chunks(layout)}",
         "distances trained": _coverage_line(args, extension),
         "rope": scaling.summary,
         "attention factor": _attention_factor_line(args, scaling),
@@ -72,9 +72,11 @@ def _ends(ids: np.ndarray) -> str:
     return f"{' '.join(map(str, ids[:3]))} ... {' '.join(map(str, ids[-3:]))}"
 
 
-def _pieces(layout: SampleLayout) -> str:
+def _chunks(layout: SampleLayout) -> str:
     runs = layout.runs()
-    return "as many pieces as tokens" if runs is None else f"{len(runs)} piece(s)"
+    if runs is None:
+        return "as many chunks as tokens"
+    return "1 chunk" if len(runs) == 1 else f"{len(runs)} chunks"
 
 
 def most_samples(strategy: Strategy) -> int:
