@@ -49,9 +49,9 @@ class ExtensionConfig:
         label_rule: ``true-next`` (the token that follows in the text, also at chunk borders),
             ``masked`` (no loss where the next chunk is not the next text) or ``reference`` (the
             next token of the sample, as the published code trains it).
-        sample_unit: ``document`` (one document a sample, as in the papers), ``window`` (documents
+        sample_unit: ``document`` (one document per sample, as in the papers), ``window`` (documents
             cut into windows of T, what --sample-unit is unless given), ``packed`` (windows of T
-            over all documents in a row) or ``packed-documents`` (several documents a sample, each
+            over all documents in a row) or ``packed-documents`` (several documents per sample, each
             at a layout of its own).
     """
 

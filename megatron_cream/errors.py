@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How errors end: what a user can mend in one line, a bug with its traceback."""
+"""Ends errors: those that a user can mend in one line, a bug with its traceback."""
 
 from __future__ import annotations
 

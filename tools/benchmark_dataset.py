@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure SpanDataset beside Megatron's GPTDataset: start-up, and samples a second from page cache.
+"""Measure SpanDataset beside Megatron's GPTDataset: start-up, samples per second from page cache.
 
     python tools/benchmark_dataset.py
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure how many CREAM samples a second one core draws, and that T does not matter.
+"""Measure how many CREAM samples per second one core draws, and that T does not matter.
 
     python tools/benchmark_positions.py
 
@@ -41,7 +41,7 @@ def main() -> None:
             found["drawn"].append(_rate(partial(strategy.layout, 1234), 3000))
             found["with ids"].append(_rate(partial(_ids, strategy), 3000))
             found["gather"].append(_rate(partial(_gather, strategy, documents[target]), 3))
-    print(f"N = {TRAIN_LENGTH}, CREAM, samples a second on one core, medians of {rounds} rounds")
+    print(f"N = {TRAIN_LENGTH}, CREAM, samples per second on one core, medians of {rounds} rounds")
     print(f"{'T':>9} {'drawn':>8} {'with ids':>9} {'of T=8192':>10} {'gather':>7} {'ratio':>6}")
     first = statistics.median(rates[TARGETS[0]]["with ids"])
     for target, found in rates.items():

@@ -9,8 +9,8 @@ random tokens: plain Megatron with its fused RoPE and positions 0 .. 4095, besid
 rotary with CREAM positions to --target-length, another layout for every sample and step. The
 variants take turns; figures are medians.
 
-With --clex it is linear interpolation beside CLEX at the same positions, another scale a sample,
-its ODE and the gradient of its weights included. CLEX solves the ODE once a step of --accumulate
+With --clex it is linear interpolation beside CLEX at the same positions, another scale per sample,
+its ODE and the gradient of its weights included. CLEX solves the ODE once per step of --accumulate
 micro-batches, whatever the layers, so 4 of them and one micro-batch are the worst case; a larger
 --target-length makes it longer.
 """
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4, help="of the model (default: 4)")
     parser.add_argument("--clex", action="store_true", help="CLEX beside linear interpolation")
     parser.add_argument(
-        "--accumulate", type=int, nargs="+", default=[1], help="micro-batches a step (default: 1)"
+        "--accumulate", type=int, nargs="+", default=[1], help="micro-batches per step (default: 1)"
     )
     parser.add_argument(
         "--target-length", type=int, default=32768, help="T, tokens (default: 32768)"
@@ -56,7 +56,7 @@ def main() -> int:
         print("error: there is no GPU: this measures GPU kernels", file=sys.stderr)
         return 2
     variants = _variants(args)
-    print(f"{torch.cuda.get_device_name()}, {args.layers} layers, {SEQUENCE} tokens, ms a step")
+    print(f"{torch.cuda.get_device_name()}, {args.layers} layers, {SEQUENCE} tokens, ms per step")
     print(
         f"{'micro-batch':>11}  {'a step':>6}  {'variant':<16} {'median':>8} {'ratio':>7} "
         f"{'its quartiles':>19}"
@@ -129,7 +129,7 @@ def _step(
 
         table = model.rotary_pos_emb.table
         weights_gradient(table, float(len(scales)))
-        table.finite().item()  # the trainer looks at it once a step
+        table.finite().item()  # the trainer looks at it once per step
         table.forget()
     for parameter in model.parameters():
         parameter.grad = None

@@ -5,7 +5,7 @@
         --held-out books/validation --work runs/study --results examples/study/results --gpus 2
     python examples/study/study.py --smoke --work runs/smoke-study --results runs/smoke-results
 
-Trains and scores the variants of variants.py in their order, one a GPU, and writes one JSON file
+Trains and scores the variants of variants.py in their order, one per GPU, and writes one JSON file
 each. What is finished is not done again: the same command goes on. With --minutes no step is begun
 that would not end in time.
 """
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     add("--work", type=Path, required=True, help="folder for data, checkpoints and logs")
     add("--results", type=Path, required=True, help="folder for the JSON files")
     add("--only", nargs="+", help="names of variants with their seed, as cream-seed1")
-    add("--gpus", type=int, default=1, help="runs side by side, one a GPU")
+    add("--gpus", type=int, default=1, help="runs side by side, one per GPU")
     add("--lanes", type=int, default=1, help="2: score a model while the next one trains beside it")
     add("--workers", type=int, default=2, help="processes that prepare data")
     add("--minutes", type=float, help="begin nothing that would not end in so many")

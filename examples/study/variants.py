@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the study compares, in the order in which it is run."""
+"""The variants that the study compares, in the order in which they are run."""
 
 from __future__ import annotations
 

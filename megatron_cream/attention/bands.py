@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which query sees which key at which distance: causal attention cut into bands, as tiles.
+"""Cuts causal attention into bands, as tiles: which query sees which key at which distance.
 
 Rotary attention knows a distance only as the difference of the positions that a query and a key
 are turned by. Dual chunk attention, STRING and SelfExtend give near and far pairs other positions:

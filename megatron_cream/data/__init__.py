@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training reads: an indexed dataset, the samples drawn from it, the batch of a stage."""
+"""Reads what training takes: an indexed dataset, the samples of it, the batch of a stage."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which HybridModel patterns can be trained, and their layers where Transformer Engine is not.
+"""Validates HybridModel patterns, and builds their layers where Transformer Engine is missing.
 
-A pattern names a layer a symbol: ``*`` attention, ``-`` MLP, ``E`` experts, ``M`` Mamba, ``G``
+A pattern has one symbol per layer: ``*`` attention, ``-`` MLP, ``E`` experts, ``M`` Mamba, ``G``
 gated delta net; ``|`` ends a pipeline stage. Megatron builds all of them from Transformer Engine.
 With ``--transformer-impl local`` (part of ``--cpu``) they are built from its local modules here,
 attention, MLP and experts only: the recurrent layers are GPU kernels.

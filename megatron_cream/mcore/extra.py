@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a part that a run can do without may do, and when: the interface of ``extras``."""
+"""Interface of ``extras``: the places where a part that a run can do without is asked."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is put into Megatron's model config, through its own hooks."""
+"""Puts our RoPE and attention into Megatron's model config, through its own hooks."""
 
 from __future__ import annotations
 

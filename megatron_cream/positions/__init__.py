@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where training tokens pretend to stand. numpy only: no torch, no megatron.
+"""Draws the positions that training tokens are given. numpy only: no torch, no megatron.
 
     strategy = make_strategy("cream", train_length=4096, target_length=262144)
     layout = strategy.layout(seed=1234, index=7)   # pure: same arguments, same layout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which relative distances a strategy ever trains, and how often.
+"""Counts which relative distances a strategy ever trains, and how often.
 
 Attention sees only the distance between query and key. A distance that no sample contains keeps
 whatever the interpolated model makes of it, however long the run, so holes are worth finding

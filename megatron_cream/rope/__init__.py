@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a position becomes an angle. numpy only: no torch, no megatron.
+"""Turns positions into angles: RoPE and its interpolations. numpy only: no torch, no megatron.
 
 make_scaling     an interpolation by name
 SCALINGS         their classes by name, each with what it is: trained, evaluation only, its options

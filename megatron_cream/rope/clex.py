@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLEX's settings: the scales that training draws, and which one serves a length. numpy only.
 
-A scale t says how many original windows N0 a sequence spans. Training draws one a sample among the
-whole numbers of 1 .. T / N0, and T / N0 itself where that is none, so far as N tokens fit in
+A scale t says how many original windows N0 a sequence spans. Training draws one per sample among
+the whole numbers of 1 .. T / N0, and T / N0 itself where that is none, so far as N tokens fit in
 t * N0. A sequence of L tokens is served at t = ceil(L / N0), one of up to T at no more than T / N0.
 """
 

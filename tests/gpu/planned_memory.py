@@ -73,7 +73,7 @@ def main() -> int:
     """Print the table; a row at a time, because runs take half a minute each."""
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     gpu = GPUS["h200"]
-    print("| model | layers | layout | GiB planned | measured | s a step planned | measured |")
+    print("| model | layers | layout | GiB planned | measured | s per step planned | measured |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = write_dataset(Path(folder) / "text", [40000] * 40, vocabulary=30000)

@@ -77,8 +77,8 @@ def test_parameters_of_stages_add_up(shape, tensor, pipeline):
     assert held == shape.parameters + tables * padding + copies * shape.vocabulary * shape.hidden
 
 
-# H200s, Megatron's trainer at micro-batch 1 of 4096 tokens, 8 samples a step: GiB that PyTorch had
-# allocated at the peak on the fullest, and seconds of a step. docs/planning.md.
+# H200s, Megatron's trainer at micro-batch 1 of 4096 tokens, 8 samples per step: GiB that PyTorch
+# had allocated at the peak on the fullest, and seconds of a step. docs/planning.md.
 MEASURED = [
     ("llama-2-7b", 4, ParallelLayout(1, 1, 1, 1), 20.87, 0.408),
     ("llama-2-7b", 8, ParallelLayout(1, 1, 1, 1, recompute=True), 32.68, 0.925),

@@ -8,7 +8,7 @@ from unittest import mock
 
 
 def train(flags, file):
-    """Run ``megatron_cream.pretrain`` on this rank; scalars land in ``file``, one a line."""
+    """Run ``megatron_cream.pretrain`` on this rank; scalars land in ``file``, one per line."""
     log = open(file, "a", buffering=1)  # noqa: SIM115
 
     def keep(writer, name, value, step):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of CLEX's weights: once a step, over all ranks, where Megatron finishes gradients.
+"""The gradient of CLEX's weights: once per step, over all ranks, where Megatron finishes gradients.
 
 Every rank turns queries and keys of its own heads, layers, samples and tokens, each of them once
 over all ranks, so the gradient of the table of frequencies is the plain sum over the world, tensor,

@@ -90,8 +90,8 @@ class VectorField:
 def limits(field: VectorField) -> tuple[np.ndarray, float]:
     """Return the least (float64 ``[d / 2]``) and the largest ``log_stretch`` that is served.
 
-    A pair that turns by more than pi a token reads as one that turns back, more slowly; one that is
-    e ** 80 slower does not turn at all. Weights may go beyond both, angles do not follow.
+    A pair that turns by more than pi per token reads as one that turns back, more slowly; one that
+    is e ** 80 slower does not turn at all. Weights may go beyond both, angles do not follow.
     """
     fastest, _ = field.constants()
     return fastest - math.log(math.pi), 80.0
