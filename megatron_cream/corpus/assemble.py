@@ -7,7 +7,7 @@ Tokens are copied by the kernel; the index is written anew.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.corpus.readers import lines_before, place
 from megatron_cream.corpus.work_folder import WorkFolder
 from megatron_cream.data.indexed import write_index
+from megatron_cream.data.token_mask import MASK_SUFFIX
 from megatron_cream.errors import UserError
 
 _BUCKET_BYTES = 256 << 20
@@ -143,12 +144,14 @@ class Segment:
         documents: how many it has.
         sequences: returns the lengths of its sequences.
         hashes: returns a hash of each document, where duplicates are dropped.
+        mask: the file that says which tokens have a loss, one byte per token; None for all.
     """
 
     bin: str
     documents: int
     sequences: Callable[[], SequenceLengths]
     hashes: Callable[[], np.ndarray]
+    mask: str | None = None
 
 
 def split(lengths: np.ndarray, max_tokens: int | None, head: int, tail: int) -> SequenceLengths:
@@ -203,7 +206,7 @@ def assemble(
     kept: np.ndarray | None,
     thresholds: tuple[int, ...] = (),
 ) -> tuple[Lengths, int]:
-    """Write ``staged.bin`` and ``staged.idx``.
+    """Write ``staged.bin`` and ``staged.idx``, and ``staged.mask`` if a segment has a mask.
 
     Args:
         staged: path without suffix.
@@ -223,10 +226,25 @@ def assemble(
             lengths, counts = _kept_sequences(lengths, counts, keep)
             counted.add(lengths)
             documents += len(counts)
+    if any(segment.mask for segment in segments):
+        _write_mask(staged + MASK_SUFFIX, _with_kept(segments, kept))
     every = _with_kept(segments, kept)
     blocks = (_kept_sequences(*segment.sequences(), keep) for segment, keep in every)
     write_index(staged + ".idx", dtype, blocks, counted.documents, documents)
     return counted, documents
+
+
+def _write_mask(path: str, segments: Iterable[tuple[Segment, np.ndarray | None]]) -> None:
+    """Write the masks of the documents that are kept; a segment without one is all trained."""
+    with open(path, "wb") as out:
+        for segment, keep in segments:
+            lengths, counts = segment.sequences()
+            if segment.mask is not None:
+                _copy_documents(segment.mask, out.fileno(), lengths, counts, keep, 1)
+                continue
+            left = int(_kept_sequences(lengths, counts, keep)[0].sum(dtype=np.int64))
+            while left:
+                left -= os.write(out.fileno(), b"\1" * min(left, _COPY_BYTES))
 
 
 def write_hashes(path: str, segments: Sequence[Segment], kept: np.ndarray) -> None:

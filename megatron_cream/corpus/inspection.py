@@ -21,6 +21,7 @@ from megatron_cream.data.indexed import (
     read_metadata,
     validate_metadata,
 )
+from megatron_cream.data.token_mask import check_mask, describe_mask, has_mask, trained_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.options import validate_count
 
@@ -201,6 +202,7 @@ def write_metadata(
         "format_version": FORMAT_VERSION,
         **settings,
         **_counted(lengths, documents, middle, counts),
+        **describe_mask(prefix),
     }
     Path(prefix + ".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return content
@@ -251,6 +253,9 @@ def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
         draw_histogram(found.histogram()),
     ]
     lines += [f"sequences of at least {n} tokens: {s:.1%}" for n, s in found.shares().items()]
+    if has_mask(prefix, found.tokens, metadata):
+        trained = trained_tokens(prefix, metadata)
+        lines.append(f"loss on {trained} tokens, {trained / found.tokens:.1%}: {prefix}.mask")
     return "\n".join(lines + _describe_metadata(metadata))
 
 
@@ -277,8 +282,20 @@ def check(prefix: str, vocab_size: int | None = None) -> str:
     largest = check_tokens(index, min((n for n in limits if n is not None), default=None))
     tokens = int(index.lengths.sum(dtype=np.int64))
     line = f"sound: {tokens} tokens in {len(index.lengths)} sequences, largest id {largest}"
+    if has_mask(prefix, tokens, metadata):
+        line += f", loss on {_check_whole_mask(prefix, metadata)} of them"
     unknown = metadata is None and vocab_size is None
     return f"{line} (compared with no vocabulary, which --vocab-size gives)" if unknown else line
+
+
+def _check_whole_mask(prefix: str, metadata: dict[str, Any] | None) -> int:
+    trained, said = check_mask(prefix), (metadata or {}).get("trained_tokens")
+    if said not in (None, trained):
+        raise UserError(
+            f"{prefix}.mask has {trained} trained tokens and {prefix}.json records {said}, needs "
+            "files of one dataset"
+        )
+    return trained
 
 
 def document_text(

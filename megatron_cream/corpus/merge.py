@@ -35,6 +35,7 @@ from megatron_cream.data.indexed import (
     read_metadata,
     validate_metadata,
 )
+from megatron_cream.data.token_mask import MASK_KEYS, MASK_SUFFIX, check_mask, has_mask
 from megatron_cream.errors import UserError
 
 _OF_A_JOB = ("shard", "job", "thresholds", "drop_duplicates")
@@ -95,11 +96,13 @@ class InputDataset:
         prefix: its path without suffix.
         index: what its ``.idx`` says.
         metadata: of ``PREFIX.json``; empty where another tool wrote the dataset.
+        masked: whether it has a ``PREFIX.mask``.
     """
 
     prefix: str
     index: DatasetIndex
     metadata: dict[str, Any]
+    masked: bool = False
 
     @classmethod
     def read(cls, prefix: str) -> InputDataset:
@@ -114,7 +117,8 @@ class InputDataset:
         missing = {"shard", "job", "thresholds"} - set(found)
         if "shard" in found and missing:
             raise UserError(f"{prefix}.json has a shard and no {min(missing)}, needs both")
-        return cls(prefix, index, found)
+        tokens = int(index.lengths.sum(dtype=np.int64))
+        return cls(prefix, index, found, has_mask(prefix, tokens, metadata))
 
     def segment(self) -> Segment:
         """The dataset as a stretch of the one to be."""
@@ -124,6 +128,7 @@ class InputDataset:
             len(counts),
             lambda: (self.index.lengths.astype(np.int64), counts),
             self._hashes,
+            self.prefix + MASK_SUFFIX if self.masked else None,
         )
 
     def _hashes(self) -> np.ndarray:
@@ -185,6 +190,8 @@ def _read(prefixes: Sequence[str]) -> list[InputDataset]:
     for found in datasets:
         if len(found.index.lengths):
             check_tokens(found.index, found.metadata.get("vocab_size"))
+        if found.masked:
+            check_mask(found.prefix)
     return datasets
 
 
@@ -239,7 +246,7 @@ def _have_hashes(datasets: list[InputDataset]) -> bool:
 
 def _common_settings(described: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the first says of tokenizer and limits, None where another says otherwise."""
-    counted = COUNTED_KEYS | set(_OF_A_JOB)
+    counted = COUNTED_KEYS | MASK_KEYS | set(_OF_A_JOB)
     if "shard" not in described[0]:  # datasets in a row are those of no job
         counted |= {FINGERPRINT}
     return {

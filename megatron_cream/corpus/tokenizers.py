@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,51 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one sequence of ids, special tokens included."""
         ...
+
+
+class LocatingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that also says where in the text each of its tokens stands."""
+
+    def locate(self, text: str) -> LocatedTokens:
+        """The tokens of a text, as ``encode`` gives them, and the characters of each."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocatedTokens:
+    """Tokens, and where in their text they stand; together they cover all of it.
+
+    Attributes:
+        ids: int32 ``[tokens]``.
+        starts, ends: int64 ``[tokens]``: token i has characters ``starts[i]`` up to ``ends[i]``, at
+            least one. Tokens that are bytes of one character all have that character.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> LocatedTokens:
+        """Give each token what lies between it and the one before, and one character at least.
+
+        Libraries leave the white space in front of a word out of its span.
+        """
+        starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        ends = np.maximum.accumulate(ends)
+        starts = np.minimum(starts, np.concatenate([[0], ends])[: len(ends)])
+        return cls(np.array(ids, dtype=np.int32), starts, np.maximum(ends, starts + 1))
+
+    def overlapping(self, stretches: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Return bool ``[tokens]``: which have a character of any of the stretches of the text.
+
+        Args:
+            stretches: first character and the one behind the last, in order and apart.
+        """
+        borders = np.array(stretches, dtype=np.int64).reshape(-1, 2)
+        following = np.searchsorted(borders[:, 1], self.starts, side="right")
+        begins = np.append(borders[:, 0], np.iinfo(np.int64).max)
+        return begins[following] < self.ends
 
 
 def _validate_model_file(path: Path, needed: str) -> None:
@@ -89,6 +135,12 @@ class ByteLevelTokenizer:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Bytes of each text as int32 arrays of shape (bytes,)."""
         return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) for text in texts]
+
+    def locate(self, text: str) -> LocatedTokens:
+        """The bytes of a text, and the character that each is of."""
+        (ids,) = self.encode([text])
+        at = np.cumsum((ids & 0xC0) != 0x80) - 1  # a byte 10xxxxxx goes on with a character
+        return LocatedTokens(ids, at, at + 1)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the bytes; eod is left out, and bytes that are not UTF-8 become U+FFFD.
@@ -153,6 +205,11 @@ class HuggingFaceTokenizer:
         """Ids of each text: int32 arrays of shape (tokens,), no bos or eod added."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def locate(self, text: str) -> LocatedTokens:
+        """The tokens of a text, as ``encode`` gives them, and the characters of each."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return LocatedTokens.of(encoding.ids, encoding.offsets)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one sequence of ids, special tokens included."""
@@ -219,6 +276,12 @@ class SentencePieceTokenizer:
             texts, out_type=int, add_bos=False, add_eos=False, num_threads=1
         )
         return [np.array(row, dtype=np.int32) for row in rows]
+
+    def locate(self, text: str) -> LocatedTokens:
+        """The tokens of a text, as ``encode`` gives them, and the characters of each."""
+        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
+        spans = [(piece.begin, piece.end) for piece in pieces]
+        return LocatedTokens.of([piece.id for piece in pieces], spans)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one sequence of ids."""

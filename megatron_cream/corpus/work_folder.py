@@ -18,8 +18,8 @@ from megatron_cream.data.indexed import INDEX_MAGIC
 from megatron_cream.errors import UserError
 
 # In the order they are put in place: megatron finds a dataset by its .idx. The hashes are there
-# for shards of a job that drops duplicates only.
-SUFFIXES = (".bin", ".hashes", ".json", ".idx")
+# for shards of a job that drops duplicates only, the mask where not every token is trained.
+SUFFIXES = (".bin", ".hashes", ".mask", ".json", ".idx")
 
 PREPROCESSING, MERGING, RETRIEVAL = "preprocessing", "merging", "retrieval"
 """Kinds of jobs, as they stand in the mark of a folder."""

@@ -12,6 +12,8 @@ text between them is never touched, and no position is ever stored.
 
 Most of the time of a sample is the price of calls, not of copying its bytes. A mapped file is
 therefore one array, got from Megatron's reader once, and tokens and labels are joined in one call.
+
+Where ``PREFIX.mask`` stands beside the file, a label whose token has a 0 there has no loss.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.indexed import read_index
+from megatron_cream.data.indexed import read_index, read_metadata
+from megatron_cream.data.token_mask import has_mask, open_mask
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Span, Strategy, philox
 
@@ -138,6 +141,7 @@ def validate_sources(
 
 
 _NO_TOKEN = np.zeros(1, dtype=np.int64)  # label where no token follows
+_NO_LABEL = np.zeros(1, dtype=np.uint8)
 
 
 class _UnmappedTokens:
@@ -161,9 +165,12 @@ class SpanReader:
         longest: tokens in a sample, at most.
         label_rule: what the last token of a chunk trains on, see ``ExtensionConfig``.
         masked_token: a token without loss, None for no such token.
+        mask: path without suffix of the dataset whose ``.mask`` says which tokens have a loss; None
+            for all.
 
     Attributes:
         tokens: those of the file by number, to be sliced: ``tokens[first:end]``.
+        token_mask: uint8, likewise; None for no mask.
     """
 
     def __init__(
@@ -173,15 +180,22 @@ class SpanReader:
         longest: int,
         label_rule: str,
         masked_token: int | None,
+        mask: str | None = None,
     ) -> None:
         self.dataset = dataset
         self.sources = sources
         self.label_rule = label_rule
         self.masked_token = masked_token
+        self._mask = mask
         self._all_ones = np.ones(longest, dtype=np.float32)
-        self.tokens = self._open()
+        self._open()
 
-    def _open(self) -> np.ndarray | _UnmappedTokens:
+    def _open(self) -> None:
+        self.tokens = self._open_tokens()
+        mapped = self.dataset.mmap
+        self.token_mask = None if self._mask is None else open_mask(self._mask, mapped=mapped)
+
+    def _open_tokens(self) -> np.ndarray | _UnmappedTokens:
         """Return all tokens of the file, to be sliced; none is read yet."""
         dtype, reader = np.dtype(self.dataset.index.dtype), self.dataset.bin_reader
         if self.dataset.mmap:  # a view, not a copy, which must not outlive the reader
@@ -190,11 +204,12 @@ class SpanReader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the tokens, which would be copied: the dataset opens its file again."""
-        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+        opened = ("tokens", "token_mask")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.tokens = self._open()
+        self._open()
 
     def read(self, source: int, layout: SampleLayout) -> dict[str, np.ndarray]:
         """Return the four arrays ``[train_length]`` of a sample, the caller's own.
@@ -218,6 +233,8 @@ class SpanReader:
         joined = np.concatenate(texts + following, dtype=np.int64)
         tokens, labels = joined[:filled], joined[filled:]
         self._apply_label_rule(spans, tokens, labels, loss_mask)
+        if self.token_mask is not None:
+            loss_mask *= self._labels_trained(spans, start, end)
         if self.masked_token is not None:
             loss_mask[tokens == self.masked_token] = 0.0
         return {
@@ -226,6 +243,20 @@ class SpanReader:
             "loss_mask": loss_mask,
             "position_ids": layout.position_ids,
         }
+
+    def _labels_trained(self, spans: list[Span], start: int, end: int) -> np.ndarray:
+        """Return uint8 ``[train_length]``: 1 where the token that is the label is trained."""
+        mask, parts = self.token_mask, []
+        assert mask is not None
+        if self.label_rule == "reference":  # the next token of the sample
+            parts = [mask[start + at : start + at + count] for at, count in spans]
+            return np.concatenate([*parts, _NO_LABEL])[1:]
+        for offset, count in spans:
+            first = start + offset + 1
+            parts.append(mask[first : min(first + count, end)])
+            if first + count > end:
+                parts.append(_NO_LABEL)
+        return np.concatenate(parts)
 
     def _apply_label_rule(
         self, spans: list[Span], tokens: np.ndarray, labels: np.ndarray, loss_mask: np.ndarray
@@ -318,6 +349,7 @@ class SpanDataset(MegatronDataset):
             self.strategy.train_length,
             extension.label_rule,
             config.eod_id if config.eod_mask_loss else None,
+            _masked_prefix(dataset, dataset_path),
         )
         self._orders: dict[int, np.ndarray] = {}
 
@@ -362,6 +394,14 @@ class SpanDataset(MegatronDataset):
                 self._orders = {}
             self._orders[epoch] = order
         return self._orders[epoch]
+
+
+def _masked_prefix(dataset: IndexedDataset, path: str | None) -> str | None:
+    """Return the path of a dataset that has a mask, None for another."""
+    if path is None:
+        return None
+    tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
+    return path if has_mask(path, tokens, read_metadata(path)) else None
 
 
 def drawn_scale(strategy: Strategy, seed: int, index: int) -> dict[str, torch.Tensor]:

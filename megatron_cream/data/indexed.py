@@ -337,6 +337,7 @@ _OPTIONAL = {
     **{"documents_by_length": "an object of counts", "share_at_least": "an object of shares"},
     **{"fingerprint": "a text or null", "shard": "two numbers, I of N"},
     **{"thresholds": "a list of lengths", "drop_duplicates": "true or false"},
+    **{"mask_bytes": "a count", "trained_tokens": "a count"},
 }
 
 

@@ -33,6 +33,7 @@ from megatron_cream.data.indexed import (
     read_metadata,
     validate_metadata,
 )
+from megatron_cream.data.token_mask import check_mask, has_mask, trained_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import flag_of
 
@@ -130,6 +131,7 @@ def validate_datasets(args: Namespace, extension: ExtensionConfig) -> None:
         index = read_index(prefix)
         _validate_vocabulary(args, index)
         _validate_end_of_document(args, prefix)
+        _validate_mask(index)
         for split, part in splits.items():
             if split is Split.train or args.eval_iters:
                 sources = split_sources(index, part, extension, split)
@@ -184,6 +186,13 @@ def _validate_vocabulary(args: Namespace, index: DatasetIndex) -> None:
     sizes = [vocabulary, metadata["vocab_size"] if metadata else None]
     limit = min((size for size in sizes if size), default=None)
     check_tokens(index, limit, sample=True)
+
+
+def _validate_mask(index: DatasetIndex) -> None:
+    prefix, metadata = index.prefix, read_metadata(index.prefix)
+    if has_mask(prefix, int(index.lengths.sum(dtype="int64")), metadata):
+        check_mask(prefix, sample=True)
+        trained_tokens(prefix, metadata)
 
 
 def _validate_end_of_document(args: Namespace, prefix: str) -> None:

@@ -15,6 +15,10 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from megatron_cream.data.batch import get_batch, packed_seq_params
 
+_NO_TOKEN = 2.0**-40
+"""Tokens reported of a micro-batch that trains none, so that a step of such has loss 0 and not 0 / 0.
+Too few to change any other count, which float32 holds as a whole number."""
+
 LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -46,14 +50,16 @@ def forward_step(
 def token_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> LossResult:
     """Return the summed loss, the number of tokens it is over, and what is logged.
 
-    Megatron divides by the number of tokens over all ranks and micro-batches.
+    Megatron divides by the number of tokens over all ranks and micro-batches: the gradient by 1
+    where there is none, the logged loss by what is reported here.
     """
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
         _validate_finite(loss)
-    report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
+    reported = tokens.float().clamp(min=_NO_TOKEN)
+    report = {"lm loss": torch.cat([loss.detach().view(1), reported.view(1)])}
     return loss, tokens, report
 
 

@@ -14,8 +14,9 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.dataset import TextSources
-from megatron_cream.data.indexed import read_index
+from megatron_cream.data.indexed import read_index, read_metadata
 from megatron_cream.data.packed import pack, trained_lengths
+from megatron_cream.data.token_mask import has_mask, trained_tokens
 from megatron_cream.positions import SampleLayout, Span, philox
 from megatron_cream.training.blend import prefixes_by_split, split_sources
 
@@ -24,7 +25,10 @@ A_FEW = 4
 
 
 def tokens_read(args: Namespace, extension: ExtensionConfig) -> list[str]:
-    """Return a line for each training dataset: how many of its tokens are read, how often."""
+    """Return a line for each training dataset: how many of its tokens are read, how often.
+
+    A dataset with a mask has a second line, which share of its tokens has a loss.
+    """
     total = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
     found = _training_sources(args, extension)
     sizes = [_epoch_size(extension, sources) for _, sources in found]
@@ -33,7 +37,15 @@ def tokens_read(args: Namespace, extension: ExtensionConfig) -> list[str]:
         if total and size:
             result = _repetition(extension, sources, total * share / size)
             lines.append(f"{_line(sources, result)}: {prefix}")
-    return lines
+    return lines + [line for prefix, _ in found for line in _mask_lines(prefix)]
+
+
+def _mask_lines(prefix: str) -> list[str]:
+    tokens, metadata = int(read_index(prefix).lengths.sum(dtype=np.int64)), read_metadata(prefix)
+    if not has_mask(prefix, tokens, metadata):
+        return []
+    share = 100 * trained_tokens(prefix, metadata) / tokens
+    return [f"loss on {share:.3g} % of the tokens of {prefix}"]
 
 
 def _training_sources(args: Namespace, extension: ExtensionConfig) -> list[tuple[str, TextSources]]:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from megatron_cream.corpus.executors import choose_start_method, use_one_thread
 from megatron_cream.corpus.gigatoken import GigatokenSource, GigatokenTokenizer, choose_engine
 from megatron_cream.corpus.inspection import Counts, measure, write_metadata
-from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS, RetrievalTask, draw_task
+from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS, Passage, RetrievalTask, draw_task
 from megatron_cream.corpus.retrieval.words import Haystack, Rng, prose, read_haystack
 from megatron_cream.corpus.settings import (
     APPEND_EOD,
@@ -41,6 +42,7 @@ from megatron_cream.corpus.work_folder import (
     validate_prefix,
 )
 from megatron_cream.data.indexed import token_dtype, write_index
+from megatron_cream.data.token_mask import MASK_SUFFIX
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, flag_field, read_flags, validate_fields
 from megatron_cream.positions import philox
@@ -71,6 +73,7 @@ class RetrievalConfig:
         length: tokens of a document, end of document included: the trained window N.
         haystack: files and folders of text; none for sentences made here.
         questions: most questions of a task.
+        answers_only: write ``PREFIX.mask``, by which answers are trained and nothing else is.
     """
 
     tokenizer_type: str = flag_field(**TOKENIZER_TYPE)
@@ -87,6 +90,7 @@ class RetrievalConfig:
     )
     append_eod: bool = flag_field(**APPEND_EOD)
     questions: int = flag_field("most questions of a task", default=MOST_QUESTIONS, metavar="Q")
+    answers_only: bool = flag_field("have a loss on the answers alone: PREFIX.mask", default=False)
     engine: str = flag_field(**ENGINE)
     workers: int = flag_field(**WORKERS)
     overwrite: bool = flag_field(**OVERWRITE)
@@ -112,7 +116,10 @@ def make_dataset(
     progress: bool = True,
     say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
-    """Write ``PREFIX.bin``, ``.idx`` and ``.json``; returns the content of the last.
+    """Write ``PREFIX.bin``, ``.idx``, ``.json`` and, for answers alone, ``.mask``.
+
+    Returns:
+        The content of ``PREFIX.json``.
 
     Raises:
         UserError: a setting that cannot work.
@@ -156,10 +163,14 @@ def _write(
     dtype = token_dtype(maker.tokenizer.vocab_size)
     lengths = np.full(config.documents, config.length, dtype=np.int32)
     bar = tqdm(total=config.documents, unit="doc", disable=not progress)
-    with open(staged + ".bin", "wb") as file, bar:
-        for block in _blocks(config, maker, dtype):
-            file.write(block.tobytes())
-            bar.update(len(block))
+    with ExitStack() as opened:
+        names = (".bin", MASK_SUFFIX) if config.answers_only else (".bin",)
+        files = [opened.enter_context(open(staged + name, "wb")) for name in names]
+        opened.enter_context(bar)
+        for arrays in _blocks(config, maker, dtype):
+            for file, array in zip(files, arrays, strict=True):
+                file.write(array.tobytes())
+            bar.update(len(arrays[0]))
     ones = np.ones(config.documents, dtype=np.int64)
     write_index(staged + ".idx", dtype, [(lengths, ones)], config.documents, config.documents)
     settings = _describe_settings(config, maker.tokenizer, dtype)
@@ -176,6 +187,7 @@ def _describe_settings(
         "length": config.length,
         "haystack": list(config.haystack),
         "questions": config.questions,
+        "answers_only": config.answers_only,
         "tokenizer_type": config.tokenizer_type,
         "tokenizer_model": config.tokenizer_model,
         "vocab_size": tokenizer.vocab_size,
@@ -189,10 +201,12 @@ def _describe_settings(
     }
 
 
-def _blocks(config: RetrievalConfig, maker: DocumentMaker, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yield ``[documents of a block, length]`` tokens, in order."""
-    firsts = range(0, config.documents, _BLOCK)
-    ranges = [(first, min(first + _BLOCK, config.documents), dtype) for first in firsts]
+def _blocks(
+    config: RetrievalConfig, maker: DocumentMaker, dtype: np.dtype
+) -> Iterator[list[np.ndarray]]:
+    """Yield tokens ``[documents of a block, length]``, and their mask if asked for, in order."""
+    firsts, masked = range(0, config.documents, _BLOCK), config.answers_only
+    ranges = [(first, min(first + _BLOCK, config.documents), dtype, masked) for first in firsts]
     if config.workers == 1:
         yield from (_make_block(maker, *one) for one in ranges)
         return
@@ -203,8 +217,13 @@ def _blocks(config: RetrievalConfig, maker: DocumentMaker, dtype: np.dtype) -> I
         yield from pool.map(_in_worker, ranges)
 
 
-def _make_block(maker: DocumentMaker, first: int, end: int, dtype: np.dtype) -> np.ndarray:
-    return np.stack([maker.make(number) for number in range(first, end)]).astype(dtype)
+def _make_block(
+    maker: DocumentMaker, first: int, end: int, dtype: np.dtype, masked: bool
+) -> list[np.ndarray]:
+    if not masked:
+        return [np.stack([maker.make(number) for number in range(first, end)]).astype(dtype)]
+    made = [maker.make_masked(number) for number in range(first, end)]
+    return [np.stack([tokens for tokens, _ in made]).astype(dtype), np.stack([m for _, m in made])]
 
 
 _workers_maker: DocumentMaker | None = None
@@ -220,9 +239,16 @@ def _start(config: RetrievalConfig, source: GigatokenSource | None) -> None:
         _workers_maker.tokenizer = GigatokenTokenizer(source, lambda: reference)
 
 
-def _in_worker(block: tuple[int, int, np.dtype]) -> np.ndarray:
+def _in_worker(block: tuple[int, int, np.dtype, bool]) -> list[np.ndarray]:
     assert _workers_maker is not None
     return _make_block(_workers_maker, *block)
+
+
+_FittedTask = tuple[list[Passage], np.ndarray]  # of a task at one size: its text and its tokens
+
+
+def _text(passages: list[Passage]) -> str:
+    return "".join(passage.text for passage in passages)
 
 
 class DocumentMaker:
@@ -257,18 +283,53 @@ class DocumentMaker:
 
     def make(self, number: int) -> np.ndarray:
         """Return the tokens int64 ``[length]`` of document ``number``."""
-        rng = philox.generator(self.seed, number, _STREAM)
-        room = self.length - (self.eod is not None)
-        parts = [self._fitted(rng, budget)[1] for budget in _budgets(rng, room)]
-        left = room - sum(map(len, parts))
-        end = [] if self.eod is None else [np.array([self.eod])]
-        return np.concatenate([self._filler(rng, left), *parts, *end]).astype(np.int64)
+        rng, fitted = self._tasks(number)
+        return self._joined(rng, [tokens for _, tokens in fitted])
+
+    def make_masked(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of document ``number``, and uint8 ``[length]``: 1 for an answer's."""
+        rng, fitted = self._tasks(number)
+        tokens = self._joined(rng, [tokens for _, tokens in fitted])
+        mask = np.concatenate([self._answers(*task) for task in fitted])
+        end = self.length - (self.eod is not None)
+        whole = np.zeros(self.length, dtype=np.uint8)
+        whole[end - len(mask) : end] = mask
+        return tokens, whole
 
     def task_texts(self, number: int) -> list[str]:
         """Return the text of each task of a document, without the filler in front of them."""
+        return [_text(passages) for passages, _ in self._tasks(number)[1]]
+
+    def _tasks(self, number: int) -> tuple[Rng, list[_FittedTask]]:
+        """Return the tasks of a document, and the generator that its filler is drawn from."""
         rng = philox.generator(self.seed, number, _STREAM)
         room = self.length - (self.eod is not None)
-        return [self._fitted(rng, budget)[0] for budget in _budgets(rng, room)]
+        return rng, [self._fitted(rng, budget) for budget in _budgets(rng, room)]
+
+    def _joined(self, rng: Rng, parts: list[np.ndarray]) -> np.ndarray:
+        end = [] if self.eod is None else [np.array([self.eod])]
+        left = self.length - sum(map(len, [*parts, *end]))
+        return np.concatenate([self._filler(rng, left), *parts, *end]).astype(np.int64)
+
+    def _answers(self, passages: list[Passage], tokens: np.ndarray) -> np.ndarray:
+        """Return bool ``[tokens]``: which tokens have a character of an answer.
+
+        Raises:
+            UserError: the tokenizer does not say where its tokens stand.
+        """
+        reference = getattr(self.tokenizer, "reference", self.tokenizer)
+        for before in (_ANCHOR, ""):  # as encode() does
+            found = reference.locate(before + _text(passages))
+            skipped = len(found.ids) - len(tokens)
+            if skipped >= 0 and np.array_equal(found.ids[skipped:], tokens):
+                ends = np.cumsum([len(before), *(len(passage.text) for passage in passages)])
+                spans = zip(passages, ends.tolist(), ends[1:].tolist(), strict=False)
+                answers = [(a, b) for passage, a, b in spans if passage.is_answer]
+                return found.overlapping(answers)[skipped:]
+        raise UserError(
+            "--answers-only: the tokens of a text are not those that the tokenizer locates in it; "
+            "needs --engine reference"
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of text that follows a line break and begins with no white space.
@@ -281,8 +342,8 @@ class DocumentMaker:
             return tokens[size:]
         return self.tokenizer.encode([text])[0]  # the line break went into a token with the text
 
-    def _fitted(self, rng: Rng, budget: int) -> tuple[str, np.ndarray]:
-        """Return text and tokens, at most ``budget``, of a task drawn anew until one fits."""
+    def _fitted(self, rng: Rng, budget: int) -> _FittedTask:
+        """Return passages and tokens, at most ``budget``, of a task drawn anew until one fits."""
         for _ in range(100):
             task = draw_task(rng, budget, self.haystack, self.questions)
             found = self._largest(task, budget)
@@ -293,7 +354,7 @@ class DocumentMaker:
             "must be longer"
         )
 
-    def _largest(self, task: RetrievalTask, budget: int) -> tuple[str, np.ndarray] | None:
+    def _largest(self, task: RetrievalTask, budget: int) -> _FittedTask | None:
         """Return the task at nearly the largest size that fits, None where the smallest does not.
 
         The tokens of two small sizes say how many the others have, nearly.
@@ -303,10 +364,10 @@ class DocumentMaker:
         each = max((b - a) / max(1, more - small), 0.5)
         size = min(task.most, int(small + (0.97 * budget - a) / each))
         while size >= 1:
-            text = task.text(size)
-            tokens = self.encode(text)
+            passages = task.passages(size)
+            tokens = self.encode(_text(passages))
             if len(tokens) <= budget:
-                return text, tokens
+                return passages, tokens
             size = min(size - 1, int(size * 0.97 * budget / len(tokens)))
         return None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws one task as text: what is drawn once, and the text for any size of it.
+"""Draws one task: what is drawn once, and its passages of text for any size of it.
 
 A task has a size, the number of records or of hundreds of characters; its text is a pure function
 of that, so that the size can be fitted to a number of tokens.
@@ -34,18 +34,36 @@ _SEGMENTS = 4
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A stretch of a task's text.
+
+    Attributes:
+        text: what it says.
+        is_answer: whether it is an answer with what ends it: a quotation mark, the line break.
+    """
+
+    text: str
+    is_answer: bool = False
+
+
+@dataclass(frozen=True)
 class RetrievalTask:
     """A task of any size.
 
     Attributes:
         name: of the kind, for the record.
         most: largest size.
-        text: size to text; begins with no white space and ends in one line break.
+        passages: size to the text's passages; together they begin with no white space and end in
+            one line break.
     """
 
     name: str
     most: int
-    text: Callable[[int], str] = field(repr=False)
+    passages: Callable[[int], list[Passage]] = field(repr=False)
+
+    def text(self, size: int) -> str:
+        """Return the whole text of a size."""
+        return "".join(passage.text for passage in self.passages(size))
 
 
 def draw_task(
@@ -75,20 +93,25 @@ def _records(rng: Rng, tokens: int, questions: int = MOST_QUESTIONS) -> Retrieva
     asked = _Questions.drawn(rng, questions, style.questions, thing, keys, values)
     segments = int(rng.integers(2, _SEGMENTS + 1)) if rng.random() < 0.3 else 1
     return RetrievalTask(
-        name, most, lambda size: intro + _listed(style, records[:size], asked, segments)
+        name,
+        most,
+        lambda size: [Passage(intro), *_listed(style, records[:size], asked, segments)],
     )
 
 
-def _listed(style: RecordFormat, records: list[str], asked: _Questions, segments: int) -> str:
+def _listed(
+    style: RecordFormat, records: list[str], asked: _Questions, segments: int
+) -> list[Passage]:
     """Records in some segments, each followed by its share of the questions."""
-    text, size = [], len(records)
+    passages: list[Passage] = []
+    size = len(records)
     borders = [round(size * (i + 1) / segments) for i in range(segments)]
     for i, (start, end) in enumerate(zip([0, *borders], borders, strict=False)):
         piece = "".join(records[start:end])
         if end == size:
             piece = piece[: len(piece) - style.cut] + style.closing.format()
-        text.append(piece + asked.text(end, i, segments))
-    return "".join(text)
+        passages += [Passage(piece), *asked.passages(end, i, segments)]
+    return passages
 
 
 @dataclass(frozen=True)
@@ -121,13 +144,20 @@ class _Questions:
         places = rng.random(int(rng.integers(max(1, most // 4), most + 1)))
         return cls(str(rng.choice(wordings)), thing, keys, values, places)
 
-    def text(self, facts: int, part: int = 0, parts: int = 1) -> str:
+    def passages(self, facts: int, part: int = 0, parts: int = 1) -> list[Passage]:
         """Questions about the first ``facts`` facts, the share of one of several parts."""
         places = self.places[: max(1, facts // 3)][part::parts]
         chosen = dict.fromkeys((places * facts).astype(int).tolist())
-        return "".join(
-            self.question.format(k=self.keys[i], v=self.values[i], t=self.thing) for i in chosen
-        )
+        return [passage for i in chosen for passage in self.ask(i)]
+
+    def ask(self, fact: int) -> list[Passage]:
+        """A question about one fact, and its answer to the end of the template."""
+        before, after = self.question.split("{v}")
+        words = {"k": self.keys[fact], "v": self.values[fact], "t": self.thing}
+        return [
+            Passage(before.format(**words)),
+            Passage(("{v}" + after).format(**words), is_answer=True),
+        ]
 
 
 def _needles(rng: Rng, tokens: int, haystack: Haystack | None, questions: int) -> RetrievalTask:
@@ -158,13 +188,13 @@ def _hidden(
     asked = _Questions.drawn(rng, questions, wording.questions, thing, keys, values)
     # All that fit are asked for: a needle that is not is a line of noise.
     chosen = rng.permutation(len(keys))[: len(asked.places)].tolist()
-    answered = "".join(asked.question.format(k=keys[i], v=values[i], t=thing) for i in chosen)
+    answered = [passage for i in chosen for passage in asked.ask(i)]
 
-    def text(size: int) -> str:
+    def passages(size: int) -> list[Passage]:
         hidden = _planted(filler[: size * CHARACTERS], needles, places)
-        return f"{intro}{hidden}\n{answered}"
+        return [Passage(f"{intro}{hidden}\n"), *answered]
 
-    return RetrievalTask("passkey" if wordings is PASSKEYS else "needles", most, text)
+    return RetrievalTask("passkey" if wordings is PASSKEYS else "needles", most, passages)
 
 
 def _filler(rng: Rng, characters: int, haystack: Haystack | None, refrain: bool) -> str:
