@@ -279,7 +279,12 @@ class SentencePieceTokenizer:
 
     def locate(self, text: str) -> LocatedTokens:
         """The tokens of a text, as ``encode`` gives them, and the characters of each."""
-        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
+        if hasattr(self._processor, "EncodeAsOffsetMapping"):
+            found = self._processor.EncodeAsOffsetMapping(text)
+            return LocatedTokens.of(found["ids"], found["offsets"])
+        pieces = self._processor.EncodeAsImmutableProto(
+            text
+        ).pieces  # before 0.2.2
         spans = [(piece.begin, piece.end) for piece in pieces]
         return LocatedTokens.of([piece.id for piece in pieces], spans)
 

@@ -16,7 +16,8 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron_cream.data.batch import get_batch, packed_seq_params
 
 _NO_TOKEN = 2.0**-40
-"""Tokens reported of a micro-batch that trains none, so that a step of such has loss 0 and not 0 / 0.
+"""Tokens reported of a micro-batch that trains none: a step of such has loss 0 and not 0 / 0.
+
 Too few to change any other count, which float32 holds as a whole number."""
 
 LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
