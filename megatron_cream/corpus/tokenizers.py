@@ -282,9 +282,7 @@ class SentencePieceTokenizer:
         if hasattr(self._processor, "EncodeAsOffsetMapping"):
             found = self._processor.EncodeAsOffsetMapping(text)
             return LocatedTokens.of(found["ids"], found["offsets"])
-        pieces = self._processor.EncodeAsImmutableProto(
-            text
-        ).pieces  # before 0.2.2
+        pieces = self._processor.EncodeAsImmutableProto(text).pieces  # before 0.2.2
         spans = [(piece.begin, piece.end) for piece in pieces]
         return LocatedTokens.of([piece.id for piece in pieces], spans)
 

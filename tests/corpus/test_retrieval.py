@@ -9,6 +9,7 @@ from megatron_cream.corpus.retrieval import (
     DocumentMaker,
     Haystack,
     RetrievalConfig,
+    documents,
     make_dataset,
     read_haystack,
     tasks,
@@ -236,3 +237,88 @@ def test_files_that_are_there_are_kept(job):
         make_dataset(job, progress=False)
     make_dataset(replace(job, seed=2, overwrite=True), progress=False)
     assert read_metadata(job.output_prefix)["seed"] == 2
+
+
+def runs(mask):
+    """First and end of each stretch of ones."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return edges.reshape(-1, 2).tolist()
+
+
+def answers_by_hand(text, number):
+    """What follows each value that is asked for, up to the end of its line."""
+    values = list(number.finditer(text))
+    seen, found = set(), []
+    for value in values:
+        if value.group() in seen:
+            found.append(text[value.start() : text.index("\n", value.start()) + 1])
+        seen.add(value.group())
+    return found
+
+
+@pytest.mark.parametrize("name", list(wordings.RECORDS))
+def test_answers_alone_are_the_values_that_are_asked_for(name, monkeypatch):
+    """A value of nine digits stands once in the records; the second time it is an answer."""
+    monkeypatch.setattr(tasks, "RECORDS", {name: wordings.RECORDS[name]})
+    monkeypatch.setattr(tasks, "KEYS", {"uuids": words.KEYS["uuids"]})
+    monkeypatch.setattr(tasks, "VALUES", {"numbers": words.digits(9, 9)})
+    monkeypatch.setattr(
+        documents, "draw_task", lambda rng, tokens, text, most: tasks._records(rng, tokens, most)
+    )
+    maker = DocumentMaker(load_tokenizer("ByteLevelTokenizer"), 4096, 3, questions=16)
+    for number in range(4):
+        tokens, mask = maker.make_masked(number)
+        assert (tokens == maker.make(number)).all() and mask.shape == tokens.shape
+        expected = []
+        for text in maker.task_texts(number):
+            expected += answers_by_hand(text, re.compile(r"(?<![0-9a-f-])\d{9}\b"))
+        found = [maker.tokenizer.decode(tokens[a:b]) for a, b in runs(mask)]
+        assert "".join(found) == "".join(expected) and len(expected) >= 4
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_tokens_of_answers_are_all_that_is_trained(tokenizer, append_eod):
+    """Of any task: with tokens of several characters, those that touch an answer and no other."""
+    eod = tokenizer.eod if append_eod else None
+    maker = DocumentMaker(tokenizer, LENGTH, 1234, Haystack([TEXT]), eod)
+    for number in range(12):
+        tokens, mask = maker.make_masked(number)
+        assert (tokens == maker.make(number)).all()
+        assert mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 1}
+        passages = [part for task, _ in maker._tasks(number)[1] for part in task]
+        answers = [part.text for part in passages if part.is_answer]
+        assert all(answer.endswith("\n") for answer in answers)
+        stretches = runs(mask)
+        found = "".join(tokenizer.decode(tokens[a:b]) for a, b in stretches)
+        for answer in answers:
+            assert answer in found
+        # Beside the answers there is at most part of a token on each side.
+        assert len(found) <= len("".join(answers)) + 24 * len(answers)
+        assert not append_eod or mask[-1] == 0
+
+
+def test_answers_only_writes_a_mask_that_the_note_records(job, tmp_path):
+    make_dataset(job, progress=False)
+    assert not (tmp_path / "a.mask").exists()
+    assert "mask_bytes" not in read_metadata(job.output_prefix)
+    jobs = [
+        replace(job, output_prefix=str(tmp_path / name), workers=workers, answers_only=True)
+        for name, workers in (("b", 1), ("c", 2))
+    ]
+    notes = [make_dataset(one, progress=False) for one in jobs]
+    assert notes[0] == notes[1]
+    mask = np.fromfile(tmp_path / "b.mask", np.uint8)
+    assert (tmp_path / "c.mask").read_bytes() == mask.tobytes()
+    assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "a.bin").read_bytes()
+    assert (notes[0]["mask_bytes"], notes[0]["trained_tokens"]) == (24000, mask.sum())
+    assert 0 < mask.mean() < 0.3 and notes[0]["answers_only"] is True
+    # The mask goes with the dataset that it is of.
+    make_dataset(replace(jobs[0], answers_only=False, overwrite=True), progress=False)
+    assert not (tmp_path / "b.mask").exists()
+
+
+def test_tokens_that_cannot_be_located_are_refused(maker, monkeypatch):
+    true = type(maker.tokenizer).locate
+    monkeypatch.setattr(type(maker.tokenizer), "locate", lambda self, text: true(self, text + "x"))
+    with pytest.raises(UserError, match="--answers-only: .*--engine reference"):
+        maker.make_masked(0)

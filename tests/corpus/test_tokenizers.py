@@ -32,6 +32,24 @@ def sp_model(tmp_path_factory):
     return prefix.with_suffix(".model")
 
 
+@pytest.fixture(scope="module")
+def sp_bytes(tmp_path_factory):
+    """A model of the kind of Llama-2's: every character has tokens."""
+    prefix = tmp_path_factory.mktemp("sp-bytes") / "tiny"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return load_tokenizer("SentencePieceTokenizer", prefix.with_suffix(".model"))
+
+
 def copied(folder, tmp_path, config, change=lambda content: None):
     """A copy of the tokenizer with other settings; `config` of None writes no config file."""
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -165,3 +183,29 @@ def test_wrong_type_and_unwanted_model():
         load_tokenizer("Gpt")
     with pytest.raises(ValueError, match="--tokenizer-model x: ByteLevelTokenizer needs it left"):
         load_tokenizer("ByteLevelTokenizer", "x")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "bytes"])
+def test_tokens_are_located_in_their_text(kind, bpe_folder, sp_bytes):
+    tokenizer = {
+        "bpe": lambda: load_tokenizer("HuggingFaceTokenizer", bpe_folder),
+        "sentencepiece": lambda: sp_bytes,
+        "bytes": lambda: load_tokenizer("ByteLevelTokenizer"),
+    }[kind]()
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        text = "".join(rng.choice(list("the cat  é🎈κ\n\n.9"), size=40))
+        found = tokenizer.locate(text)
+        assert found.ids.tolist() == tokenizer.encode([text])[0].tolist()
+        spans = list(zip(found.starts.tolist(), found.ends.tolist(), strict=True))
+        assert {at for a, b in spans for at in range(a, b)} >= set(range(len(text)))
+        assert all(a < b for a, b in spans) and spans == sorted(spans)
+        for token, (a, b) in zip(found.ids, spans, strict=True):
+            decoded = tokenizer.decode([token])
+            if decoded and "\ufffd" not in decoded:  # whole characters
+                assert decoded.strip(" ") == text[a:b].strip(" ")
+        borders = np.sort(rng.choice(len(text), size=6, replace=False)).reshape(3, 2).tolist()
+        inside = {at for a, b in borders for at in range(a, b)}
+        expected = [bool(inside & set(range(a, b))) for a, b in spans]
+        assert found.overlapping(borders).tolist() == expected
+        assert not found.overlapping([]).any()

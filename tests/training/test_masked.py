@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss and gradient where tokens are masked, against a plain loop that knows nothing of layouts.
+"""Loss and gradient where tokens are masked, by rule or by a mask beside the dataset.
+
+Against a plain loop that knows nothing of layouts.
 
 Samples of one step have very different numbers of trained tokens here, so dividing by another
 number, or averaging averages, is seen.
@@ -16,6 +18,7 @@ from support.runs import FLAGS
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
 EOD, VOCABULARY, BATCH = 0, 128, 4
+TRAINED = 32
 MASKED = [
     *("--vocab-size", str(VOCABULARY), "--make-vocab-size-divisible-by", "1"),
     *("--label-rule", "masked", "--eod-mask-loss", "--split", "100,0,0", "--eval-iters", "0"),
@@ -29,18 +32,12 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A dataset in which the n-th document is an end of document every 2 to 40 tokens."""
+def write(prefix, documents, mask=None):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    prefix = tmp_path_factory.mktemp("masked") / "text"
-    rng = np.random.default_rng(3)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for share in (0.5, 0.02, 0.3, 0.1, 0.4, 0.03):
-        document = rng.integers(1, VOCABULARY, size=900)
-        document[rng.random(900) < share] = EOD
-        builder.add_document(torch.from_numpy(document), [900])
+    for document in documents:
+        builder.add_document(torch.from_numpy(document), [len(document)])
     builder.finalize(f"{prefix}.idx")
     note = {
         "vocab_size": VOCABULARY,
@@ -52,8 +49,32 @@ def texts(tmp_path_factory):
         "prepended_bos": False,
         "dropped": {},
     }
-    (prefix.parent / "text.json").write_text(json.dumps(note))
+    if mask is not None:
+        prefix.with_suffix(".mask").write_bytes(mask.astype(np.uint8).tobytes())
+        note |= {"mask_bytes": len(mask), "trained_tokens": int(mask.sum())}
+    prefix.with_suffix(".json").write_text(json.dumps(note))
     return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A dataset in which the n-th document is an end of document every 2 to 40 tokens."""
+    rng, documents = np.random.default_rng(3), []
+    for share in (0.5, 0.02, 0.3, 0.1, 0.4, 0.03):
+        document = rng.integers(1, VOCABULARY, size=900)
+        document[rng.random(900) < share] = EOD
+        documents.append(document)
+    return write(tmp_path_factory.mktemp("masked") / "text", documents)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """A dataset whose tokens below TRAINED have a loss; half of its documents have none such."""
+    rng = np.random.default_rng(5)
+    least = (1, TRAINED, 1, TRAINED, TRAINED, 1)
+    documents = [rng.integers(first, VOCABULARY, size=900) for first in least]
+    mask = np.concatenate(documents) < TRAINED
+    return write(tmp_path_factory.mktemp("answers") / "text", documents, mask)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +92,10 @@ def runs(texts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(runs, texts):
+    return by_a_plain_loop(runs[1], texts, lambda tokens, labels: tokens != EOD)
+
+
+def by_a_plain_loop(checkpoint, texts, trained):
     """Loss and norm of the gradient of the first step, by a plain loop over its samples."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
@@ -78,7 +103,7 @@ def reference(runs, texts):
     from megatron_cream.checkpoint.loading import load_model
     from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
 
-    loaded = load_model(runs[1])
+    loaded = load_model(checkpoint)
     config = SpanDatasetConfig(
         random_seed=1234,
         sequence_length=96,
@@ -94,7 +119,7 @@ def reference(runs, texts):
         tokens, positions = sample["tokens"][None], sample["position_ids"][None]
         logits = loaded.module(tokens, positions, None)[0]
         borders = torch.diff(positions[0], append=positions[0, -1:]) != 1  # also the last
-        counted = (tokens[0] != EOD) & ~borders
+        counted = trained(tokens[0], sample["labels"]) & ~borders
         losses = -torch.log_softmax(logits.float(), -1)
         total = total + losses[torch.arange(96), sample["labels"]][counted].sum()
         counts.append(int(counted.sum()))
@@ -116,3 +141,36 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(name, runs, reference):
     run = runs[0][name]
     assert run.losses[1] == pytest.approx(loss, rel=1e-5)
     assert run.norms[1] == pytest.approx(norm, rel=1e-4)
+
+
+MASK_LAYOUTS = {"one rank": (1, []), "one sample per rank": (4, [])}
+
+
+@pytest.mark.parametrize("name", MASK_LAYOUTS)
+def test_a_mask_beside_the_dataset_is_that_of_a_plain_loop(name, runs, answers, tmp_path):
+    def trained(tokens, labels):
+        return labels < TRAINED
+
+    loss, norm, counts = by_a_plain_loop(runs[1], answers, trained)
+    assert 0 in counts and max(counts) > 10  # a rank that trains nothing, and one that does
+    count, layout = MASK_LAYOUTS[name]
+    start = ["--data-path", answers, "--pretrained-checkpoint", runs[1]]
+    run = ranks.train(tmp_path, [*FLAGS, *MASKED, *start, *layout], count)
+    assert run.losses[1] == pytest.approx(loss, rel=1e-5)
+    assert run.norms[1] == pytest.approx(norm, rel=1e-4)
+    assert run.lines("loss on 12.") and run.lines(f"% of the tokens of {answers}")
+
+
+def test_a_step_that_trains_nothing_has_loss_0(runs, tmp_path):
+    """Also in validation: the one trained token is the first of its document, and no label."""
+    documents = [np.random.default_rng(6).integers(1, VOCABULARY, size=900)] * 6
+    mask = np.arange(6 * 900) == 0
+    prefix = write(tmp_path / "text", documents, mask)
+    flags = [*FLAGS, *MASKED, "--data-path", prefix, "--pretrained-checkpoint", runs[1]]
+    own = ["--split", "50,50,0", "--eval-iters", "1", "--eval-interval", "1", "--train-iters", "2"]
+    run = ranks.train(tmp_path / "run", [*flags, *own], 2)
+    assert run.losses == {1: 0.0, 2: 0.0} and run.norms == {1: 0.0, 2: 0.0}
+    assert "nan" not in run.log.lower().replace("number of nan iterations", "").replace(
+        "nan_in", ""
+    )
+    assert run.lines("validation loss at iteration 1")
