@@ -8,13 +8,14 @@ alone; the context, nearly all of the work, is computed once. Nothing takes memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,6 +25,8 @@ _MOST_LOGITS = 2**26  # float32 values of logits held at once, 256 MiB
 
 # (number of tails, tokens of each) of the pass that is running.
 _tails: ContextVar[tuple[int, int]] = ContextVar("tails", default=(0, 0))
+# Which keys each sample of ``attend_from_last`` sees.
+_seen: ContextVar[Tensor | None] = ContextVar("seen", default=None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class ScoringModel(Protocol):
         window: tokens that it was trained or extended to.
         vocabulary: tokens that it knows, without padding rows of its output layer.
         shares_context: whether a pass may have more than one tail.
+        stop_tokens: tokens that end what it writes, by its own files; empty if they say none.
         primary: whether this process writes the results.
         settings: what decides its answers besides its weights, for the result file.
     """
@@ -85,6 +89,7 @@ class ScoringModel(Protocol):
     window: int
     vocabulary: int
     shares_context: bool
+    stop_tokens: tuple[int, ...]
     primary: bool
     settings: dict[str, Any]
 
@@ -96,6 +101,15 @@ class ScoringModel(Protocol):
         """Answer passes in order; each rank of a model must be given the same ones."""
         ...
 
+    def generate(
+        self, prompts: Sequence[np.ndarray], new_tokens: int, stop: Sequence[int]
+    ) -> Iterator[np.ndarray]:
+        """Yield what greedy decoding writes after each prompt ``[n]``, in order.
+
+        At most ``new_tokens`` tokens, without the one of ``stop`` that ends them.
+        """
+        ...
+
 
 @contextmanager
 def tails(count: int, tokens: int) -> Iterator[None]:
@@ -105,6 +119,30 @@ def tails(count: int, tokens: int) -> Iterator[None]:
         yield
     finally:
         _tails.reset(before)
+
+
+@contextmanager
+def seeing(mask: Tensor | None) -> Iterator[None]:
+    """Have ``attend_from_last`` see the keys of ``mask``, bool ``[b, n]``; all of them if None."""
+    before = _seen.set(mask)
+    try:
+        yield
+    finally:
+        _seen.reset(before)
+
+
+def attend_from_last(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return attention ``[b, h, 1, d]`` of the last token to itself and to all before it.
+
+    Query heads that share keys and values ``[b, g, n, d]`` are rows of one product with them, so
+    that these are neither copied nor read once per head.
+    """
+    batch, heads = query.shape[:2]
+    rows = query.view(batch, key.shape[1], heads // key.shape[1], -1)
+    seen = _seen.get()
+    mask = None if seen is None else seen[:, None, None].expand(-1, -1, rows.shape[2], -1)
+    found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return found.reshape(batch, heads, 1, -1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

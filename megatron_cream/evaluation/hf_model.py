@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -16,12 +17,21 @@ from megatron_cream.checkpoint.hf_files import read_config
 from megatron_cream.checkpoint.hf_weights import HfWeights
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError
-from megatron_cream.evaluation.forward import ForwardPass, PassScores, attend, score_rows, tails
+from megatron_cream.evaluation.forward import (
+    ForwardPass,
+    PassScores,
+    attend,
+    attend_from_last,
+    score_rows,
+    tails,
+)
 from megatron_cream.json_values import integer, naming, reason
 from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAME = "megatron_cream"
+_MOST_ROWS = 32  # prompts that are answered together; a killed run does so many again
+_CPU_CACHE = 2**31  # bytes
 
 # Settings by which a model changes logits after its output layer; scoring reads that layer.
 _AFTER_OUTPUT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -66,6 +76,7 @@ class HuggingFaceModel:
         self.window = config.max_position_embeddings
         self.vocabulary = config.vocab_size
         self.shares_context = _replace_attention(self.module, config)
+        self.stop_tokens = _stop_tokens(self.module)
         self.settings = {"dtype": str(self.module.dtype).removeprefix("torch.")}
         if rope is not None:
             self.settings["rope"] = rope["rope_parameters"]
@@ -77,6 +88,40 @@ class HuggingFaceModel:
         """Answer passes in order."""
         for one in passes:
             yield self._score(one)
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], new_tokens: int, stop: Sequence[int]
+    ) -> Iterator[np.ndarray]:
+        """Yield what greedy decoding writes after each prompt ``[n]``, in order.
+
+        It is what transformers' ``generate`` writes for the prompt alone. Prompts go several at a
+        time, as many as there is memory for; where the model keeps its own attention, ``generate``
+        itself is called for one at a time.
+        """
+        from megatron_cream.evaluation.cached_generation import cut, generate_batch
+        from megatron_cream.evaluation.generation import generate_tokens
+
+        if not self.shares_context:
+            for prompt in prompts:
+                yield cut(
+                    generate_tokens(self.module, prompt, new_tokens, list(stop) or None), stop
+                )
+            return
+        for batch in self._batches(prompts, new_tokens):
+            yield from generate_batch(self.module, batch, new_tokens, stop, self.vocabulary)
+
+    def _batches(
+        self, prompts: Sequence[np.ndarray], new_tokens: int
+    ) -> Iterator[Sequence[np.ndarray]]:
+        """Cut prompts, in order, into batches whose keys and values fit the memory."""
+        if not prompts:
+            return
+        tokens = max(map(len, prompts)) + new_tokens
+        count = max(1, min(_MOST_ROWS, _cache_tokens(self.module) // tokens))
+        if _has_own_angles([len(prompt) for prompt in prompts], new_tokens, self.module.config):
+            count = 1
+        for first in range(0, len(prompts), count):
+            yield prompts[first : first + count]
 
     @torch.inference_mode()
     def _score(self, one: ForwardPass) -> PassScores:
@@ -106,6 +151,36 @@ class HuggingFaceModel:
         finally:
             handle.remove()
         return seen[0]
+
+
+def _stop_tokens(module: Any) -> tuple[int, ...]:
+    """Return the tokens with which transformers' ``generate`` ends."""
+    found = getattr(module.generation_config, "eos_token_id", None)
+    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+
+
+def _cache_tokens(module: Any) -> int:
+    """Return for how many tokens keys and values fit half of the GPU's free memory, or 2 GiB."""
+    config = module.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    one = 2 * config.num_hidden_layers * heads * dim * module.dtype.itemsize
+    free = torch.cuda.mem_get_info()[0] // 2 if module.device.type == "cuda" else _CPU_CACHE
+    return free // one
+
+
+def _has_own_angles(lengths: Sequence[int], new_tokens: int, config: Any) -> bool:
+    """Return whether RoPE's angles depend on the longest sequence of a batch.
+
+    transformers goes from the short to the long angles of longrope where it exceeds the original
+    window, and from one base to the next of dynamic.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind == "longrope":
+        window = rope["original_max_position_embeddings"]
+        return min(lengths) <= window < max(lengths) + new_tokens
+    return "dynamic" in kind
 
 
 def _load(path: str, dtype: Any, rope: dict[str, Any]) -> Any:
@@ -217,4 +292,7 @@ def _attention(
             f"{type(module).__name__} asks for a mask, a window or a soft cap, which is not scored"
         )
     scale = options.get("scaling") or query.shape[-1] ** -0.5
+    if query.shape[2] == 1 < key.shape[2]:
+        found = attend_from_last(query, key, value, scale)
+        return found.transpose(1, 2).contiguous(), None
     return attend(query, key, value, scale).transpose(1, 2).contiguous(), None

@@ -8,10 +8,11 @@ is, and answers to all ranks with one number and one token per prediction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from megatron_cream.checkpoint.loading import load_model
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.forward import ForwardPass, PassScores, attend, score_rows, tails
+from megatron_cream.evaluation.generation import generate_by_passes
 from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.mcore.pipeline_stage import PipelineStage
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
@@ -37,6 +39,8 @@ class MegatronModel:
     Raises:
         FileNotFoundError, ValueError: as ``load_model``, and context parallelism without GPUs.
     """
+
+    stop_tokens = ()  # the tokenizer says which
 
     def __init__(
         self,
@@ -72,6 +76,12 @@ class MegatronModel:
     def set_length(self, length: int) -> None:
         """Set angles for sequences of ``length`` tokens."""
         self.stage.module.rotary_pos_emb.set_length(length)
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], new_tokens: int, stop: Sequence[int]
+    ) -> Iterator[np.ndarray]:
+        """Yield what greedy decoding writes after each prompt ``[n]``, without a cache."""
+        return generate_by_passes(self, prompts, new_tokens, stop)
 
     @torch.inference_mode()
     def run(self, passes: Iterator[ForwardPass]) -> Iterator[PassScores]:
