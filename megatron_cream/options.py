@@ -9,7 +9,7 @@ flags, their help, checks, checkpoint settings and the tables of the docs follow
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -106,10 +106,18 @@ def flag_field(
     return field(default=default, metadata=limits | {"group": group, "argument": argument})
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: Any) -> None:
-    """Add a flag for each field of a class of settings that ``flag_field`` declared."""
+def add_flags(
+    parser: argparse.ArgumentParser, settings: Any, without: Collection[str] = ()
+) -> None:
+    """Add a flag for each field of a class of settings that ``flag_field`` declared.
+
+    Args:
+        without: fields that this command has no flag for.
+    """
     groups: dict[str, Any] = {"": parser}
-    for found in filter(lambda one: one.metadata, fields(settings)):
+    for found in fields(settings):
+        if not found.metadata or found.name in without:
+            continue
         group = found.metadata["group"]
         groups[group] = groups.get(group) or parser.add_argument_group(group)
         given = found.default is not MISSING

@@ -11,6 +11,7 @@ scoring     cases scored by one forward pass, without generation
 perplexity  sliding-window perplexity by context length and position
 results     shares, perplexities, intervals and tables; store keeps them, result_files reads them
 compare     several runs in one table and picture
-ruler       RULER's thirteen tasks, case for case, and its figures
+ruler       RULER's thirteen tasks, case for case; a model answers them greedily; its figures
+generation  greedy decoding one case at a time, cached_generation several
 lm_eval     a model class for lm-eval
 """

@@ -18,6 +18,7 @@ from megatron_cream.positions.plots import has_matplotlib
 # What must be the same for runs to be compared; missing in a run of another kind of task.
 _SAME = (
     *("task", "prompt", "shots", "seeds", "first_seed", "cases", "cases_file", "most_tokens"),
+    *("samples", "ruler_tasks", "haystack_content", "qa_content", "words_content"),
     *("data", "documents", "document_tokens", "stride"),
 )
 

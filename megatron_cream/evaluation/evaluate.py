@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
 from megatron_cream.options import add_flags, flag_field, flag_name
 from megatron_cream.rope import SCALINGS
 from megatron_cream.rope.flags import add_rope_flags
@@ -19,6 +20,8 @@ EXAMPLES = """
     megatron-cream evaluate perplexity --checkpoint runs/cream --data data/validation \\
         --lengths 1K 2K 4K --documents 16 --output runs/eval/cream-perplexity
     megatron-cream evaluate needle --hf model/ --lengths 4K 8K 16K --output runs/eval/needle
+    megatron-cream evaluate ruler --hf model/ --lengths 4K 8K 16K --haystack essays.json \\
+        --qa squad.json hotpotqa.json --output runs/eval/ruler
     torchrun --nproc-per-node 4 -m megatron_cream evaluate kv-retrieval --checkpoint runs/cream \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --lengths 32K
     megatron-cream evaluate all --hf model/ --data books/ --lengths 1K 4K 16K --documents 4 \\
@@ -38,8 +41,17 @@ HELP = {
     "variable-tracking": "variables that a value reaches over four hops",
     "common-words": "ten most common words of a list",
     "frequent-words": "three most frequent invented words",
-    "all": "every task; perplexity with --data",
+    "ruler": "RULER's own thirteen tasks, by generation: scores, averages, effective length",
+    "all": "every task but ruler; perplexity with --data",
 }
+# Fields that are flags of ruler alone, and of all tasks but ruler.
+_RULERS = frozenset(("haystack", "qa", "words", "samples", "threshold"))
+_OTHERS = frozenset(
+    (
+        *("batch_tokens", "cases", "seeds", "first_seed", "most_tokens", "cases_file", "shots"),
+        *("data", "documents", "skip_documents", "document_tokens", "stride"),
+    )
+)
 _RANKS = "ranks that torchrun started for it"
 _LONGEST = 2**27  # tokens of a case or document
 _MOST = 2**31 - 1
@@ -62,7 +74,8 @@ class EvaluationSettings:
     """What is evaluated, and on what; every field but ``tasks`` is a flag of the command.
 
     Lengths, strides and limits are in tokens. ``lengths`` are put in order, each once; cases of
-    ``cases_file`` have their own.
+    ``cases_file`` have their own. ``ruler_tasks``, the flag ``--tasks`` of ruler, are by default
+    those of its thirteen whose files are given.
     """
 
     tasks: Sequence[str]
@@ -120,7 +133,11 @@ class EvaluationSettings:
     cases_file: str | None = flag_field(
         "published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)", default=None
     )
-    prompt: str = flag_field("base, or chat for the tokenizer's chat template", default="base")
+    prompt: str = flag_field(
+        "base, or chat for the tokenizer's chat template; ruler also has its own, meta-llama3 for "
+        "instance",
+        default="base",
+    )
     shots: int = flag_field("worked examples in front", default=0, fewest=0, most=1000)
     bos: bool | None = flag_field(
         "begin cases with the token that begins a text, or do not (default: as the tokenizer)",
@@ -155,6 +172,19 @@ class EvaluationSettings:
         most=_LONGEST,
     )
 
+    haystack: str | None = flag_field(
+        "text of the essays, or RULER's PaulGrahamEssays.json", default=None
+    )
+    qa: Sequence[str] | None = flag_field(
+        "questions in SQuAD's form for qa_1, in HotpotQA's for qa_2", default=None, many=True
+    )
+    words: str | None = flag_field("RULER's english_words.json, for cwe from 128K on", default=None)
+    samples: int = flag_field("cases per task and length; RULER has 500", default=20, most=100_000)
+    threshold: float = flag_field(
+        "average that a length of effective use has", default=85.6, type=float, most=100
+    )
+    ruler_tasks: Sequence[str] | None = None
+
     def __post_init__(self) -> None:
         self.lengths = sorted(set(self.lengths or ())) if self.cases_file is None else []
 
@@ -178,6 +208,8 @@ class EvaluationSettings:
             self._validate_cases_file(self.cases_file)
         if "perplexity" in self.tasks:
             self._validate_windows()
+        if "ruler" in self.tasks:
+            self._validate_ruler()
         self._validate_model()
         self._validate_output()
 
@@ -220,6 +252,17 @@ class EvaluationSettings:
                 f"of --lengths, {self.lengths[-1]}: the token after a window is its last target"
             )
 
+    def _validate_ruler(self) -> None:
+        from megatron_cream.evaluation.ruler import MODEL_TEMPLATES
+
+        if list(self.tasks) != ["ruler"]:
+            raise UserError(f"--tasks has {', '.join(self.tasks)}: ruler must be the only one")
+        styles = [*MODEL_TEMPLATES, "chat"]
+        if self.prompt not in styles:
+            raise UserError(f"--prompt is {self.prompt!r}: it must be one of {', '.join(styles)}")
+        if not 0 <= self.threshold <= 100:
+            raise UserError(f"--threshold has {self.threshold}: it must be from 0 to 100")
+
     @property
     def tokens_per_document(self) -> int:
         """Tokens of each document that perplexity scores."""
@@ -255,10 +298,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="task", required=True)
     for task, help_ in HELP.items():
         command = commands.add_parser(task, help=help_)
-        add_flags(command, EvaluationSettings)
+        add_flags(command, EvaluationSettings, _OTHERS if task == "ruler" else _RULERS)
         add_rope_flags(command.add_argument)
-        if task == "all":
-            names = [name for name in HELP if name != "all"]
+        if task in ("all", "ruler"):
+            names = _in_all() if task == "all" else RULER_TASKS
             command.add_argument(
                 "--tasks", nargs="+", choices=names, metavar="TASK", help="only these of them"
             )
@@ -267,10 +310,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--output", help="folder for the table and the picture")
 
 
+def _in_all() -> list[str]:
+    """Return the tasks that ``all`` runs; ruler generates, and has tasks of its own."""
+    return [name for name in HELP if name not in ("all", "ruler")]
+
+
 def settings_of(args: argparse.Namespace) -> EvaluationSettings:
     """Return the settings of a parsed command line."""
     given = dict(vars(args))
     task = given.pop("task")
+    if task == "ruler":
+        return EvaluationSettings(["ruler"], ruler_tasks=given.pop("tasks"), **given)
     return EvaluationSettings(tasks=_tasks(task, given.pop("tasks", None), args.data), **given)
 
 
@@ -279,7 +329,7 @@ def _tasks(task: str, named: list[str] | None, data: str | None) -> list[str]:
         return [task]
     if named is not None:
         return list(dict.fromkeys(named))
-    return [name for name in HELP if name != "all" and (name != "perplexity" or data is not None)]
+    return [name for name in _in_all() if name != "perplexity" or data is not None]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -289,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
 
         print(compare(args.runs, args.output))
         return
-    if args.cases_file is not None and args.lengths:
+    if getattr(args, "cases_file", None) is not None and args.lengths:
         print(
             "note: --lengths is not used: the cases of --cases-file have their own", file=sys.stderr
         )

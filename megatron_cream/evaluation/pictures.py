@@ -6,6 +6,7 @@ perplexity, several      by length; ratio to the first run with intervals of pai
 passkey, needle          heat map of depth and length, one per run
 tasks with places        by length with intervals; heat map of place and length, or lines by place
 other tasks              by length with intervals
+ruler                    averages by length; heat map of task and length, for one run
 all tasks of a model     heat map of task and length
 
 Documents differ from each other far more than models or lengths do on the same document, so
@@ -45,6 +46,7 @@ from megatron_cream.evaluation.results import (
     short,
     t_interval,
 )
+from megatron_cream.evaluation.ruler.drawing import draw_ruler, ruler_size
 from megatron_cream.positions.plots import has_matplotlib, require_matplotlib
 
 if TYPE_CHECKING:
@@ -90,6 +92,10 @@ def picture(results: Sequence[Result], window: str = "window {}") -> Figure:
     if task == "perplexity":
         figure = _figure(title, 8.6, 3.3)
         _draw_perplexity(figure, results, window)
+        return figure
+    if task == "ruler":
+        figure = _figure(title, *ruler_size(results))
+        draw_ruler(figure, results)
         return figure
     if task in HEAT_MAPS:
         return _depths(title, results)

@@ -52,6 +52,11 @@ class Prompt:
         if not len(self._anchor):
             raise UserError("the tokenizer has no token for a line break: cases are padded with it")
 
+    @property
+    def model_template(self) -> str:
+        """What stands around a task, with ``{task_template}`` in its place."""
+        return f"{self._head}{{task_template}}{self._turn}"
+
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens int64 ``[n]`` of a piece of text.
 

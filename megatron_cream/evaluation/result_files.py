@@ -14,6 +14,8 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.results import buckets
+from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
+from megatron_cream.evaluation.ruler import metric
 from megatron_cream.evaluation.tasks import TASKS
 
 ValueCheck = Callable[[Any], bool]
@@ -37,12 +39,24 @@ def _share(value: Any) -> bool:
     return _number(value) and 0 <= value <= 1
 
 
+def _hundred(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 100
+
+
+def _ruler_score(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_hundred, value.values()))
+
+
 def _boolean(value: Any) -> bool:
     return isinstance(value, bool)
 
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
 
 
 def _or_null(check: ValueCheck) -> ValueCheck:
@@ -74,7 +88,7 @@ class ScoreFormat:
             return False
         return self.together(record)
 
-    def identity(self, record: dict[str, Any]) -> tuple[int, ...]:
+    def identity(self, record: dict[str, Any]) -> tuple[Any, ...]:
         """Return which one it is."""
         return tuple(record[name] for name in self.key)
 
@@ -95,6 +109,14 @@ _CASE: dict[str, ValueCheck] = {
 }
 CASE_RECORDS = ScoreFormat(("length", "seed", "haystack", "index"), _CASE)
 NUMBER_CASE_RECORDS = ScoreFormat(CASE_RECORDS.key, _CASE | {"number": _boolean})
+RULER_RECORDS = ScoreFormat(
+    ("length", "task", "index"),
+    {
+        **{"length": _count, "task": lambda value: value in RULER_TASKS, "index": _whole},
+        **{"score": _share, "written": _text, "answers": _texts},
+        **{"written_tokens": _whole, "case_tokens": _count},
+    },
+)
 DOCUMENT_RECORDS = ScoreFormat(
     ("length", "document"),
     {"length": _count, "document": _whole, "nll": _list_of(_number), "targets": _list_of(_whole)},
@@ -125,7 +147,7 @@ def read_records(path: Path, text: bytes, kind: ScoreFormat) -> list[dict[str, A
     Raises:
         UserError: a line that is no such record, or a record that is there twice.
     """
-    found: dict[tuple[int, ...], dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for at, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
@@ -165,6 +187,15 @@ _PERPLEXITY_ROW: dict[str, ValueCheck] = {
 _POSITION_ROW: dict[str, ValueCheck] = {
     **{"length": _count, "from": _whole, "to": _count, "perplexity": _number, "targets": _count},
 }
+_RULER_RESULT: dict[str, ValueCheck] = {
+    **{"ruler_tasks": _list_of(lambda value: value in RULER_TASKS), "threshold": _hundred},
+    **{"weighted_average_increasing": _hundred, "weighted_average_decreasing": _hundred},
+    "effective_length": _or_null(_count),
+}
+_RULER_ROW: dict[str, ValueCheck] = {
+    **{"length": _count, "cases": _count, "average": _hundred},
+    "scores": lambda value: isinstance(value, dict) and all(map(_ruler_score, value.values())),
+}
 
 
 def read_result(folder: str | Path) -> dict[str, Any]:
@@ -193,6 +224,10 @@ def _wrong(result: dict[str, Any]) -> str | None:
         return name
     if result["task"] == "perplexity":
         rows = {"lengths": _PERPLEXITY_ROW, "positions": _POSITION_ROW}
+    elif result["task"] == "ruler":
+        rows = {"lengths": _RULER_ROW}
+        if name := _wrong_field(result, _RULER_RESULT):
+            return name
     elif result["task"] not in TASKS:
         return "task"
     else:
@@ -218,6 +253,10 @@ def _wrong_together(result: dict[str, Any]) -> str | None:
     if result["task"] == "perplexity":
         same = {n for row in rows for n in (row["documents"], len(row["document_nll"]))}
         return "document_nll" if len(same) > 1 else None
+    if result["task"] == "ruler":
+        wanted = [{task: [metric(task)] for task in result["ruler_tasks"]}] * len(rows)
+        found = [{task: list(of_task) for task, of_task in row["scores"].items()} for row in rows]
+        return None if found == wanted else "scores in lengths"
     return "number" if len({"number" in row for row in rows}) > 1 else None
 
 

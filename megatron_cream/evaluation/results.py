@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
+
 Records = list[dict[str, Any]]
 Result = dict[str, Any]
 
@@ -198,8 +200,47 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def table(result: Result) -> str:
     """Return the table of one run."""
     title = f"{result['task']}, {result['name']}, window {short(result['window'])}"
+    if result["task"] == "ruler":
+        return f"{title}\n\n{markdown(_ruler_rows(result))}{_notes([result])}{_ruler_notes(result)}"
     rows = _perplexity_rows(result) if result["task"] == "perplexity" else _case_rows(result)
     return f"{title}\n\n{markdown(rows)}{_notes([result])}"
+
+
+def ruler_score(row: dict[str, Any], task: str) -> float:
+    """Return the score of one of RULER's tasks at a length, 0 to 100."""
+    (score,) = row["scores"][task].values()
+    return score
+
+
+def _ruler_rows(result: Result) -> list[list[str]]:
+    tasks = result["ruler_tasks"]
+    rows = [["length", *tasks, "average", "cases per task"]]
+    for row in result["lengths"]:
+        cells = [f"{ruler_score(row, task):.1f}" for task in tasks]
+        name = length_name(result, row["length"])
+        rows.append([name, *cells, f"{row['average']:.1f}", str(row["cases"])])
+    return rows
+
+
+def _ruler_notes(result: Result) -> str:
+    """Return RULER's figures over lengths, and that fewer tasks are not RULER's average."""
+    increasing, decreasing = (result[f"weighted_average_{way}creasing"] for way in ("in", "de"))
+    length, threshold = _effective(result), f"{result['threshold']:g}"
+    notes = [
+        f"wAvg (inc) {increasing:.1f}, wAvg (dec) {decreasing:.1f}, effective length {length} "
+        f"(average at least {threshold})"
+    ]
+    if len(result["ruler_tasks"]) < len(RULER_TASKS):
+        notes.append(
+            f"{len(result['ruler_tasks'])} of RULER's {len(RULER_TASKS)} tasks: their averages and "
+            "effective length do not stand beside those of all tasks"
+        )
+    return "".join(f"\n\n{note}" for note in notes)
+
+
+def _effective(result: Result) -> str:
+    length = result["effective_length"]
+    return "none" if length is None else short(length)
 
 
 def _notes(results: Sequence[Result]) -> str:
@@ -250,8 +291,11 @@ def percent(share: float) -> str:
 def joined_table(results: Sequence[Result]) -> str:
     """Return one table of several runs of one task: a row per run, a column per length."""
     lengths = lengths_of(results)
-    rows = [["model", *map(short, lengths)]]
-    rows += [[result["name"], *_cells(result, lengths)] for result in results]
+    of_ruler = results[0]["task"] == "ruler"
+    rows = [["model", *map(short, lengths), *(["effective length"] if of_ruler else [])]]
+    for result in results:
+        effective = [_effective(result)] if of_ruler else []
+        rows.append([result["name"], *_cells(result, lengths), *effective])
     return f"{results[0]['task']}\n\n{markdown(rows)}"
 
 
@@ -284,6 +328,8 @@ def _cells(result: Result, lengths: Sequence[int]) -> list[str]:
     for row in result["lengths"]:
         if result["task"] == "perplexity":
             cells[row["length"]] = f"{row['perplexity']:.2f}"
+        elif result["task"] == "ruler":
+            cells[row["length"]] = f"{row['average']:.1f}"
         else:
             cells[row["length"]] = f"{percent(row['hit'])} ({row['logprob_per_token']:.2f})"
     return list(cells.values())

@@ -21,6 +21,7 @@ from megatron_cream.evaluation.perplexity import score_perplexity
 from megatron_cream.evaluation.pictures import draw_suite, note_missing_matplotlib
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.results import suite_table, table
+from megatron_cream.evaluation.ruler.answers import open_cases, score_ruler
 from megatron_cream.evaluation.scoring import score_cases, validate_fit
 from megatron_cream.evaluation.store import write_whole
 from megatron_cream.positions.plots import has_matplotlib
@@ -43,8 +44,9 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
         in tokens. Of perplexity that is ``perplexity``, and ``nll`` in nats per token with
         ``document_nll`` ``[documents]``; of other tasks shares from 0 to 1, of exact answers
         (``hit``), parts of answers (``items``) and tokens, with 95 % intervals (``hit_low``,
-        ``hit_high``), and the log-likelihood of the answer in nats (``logprob_per_token``). Only
-        the first rank has them; others return no result.
+        ``hit_high``), and the log-likelihood of the answer in nats (``logprob_per_token``); of
+        ruler ``scores`` by task and metric and their ``average``, from 0 to 100. Only the first
+        rank has them; others return no result.
 
     Raises:
         UserError: settings that do not go together, or a model, tokenizer or data that do not.
@@ -56,6 +58,8 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
 
         cpu.install()
     settings.validate()
+    if settings.tasks == ["ruler"]:
+        return _evaluate_ruler(settings)
     cases = [task for task in settings.tasks if task != "perplexity"]
     prompt = open_prompt(settings) if cases else None
     lengths = set(settings.lengths)
@@ -72,6 +76,19 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
     if settings.output:
         _write_suite(results, Path(settings.output))
     return results
+
+
+def _evaluate_ruler(settings: EvaluationSettings) -> list[dict[str, Any]]:
+    prompt, cases = open_cases(settings)
+    model = open_model(settings)
+    validate_vocabulary(prompt.tokenizer, model)
+    _note_longer_than_window(set(settings.lengths), model)
+    result = score_ruler(settings, model, prompt, cases)
+    if not model.primary:
+        return []
+    if settings.output:
+        note_missing_matplotlib()
+    return [result]
 
 
 def _note_longer_than_window(lengths: set[int], model: ScoringModel) -> None:

@@ -133,7 +133,7 @@ class ResultStore:
         words = json.dumps(record, sort_keys=True).encode()
         return hashlib.sha256(self._decide + words).hexdigest()[:12]
 
-    def validate_finished(self, lengths: set[int], known: set[tuple[int, ...]]) -> None:
+    def validate_finished(self, lengths: set[int], known: set[tuple[Any, ...]]) -> None:
         """Refuse finished records of ``lengths`` that are not among those that the run makes.
 
         Raises:

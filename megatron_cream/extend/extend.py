@@ -178,7 +178,7 @@ def _validate(settings: ExtendSettings) -> None:
     for flag, value in (("--lr", settings.lr), ("--steps", settings.steps)):
         if value is not None and not value > 0:
             raise UserError(f"{flag} is {value}: it must be above 0")
-    unknown = set(settings.tasks) - {name for name in HELP if name not in ("all", "perplexity")}
+    unknown = set(settings.tasks) - (set(HELP) - {"all", "perplexity", "ruler"})
     if unknown:
         raise UserError(f"--tasks has {', '.join(sorted(unknown))}: it must name tasks of evaluate")
     for path in (*settings.text, *settings.held_out):

@@ -76,6 +76,16 @@ def test_one_process(checkpoint, from_hf, text, tmp_path):
 
 
 @pytest.mark.usefixtures("cpu_megatron")
+def test_rulers_answers(checkpoint, small_hf, tmp_path):
+    """Whole passes write what is written with keys and values kept."""
+    settings = {"tasks": ["ruler"], "ruler_tasks": ["fwe"], "lengths": [600], "samples": 1}
+    run(arguments(checkpoint=checkpoint, output=f"{tmp_path}/1", **settings))
+    run(arguments(hf=small_hf, output=f"{tmp_path}/2", **settings))
+    found, wanted = (lines(tmp_path / part) for part in "12")
+    assert found == wanted and found[0]["written_tokens"] == 50
+
+
+@pytest.mark.usefixtures("cpu_megatron")
 def test_bfloat16(small_hf, text, tmp_path):
     """A 16-bit model is wrapped in Megatron; it rounds elsewhere than transformers does."""
     from megatron_cream.checkpoint.import_hf import import_checkpoint

@@ -76,7 +76,7 @@ def test_what_needs_no_file():
 
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_3", "vt", "cwe", "fwe"])
 def test_too_short_a_length_is_refused(task):
-    with pytest.raises(UserError, match="the length 200 is too short for"):
+    with pytest.raises(UserError, match="--lengths has 200: it is too short for"):
         make_cases(task, 200, 1, given.count)
 
 

@@ -77,6 +77,18 @@ def available(materials: Materials) -> list[str]:
     return [task for task in TASKS if _missing(task, materials) is None]
 
 
+def validate_material(task: str, materials: Materials) -> None:
+    """Refuse a task that there is no material for.
+
+    Raises:
+        UserError: naming the flag, or the tasks that there are.
+    """
+    if task not in TASKS:
+        raise UserError(f"the task is {task!r}: it must be one of {', '.join(TASKS)}")
+    if (missing := _missing(task, materials)) is not None:
+        raise UserError(f"{task} needs {missing}")
+
+
 def _missing(task: str, materials: Materials) -> str | None:
     """Return which flag's file a task lacks."""
     if task in NEEDLES and NEEDLES[task].haystack == "essay" and not materials.essay:
@@ -114,13 +126,10 @@ def make_cases(
     Raises:
         UserError: no such task, no material for it, or a length too short for it.
     """
-    if task not in TASKS:
-        raise UserError(f"the task is {task!r}: it must be one of {', '.join(TASKS)}")
+    materials = materials or Materials()
+    validate_material(task, materials)
     if "{task_template}" not in model_template:
         raise UserError("the model's template has no {task_template}: the task stands there")
-    materials = materials or Materials()
-    if (missing := _missing(task, materials)) is not None:
-        raise UserError(f"{task} needs {missing}")
     sampler = CaseSampler(length, count, model_template, seed)
     if task in NEEDLES:
         return make_needles(sampler, task, NEEDLES[task], materials, cases)
@@ -154,11 +163,26 @@ def string_match_part(written: str, answers: Sequence[str]) -> float:
     return float(any(answer.lower() in written.lower() for answer in answers))
 
 
+def metric(task: str) -> str:
+    """Return the name of a task's score."""
+    return "string_match_part" if task.startswith("qa_") else "string_match_all"
+
+
+def score_case(task: str, written: str, answers: Sequence[str]) -> float:
+    """Return the score of one case, from 0 to 1."""
+    match = string_match_part if metric(task) == "string_match_part" else string_match_all
+    return match(clean(written), answers)
+
+
+def mean_score(scores: Sequence[float]) -> float:
+    """Return the score of a task, from 0 to 100, with two digits as RULER rounds it."""
+    return round(sum(scores) / len(scores) * 100, 2)
+
+
 def score(task: str, written: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """Return the score of a task's cases, from 0 to 100, with two digits as RULER rounds it."""
-    match = string_match_part if task.startswith("qa_") else string_match_all
-    each = [match(clean(text), of_case) for text, of_case in zip(written, answers, strict=True)]
-    return round(sum(each) / len(each) * 100, 2)
+    """Return the score of a task's cases; see ``mean_score``."""
+    pairs = zip(written, answers, strict=True)
+    return mean_score([score_case(task, text, of_case) for text, of_case in pairs])
 
 
 def average(scores: Mapping[str, float]) -> float:
@@ -196,12 +220,16 @@ __all__ = [
     "average",
     "effective_length",
     "make_cases",
+    "mean_score",
+    "metric",
     "new_tokens",
     "read_haystack",
     "read_questions",
     "read_words",
     "score",
+    "score_case",
     "string_match_all",
     "string_match_part",
+    "validate_material",
     "weighted_averages",
 ]

@@ -164,7 +164,13 @@ def _example(sampler: CaseSampler) -> str:
         return draw_chain(short, size, example=True)
 
     size = short.find_size(draw, _EXAMPLE_STEP, 0)
-    made, _ = short.draw_text("vt's worked example", draw, size, _EXAMPLE_STEP, 0)
+    try:
+        made, _ = short.draw_text("vt", draw, size, _EXAMPLE_STEP, 0)
+    except UserError:
+        raise UserError(
+            f"vt's worked example has more than RULER's {EXAMPLE_LENGTH} tokens with this "
+            "tokenizer: leave vt out of --tasks"
+        ) from None
     return made.text + " " + " ".join(made.answers) + "\n"
 
 
@@ -251,11 +257,11 @@ def _enough_words(words: list[str], materials: Materials, size: int, length: int
 
 def make_frequent_words(sampler: CaseSampler, task: str, cases: int) -> list[RulerCase]:
     """Return cases of the three most frequent invented words."""
-    too_short = f"the length {sampler.length} is too short for {task}"
+    too_short = f"--lengths has {sampler.length}: it is too short for {task}"
     most = sampler.length - FREQUENT.new_tokens
     kinds, step = most // 50, most // 32
     if kinds < COMMON_WORDS:
-        raise UserError(f"{too_short}: it needs at least 550")
+        raise UserError(f"{too_short}, which needs at least 550")
     template = sampler.template(FREQUENT)
 
     def text(words: list[str], size: int) -> str:
@@ -300,7 +306,10 @@ def make_questions(
         UserError: the file has fewer questions.
     """
     if cases > len(questions.asked):
-        raise UserError(f"{cases} cases of {task}: --qa has {len(questions.asked)} questions")
+        raise UserError(
+            f"--samples is {cases}: it must be at most {len(questions.asked)} for {task}, as many "
+            "as --qa has questions"
+        )
     template = sampler.template(QUESTIONS)
 
     def draw(asked: RulerQuestion, size: int) -> RulerText | None:

@@ -131,8 +131,8 @@ class CaseSampler:
             if size > step:
                 size -= step
         raise UserError(
-            f"the length {self.length} is too short for {task}: with this tokenizer and prompt a "
-            f"case needs about {length} tokens, {new_tokens} to generate included"
+            f"--lengths has {self.length}: it is too short for {task}, of which a case needs about "
+            f"{length} tokens with this tokenizer and prompt, {new_tokens} to generate included"
         )
 
     def draw_case(

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has a model answer RULER's cases, greedily as RULER does, and scores what it writes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cream.errors import UserError
+from megatron_cream.evaluation import ruler
+from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.forward import ScoringModel, progress_bar, weigh_tokens
+from megatron_cream.evaluation.open_model import open_tokenizer, result_header
+from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.result_files import RULER_RECORDS
+from megatron_cream.evaluation.ruler.fitting import RulerCase
+from megatron_cream.evaluation.store import ResultStore
+
+RulerCases = dict[tuple[int, str], list[RulerCase]]
+"""Length and task to its cases, by length and then in RULER's order of tasks."""
+
+
+def open_cases(settings: EvaluationSettings) -> tuple[Prompt, RulerCases]:
+    """Return the tokenizer in the asked style, and all cases of a run.
+
+    Raises:
+        UserError, OSError: a file that a task needs is missing or of another form, a length is too
+            short for a task, or as ``open_tokenizer``.
+    """
+    materials = read_materials(settings)
+    tasks = _tasks(settings, materials)
+    tokenizer, source = open_tokenizer(settings)
+    style = "chat" if settings.prompt == "chat" else "base"
+    prompt = Prompt(tokenizer, style, settings.bos, source)
+    template = ruler.MODEL_TEMPLATES.get(settings.prompt, prompt.model_template)
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode([text])[0])
+
+    made: RulerCases = {}
+    works = {length: weigh_tokens(length, length) for length in settings.lengths}
+    total, shown = len(tasks) * sum(works.values()), os.environ.get("RANK", "0") == "0"
+    with progress_bar("making cases", total, shown) as bar:
+        for length in settings.lengths:
+            for task in tasks:
+                made[length, task] = ruler.make_cases(
+                    task, length, settings.samples, count, materials, template
+                )
+                bar.update(works[length])
+    return prompt, made
+
+
+def read_materials(settings: EvaluationSettings) -> ruler.Materials:
+    """Read the files of --haystack, --qa and --words.
+
+    Raises:
+        UserError, OSError: a file of another form, or two of --qa in the same.
+    """
+    questions: dict[str, ruler.QuestionSet] = {}
+    for path in settings.qa or ():
+        kind, found = ruler.read_questions(path)
+        if kind in questions:
+            form = {"squad": "SQuAD", "hotpot": "HotpotQA"}[kind]
+            raise UserError(f"--qa has {path}: there must be one file in {form}'s form, not two")
+        questions[kind] = found
+    return ruler.Materials(
+        ruler.read_haystack(settings.haystack) if settings.haystack is not None else [],
+        more_words=ruler.read_words(settings.words) if settings.words is not None else [],
+        **questions,
+    )
+
+
+def _tasks(settings: EvaluationSettings, materials: ruler.Materials) -> list[str]:
+    """Return the tasks that are asked for, by default those with all files, in RULER's order.
+
+    Raises:
+        UserError: no such task, or one whose file is not given.
+    """
+    if settings.ruler_tasks is None:
+        return ruler.available(materials)
+    for task in settings.ruler_tasks:
+        ruler.validate_material(task, materials)
+    return [task for task in ruler.TASKS if task in settings.ruler_tasks]
+
+
+def score_ruler(
+    settings: EvaluationSettings, model: ScoringModel, prompt: Prompt, cases: RulerCases
+) -> dict[str, Any]:
+    """Have every case answered and return the results; write them if there is a folder.
+
+    A run that was killed is continued: cases that the folder has are not answered again.
+    """
+    tasks = list(dict.fromkeys(task for _, task in cases))
+    header = result_header(settings, model, "ruler") | _ruler_settings(settings, prompt, tasks)
+    with ResultStore(settings.output, header, RULER_RECORDS, model.primary) as store:
+        known = {(*key, index) for key in cases for index in range(settings.samples)}
+        store.validate_finished(set(settings.lengths), known)
+        _answer_cases(model, prompt, cases, store)
+        result = header | ruler_results(store.finished, tasks, settings.samples, settings.threshold)
+        store.finish(result)
+    return result
+
+
+def _ruler_settings(
+    settings: EvaluationSettings, prompt: Prompt, tasks: list[str]
+) -> dict[str, Any]:
+    """Return what decides the cases of a run; a file by its content as well."""
+    files = {"haystack": settings.haystack, "qa": settings.qa, "words": settings.words}
+    return {
+        "tokenizer": prompt.tokenizer.name,
+        "prompt": settings.prompt,
+        "bos": prompt.bos,
+        "samples": settings.samples,
+        "ruler_tasks": tasks,
+        **{name: list(given) if name == "qa" and given else given for name, given in files.items()},
+        **{
+            f"{name}_content": given and _content([given] if isinstance(given, str) else given)
+            for name, given in files.items()
+        },
+    }
+
+
+def _content(paths: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    return found.hexdigest()[:16]
+
+
+def _answer_cases(
+    model: ScoringModel, prompt: Prompt, cases: RulerCases, store: ResultStore
+) -> None:
+    done = {RULER_RECORDS.identity(record) for record in store.finished}
+    stop = model.stop_tokens or tuple({prompt.tokenizer.eod} - {None})
+    work = {length: weigh_tokens(length, length) for length, _ in cases}
+    total = sum(work[length] * len(own) for (length, _), own in cases.items())
+    with progress_bar("ruler", total, model.primary) as bar:
+        for (length, task), own in cases.items():
+            model.set_length(length)
+            left = [i for i in range(len(own)) if (length, task, i) not in done]
+            bar.update(work[length] * (len(own) - len(left)))
+            prompts = [encode_case(prompt, own[i]) for i in left]
+            answers = model.generate(prompts, ruler.new_tokens(task), stop)
+            for index, tokens in zip(left, answers, strict=True):
+                written = _decode(prompt, tokens)
+                store.add([_record(length, task, index, own[index], tokens, written)])
+                bar.update(work[length])
+
+
+def encode_case(prompt: Prompt, case: RulerCase) -> np.ndarray:
+    """Return what a model reads, int64 ``[n]``: one text, behind the token that begins a text."""
+    tokens = prompt.tokenizer.encode([case.prompt + case.prefix])[0].astype(np.int64)
+    if prompt.bos and tokens[0] != prompt.tokenizer.bos:
+        tokens = np.concatenate([[prompt.tokenizer.bos], tokens])
+    return tokens
+
+
+def _decode(prompt: Prompt, tokens: np.ndarray) -> str:
+    """Return a text; rows of the output layer that only pad the vocabulary are no token of it."""
+    return prompt.tokenizer.decode(tokens[tokens < prompt.tokenizer.vocab_size])
+
+
+def _record(
+    length: int, task: str, index: int, case: RulerCase, tokens: np.ndarray, written: str
+) -> dict[str, Any]:
+    return {
+        "length": length,
+        "task": task,
+        "index": index,
+        "score": ruler.score_case(task, written, case.answers),
+        "written": written,
+        "answers": list(case.answers),
+        "written_tokens": len(tokens),
+        "case_tokens": case.length,
+    }
+
+
+def ruler_results(
+    records: list[dict[str, Any]], tasks: list[str], samples: int, threshold: float
+) -> dict[str, Any]:
+    """Return scores by length and task, 0 to 100, and what RULER makes of them.
+
+    A length counts where all of its cases are answered.
+    """
+    scores: dict[int, dict[str, list[float]]] = {}
+    for one in records:
+        scores.setdefault(one["length"], {}).setdefault(one["task"], []).append(one["score"])
+    whole = dict.fromkeys(tasks, samples)
+    rows = [
+        _row(length, {task: ruler.mean_score(scores[length][task]) for task in tasks}, samples)
+        for length in sorted(scores)
+        if {task: len(each) for task, each in scores[length].items()} == whole
+    ]
+    averages = {row["length"]: row["average"] for row in rows}
+    increasing, decreasing = ruler.weighted_averages(averages)
+    return {
+        "lengths": rows,
+        "weighted_average_increasing": increasing,
+        "weighted_average_decreasing": decreasing,
+        "threshold": threshold,
+        "effective_length": ruler.effective_length(averages, threshold),
+    }
+
+
+def _row(length: int, scores: dict[str, float], samples: int) -> dict[str, Any]:
+    return {
+        "length": length,
+        "cases": samples,
+        "average": ruler.average(scores),
+        "scores": {task: {ruler.metric(task): value} for task, value in scores.items()},
+    }
