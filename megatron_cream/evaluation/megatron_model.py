@@ -40,7 +40,7 @@ class MegatronModel:
         FileNotFoundError, ValueError: as ``load_model``, and context parallelism without GPUs.
     """
 
-    stop_tokens = ()  # the tokenizer says which
+    stop_tokens: tuple[int, ...] = ()  # the tokenizer says which
 
     def __init__(
         self,

@@ -70,8 +70,9 @@ def read_materials(settings: EvaluationSettings) -> ruler.Materials:
         questions[kind] = found
     return ruler.Materials(
         ruler.read_haystack(settings.haystack) if settings.haystack is not None else [],
-        more_words=ruler.read_words(settings.words) if settings.words is not None else [],
-        **questions,
+        questions.get("squad"),
+        questions.get("hotpot"),
+        ruler.read_words(settings.words) if settings.words is not None else [],
     )
 
 
@@ -136,7 +137,8 @@ def _answer_cases(
     model: ScoringModel, prompt: Prompt, cases: RulerCases, store: ResultStore
 ) -> None:
     done = {RULER_RECORDS.identity(record) for record in store.finished}
-    stop = model.stop_tokens or tuple({prompt.tokenizer.eod} - {None})
+    eod = prompt.tokenizer.eod
+    stop = model.stop_tokens or (() if eod is None else (eod,))
     work = {length: weigh_tokens(length, length) for length, _ in cases}
     total = sum(work[length] * len(own) for (length, _), own in cases.items())
     with progress_bar("ruler", total, model.primary) as bar:
