@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from megatron_cream.config import ExtensionConfig
     from megatron_cream.corpus.preprocess import preprocess
     from megatron_cream.corpus.settings import PreprocessConfig
-    from megatron_cream.evaluation.evaluate import EvaluationSettings
+    from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
     from megatron_cream.evaluation.run import evaluate
     from megatron_cream.planning.propose import propose
     from megatron_cream.positions import coverage, make_strategy
@@ -77,7 +77,7 @@ _MODULES = {
     "config": ("ExtensionConfig",),
     "corpus.preprocess": ("preprocess",),
     "corpus.settings": ("PreprocessConfig",),
-    "evaluation.evaluate": ("EvaluationSettings",),
+    "evaluation.evaluation_settings": ("EvaluationSettings",),
     "evaluation.run": ("evaluate",),
     "planning.propose": ("propose",),
     "positions": ("coverage", "make_strategy"),

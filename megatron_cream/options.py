@@ -9,6 +9,7 @@ flags, their help, checks, checkpoint settings and the tables of the docs follow
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -160,3 +161,15 @@ def validate_count(flag: str, value: int | None, fewest: int, most: int = LARGES
 def flag_name(name: str) -> str:
     """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def parse_length(word: str) -> int:
+    """Return tokens of ``4096`` or ``4K``.
+
+    Raises:
+        ArgumentTypeError: another form.
+    """
+    found = re.fullmatch(r"(\d{1,12})([kK]?)", word, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of tokens such as 4096 or 4K")
+    return int(found[1]) * (1024 if found[2] else 1)

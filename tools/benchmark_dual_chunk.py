@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_cream.attention import dual_chunk_attention
 from megatron_cream.attention.bands import dual_chunk
 from megatron_cream.errors import UserError, one_line_errors
-from megatron_cream.evaluation.evaluate import parse_length
+from megatron_cream.options import parse_length
 from megatron_cream.rope import make_scaling
 
 _aten = torch.ops.aten

@@ -18,7 +18,7 @@ import time
 import torch
 
 from megatron_cream.errors import one_line_errors
-from megatron_cream.evaluation.evaluate import EvaluationSettings, parse_length
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ForwardPass
 from megatron_cream.evaluation.generation import NEW_TOKENS, generated_hit
 from megatron_cream.evaluation.haystacks import HaystackBuilder, HaystackCases
@@ -28,6 +28,7 @@ from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.results import markdown, short
 from megatron_cream.evaluation.scoring import CaseScore, make_batches, make_pass, read_scores
 from megatron_cream.evaluation.tasks import TASKS
+from megatron_cream.options import parse_length
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

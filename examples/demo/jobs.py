@@ -109,7 +109,7 @@ def perplexities(
 ) -> dict[str, Any]:
     """Return the results of one run's checkpoint, with other settings if given."""
     cpu.install()
-    from megatron_cream.evaluation.evaluate import EvaluationSettings
+    from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
     from megatron_cream.evaluation.open_model import open_model
     from megatron_cream.evaluation.perplexity import score_perplexity
 

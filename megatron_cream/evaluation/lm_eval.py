@@ -17,7 +17,7 @@ import torch
 
 from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
-from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ForwardPass
 
 try:

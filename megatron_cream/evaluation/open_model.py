@@ -19,7 +19,7 @@ from megatron_cream.corpus.readers import read_documents as read_texts
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.data.indexed import read_first_tokens
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.json_values import naming, read_object

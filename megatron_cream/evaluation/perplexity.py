@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import (
     ForwardPass,
     ScoringModel,

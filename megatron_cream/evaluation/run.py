@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel
 from megatron_cream.evaluation.open_model import (
     open_documents,

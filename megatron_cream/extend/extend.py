@@ -6,28 +6,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cream import ownership, torchrun
 from megatron_cream.checkpoint.hf_files import find_hf_folder
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.evaluate import HELP, parse_length
+from megatron_cream.evaluation.evaluate import HELP
 from megatron_cream.extend.recipe import (
+    ExtendSettings,
     Recipe,
     machine_flags,
     make_recipe,
     schedule_flags,
 )
 from megatron_cream.extend.steps import RecipeStep, run_step
-from megatron_cream.options import add_flags, flag_field, read_flags, validate_fields
-from megatron_cream.planning.cost import GPUS
+from megatron_cream.options import add_flags, read_flags, validate_fields
 from megatron_cream.planning.models import find_model
-from megatron_cream.positions import STRATEGIES
-from megatron_cream.rope import SCALINGS
 
 EXAMPLES = """
     megatron-cream extend --hf SmolLM2-135M --text books/train --held-out books/validation \\
@@ -41,87 +37,8 @@ Started again, the command does what is left. docs/extend.md describes the recip
 
 _KIND = "extend"
 _SETTINGS_FILE = "settings.json"
-_TASKS = ("passkey", "needle", "longchat-lines", "niah-multikey")
 _HELD_OUT_DOCUMENTS = 8
 _FREE = ("dry_run", "workers")  # may change between a run and its continuation
-
-
-@dataclass(frozen=True)
-class ExtendSettings:
-    """The settings of ``extend``; each is a flag of ``megatron-cream extend``.
-
-    Lengths are in tokens. What is None follows from the model, the target and the machine.
-    """
-
-    hf: str = flag_field("Hugging Face folder, or a name on the hub", metavar="MODEL")
-    text: tuple[str, ...] = flag_field("files or folders of text to train on", many=True)
-    target_length: int = flag_field("tokens of the new window: 32K is 32768", type=parse_length)
-    output: str = flag_field("new folder for the extended model")
-    held_out: tuple[str, ...] = flag_field(
-        "text to measure perplexity on (default: the last fiftieth of TEXT's documents, which is "
-        "then kept from training)",
-        default=(),
-        many=True,
-        metavar="TEXT",
-    )
-    work: str | None = flag_field("folder for everything else (default: OUTPUT.work)", default=None)
-    window: int | None = flag_field(
-        "tokens to train at (default: the model's window, at most 8192)",
-        default=None,
-        type=parse_length,
-    )
-    gpus: int | None = flag_field(
-        "GPUs of this machine to train on (default: all); with --cpu processes",
-        default=None,
-        type=int,
-    )
-    gpu: str | None = flag_field(
-        "kind of GPU to plan for (default: this machine's)", default=None, choices=tuple(GPUS)
-    )
-    cpu: bool = flag_field("train on the CPU: for trying things out", default=False)
-    position_strategy: str = flag_field(
-        "of the far samples", default="cream", choices=tuple(STRATEGIES)
-    )
-    rope_interpolation: str = flag_field(
-        "of the angles",
-        default="yarn",
-        choices=tuple(name for name, one in SCALINGS.items() if not one.evaluation_only),
-    )
-    retrieval_share: float = flag_field(
-        "share of the samples that are retrieval documents", default=0.3, type=float
-    )
-    steps: int | None = flag_field(
-        "optimizer steps (default: 130, from a billion parameters on 1000)", default=None, type=int
-    )
-    global_batch_size: int | None = flag_field(
-        "samples per step (default: 131072 tokens of them)", default=None, type=int
-    )
-    micro_batch_size: int | None = flag_field(
-        "samples per forward pass (default: the most that fit)", default=None, type=int
-    )
-    lr: float | None = flag_field(
-        "highest learning rate (default: 4e-4, from a billion parameters on 2e-5)",
-        default=None,
-        type=float,
-    )
-    seed: int = flag_field("of text, order and positions", default=1)
-    lengths: tuple[int, ...] = flag_field(
-        "to measure at (default: half the trained window, and doubled up to the target)",
-        default=(),
-        type=parse_length,
-        many=True,
-    )
-    tasks: tuple[str, ...] = flag_field(
-        "to measure beside perplexity", default=_TASKS, many=True, metavar="TASK"
-    )
-    cases: int = flag_field("cases per seed, task and length", default=5)
-    workers: int = flag_field("processes that read text", default=os.cpu_count() or 1)
-    dry_run: bool = flag_field("print recipe and commands, run nothing", default=False)
-
-    @property
-    def work_folder(self) -> Path:
-        """The folder of datasets, checkpoints, logs and scores."""
-        return Path(self.work or f"{self.output}.work")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

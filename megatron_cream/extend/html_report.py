@@ -9,17 +9,14 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import megatron_cream
 from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.results import markdown, percent, short
 from megatron_cream.evaluation.store import write_whole
-from megatron_cream.extend.recipe import Recipe
+from megatron_cream.extend.recipe import ExtendSettings, Recipe
 from megatron_cream.positions.plots import has_matplotlib
-
-if TYPE_CHECKING:
-    from megatron_cream.extend.extend import ExtendSettings
 
 _HEADING = "## Before and after"
 _TITLES = {

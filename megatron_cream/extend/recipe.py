@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses what ``megatron-cream extend`` trains: window, steps, batch, layout and their flags."""
+"""The settings of ``megatron-cream extend``, and the recipe that follows: what is trained, how."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from megatron_cream.errors import UserError
+from megatron_cream.options import flag_field, parse_length
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
 from megatron_cream.planning.memory import RESERVE_GIB, stage_parameters
 from megatron_cream.planning.models import BaseModel
 from megatron_cream.planning.propose import Cluster, propose
 from megatron_cream.planning.script import layout_flags, warm_up
-
-if TYPE_CHECKING:
-    from megatron_cream.extend.extend import ExtendSettings
+from megatron_cream.positions import STRATEGIES
+from megatron_cream.rope import SCALINGS
 
 LONGEST_WINDOW = 8192
 """Tokens trained at, unless told otherwise: below that most time goes to matrix products."""
@@ -29,6 +30,85 @@ SMALL = 1e9
 """Parameters below which a model takes the short recipe of docs/study.md."""
 
 _LARGEST_MICRO_BATCH = 8
+_TASKS = ("passkey", "needle", "longchat-lines", "niah-multikey")
+
+
+@dataclass(frozen=True)
+class ExtendSettings:
+    """The settings of ``extend``; each is a flag of ``megatron-cream extend``.
+
+    Lengths are in tokens. What is None follows from the model, the target and the machine.
+    """
+
+    hf: str = flag_field("Hugging Face folder, or a name on the hub", metavar="MODEL")
+    text: tuple[str, ...] = flag_field("files or folders of text to train on", many=True)
+    target_length: int = flag_field("tokens of the new window: 32K is 32768", type=parse_length)
+    output: str = flag_field("new folder for the extended model")
+    held_out: tuple[str, ...] = flag_field(
+        "text to measure perplexity on (default: the last fiftieth of TEXT's documents, which is "
+        "then kept from training)",
+        default=(),
+        many=True,
+        metavar="TEXT",
+    )
+    work: str | None = flag_field("folder for everything else (default: OUTPUT.work)", default=None)
+    window: int | None = flag_field(
+        "tokens to train at (default: the model's window, at most 8192)",
+        default=None,
+        type=parse_length,
+    )
+    gpus: int | None = flag_field(
+        "GPUs of this machine to train on (default: all); with --cpu processes",
+        default=None,
+        type=int,
+    )
+    gpu: str | None = flag_field(
+        "kind of GPU to plan for (default: this machine's)", default=None, choices=tuple(GPUS)
+    )
+    cpu: bool = flag_field("train on the CPU: for trying things out", default=False)
+    position_strategy: str = flag_field(
+        "of the far samples", default="cream", choices=tuple(STRATEGIES)
+    )
+    rope_interpolation: str = flag_field(
+        "of the angles",
+        default="yarn",
+        choices=tuple(name for name, one in SCALINGS.items() if not one.evaluation_only),
+    )
+    retrieval_share: float = flag_field(
+        "share of the samples that are retrieval documents", default=0.3, type=float
+    )
+    steps: int | None = flag_field(
+        "optimizer steps (default: 130, from a billion parameters on 1000)", default=None, type=int
+    )
+    global_batch_size: int | None = flag_field(
+        "samples per step (default: 131072 tokens of them)", default=None, type=int
+    )
+    micro_batch_size: int | None = flag_field(
+        "samples per forward pass (default: the most that fit)", default=None, type=int
+    )
+    lr: float | None = flag_field(
+        "highest learning rate (default: 4e-4, from a billion parameters on 2e-5)",
+        default=None,
+        type=float,
+    )
+    seed: int = flag_field("of text, order and positions", default=1)
+    lengths: tuple[int, ...] = flag_field(
+        "to measure at (default: half the trained window, and doubled up to the target)",
+        default=(),
+        type=parse_length,
+        many=True,
+    )
+    tasks: tuple[str, ...] = flag_field(
+        "to measure beside perplexity", default=_TASKS, many=True, metavar="TASK"
+    )
+    cases: int = flag_field("cases per seed, task and length", default=5)
+    workers: int = flag_field("processes that read text", default=os.cpu_count() or 1)
+    dry_run: bool = flag_field("print recipe and commands, run nothing", default=False)
+
+    @property
+    def work_folder(self) -> Path:
+        """The folder of datasets, checkpoints, logs and scores."""
+        return Path(self.work or f"{self.output}.work")
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from support.commands import exit_status
 from support.evaluation import run
 
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.evaluate import HELP, parse_length
+from megatron_cream.evaluation.evaluate import HELP
 from megatron_cream.evaluation.haystacks import HaystackCases
 from megatron_cream.evaluation.result_files import CASE_RECORDS, read_result
 from megatron_cream.evaluation.scoring import affordable
 from megatron_cream.evaluation.store import ResultStore
+from megatron_cream.options import parse_length
 
 ROOT = Path(__file__).parents[2]
 

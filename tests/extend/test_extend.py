@@ -12,9 +12,9 @@ from megatron_cream.data.indexed import read_first_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import settings_of
 from megatron_cream.extend import extend as module
-from megatron_cream.extend.extend import ExtendSettings, extend
+from megatron_cream.extend.extend import extend
 from megatron_cream.extend.html_report import write_report
-from megatron_cream.extend.recipe import make_recipe
+from megatron_cream.extend.recipe import ExtendSettings, make_recipe
 from megatron_cream.extend.steps import RecipeStep, run_step
 from megatron_cream.planning.models import MODELS
 

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 
 SMALL = {
     **{"tasks": ["perplexity"], "lengths": [96], "batch_tokens": 1000},

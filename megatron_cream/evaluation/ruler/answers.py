@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import ruler
-from megatron_cream.evaluation.evaluate import EvaluationSettings
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel, progress_bar, weigh_tokens
 from megatron_cream.evaluation.open_model import open_tokenizer, result_header
 from megatron_cream.evaluation.prompts import Prompt
