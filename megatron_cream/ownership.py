@@ -230,8 +230,8 @@ def staged(output: Path, needed_bytes: int, reads: Iterable[Path] = ()) -> Itera
     finally:
         os.close(held)
     unmark(output)
-    _sync(output)
-    _sync(output.parent)
+    sync(output)
+    sync(output.parent)
 
 
 def _validate_free_space(output: Path, partial: Path, needed_bytes: int) -> None:
@@ -285,11 +285,12 @@ def _disk_is_full(error: BaseException | None) -> bool:
 def _sync_all(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync(path: str | Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -163,7 +163,7 @@ class WorkFolder:
         """
         new = [suffix for suffix in SUFFIXES if os.path.exists(self.staged + suffix)]
         for suffix in new:
-            _sync(self.staged + suffix)
+            ownership.sync(self.staged + suffix)
         # Once more: another job may have written there since this one was checked.
         validate_absent(self.prefix, overwrite)
         _write_whole(self.staged + _WHOLE, json.dumps(new).encode())
@@ -192,7 +192,7 @@ class WorkFolder:
         for suffix in SUFFIXES:
             if os.path.exists(staged + suffix):
                 os.rename(staged + suffix, prefix + suffix)
-        _sync(os.path.dirname(prefix) or ".")
+        ownership.sync(os.path.dirname(prefix) or ".")
         # From here on the dataset stands for itself, whatever comes of the folder it was made in.
         os.unlink(staged + _WHOLE)
 
@@ -257,16 +257,7 @@ def _write_whole(path: str, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
-    _sync(os.path.dirname(path) or ".")
-
-
-def _sync(path: str) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    ownership.sync(os.path.dirname(path) or ".")
 
 
 def _short(value: Any) -> str:
