@@ -114,12 +114,14 @@ class Study:
                 *("--output-prefix", work / "held-out"),
             ],
         }
-        for questions in {variant.questions for variant in self.left if variant.retrieval}:
-            name = retrieval_set(questions)
+        kinds = {(v.questions, v.answers_only) for v in self.left if v.retrieval}
+        for questions, answers_only in kinds:
+            name = retrieval_set(questions, answers_only)
             steps[f"{name}.idx"] = [
                 *(TOOLS / "make_retrieval_data.py", *tokenizer, *workers, "--length", str(WINDOW)),
                 *("--documents", str(32 if args.smoke else RETRIEVAL_DOCUMENTS)),
                 *("--questions", questions, "--haystack", *args.text),
+                *(["--answers-only"] if answers_only else []),
                 *("--output-prefix", work / name),
             ]
         todo = {name: step for name, step in steps.items() if not (work / name).exists()}
@@ -211,7 +213,7 @@ class Study:
         data = [work / "text"]
         if variant.retrieval:
             share = variant.retrieval
-            retrieval = work / retrieval_set(variant.questions)
+            retrieval = work / retrieval_set(variant.questions, variant.answers_only)
             data = [f"{1 - share:g}", work / "text", f"{share:g}", retrieval]
         return [
             *("--use-checkpoint-args", "--position-embedding-type", "rope"),
@@ -284,9 +286,10 @@ class Study:
         }
 
 
-def retrieval_set(questions: int) -> str:
-    """The name of the retrieval documents with at most so many questions a task."""
-    return "retrieval" if questions == QUESTIONS else f"retrieval-{questions}"
+def retrieval_set(questions: int, answers_only: bool) -> str:
+    """The name of the retrieval documents with at most so many questions per task."""
+    name = "retrieval" if questions == QUESTIONS else f"retrieval-{questions}"
+    return f"{name}-answers" if answers_only else name
 
 
 def at_once(calls: list[tuple[Any, ...]]) -> list[Any]:

@@ -21,6 +21,7 @@ class Variant:
         retrieval: share of the samples that are retrieval documents.
         seed: of text, order and positions.
         questions: most questions of a task in the retrieval documents.
+        answers_only: their loss is on the answers alone.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Variant:
     retrieval: float = 0.15
     seed: int = 1
     questions: int = QUESTIONS
+    answers_only: bool = False
 
     @property
     def title(self) -> str:
@@ -56,6 +58,10 @@ def _seeds(seed: int, *names: str) -> list[Variant]:
         for method, strategy in {"cream": "cream", "pose": "pose", "plain": "full"}.items():
             name = f"{method}-questions-64-retrieval-{share:.2f}"
             ways[name] = Variant(name, strategy, retrieval=share, seed=seed, questions=64)
+    for share in (0.15, 0.3):
+        name = f"cream-answers-only-{share:.2f}"
+        more = {"retrieval": share, "questions": 64, "answers_only": True}
+        ways[name] = Variant(name, "cream", seed=seed, **more)
     return [ways[name] for name in names]
 
 
@@ -72,6 +78,7 @@ VARIANTS = [
     *_seeds(1, "cream", "plain", "pose", "cream-plain-0.25", "cream-relative"),
     *_seeds(1, "cream-questions-64"),
     *_seeds(1, *MORE_DOCUMENTS, "cream-questions-64-retrieval-0.50"),
+    *_seeds(1, "cream-answers-only-0.15", "cream-answers-only-0.30"),
     *_seeds(2, *MORE_DOCUMENTS),
     *_seeds(2, "cream", "plain", "pose"),
     *_seeds(1, "cope", "drope", "linear", "cream-no-retrieval", "cream-retrieval-0.30"),
