@@ -88,7 +88,7 @@ class Study:
         self.results.mkdir(parents=True, exist_ok=True)
         self.prepare()
         gpus = list(range(self.args.gpus)) * self.args.lanes
-        at_once([(self.serve, gpu) for gpu in gpus])
+        at_once([(self.run_variants, gpu) for gpu in gpus])
         return len([v for v in VARIANTS if v in self.left])
 
     def prepare(self) -> None:
@@ -131,7 +131,7 @@ class Study:
         if missing:
             sys.exit(f"error: {work} lacks {', '.join(missing)}: see prepare-*.log there")
 
-    def serve(self, gpu: int) -> None:
+    def run_variants(self, gpu: int) -> None:
         """Run variants on one GPU until there is none, or no time."""
         while True:
             with self.lock:

@@ -104,10 +104,10 @@ def write_later(folder: Path, rank: int) -> None:
 
     A failure is printed: the checkpoint is whole, and a run does not end for its checksums.
     """
-    _reader.submit(_write_or_say, folder, rank)
+    _reader.submit(_write_or_report, folder, rank)
 
 
-def _write_or_say(folder: Path, rank: int) -> None:
+def _write_or_report(folder: Path, rank: int) -> None:
     try:
         if folder.is_dir():  # --save-retain-interval removes iterations
             write(folder, rank)

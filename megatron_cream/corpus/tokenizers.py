@@ -282,7 +282,8 @@ class SentencePieceTokenizer:
         if hasattr(self._processor, "EncodeAsOffsetMapping"):
             found = self._processor.EncodeAsOffsetMapping(text)
             return LocatedTokens.of(found["ids"], found["offsets"])
-        pieces = self._processor.EncodeAsImmutableProto(text).pieces  # before 0.2.2
+        before_0_2_2: Any = self._processor
+        pieces = before_0_2_2.EncodeAsImmutableProto(text).pieces
         spans = [(piece.begin, piece.end) for piece in pieces]
         return LocatedTokens.of([piece.id for piece in pieces], spans)
 

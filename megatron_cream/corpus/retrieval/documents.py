@@ -317,7 +317,7 @@ class DocumentMaker:
         Raises:
             UserError: the tokenizer does not say where its tokens stand.
         """
-        reference = getattr(self.tokenizer, "reference", self.tokenizer)
+        reference: Any = getattr(self.tokenizer, "reference", self.tokenizer)
         for before in (_ANCHOR, ""):  # as encode() does
             found = reference.locate(before + _text(passages))
             skipped = len(found.ids) - len(tokens)
