@@ -138,7 +138,7 @@ def attend_from_last(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     that these are neither copied nor read once per head.
     """
     batch, heads = query.shape[:2]
-    rows = query.view(batch, key.shape[1], heads // key.shape[1], -1)
+    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
     seen = _seen.get()
     mask = None if seen is None else seen[:, None, None].expand(-1, -1, rows.shape[2], -1)
     found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)

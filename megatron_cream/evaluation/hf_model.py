@@ -165,8 +165,13 @@ def _cache_tokens(module: Any) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     one = 2 * config.num_hidden_layers * heads * dim * module.dtype.itemsize
-    free = torch.cuda.mem_get_info()[0] // 2 if module.device.type == "cuda" else _CPU_CACHE
-    return free // one
+    return (_free_on_gpu() // 2 if module.device.type == "cuda" else _CPU_CACHE) // one
+
+
+def _free_on_gpu() -> int:
+    """Return free bytes, those that PyTorch holds for what it makes next among them."""
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + held
 
 
 def _has_own_angles(lengths: Sequence[int], new_tokens: int, config: Any) -> bool:

@@ -134,3 +134,14 @@ def test_stop_tokens_are_the_models_own(model, small_hf):
     assert hf_model._stop_tokens(model.module) == (2, 9)
     model.module.generation_config.eos_token_id = None
     assert hf_model._stop_tokens(model.module) == ()
+
+
+def test_memory_that_pytorch_holds_is_free(monkeypatch):
+    """Otherwise every task would be answered in smaller batches than the one before."""
+    for name, value in {
+        "mem_get_info": (50, 80),
+        "memory_reserved": 30,
+        "memory_allocated": 10,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert hf_model._free_on_gpu() == 70
