@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluates models on long text.
 
-evaluate    the command: its flags as settings, validated
+evaluate    the command; its flags are evaluation_settings, validated
 run         ``evaluate()``: the tasks that are asked for on one model
 open_model  opens model, tokenizer, prompt and documents
 forward     one forward pass over a context and the tails that continue it
