@@ -16,16 +16,43 @@ class Workload:
         seq_length: tokens per sample.
         global_batch: samples per step, over all GPUs.
         micro_batch: samples of one forward pass.
+        document: tokens of a document, where a sample is packed from several that do not attend
+            to each other.
     """
 
     seq_length: int
     global_batch: int
     micro_batch: int = 1
+    document: int | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens per step."""
         return self.seq_length * self.global_batch
+
+    @property
+    def attended(self) -> int:
+        """Tokens over which attention reaches: of a sample, or of a document in it."""
+        return self.document or self.seq_length
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Options of a run that change its speed or memory and not how it is spread over GPUs.
+
+    Attributes:
+        fp8: matrix products of the layers in FP8, one scale per tensor (--fp8-recipe tensorwise).
+        tp_overlap: --tp-comm-overlap: products run beside what tensor parallelism sends.
+        fused_gradients: products of weight gradients add them up themselves, Megatron's default;
+            it needs Apex.
+    """
+
+    fp8: bool = False
+    tp_overlap: bool = False
+    fused_gradients: bool = True
+
+
+MEGATRON_DEFAULTS = Tuning()
 
 
 @dataclass(frozen=True)
@@ -39,6 +66,7 @@ class ParallelLayout:
             with tensor parallelism.
         first_layers, last_layers: layers of the first and last stage, where they are not even.
         recompute: layers keep their input alone and are run again in the backward pass.
+        virtual: virtual stages per pipeline rank: its layers in as many pieces, interleaved.
     """
 
     tensor: int = 1
@@ -48,6 +76,7 @@ class ParallelLayout:
     first_layers: int | None = None
     last_layers: int | None = None
     recompute: bool = False
+    virtual: int = 1
 
     @property
     def gpus(self) -> int:
@@ -56,7 +85,8 @@ class ParallelLayout:
 
     def __str__(self) -> str:
         context = f" CP{self.context}" if self.context > 1 else ""
-        sizes = f"TP{self.tensor} PP{self.pipeline}{context} DP{self.data}"
+        virtual = f" VP{self.virtual}" if self.virtual > 1 else ""
+        sizes = f"TP{self.tensor} PP{self.pipeline}{virtual}{context} DP{self.data}"
         return sizes + (", recompute" if self.recompute else "")
 
     def stages(self, layers: int) -> list[range]:
@@ -81,6 +111,19 @@ class ParallelLayout:
     def micro_batches(self, work: Workload) -> int:
         """Return how many micro-batches go through the pipeline in a step."""
         return work.global_batch // (work.micro_batch * self.data)
+
+    def in_flight(self, work: Workload, stage: int) -> float:
+        """Return how many micro-batches a stage (from 0) keeps activations of at the most.
+
+        One virtual stage: as many as there are stages from this one on. With interleaving a rank
+        of p runs 2 (p - 1 - stage) + (v - 1) p pieces forward before its first backward, and one
+        more beside each (Megatron's schedules.py); a piece is 1 / v of a micro-batch.
+        """
+        ahead = self.pipeline - stage
+        if self.virtual == 1:
+            return min(self.micro_batches(work), ahead)
+        pieces = 2 * (ahead - 1) + (self.virtual - 1) * self.pipeline + 1
+        return min(self.micro_batches(work), pieces / self.virtual)
 
 
 ONE_PROCESS = ParallelLayout()

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, parse_length
 from megatron_cream.parallel_layout import ParallelLayout, Workload
-from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
+from megatron_cream.planning.cost import GPUS, Gpu, product_share
 from megatron_cream.planning.memory import RESERVE_GIB, stage_parameters
 from megatron_cream.planning.models import BaseModel
 from megatron_cream.planning.propose import Cluster, propose
@@ -218,7 +218,7 @@ def _choose_layout(
     settings: ExtendSettings, model: BaseModel, window: int, batch: int, gpus: int, gpu: Gpu
 ) -> tuple[int, ParallelLayout]:
     """Return the largest micro-batch that fits without recomputation, and its fastest layout."""
-    cluster = Cluster(gpus, gpu, gpu.memory - RESERVE_GIB, measured_mfu())
+    cluster = Cluster(gpus, gpu, gpu.memory - RESERVE_GIB, product_share())
     given = settings.micro_batch_size
     sizes = [given] if given else [n for n in (8, 4, 2, 1) if n <= _LARGEST_MICRO_BATCH]
     failed: UserError | None = None

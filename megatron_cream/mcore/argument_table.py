@@ -164,7 +164,6 @@ _ROWS = (
         flag="--num-virtual-stages-per-pipeline-rank",
         computed=True,
         one_rank=None,
-        estimated=None,
     ),
     *_each("num_layers_per_virtual_pipeline_stage", range=COUNT),
     *_each("num_virtual_stages_per_pipeline_rank", range=COUNT),

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimates operations, bytes on the wire and seconds per training step, by closed forms.
 
-A step is the slowest stage's kernels for every micro-batch, the pipeline's idle ends, the
-communication that nothing hides, and the pass over weights and gradients. Communication of tensor
-parallelism, of the pipeline and of context parallelism is taken as not hidden at all, that of data
-parallelism as hidden behind one micro-batch.
+A step is the slowest stage's micro-batches one after another, the pipeline's idle ends, what is
+exposed of data parallelism, and the pass over gradients and weights. A micro-batch takes its
+matrix products, its attention, what its other kernels read and write, and what is exposed of
+tensor, context and pipeline parallelism; it takes no less than the host needs to launch its
+kernels. The constants below are all there are; ``published.json`` has what they are held to.
 """
 
 from __future__ import annotations
@@ -12,9 +13,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cream.checkpoint.model_shape import ModelShape
-from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
 from megatron_cream.planning.memory import layer_matrices, stage_parameters
 from megatron_cream.planning.models import MODELS
+
+ATTENTION_SHARE = 0.50
+"""Of the bf16 peak: causal flash attention, forward and backward, per operation of the causal half.
+
+FlashAttention-3 reports up to 740 TFLOP/s on an H100 forward (arXiv:2407.08608); backward, causal
+and short samples have less. Calibrated on Llama-3-8B and 70B at 8192 tokens.
+"""
+
+FP8_SPEEDUP = 1.63
+"""FP8 matrix products over bf16 ones. Calibrated on Llama-2-70B, TP4 PP4 VP20, on 64 H100."""
+
+MEMORY_SHARE = 0.85
+"""Of a GPU's memory bandwidth that kernels without products reach; STREAM-like copies have 0.9."""
+
+NODE_SHARE, NETWORK_SHARE = 0.7, 0.8
+"""Of a link's rate that a collective of tens of MB reaches, as nccl-tests print it (bus bandwidth).
+
+Within a node of H100s 250 to 350 of 450 GB/s; to other nodes 40 of 50.
+"""
+
+OVERLAP = 0.5
+"""Part of what is sent beside kernels that is exposed all the same: both slow each other.
+
+For data parallelism and interleaved stages. Calibrated on Llama-2-7B, FP8, on 8 H100, whose step
+has 4 micro-batches, beside the same model with 16.
+"""
+
+LAUNCH_SECONDS = 3.1e-3
+"""Host's time to launch one layer, forward and backward, of one micro-batch.
+
+From Llama-2-7B at TP8, reported to take 80 % longer than its kernels, 1.7 ms per layer. No row of
+``published.json`` reaches it: the shortest has 6.8 ms per layer.
+"""
+
+PIECE_TOKENS = 1024
+"""Tokens of the smallest piece that --tp-comm-overlap gains by: 8 tiles of 128 of a product."""
+
+LOGIT_BYTES = 30
+"""Read and written per logit: bf16, its fp32 copy, maximum, softmax, and the way back."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +67,7 @@ class Gpu:
         memory_gbs: GB/s of its own memory.
         node_gbs: GB/s to the GPUs of its node, one way.
         network_gbs: GB/s to other nodes, one way.
+        fp8: it multiplies in FP8.
     """
 
     memory: float
@@ -34,10 +75,26 @@ class Gpu:
     memory_gbs: float
     node_gbs: float
     network_gbs: float
+    fp8: bool = True
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes per second that kernels reach."""
+        return 1e9 * self.memory_gbs * MEMORY_SHARE
+
+    @property
+    def node_rate(self) -> float:
+        """Bytes per second that collectives reach within a node."""
+        return 1e9 * self.node_gbs * NODE_SHARE
+
+    @property
+    def network_rate(self) -> float:
+        """Bytes per second that one network card reaches."""
+        return 1e9 * self.network_gbs * NETWORK_SHARE
 
 
 GPUS = {
-    "a100": Gpu(79, 312, 2039, 300, 25),
+    "a100": Gpu(79, 312, 2039, 300, 25, fp8=False),
     "h100": Gpu(79, 989.4, 3350, 450, 50),
     "h200": Gpu(139, 989.4, 4800, 450, 50),
 }
@@ -52,17 +109,19 @@ class StepTime:
         bubble: the pipeline fills and empties.
         communication: tensor, context, pipeline and data parallelism, what is not hidden.
         update: gradients are added up and the optimizer passes over the weights.
+        launches: the GPU waits for the host, which has launched no kernel yet.
     """
 
     kernels: float
     bubble: float
     communication: float
     update: float
+    launches: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds in all."""
-        return self.kernels + self.bubble + self.communication + self.update
+        return self.kernels + self.bubble + self.communication + self.update + self.launches
 
 
 def layer_flops(shape: ModelShape, seq_length: int) -> float:
@@ -71,83 +130,155 @@ def layer_flops(shape: ModelShape, seq_length: int) -> float:
     6 for every weight, and 6 s a d for the causal half of attention, which grouped queries do not
     change: 12 L h s / 2 for the L layers of a model whose a d is h.
     """
+    return _product_flops(shape) + 6.0 * seq_length * shape.heads * shape.head_dim
+
+
+def _product_flops(shape: ModelShape) -> float:
     # Biases are additions: they are no part of the 6.
     bias = (shape.heads + 2 * shape.groups) * shape.head_dim if shape.qkv_bias else 0
-    weights = layer_matrices(shape) - bias
-    return 6.0 * weights + 6.0 * seq_length * shape.heads * shape.head_dim
+    return 6.0 * (layer_matrices(shape) - bias)
 
 
 def model_flops(shape: ModelShape, seq_length: int) -> float:
     """Return the operations per token of the model, forward and backward, without recomputation."""
-    return shape.layers * layer_flops(shape, seq_length) + 6.0 * shape.vocabulary * shape.hidden
+    return shape.layers * layer_flops(shape, seq_length) + _head_flops(shape)
 
 
-def measured_mfu() -> float:
-    """Return the share of peak that kernels reached in this project's own measurement.
+def _head_flops(shape: ModelShape) -> float:
+    return 6.0 * shape.vocabulary * shape.hidden
+
+
+def layer_traffic(shape: ModelShape, fp8: bool = False) -> float:
+    """Return the bytes per token that a layer's kernels without products read and write.
+
+    In bf16, forward and backward: two norms 20 h, two residual additions 24 h, rotation of
+    queries and keys 8 (a + g) d, the MLP's gate 16 f. FP8 reads each product's input and
+    gradient of its output, and writes them and their transposes: 4 bytes per value.
+    """
+    rotated = (shape.heads + shape.groups) * shape.head_dim
+    traffic = 44.0 * shape.hidden + 8 * rotated + 16 * shape.ffn
+    if fp8:
+        heads, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+        inputs = 2 * shape.hidden + heads + shape.ffn
+        gradients = heads + 2 * keys + 2 * shape.hidden + 2 * shape.ffn
+        traffic += 4.0 * (inputs + gradients)
+    return traffic
+
+
+def product_share() -> float:
+    """Return the share of peak that matrix products reached in this project's own measurement.
 
     docs/training.md: 4 layers of Llama-2-7B and its head, micro-batch 4 of 4096 tokens, forward
-    and backward on one H200 in 176.62 ms, CREAM positions through the fused RoPE.
+    and backward on one H200 in 176.62 ms, CREAM positions through the fused RoPE. What attention
+    and the other kernels take by the constants above is not theirs.
     """
-    shape = MODELS["llama-2-7b"]
-    flops = 4 * layer_flops(shape, 4096) + 6.0 * shape.vocabulary * shape.hidden
-    return flops * 4 * 4096 / 176.62e-3 / (GPUS["h200"].tflops * 1e12)
+    shape, gpu, tokens = MODELS["llama-2-7b"], GPUS["h200"], 4 * 4096
+    peak = gpu.tflops * 1e12
+    attention = 4 * (layer_flops(shape, 4096) - _product_flops(shape)) / (peak * ATTENTION_SHARE)
+    others = (4 * layer_traffic(shape) + LOGIT_BYTES * shape.vocabulary) / gpu.memory_rate
+    flops = tokens * (4 * _product_flops(shape) + _head_flops(shape))
+    return flops / (176.62e-3 - tokens * (attention + others)) / peak
 
 
 def step_time(
-    shape: ModelShape, layout: ParallelLayout, work: Workload, gpu: Gpu, mfu: float, node: int = 8
+    shape: ModelShape,
+    layout: ParallelLayout,
+    work: Workload,
+    gpu: Gpu,
+    mfu: float,
+    node: int = 8,
+    tuning: Tuning = MEGATRON_DEFAULTS,
 ) -> StepTime:
     """Return the seconds per step on ``layout``.
 
     Args:
-        mfu: share of ``gpu.tflops`` that kernels reach.
+        mfu: share of ``gpu.tflops`` that bf16 matrix products reach.
         node: GPUs of a node.
     """
     batches = layout.micro_batches(work)
-    one = max(_stage_flops(shape, layout, work)) / (gpu.tflops * 1e12 * mfu)
-    # --overlap-grad-reduce and --overlap-param-gather hide them behind one micro-batch.
-    replicas = max(0.0, replica_seconds(shape, layout, gpu, node) - one)
+    sent = exposed_seconds(shape, layout, work, gpu, node, tuning)
+    again = 4 / 3 if layout.recompute else 1.0
+    stages = []
+    for stage, kernels in enumerate(kernel_seconds(shape, layout, work, gpu, mfu, tuning)):
+        layers = len(layout.stages(shape.layers)[stage])
+        busy = kernels + layers * sent[0] + sent[1]
+        stages.append((max(busy, layers * LAUNCH_SECONDS * again), busy, kernels))
+    longest, busy, kernels = max(stages)
+    replicas = replica_seconds(shape, layout, gpu, node)
     return StepTime(
-        kernels=batches * one,
-        bubble=(layout.pipeline - 1) * one,
-        communication=activation_seconds(shape, layout, work, gpu, node) + replicas,
-        update=_update(shape, layout, batches, gpu),
+        kernels=batches * kernels,
+        bubble=(layout.pipeline - 1) / layout.virtual * longest,
+        communication=batches * (busy - kernels) + max(OVERLAP * replicas, replicas - longest),
+        update=_update(shape, layout, batches, gpu, tuning),
+        launches=batches * (longest - busy),
     )
 
 
-def _stage_flops(shape: ModelShape, layout: ParallelLayout, work: Workload) -> list[float]:
-    """Operations of one GPU of each stage for one micro-batch."""
+def kernel_seconds(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    work: Workload,
+    gpu: Gpu,
+    mfu: float,
+    tuning: Tuning = MEGATRON_DEFAULTS,
+) -> list[float]:
+    """Return the seconds of a GPU's kernels for one micro-batch, for each stage."""
     tokens = work.seq_length * work.micro_batch / (layout.context * layout.tensor)
-    again = 4 / 3 if layout.recompute else 1.0
-    layer = layer_flops(shape, work.seq_length) * again
-    flops = [len(layers) * layer for layers in layout.stages(shape.layers)]
-    flops[-1] += 6.0 * shape.vocabulary * shape.hidden
-    return [f * tokens for f in flops]
+    rate = gpu.tflops * 1e12
+    products = _product_flops(shape) / (rate * mfu * (FP8_SPEEDUP if tuning.fp8 else 1))
+    attention = 6.0 * work.attended * shape.heads * shape.head_dim / (rate * ATTENTION_SHARE)
+    layer = products + attention + layer_traffic(shape, tuning.fp8) / gpu.memory_rate
+    layer *= 4 / 3 if layout.recompute else 1.0
+    seconds = [len(layers) * layer for layers in layout.stages(shape.layers)]
+    # The output layer stays in bf16.
+    seconds[-1] += _head_flops(shape) / (rate * mfu)
+    seconds[-1] += LOGIT_BYTES * shape.vocabulary / gpu.memory_rate
+    return [s * tokens for s in seconds]
 
 
-def activation_seconds(
-    shape: ModelShape, layout: ParallelLayout, work: Workload, gpu: Gpu, node: int = 8
-) -> float:
-    """Return the seconds in which a GPU of the fullest stage sends activations in a step.
+def exposed_seconds(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    work: Workload,
+    gpu: Gpu,
+    node: int = 8,
+    tuning: Tuning = MEGATRON_DEFAULTS,
+) -> tuple[float, float]:
+    """Return what a GPU sends of activations per layer and per stage and nothing hides, in seconds.
 
-    Ring algorithms: n ranks that gather or scatter B bytes send (n - 1) / n of B each. Ranks are
-    numbered tensor parallel first, then context, data and pipeline, as Megatron does.
+    Both for one micro-batch. Ring algorithms: n ranks that gather or scatter B bytes send
+    (n - 1) / n of B each. Ranks are numbered tensor parallel first, then context, data and
+    pipeline, as Megatron does.
     """
-    layers = max(len(stage) for stage in layout.stages(shape.layers))
     tokens = work.seq_length * work.micro_batch / layout.context
     hidden = 2.0 * tokens * shape.hidden
-    # A layer gathers twice and scatters twice each way, and gathers twice more for the weights.
-    passes = 14 if layout.recompute else 10
-    tensor = layers * passes * hidden * (layout.tensor - 1) / layout.tensor
-    # Keys and values go round the ring, again in the backward pass, and their gradients with them.
+    tensor = _exposed_passes(layout, work, tuning) * hidden * (layout.tensor - 1) / layout.tensor
+    tensor /= _speed(gpu, layout.tensor, node)
+    # Keys and values go round the ring, again in the backward pass, and their gradients with
+    # them, beside the attention to those that are there already.
     values = 4.0 * tokens * shape.groups * shape.head_dim / layout.tensor
-    context = layers * 3 * values * (layout.context - 1)
-    stages = 2 * hidden / layout.tensor if layout.pipeline > 1 else 0.0
-    each = (
-        tensor / _speed(gpu, layout.tensor, node)
-        + context / _speed(gpu, layout.tensor * layout.context, node)
-        + stages / _speed(gpu, layout.gpus, node)
-    )
-    return layout.micro_batches(work) * each
+    ring = 3 * values * (layout.context - 1) / _speed(gpu, layout.tensor * layout.context, node)
+    attention = 6.0 * work.attended * shape.heads * shape.head_dim * tokens / layout.tensor
+    attention /= gpu.tflops * 1e12 * ATTENTION_SHARE
+    stages = 2 * hidden / layout.tensor / _speed(gpu, layout.gpus, node)
+    if layout.virtual > 1:
+        stages *= OVERLAP * layout.virtual
+    return tensor + max(0.0, ring - attention), stages if layout.pipeline > 1 else 0.0
+
+
+def _exposed_passes(layout: ParallelLayout, work: Workload, tuning: Tuning) -> float:
+    """Gathers and scatters of a micro-batch's activations in a layer that no kernel hides.
+
+    There are 4 forward, 4 backward, and 2 gathers more for the weights' gradients; recomputation
+    has the forward ones again. Megatron runs 4 of those backward beside a product. With
+    --tp-comm-overlap all go in as many pieces as there are ranks, each but one beside a product;
+    pieces of fewer than ``PIECE_TOKENS`` hide nothing more, because their products run slower.
+    """
+    passes = 14 if layout.recompute else 10
+    if not tuning.tp_overlap:
+        return passes - 4
+    tokens = work.seq_length * work.micro_batch / layout.context
+    return passes / max(1, min(layout.tensor, tokens / PIECE_TOKENS))
 
 
 def replica_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, node: int = 8) -> float:
@@ -160,7 +291,7 @@ def replica_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, node: i
 
 def _speed(gpu: Gpu, ranks: int, node: int) -> float:
     """Bytes per second between neighbours of a group that spans ``ranks`` consecutive ranks."""
-    return 1e9 * (gpu.node_gbs if ranks <= node else gpu.network_gbs)
+    return gpu.node_rate if ranks <= node else gpu.network_rate
 
 
 def _ring_speed(gpu: Gpu, stride: int, ranks: int, node: int) -> float:
@@ -170,18 +301,21 @@ def _ring_speed(gpu: Gpu, stride: int, ranks: int, node: int) -> float:
     links of the node bound it, and every ring passes through them.
     """
     if ranks <= node:
-        return 1e9 * gpu.node_gbs
+        return gpu.node_rate
     members = max(1, node // stride)
-    return 1e9 * min(gpu.node_gbs, members * gpu.network_gbs)
+    return min(gpu.node_rate, members * gpu.network_rate)
 
 
-def _update(shape: ModelShape, layout: ParallelLayout, batches: int, gpu: Gpu) -> float:
+def _update(
+    shape: ModelShape, layout: ParallelLayout, batches: int, gpu: Gpu, tuning: Tuning
+) -> float:
     """Seconds in which weights and gradients go through the GPU's memory.
 
-    Bytes per parameter: each micro-batch's gradient is read (2) and added up in fp32 (8); once a
-    step their norm is taken (4), and of this rank's share gradient, copy and moments are read (16)
-    and copy, moments and weight written (14).
+    Bytes per parameter: each micro-batch's gradient is read (2) and added up in fp32 (8), unless
+    its product does that; once a step their norm is taken (4), and of this rank's share gradient,
+    copy and moments are read (16) and copy, moments and weight written (14).
     """
     parameters = max(stage_parameters(shape, layout, s) for s in range(layout.pipeline))
     share = 30 / (layout.data * layout.context)
-    return parameters * (10 * batches + 4 + share) / (gpu.memory_gbs * 1e9)
+    each = 0 if tuning.fused_gradients else 10
+    return parameters * (each * batches + 4 + share) / gpu.memory_rate

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_cream.checkpoint.model_shape import ModelShape
-from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
 
 GIB = 2**30
 
@@ -25,6 +25,10 @@ VOCAB_MULTIPLE = 128
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes per parameter: bf16; fp32; fp32 copy and the two moments of Adam."""
+
+
+FP8_COPIES = 2
+"""Bytes per parameter beside bf16: FP8 products of Hopper need a weight and its transpose."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +106,20 @@ def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> i
     return matrices // layout.tensor + norms + (shape.hidden if last else 0)
 
 
-def layer_activations(shape: ModelShape, tensor: int = 1) -> float:
+def layer_activations(shape: ModelShape, tensor: int = 1, fp8: bool = False) -> float:
     """Return the bytes per token that one layer keeps for its backward pass.
 
     Inputs and outputs of both norms 8 h; queries and the output of attention 4 a d; keys and
     values 4 g d; log-sum-exp of attention 4 a; gate and up projection and their product 6 f.
-    Tensor parallelism divides all of it, because sequence parallelism goes with it.
+    Tensor parallelism divides all of it, because sequence parallelism goes with it. In FP8 the
+    inputs of the four products have 1 byte: outputs of the norms and that of the MLP's gate need
+    no other copy, the output of attention is kept in bf16 as well.
     """
     attention = shape.head_dim * (4 * shape.heads + 4 * shape.groups) + 4 * shape.heads
-    return (8 * shape.hidden + attention + 6 * shape.ffn) / tensor
+    kept = 8 * shape.hidden + attention + 6 * shape.ffn
+    if fp8:
+        kept += shape.head_dim * shape.heads - 2 * shape.hidden - shape.ffn
+    return kept / tensor
 
 
 def output_activations(shape: ModelShape, tensor: int = 1) -> float:
@@ -126,8 +135,9 @@ def stage_memory(
     stage: int,
     parameters: int | None = None,
     each: ParameterBytes | None = None,
+    tuning: Tuning = MEGATRON_DEFAULTS,
 ) -> StageMemory:
-    """Return what a GPU of pipeline stage ``stage`` (from 0) needs under the 1F1B schedule.
+    """Return what a GPU of pipeline stage ``stage`` (from 0) needs under Megatron's schedules.
 
     Args:
         parameters: on that GPU, where they are known better than ``stage_parameters``.
@@ -138,15 +148,15 @@ def stage_memory(
         parameters = stage_parameters(shape, layout, stage)
     layers = len(layout.stages(shape.layers)[stage])
     tokens = work.seq_length * work.micro_batch // layout.context
-    in_flight = min(layout.micro_batches(work), layout.pipeline - stage)
-    whole = layer_activations(shape, layout.tensor)
+    in_flight = layout.in_flight(work, stage)
+    whole = layer_activations(shape, layout.tensor, tuning.fp8)
     kept = 2 * shape.hidden / layout.tensor if layout.recompute else whole
     # Backward of a layer: gradients of what it kept, which recomputation makes first.
     working = 2 * whole if layout.recompute else whole
     if stage == layout.pipeline - 1:
         working = max(working, output_activations(shape, layout.tensor))
     return StageMemory(
-        weights=parameters * WEIGHT,
+        weights=parameters * (WEIGHT + (FP8_COPIES if tuning.fp8 else 0)),
         gradients=parameters * each.gradient,
         optimizer=parameters * each.optimizer / (layout.data * layout.context),
         activations=tokens * in_flight * layers * kept,
@@ -154,7 +164,11 @@ def stage_memory(
     )
 
 
-def peak_memory(shape: ModelShape, layout: ParallelLayout, work: Workload) -> StageMemory:
+def peak_memory(
+    shape: ModelShape, layout: ParallelLayout, work: Workload, tuning: Tuning = MEGATRON_DEFAULTS
+) -> StageMemory:
     """Return the memory of the stage that needs most."""
-    stages = (stage_memory(shape, layout, work, stage) for stage in range(layout.pipeline))
+    stages = (
+        stage_memory(shape, layout, work, stage, tuning=tuning) for stage in range(layout.pipeline)
+    )
     return max(stages, key=lambda memory: memory.total)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.parallel_layout import Workload
-from megatron_cream.planning.cost import GPUS, Gpu, measured_mfu
+from megatron_cream.parallel_layout import Tuning, Workload
+from megatron_cream.planning.cost import GPUS, Gpu, product_share
 from megatron_cream.planning.memory import RESERVE_GIB
 from megatron_cream.planning.models import BaseModel, find_model, hub_name, title_of
 from megatron_cream.planning.propose import Cluster, Plan, propose
+from megatron_cream.planning.published import CheckPublished
 from megatron_cream.planning.report import Comparison, plain_values, table
-from megatron_cream.planning.script import LaunchScript, run_flags, validate_script_path
+from megatron_cream.planning.script import LaunchScript, found_flags, validate_script_path
 from megatron_cream.planning.script import argv as run_argv
 from megatron_cream.planning.script import script as bash
 
@@ -45,17 +46,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--micro-batch-size",
         type=_positive,
-        default=1,
-        help="samples per pass (default: 1)",
+        help="samples per pass (default: the fastest of 1, 2, 4 and 8)",
     )
     add("--gpu", choices=tuple(GPUS), default="h100", help="SXM part (default: h100)")
     _add_machine(add)
     for name in ("tensor-model", "pipeline-model", "context"):
         add(f"--{name}-parallel-size", type=_positive, help="of the CREAM run (default: chosen)")
+    virtual_help = "virtual stages per pipeline rank, 1 for none (default: chosen)"
+    add("--num-virtual-stages-per-pipeline-rank", type=_positive, help=virtual_help)
+    _add_tuning(add)
     add("--json", type=Path, metavar="FILE", help="write the plan there as well")
     script_help = "write a launch script there, below examples/ of a checkout"
     add("--script", type=Path, metavar="FILE", help=script_help)
     add("--check", action="store_true", help="build the stages of the plan")
+
+
+def _add_tuning(add: Callable[..., Any]) -> None:
+    """Add the options of a run that change its speed."""
+    add("--fp8", action="store_true", help="FP8 products in the layers, one scale per tensor")
+    overlap_help = "products run beside what tensor parallelism sends"
+    add("--tp-comm-overlap", action="store_true", help=overlap_help)
+    fusion_help = "Apex is missing: weight gradients are added up by a kernel of its own"
+    add("--no-gradient-accumulation-fusion", action="store_true", help=fusion_help)
+    published_help = "print the plans of published runs beside what was measured, and end"
+    add("--check-published", action=CheckPublished, help=published_help)
 
 
 def _add_machine(add: Callable[..., Any]) -> None:
@@ -90,9 +104,9 @@ def _add_machine(add: Callable[..., Any]) -> None:
         "--mfu",
         type=_amount,
         metavar="SHARE",
-        default=measured_mfu(),
-        help=f"share of the peak that kernels reach (default: {measured_mfu():.3f}, measured on "
-        "layers of Llama-2-7B on one H200)",
+        default=product_share(),
+        help="share of the bf16 peak that matrix products reach (default: "
+        f"{product_share():.3f}, measured on layers of Llama-2-7B on one H200)",
     )
 
 
@@ -133,8 +147,7 @@ def run(args: argparse.Namespace) -> None:
     if args.script:
         validate_script_path(args.script)
     found = compare(args)
-    work = found.short.work
-    flags = run_flags(found.shape, found.short.layout, work, args.target_length, args.train_iters)
+    flags = found_flags(found)
     command = bash(flags, args.gpus, args.gpus_per_node)
     print(table(found))
     print(f"\n{command}")
@@ -155,10 +168,12 @@ def compare(args: argparse.Namespace) -> Comparison:
     _validate(args)
     shape, cluster = find_model(args.model), _cluster(args)
     _validate_target(shape, args)
-    work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
-    short = propose(shape, cluster, work, _fixed(args))
-    full, why_not = _full_length(shape, cluster, args)
-    return Comparison(shape, cluster, short, full, why_not, args.target_length, args.train_iters)
+    tuning = Tuning(args.fp8, args.tp_comm_overlap, not args.no_gradient_accumulation_fusion)
+    work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size or 1)
+    short = propose(shape, cluster, work, _fixed(args), tuning, _micro_batches(args))
+    full, why_not = _full_length(shape, cluster, args, tuning)
+    steps = (args.target_length, args.train_iters)
+    return Comparison(shape, cluster, short, full, why_not, *steps, tuning)
 
 
 def launch_script(found: Comparison, args: argparse.Namespace, **more: Any) -> str:
@@ -186,7 +201,14 @@ def command_of(args: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-_OUTPUTS = ("help", "json", "script", "check")
+_OUTPUTS = ("help", "json", "script", "check", "check_published")
+
+MICRO_BATCHES = (1, 2, 4, 8)
+"""Sizes that are tried where none is given."""
+
+
+def _micro_batches(args: argparse.Namespace) -> tuple[int, ...]:
+    return () if args.micro_batch_size else MICRO_BATCHES
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -197,6 +219,8 @@ def _validate(args: argparse.Namespace) -> None:
         )
     if args.mfu > 1:
         raise UserError(f"--mfu is {args.mfu:g}: it must be at most 1, a share of the peak")
+    if args.fp8 and not GPUS[args.gpu].fp8:
+        raise UserError(f"--gpu is {args.gpu}: it has no FP8; leave out --fp8 or name another")
     for name in ("json", "script"):
         path = getattr(args, name)
         if path and not path.parent.is_dir():
@@ -226,6 +250,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
         memory_gbs=known.memory_gbs,
         node_gbs=known.node_gbs,
         network_gbs=args.network_bandwidth or known.network_gbs,
+        fp8=known.fp8,
     )
     return Cluster(args.gpus, gpu, memory, args.mfu, args.gpus_per_node)
 
@@ -235,16 +260,17 @@ def _fixed(args: argparse.Namespace) -> dict[str, int]:
         "tensor": args.tensor_model_parallel_size,
         "pipeline": args.pipeline_model_parallel_size,
         "context": args.context_parallel_size,
+        "virtual": args.num_virtual_stages_per_pipeline_rank,
     }
     return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _full_length(
-    shape: BaseModel, cluster: Cluster, args: argparse.Namespace
+    shape: BaseModel, cluster: Cluster, args: argparse.Namespace, tuning: Tuning
 ) -> tuple[Plan | None, str]:
     """Return the plan at T tokens, or why there is none: the CREAM run does not depend on it."""
-    work = Workload(args.target_length, args.global_batch_size, args.micro_batch_size)
+    work = Workload(args.target_length, args.global_batch_size, args.micro_batch_size or 1)
     try:
-        return propose(shape, cluster, work), ""
+        return propose(shape, cluster, work, None, tuning, _micro_batches(args)), ""
     except UserError as error:
         return None, str(error)

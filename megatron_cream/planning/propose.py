@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.errors import UserError
-from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
 from megatron_cream.planning.cost import Gpu, StepTime, model_flops, step_time
 from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
 from megatron_cream.planning.models import BaseModel
@@ -32,7 +32,7 @@ class Cluster:
         gpus: GPUs in all.
         gpu: what each can do.
         memory: GiB of each that a plan may fill: its own, less what is reserved.
-        mfu: share of ``gpu.tflops`` that kernels reach.
+        mfu: share of ``gpu.tflops`` that bf16 matrix products reach.
         gpus_per_node: GPUs that are joined by fast links.
     """
 
@@ -68,7 +68,12 @@ class Plan:
 
 
 def propose(
-    shape: BaseModel, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
+    shape: BaseModel,
+    cluster: Cluster,
+    work: Workload,
+    fixed: dict[str, int] | None = None,
+    tuning: Tuning = MEGATRON_DEFAULTS,
+    micro_batches: Sequence[int] = (),
 ) -> Plan:
     """Return the layout of parallelism with the shortest step among those that fit the memory.
 
@@ -76,7 +81,9 @@ def propose(
         shape: the model, its sizes.
         cluster: GPUs in all and per node, memory in GiB, the share of their peak that is reached.
         work: lengths in tokens and batch sizes of a step.
-        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``.
+        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``, ``virtual``.
+        tuning: options of the run that change its speed.
+        micro_batches: sizes to try beside that of ``work``.
 
     Returns:
         The layout, its memory per GPU in bytes and its time per step in seconds, both estimated.
@@ -84,25 +91,32 @@ def propose(
     Raises:
         UserError: none divides evenly, or none fits; names what would.
     """
-    plans = _plans(shape, cluster, work, fixed)
+    sizes = sorted({work.micro_batch, *micro_batches})
+    works = [replace(work, micro_batch=size) for size in sizes]
+    plans = [p for one in works for p in _plans(shape, cluster, one, fixed, tuning)]
     if not plans:
         raise UserError(_nothing_divides(shape, cluster, work, fixed))
     fitting = [plan for plan in plans if plan.memory.total <= cluster.memory * GIB]
     if not fitting:
-        raise UserError(_nothing_fits(shape, cluster, work, fixed, plans))
+        raise UserError(_nothing_fits(shape, cluster, work, fixed, plans, tuning))
     # Ties go to the layout that splits the model less.
     return min(fitting, key=lambda p: (p.step.total, p.layout.tensor * p.layout.pipeline))
 
 
 def _plans(
-    shape: BaseModel, cluster: Cluster, work: Workload, fixed: dict[str, int] | None
+    shape: BaseModel,
+    cluster: Cluster,
+    work: Workload,
+    fixed: dict[str, int] | None,
+    tuning: Tuning,
 ) -> list[Plan]:
+    speed = (cluster.gpu, cluster.mfu, cluster.gpus_per_node, tuning)
     return [
         Plan(
             layout,
             work,
-            peak_memory(shape, layout, work),
-            step_time(shape, layout, work, cluster.gpu, cluster.mfu, cluster.gpus_per_node),
+            peak_memory(shape, layout, work, tuning),
+            step_time(shape, layout, work, *speed),
         )
         for layout in layouts(shape, cluster.gpus, work, cluster.gpus_per_node, fixed)
     ]
@@ -126,9 +140,10 @@ def _nothing_fits(
     work: Workload,
     fixed: dict[str, int] | None,
     plans: list[Plan],
+    tuning: Tuning,
 ) -> str:
     least = min(plans, key=lambda plan: plan.memory.total)
-    more = fewest_gpus(shape, cluster, work, fixed)
+    more = fewest_gpus(shape, cluster, work, fixed, tuning)
     enough = f"; {more} such GPUs would do" if more else "; no number of such GPUs would do"
     return (
         f"{shape.name} at {work.seq_length} tokens does not fit on --gpus {cluster.gpus}: the "
@@ -138,13 +153,17 @@ def _nothing_fits(
 
 
 def fewest_gpus(
-    shape: BaseModel, cluster: Cluster, work: Workload, fixed: dict[str, int] | None = None
+    shape: BaseModel,
+    cluster: Cluster,
+    work: Workload,
+    fixed: dict[str, int] | None = None,
+    tuning: Tuning = MEGATRON_DEFAULTS,
 ) -> int | None:
     """Return the smallest doubling of the cluster that fits, or None."""
     gpus = cluster.gpus * 2
     while gpus <= LARGEST_SEARCH:
         if any(
-            peak_memory(shape, layout, work).total <= cluster.memory * GIB
+            peak_memory(shape, layout, work, tuning).total <= cluster.memory * GIB
             for layout in layouts(shape, gpus, work, cluster.gpus_per_node, fixed)
         ):
             return gpus
@@ -162,10 +181,11 @@ def layouts(
     """Yield every layout of exactly ``gpus`` GPUs that Megatron would run.
 
     Tensor parallelism stays inside a node and divides heads and query groups; samples are divided
-    evenly; layers are too, or the first and last stage have fewer.
+    evenly; layers are too, or the first and last stage have fewer. Virtual stages need an even
+    split and whole groups of as many micro-batches as there are stages.
 
     Args:
-        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``.
+        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``, ``virtual``.
     """
     fixed = fixed or {}
     for tensor in _divisors(gpus):
@@ -178,14 +198,23 @@ def layouts(
             for context in _divisors(gpus // (tensor * pipeline)):
                 data = gpus // (tensor * pipeline * context)
                 sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
-                if not sizes.items() >= fixed.items():
+                if any(fixed.get(name, size) != size for name, size in sizes.items()):
                     continue
                 if not _divides_samples(work, context, data, "context" in fixed):
                     continue
-                for recompute in (False, True):
-                    yield ParallelLayout(
-                        tensor, pipeline, context, data, *ends, recompute=recompute
-                    )
+                layout = ParallelLayout(tensor, pipeline, context, data, *ends)
+                for virtual in _virtual_stages(shape, layout, work):
+                    if fixed.get("virtual", virtual) == virtual:
+                        yield replace(layout, virtual=virtual)
+                        yield replace(layout, virtual=virtual, recompute=True)
+
+
+def _virtual_stages(shape: ModelShape, layout: ParallelLayout, work: Workload) -> list[int]:
+    """Return the numbers of virtual stages that a rank's layers can be divided into."""
+    uneven = layout.first_layers is not None
+    if layout.pipeline == 1 or uneven or layout.micro_batches(work) % layout.pipeline:
+        return [1]
+    return _divisors(shape.layers // layout.pipeline)
 
 
 def divides_heads(shape: ModelShape, tensor: int) -> bool:

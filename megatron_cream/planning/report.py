@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.errors import UserError
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, Tuning
 from megatron_cream.planning.memory import GIB
 from megatron_cream.planning.models import BaseModel
 from megatron_cream.planning.propose import Cluster, Plan, propose
@@ -23,6 +24,7 @@ class Comparison:
         why_not: says why, where ``full`` is None.
         target: T.
         iterations: steps of the CREAM run.
+        tuning: options of both runs that change their speed.
     """
 
     shape: BaseModel
@@ -32,6 +34,7 @@ class Comparison:
     why_not: str
     target: int
     iterations: int
+    tuning: Tuning = MEGATRON_DEFAULTS
 
     @property
     def tokens(self) -> int:
@@ -69,7 +72,7 @@ def _heading(found: Comparison) -> str:
     return (
         f"{shape.name}: {shape.parameters:,} parameters, {shape.layers} layers, trained at "
         f"{shape.trained_length} tokens\n"
-        f"{cluster.gpus} GPUs, {cluster.memory:g} GiB of each to fill, kernels at "
+        f"{cluster.gpus} GPUs, {cluster.memory:g} GiB of each to fill, products at "
         f"{100 * cluster.mfu:.1f} % of {cluster.gpu.tflops:g} TFLOP/s"
     )
 
@@ -80,13 +83,18 @@ def _column(found: Comparison, plan: Plan) -> dict[str, str]:
     return {
         "": f"CREAM at {plan.work.seq_length}" if short else f"full length {plan.work.seq_length}",
         "layout": str(plan.layout),
-        "micro-batches per step": str(plan.layout.micro_batches(plan.work)),
+        "micro-batches per step": _micro_batches(plan),
         "memory per GPU, GiB": f"{memory.total / GIB:.1f}",
         **{f"  {name}": f"{size / GIB:.1f}" for name, size in dataclasses.asdict(memory).items()},
         "step": _duration(step.total),
         **{f"  {name}": _duration(s) for name, s in dataclasses.asdict(step).items()},
         "MFU of the step": f"{100 * plan.mfu(found.shape, found.cluster):.1f} %",
     }
+
+
+def _micro_batches(plan: Plan) -> str:
+    size = plan.work.micro_batch
+    return f"{plan.layout.micro_batches(plan.work)}" + (f" of {size}" if size > 1 else "")
 
 
 def _runs(found: Comparison) -> list[str]:
@@ -138,7 +146,7 @@ def _fewer_gpus(found: Comparison) -> str:
         gpus //= 2
         cluster = dataclasses.replace(found.cluster, gpus=gpus)
         try:
-            plan = propose(found.shape, cluster, found.short.work)
+            plan = propose(found.shape, cluster, found.short.work, tuning=found.tuning)
         except UserError:
             continue  # this many do not hold the model or do not divide the batch
         if plan.mfu(found.shape, cluster) >= GOOD_MFU:
@@ -164,6 +172,7 @@ def plain_values(found: Comparison, command: str) -> dict[str, Any]:
         "model": dataclasses.asdict(found.shape) | {"parameters": found.shape.parameters},
         "cluster": dataclasses.asdict(found.cluster),
         "target_length": found.target,
+        "tuning": dataclasses.asdict(found.tuning),
         "cream": _plan_values(found, found.short)
         | {"iterations": found.iterations, "tokens": found.tokens, "seconds": found.seconds},
         "full_length": {"why_not": found.why_not}

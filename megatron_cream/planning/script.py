@@ -9,14 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cream.errors import UserError
-from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
 from megatron_cream.planning.models import BaseModel, megatron_flags
 from megatron_cream.planning.report import Comparison, summary
 from megatron_cream.torchrun import ONE_NODE
 
 
 def run_flags(
-    shape: BaseModel, layout: ParallelLayout, work: Workload, target: int, iterations: int
+    shape: BaseModel,
+    layout: ParallelLayout,
+    work: Workload,
+    target: int,
+    iterations: int,
+    tuning: Tuning = MEGATRON_DEFAULTS,
 ) -> dict[str, list[str]]:
     """Return the flags of ``megatron_cream.pretrain`` by theme; paths are shell variables.
 
@@ -29,7 +34,7 @@ def run_flags(
         "SIZE": size,
         "KIND": kind,
         "ROPE": rotary + rope_flags(shape, target),
-        "LAYOUT": layout_flags(layout),
+        "LAYOUT": layout_flags(layout, tuning),
         "EXTENSION": [
             *("--seq-length", length, "--max-position-embeddings", length),
             *("--target-length", str(target), *_position_flags(work.seq_length, target)),
@@ -55,16 +60,27 @@ def run_flags(
     }
 
 
+def found_flags(found: Comparison) -> dict[str, list[str]]:
+    """Return the flags of the short run of a plan, by theme."""
+    plan = found.short
+    return run_flags(
+        found.shape, plan.layout, plan.work, found.target, found.iterations, found.tuning
+    )
+
+
 def warm_up(iterations: int) -> int:
     """Return the steps of learning rate warm-up: CREAM's 10, or half of a shorter run."""
     return min(10, iterations // 2)
 
 
-def layout_flags(layout: ParallelLayout) -> list[str]:
+def layout_flags(layout: ParallelLayout, tuning: Tuning = MEGATRON_DEFAULTS) -> list[str]:
     """Return Megatron's flags for a layout; the data parallel size is what remains."""
     flags = ["--tensor-model-parallel-size", str(layout.tensor)]
     flags += ["--sequence-parallel"] if layout.tensor > 1 else []
+    flags += ["--tp-comm-overlap"] if layout.tensor > 1 and tuning.tp_overlap else []
     flags += ["--pipeline-model-parallel-size", str(layout.pipeline)]
+    if layout.virtual > 1:
+        flags += ["--num-virtual-stages-per-pipeline-rank", str(layout.virtual)]
     if layout.first_layers is not None:
         flags += ["--decoder-first-pipeline-num-layers", str(layout.first_layers)]
     if layout.last_layers is not None:
@@ -77,6 +93,9 @@ def layout_flags(layout: ParallelLayout) -> list[str]:
     if layout.recompute:
         flags += ["--recompute-granularity", "full", "--recompute-method", "uniform"]
         flags += ["--recompute-num-layers", "1"]
+    flags += [] if tuning.fused_gradients else ["--no-gradient-accumulation-fusion"]
+    if tuning.fp8:
+        flags += ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"]
     return flags
 
 
@@ -175,9 +194,7 @@ class LaunchScript:
             UserError: ``path`` is not below a folder with ``common.sh``.
         """
         common = _common_script(path)
-        flags = run_flags(
-            found.shape, found.short.layout, found.short.work, found.target, found.iterations
-        )
+        flags = found_flags(found)
         lines = [
             "#!/usr/bin/env bash",
             "# SPDX-License-Identifier: Apache-2.0",

@@ -168,6 +168,9 @@ def why_not_estimated(args: Namespace) -> str | None:
         return f"--recompute-num-layers is {args.recompute_num_layers}, estimates are for 1"
     if args.recompute_granularity == "full" and args.recompute_method != "uniform":
         return f"--recompute-method is {args.recompute_method}, estimates are for uniform"
+    layout, stages = layout_from_args(args), args.pipeline_model_parallel_size
+    if layout.virtual > 1 and layout.micro_batches(workload_from_args(args)) % stages:
+        return f"micro-batches per step are no multiple of {stages} stages, with virtual stages"
     modules = set(args.recompute_modules or ()) - {"core_attn"}
     if args.recompute_granularity == "selective" and modules:
         return f"--recompute-modules is {' '.join(sorted(modules))}, estimates are for core_attn"
@@ -206,6 +209,7 @@ def layout_from_args(args: Namespace) -> ParallelLayout:
         first_layers=args.decoder_first_pipeline_num_layers,
         last_layers=args.decoder_last_pipeline_num_layers,
         recompute=args.recompute_granularity == "full",
+        virtual=args.virtual_pipeline_model_parallel_size or 1,
     )
 
 

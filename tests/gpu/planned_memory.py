@@ -24,13 +24,14 @@ import torch  # noqa: E402
 from support.runs import write_dataset  # noqa: E402
 
 from megatron_cream import torchrun  # noqa: E402
-from megatron_cream.parallel_layout import ParallelLayout, Workload  # noqa: E402
-from megatron_cream.planning.cost import GPUS, measured_mfu, step_time  # noqa: E402
+from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload  # noqa: E402
+from megatron_cream.planning.cost import GPUS, product_share, step_time  # noqa: E402
 from megatron_cream.planning.memory import GIB, peak_memory  # noqa: E402
 from megatron_cream.planning.models import MODELS, BaseModel  # noqa: E402
 from megatron_cream.planning.script import argv, run_flags  # noqa: E402
 
 WORK = Workload(4096, 8)
+TUNING = Tuning(fused_gradients=False)  # Apex's kernel is not on PyPI
 ROWS: list[tuple[str, int, ParallelLayout]] = [
     ("llama-2-7b", 4, ParallelLayout(1, 1, 1, 1)),
     ("llama-2-7b", 8, ParallelLayout(1, 1, 1, 1, recompute=True)),
@@ -83,7 +84,7 @@ def main() -> int:
             shape = dataclasses.replace(MODELS[name], layers=layers)
             gib, seconds = train(shape, layout, data)
             planned = peak_memory(shape, layout, WORK).total / GIB
-            step = step_time(shape, layout, WORK, gpu, measured_mfu()).total
+            step = step_time(shape, layout, WORK, gpu, product_share(), tuning=TUNING).total
             row = [name, layers, layout, f"{planned:.2f}", f"{gib:.2f}"]
             row += [f"{step:.3f}", f"{seconds:.3f}"]
             print(f"| {' | '.join(map(str, row))} |", flush=True)

@@ -75,7 +75,9 @@ def test_virtual_stages_experts_and_other_layouts_are_built_too():
     views, _, lines = forks.call(planning.views, flags, 4)
     assert [view.layers for view in views[:2]] == [(1, 2, 5, 6), (3, 4, 7, 8)]
     assert lines[0].startswith("stage 0: layers 1..2, 5..6, embedding")
-    assert "not estimated: --num-virtual-stages-per-pipeline-rank is 2" in lines[2]
+    assert lines[0].endswith("GiB") and "not estimated" not in "\n".join(lines)
+    odd = [*flags, "--global-batch-size", "30"]
+    assert "not estimated: micro-batches" in forks.call(planning.views, odd, 4)[2][2]
 
     experts = ["--num-experts", "4", "--expert-model-parallel-size", "2", "--moe-router-topk", "2"]
     flags = small("--tensor-model-parallel-size", "2", "--sequence-parallel", *experts)
