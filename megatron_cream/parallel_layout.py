@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_cream.errors import UserError
@@ -89,12 +90,16 @@ class ParallelLayout:
         sizes = f"TP{self.tensor} PP{self.pipeline}{virtual}{context} DP{self.data}"
         return sizes + (", recompute" if self.recompute else "")
 
-    def stages(self, layers: int) -> list[range]:
+    def stages(self, layers: int) -> list[Sequence[int]]:
         """Return the layers of each pipeline stage, counted from 0, as Megatron splits them.
+
+        With virtual stages every rank has a piece of each round over the stages.
 
         Raises:
             UserError: they cannot be split so.
         """
+        if self.virtual > 1:
+            return self._interleaved(layers)
         ends = [n for n in (self.first_layers, self.last_layers) if n is not None]
         middle, left = self.pipeline - len(ends), layers - sum(ends)
         if left < 0 or (left % middle if middle else left):
@@ -107,6 +112,23 @@ class ParallelLayout:
         counts[-1] = counts[-1] if self.last_layers is None else self.last_layers
         bounds = [sum(counts[:i]) for i in range(self.pipeline + 1)]
         return [range(bounds[i], bounds[i + 1]) for i in range(self.pipeline)]
+
+    def _interleaved(self, layers: int) -> list[Sequence[int]]:
+        pieces = self.pipeline * self.virtual
+        if layers % pieces or self.first_layers is not None or self.last_layers is not None:
+            raise UserError(
+                f"{layers} layers cannot be split evenly over {self.pipeline} pipeline stages of "
+                f"{self.virtual} virtual stages"
+            )
+        size = layers // pieces
+        return [
+            [
+                first + n
+                for first in range(stage * size, layers, size * self.pipeline)
+                for n in range(size)
+            ]
+            for stage in range(self.pipeline)
+        ]
 
     def micro_batches(self, work: Workload) -> int:
         """Return how many micro-batches go through the pipeline in a step."""

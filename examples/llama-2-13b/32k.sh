@@ -3,7 +3,7 @@
 # Llama-2-13B to 32K on 8 H100, trained at 4096 tokens.
 #
 # megatron-cream plan llama-2-13b --gpus 8 --target-length 32768
-#   TP2 PP1 DP4: 67.5 GiB per GPU, 2.73 s per step, 1000 steps in 45.4 min
+#   TP2 PP1 DP4: 67.5 GiB per GPU, 2.58 s per step, 1000 steps in 43.0 min
 #
 #   DATA=data/books examples/llama-2-13b/32k.sh
 set -euo pipefail

@@ -3,7 +3,7 @@
 # Llama-2-7B to 256K on 8 H100, trained at 4096 tokens.
 #
 # megatron-cream plan llama-2-7b --gpus 8 --target-length 262144
-#   TP1 PP1 DP8: 63.9 GiB per GPU, 1.35 s per step, 1000 steps in 22.5 min
+#   TP1 PP1 DP8: 63.9 GiB per GPU, 1.34 s per step, 1000 steps in 22.3 min
 #
 #   DATA=data/books examples/llama-2-7b/256k.sh
 set -euo pipefail

@@ -4,7 +4,7 @@
 # The recipe is CREAM's published one: 1000 steps of 32 samples, 2e-5 after 10 steps.
 #
 # megatron-cream plan llama-2-7b --gpus 8 --target-length 32768
-#   TP1 PP1 DP8: 63.9 GiB per GPU, 1.35 s per step, 1000 steps in 22.5 min
+#   TP1 PP1 DP8: 63.9 GiB per GPU, 1.34 s per step, 1000 steps in 22.3 min
 #
 #   DATA=data/books examples/llama-2-7b/32k.sh
 set -euo pipefail

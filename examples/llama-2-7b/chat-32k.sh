@@ -6,7 +6,7 @@
 # every token is trained, the user's too.
 #
 # megatron-cream plan llama-2-7b --gpus 8 --target-length 32768 --train-iters 100
-#   TP1 PP1 DP8: 63.9 GiB per GPU, 1.35 s per step, 100 steps in 2.2 min
+#   TP1 PP1 DP8: 63.9 GiB per GPU, 1.34 s per step, 100 steps in 2.2 min
 #
 #   DATA=data/conversations examples/llama-2-7b/chat-32k.sh
 set -euo pipefail

@@ -168,12 +168,25 @@ def why_not_estimated(args: Namespace) -> str | None:
         return f"--recompute-num-layers is {args.recompute_num_layers}, estimates are for 1"
     if args.recompute_granularity == "full" and args.recompute_method != "uniform":
         return f"--recompute-method is {args.recompute_method}, estimates are for uniform"
-    layout, stages = layout_from_args(args), args.pipeline_model_parallel_size
-    if layout.virtual > 1 and layout.micro_batches(workload_from_args(args)) % stages:
-        return f"micro-batches per step are no multiple of {stages} stages, with virtual stages"
     modules = set(args.recompute_modules or ()) - {"core_attn"}
     if args.recompute_granularity == "selective" and modules:
         return f"--recompute-modules is {' '.join(sorted(modules))}, estimates are for core_attn"
+    return _why_no_groups(args)
+
+
+def _why_no_groups(args: Namespace) -> str | None:
+    """Name what makes the groups of micro-batches of virtual stages uneven, or return None."""
+    if args.virtual_pipeline_model_parallel_size is None:
+        return None
+    if args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers:
+        return "stages are uneven, estimates of virtual stages are for even ones"
+    batches = layout_from_args(args).micro_batches(workload_from_args(args))
+    stages, group = args.pipeline_model_parallel_size, args.microbatch_group_size_per_vp_stage
+    if batches % stages:
+        return f"{batches} micro-batches per step are no multiple of {stages} stages"
+    if group not in (None, stages):
+        flag = flag_of("microbatch_group_size_per_vp_stage")
+        return f"{flag} is {group}, estimates are for {stages}"
     return None
 
 

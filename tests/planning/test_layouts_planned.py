@@ -35,7 +35,7 @@ def test_layouts_divide_what_they_split(shape, work):
             assert work.seq_length % (2 * layout.context) == 0
             assert work.seq_length // layout.context >= SHORTEST_SLICE
         stages = layout.stages(shape.layers)
-        assert list(itertools.chain(*stages)) == list(range(shape.layers))
+        assert sorted(itertools.chain(*stages)) == list(range(shape.layers))
         assert len(stages) == layout.pipeline and all(stages)
 
 
@@ -72,6 +72,9 @@ def test_uneven_ends(layers, stages, ends):
 def test_a_split_that_does_not_work_out():
     with pytest.raises(ValueError, match="30 layers cannot be split over 4 pipeline stages"):
         ParallelLayout(1, 4, 1, 1).stages(30)
+    assert ParallelLayout(1, 2, virtual=2).stages(8) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    with pytest.raises(ValueError, match="30 layers cannot be split evenly over 4 pipeline stages"):
+        ParallelLayout(1, 4, virtual=2).stages(30)
     with pytest.raises(ValueError, match="25 layers for 2 stages"):
         ParallelLayout(1, 4, 1, 1, 3, 2).stages(30)
 

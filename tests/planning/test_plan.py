@@ -76,9 +76,19 @@ def test_options_change_the_plan(planned):
         for more in (["--peak-tflops", "1000"], ["--peak-tflops", "500"])
     )
     assert 1.5 < slow / fast < 2.1
-    assert "TP4 PP2 DP1" in planned(
-        *base, "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "2"
-    )
+    split = ["--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "2"]
+    virtual = "--num-virtual-stages-per-pipeline-rank"
+    assert "TP4 PP2 DP1" in planned(*base, *split, virtual, "1")
+    four = planned(*base, *split, virtual, "4")
+    assert "TP4 PP2 VP4 DP1" in four and f"{virtual} 4" in four
+    fused = "--no-gradient-accumulation-fusion"
+    assert fused not in four and fused in planned(*base, fused)
+    assert "--tp-comm-overlap" in planned(*base, *split, "--tp-comm-overlap")
+    assert "--fp8-format hybrid --fp8-recipe tensorwise" in planned(*base, "--fp8")
+    two = ["--seq-length", "512", "--global-batch-size", "512"]
+    assert re.search(r"^micro-batches per step +\d+ of [248]\b", planned(*base, *two), re.M)
+    assert "--micro-batch-size 1" not in planned(*base, *two)
+    assert "--micro-batch-size 2" in planned(*base, *two, "--micro-batch-size", "2")
     whole = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
     layout = re.compile(r"^layout +(.*?)  ", re.M)
     assert layout.search(planned(*base, *whole))[1] == "TP1 PP1 DP8"
@@ -111,6 +121,7 @@ def test_full_length_that_does_not_fit_leaves_the_rest(planned):
             ["tensor parallel size 3", "32 heads"],
         ),
         (["llama-2-7b", "--gpus", "8", "--gpu", "v100"], ["--gpu", "v100", "h100"]),
+        (["llama-2-7b", "--gpus", "8", "--gpu", "a100", "--fp8"], ["a100", "no FP8", "--fp8"]),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tool, capsys, arguments, parts):
@@ -251,6 +262,7 @@ def test_selective_recompute_of_other_modules_is_not_estimated(monkeypatch, modu
         tensor_model_parallel_size=1,
         recompute_granularity="selective",
         recompute_modules=modules,
+        virtual_pipeline_model_parallel_size=None,
     )
     reason = stages.why_not_estimated(args)
     assert ("mlp" in reason) if modules and "mlp" in modules else reason is None

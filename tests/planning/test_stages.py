@@ -7,7 +7,7 @@ import re
 import pytest
 from support import forks, planning
 
-from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload
 from megatron_cream.planning.memory import GIB, padded_vocab, stage_memory, stage_parameters
 from megatron_cream.planning.models import MODELS
 from megatron_cream.planning.propose import uneven_ends
@@ -77,7 +77,7 @@ def test_virtual_stages_experts_and_other_layouts_are_built_too():
     assert lines[0].startswith("stage 0: layers 1..2, 5..6, embedding")
     assert lines[0].endswith("GiB") and "not estimated" not in "\n".join(lines)
     odd = [*flags, "--global-batch-size", "30"]
-    assert "not estimated: micro-batches" in forks.call(planning.views, odd, 4)[2][2]
+    assert "15 micro-batches per step are no multiple" in forks.call(planning.views, odd, 4)[2][2]
 
     experts = ["--num-experts", "4", "--expert-model-parallel-size", "2", "--moe-router-topk", "2"]
     flags = small("--tensor-model-parallel-size", "2", "--sequence-parallel", *experts)
@@ -171,3 +171,24 @@ def test_checks_of_views():
         _check_parameters(changed(0, counted=31), WHOLE)
     with pytest.raises(ValueError, match="rank 3 holds 7 parameters"):
         _check_copy([*VIEWS, dataclasses.replace(VIEWS[1], rank=3, parameters=7)])
+
+
+def test_options_of_speed_are_flags_that_megatron_takes():
+    """Virtual stages, overlap and FP8 as the plan prints them, built rank by rank."""
+    shape = dataclasses.replace(MODELS["llama-3-8b"], layers=8, hidden=256, ffn=512)
+    shape = dataclasses.replace(shape, heads=8, groups=4, head_dim=32, vocabulary=1000)
+    layout = ParallelLayout(2, 2, 1, 1, virtual=2)
+    tuning = Tuning(fp8=True, tp_overlap=True, fused_gradients=False)
+    flags = argv(run_flags(shape, layout, CREAM, 262144, 1000, tuning))
+    views, _, lines = forks.call(planning.views, flags, 4)
+    assert {view.layers for view in views} == {(1, 2, 5, 6), (3, 4, 7, 8)}
+    assert "memory is not estimated: --fp8-format" in "\n".join(lines)
+
+
+def test_a_stage_with_virtual_stages_has_the_planned_memory():
+    shape = dataclasses.replace(MODELS["llama-3-8b"], layers=8, hidden=256, ffn=512)
+    layout = ParallelLayout(1, 2, 1, 2, virtual=4)
+    _, _, lines = forks.call(planning.views, planned(shape, layout), 4)
+    for stage in range(2):
+        gib = stage_memory(shape, layout, CREAM, stage).total / GIB
+        assert lines[stage].endswith(f"{gib:.1f} GiB")
