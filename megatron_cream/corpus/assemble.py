@@ -73,6 +73,7 @@ def _part_segment(job: PreprocessJob, part: EncodedPart) -> Segment:
         part.metadata.documents,
         lambda: split(part.lengths(), most, head, tail),
         part.hashes,
+        part.stem + MASK_SUFFIX if part.metadata.masked else None,
     )
 
 

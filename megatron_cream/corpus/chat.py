@@ -2,7 +2,8 @@
 """Turns conversations into plain documents, by the chat template of a tokenizer.
 
 A document is the text that the chat model sees, special tokens written out; tokenizing turns these
-into their ids. Nothing says which words are the user's: a run trains on all of them.
+into their ids. A run trains on all of it, or on what the assistant says: a conversation is then
+rendered up to each of its words and behind them, so that a template needs no marks for this.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ EXAMPLES = """
         --output-prefix conversations
 
 One conversation per line: {"messages": [{"role", "content"}, ...]}, or ShareGPT's
-{"conversations": [{"from", "value"}, ...]}. All of a document is trained, the user's words too.
-See docs/examples.md.
+{"conversations": [{"from", "value"}, ...]}. All of a document is trained, the user's words too,
+unless --assistant-only is given here and --mask-key trained to preprocess. See docs/data.md.
 """
 
 # Who speaks, in the ShareGPT format's words.
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", nargs="+", required=True, metavar="FILE", help="JSONL")
     add("--tokenizer-model", required=True, metavar="FOLDER", help="with the chat template")
     add("--output", required=True, metavar="FILE", help="JSONL with one text per line")
+    only = "also write which characters the assistant says, as trained"
+    add("--assistant-only", action="store_true", help=only)
     add("--on-error", choices=("fail", "skip"), default="fail", help="at a bad conversation")
     add("--overwrite", action="store_true", help="replace --output")
 
@@ -48,7 +51,12 @@ def run(args: argparse.Namespace) -> None:
     """Render the conversations that the command line names, and say how many there are."""
     skip = args.on_error == "skip"
     written, skipped = render_files(
-        args.input, args.output, args.tokenizer_model, skip=skip, overwrite=args.overwrite
+        args.input,
+        args.output,
+        args.tokenizer_model,
+        skip=skip,
+        overwrite=args.overwrite,
+        assistant_only=args.assistant_only,
     )
     print(f"{args.output}: {written} conversations, {skipped} skipped")
 
@@ -111,8 +119,12 @@ class ChatTemplate:
                 "of chat models do"
             )
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """Return the text of a whole conversation.
+    def render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+        """Return the text of a conversation.
+
+        Args:
+            messages: all of it, or its beginning.
+            prompt: whether the assistant is asked to go on.
 
         Raises:
             UserError: the template refuses it, two users in a row say.
@@ -120,21 +132,61 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt
+                )
+            )
         except TemplateError as error:
             raise UserError(f"the chat template does not take it: {error}") from None
 
+    def render_trained(self, messages: list[dict[str, str]]) -> tuple[str, list[list[int]]]:
+        """Return the text of a whole conversation, and where the assistant speaks in it.
+
+        Each stretch is from the first character that the assistant is to write to the last that
+        the template puts behind its words.
+
+        Raises:
+            UserError: the template refuses it, or what it writes of the beginning of a conversation
+                is not how it begins the whole, so that nothing says where words stand.
+        """
+        whole, trained = self.render(messages), []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:i], prompt=True)
+            behind = self.render(messages[: i + 1])
+            said = behind[len(before) :]
+            if not (behind.startswith(before) and whole.startswith(behind)):
+                raise UserError(f"{_INEXACT} (message {i + 1} changes what stands before it)")
+            if not said.lstrip().startswith(message["content"].strip()) or not said:
+                raise UserError(f"{_INEXACT} (it puts something in front of message {i + 1})")
+            trained.append([len(before), len(behind)])
+        if not trained:
+            raise UserError("the assistant says nothing in it, needs one such message")
+        return whole, trained
+
+
+_INEXACT = "--assistant-only: the chat template does not say exactly where the assistant speaks"
+
 
 def read_conversations(
-    lines: Iterable[bytes], template: ChatTemplate, name: str, skip: bool
-) -> Iterator[str | None]:
+    lines: Iterable[bytes],
+    template: ChatTemplate,
+    name: str,
+    skip: bool,
+    assistant_only: bool = False,
+) -> Iterator[dict[str, Any] | None]:
     """Yield the document of each line of a JSONL file, None for one that is skipped.
+
+    A document is an object with its ``text`` and, for the assistant alone, ``trained``.
 
     Args:
         lines: UTF-8.
         template: of the tokenizer.
         name: of the file, for errors.
         skip: go on at a conversation that cannot be rendered.
+        assistant_only: whether to say where the assistant speaks.
 
     Raises:
         UserError: naming the file and the line.
@@ -143,9 +195,14 @@ def read_conversations(
         if not line.strip():
             continue
         try:
-            text = template.render(messages_of(json.loads(line)))
-            text.encode()  # half a surrogate pair cannot be written
-            yield text
+            messages = messages_of(json.loads(line))
+            if assistant_only:
+                text, trained = template.render_trained(messages)
+                document: dict[str, Any] = {"text": text, "trained": trained}
+            else:
+                document = {"text": template.render(messages)}
+            document["text"].encode()  # half a surrogate pair cannot be written
+            yield document
         except (ValueError, RecursionError) as error:
             if not skip:
                 raise UserError(f"{name}, line {number}: {error}; --on-error skip") from None
@@ -153,9 +210,16 @@ def read_conversations(
 
 
 def render_files(
-    inputs: list[str], output: str, folder: str, skip: bool, overwrite: bool = False
+    inputs: list[str],
+    output: str,
+    folder: str,
+    skip: bool,
+    overwrite: bool = False,
+    assistant_only: bool = False,
 ) -> tuple[int, int]:
     """Write ``output``, one ``{"text": ...}`` per line; return conversations written and skipped.
+
+    With ``assistant_only`` each has ``trained``, too: pairs of characters, where it speaks.
 
     Raises:
         UserError: a conversation that cannot be rendered, none that can, or an output that is
@@ -172,10 +236,13 @@ def render_files(
         with open(handle, "w", encoding="utf-8") as out:
             for name in inputs:
                 with open(name, "rb") as lines:
-                    for text in read_conversations(lines, template, name, skip):
-                        written, skipped = written + (text is not None), skipped + (text is None)
-                        if text is not None:
-                            out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                    found = read_conversations(lines, template, name, skip, assistant_only)
+                    for document in found:
+                        if document is None:
+                            skipped += 1
+                            continue
+                        written += 1
+                        out.write(json.dumps(document, ensure_ascii=False) + "\n")
         if not written:
             raise UserError(f"--input: {skipped} conversations, and none that can be rendered")
         os.chmod(partial, 0o666 & ~_umask())

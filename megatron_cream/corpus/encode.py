@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encodes the units of a job: reads records, tokenizes them, writes parts that outlive a kill.
 
-A part is four files in the job's folder: tokens, lengths, hashes, and the metadata that makes it
-count. One without its metadata was being written when its process ended, and is written again.
+A part is some files in the job's folder: tokens, lengths, hashes and masks where asked for, and the
+metadata that makes it count. One without its metadata was being written when its process ended, and
+is written again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_cream.corpus.gigatoken import EXCERPT_CHARACTERS, GigatokenTokeniz
 from megatron_cream.corpus.inspection import LISTED_ERRORS
 from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.corpus.readers import lines_before, place, read_span
-from megatron_cream.corpus.records import BadRecord, Text, TextRecord
+from megatron_cream.corpus.records import BadRecord, Stretches, Text, TextRecord
 from megatron_cream.corpus.split_points import (
     CUT_CHARACTERS,
     TextSplitter,
@@ -33,6 +34,7 @@ from megatron_cream.corpus.split_points import (
     find_text_splitter,
 )
 from megatron_cream.corpus.tokenizers import Tokenizer
+from megatron_cream.data.token_mask import MASK_SUFFIX
 from megatron_cream.errors import UserError
 
 HASH_BYTES = 16
@@ -108,7 +110,10 @@ class UnitEncoder:
         try:
             if record.error is not None:
                 raise record.error
-            part.add(record.text)
+            if record.trained is None:
+                part.add(record.text)
+            else:
+                part.add_masked(str(record.text), record.trained)
         except BadRecord as exc:
             if self.job.config.on_error == "skip":
                 part.count_error(span, record.number, exc)
@@ -130,6 +135,7 @@ class PartMetadata:
         listed: span of the unit, number in it, kind and detail of bad records.
         next: where the next part of the unit starts; None at the end.
         hashed: whether a hash of each document's text is kept.
+        masked: whether a mask says which tokens are trained.
     """
 
     documents: int = 0
@@ -141,6 +147,7 @@ class PartMetadata:
     listed: list[tuple[int, int, str, str]] = field(default_factory=list)
     next: UnitPlace | None = None
     hashed: bool = False
+    masked: bool = False
 
 
 class _PartEncoder:
@@ -149,10 +156,12 @@ class _PartEncoder:
     def __init__(self, encoder: UnitEncoder, unit: int, number: int) -> None:
         job = encoder.job
         self.characters = 0
-        self._metadata = PartMetadata(hashed=job.config.drop_duplicates)
+        masked = job.config.mask_key is not None
+        self._metadata = PartMetadata(hashed=job.config.drop_duplicates, masked=masked)
         self._config, self._encoder = job.config, encoder
         self._lengths: list[int] = []
         self._hashes: list[bytes] = []
+        self._masks: list[bytes] = []
         self._waiting: list[str] = []
         self._waiting_characters = 0
         self._head = [] if job.bos is None else [np.array([job.bos])]
@@ -183,6 +192,19 @@ class _PartEncoder:
         if self._waiting_characters >= _BATCH_CHARACTERS or len(self._waiting) >= _BATCH_DOCUMENTS:
             self._flush()
 
+    def add_masked(self, text: str, trained: Stretches) -> None:
+        """Encode a document of which some is trained: tokens that have a character of that."""
+        self.characters += len(text)
+        found = self._encoder.tokenizer.locate(text)
+        if not self._fits(len(found.ids)):
+            return
+        for ids in (*self._head, found.ids, *self._tail):
+            self._write_ids(ids)
+        mask = found.overlapping(trained).astype(np.uint8).tobytes()
+        self._masks.append(bytes(len(self._head)) + mask + bytes(len(self._tail)))
+        hashed = self._metadata.hashed
+        self._count(len(found.ids), _new_hash(text.encode()) if hashed else None)
+
     def count_error(self, span: int, number: int, error: BadRecord) -> None:
         """Count a bad record, and list one of the first."""
         found = self._metadata
@@ -208,6 +230,8 @@ class _PartEncoder:
         self._write(".len", np.array(self._lengths, dtype="<i8").tobytes())
         if self._metadata.hashed:
             self._write(".hash", b"".join(self._hashes))
+        if self._metadata.masked:
+            self._write(MASK_SUFFIX, b"".join(self._masks))
         self._write(".json", json.dumps(asdict(self._metadata)).encode())
 
     def _write(self, suffix: str, data: bytes) -> None:
@@ -352,6 +376,8 @@ def _read_part(stem: str, unit: int, dtype: np.dtype) -> EncodedPart | None:
         sizes = {".bin": found.tokens * dtype.itemsize, ".len": found.documents * 8}
         if found.hashed:
             sizes[".hash"] = found.documents * HASH_BYTES
+        if found.masked:
+            sizes[MASK_SUFFIX] = found.tokens
         if any(os.path.getsize(stem + suffix) != size for suffix, size in sizes.items()):
             return None
     except (FileNotFoundError, ValueError, TypeError):

@@ -21,6 +21,7 @@ from megatron_cream.corpus.split_points import TextSplitter, find_text_splitter
 from megatron_cream.corpus.tokenizers import (
     ByteLevelTokenizer,
     HuggingFaceTokenizer,
+    LocatedTokens,
     SentencePieceTokenizer,
     Tokenizer,
 )
@@ -242,6 +243,10 @@ class GigatokenTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one sequence of ids, by the reference."""
         return self.reference.decode(ids)
+
+    def locate(self, text: str) -> LocatedTokens:
+        """The tokens of a text and the characters of each, by the reference."""
+        return self.reference.locate(text)
 
     def _describe(self, ours: np.ndarray, theirs: np.ndarray) -> str:
         shared = min(len(ours), len(theirs))

@@ -87,7 +87,8 @@ class PreprocessJob:
     def fields(self) -> Fields:
         """Which keys or columns hold the text."""
         keys = self.config.json_key
-        return Fields((keys,) if isinstance(keys, str) else tuple(keys), self.config.key_separator)
+        names = (keys,) if isinstance(keys, str) else tuple(keys)
+        return Fields(names, self.config.key_separator, self.config.mask_key)
 
     @property
     def dtype(self) -> np.dtype:
@@ -116,10 +117,12 @@ class PreprocessJob:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the bytes of all shards together."""
-        config = self.config
+        config, fields = self.config, asdict(self.fields)
+        if fields["mask"] is None:  # as before there were masks, so that finished jobs are known
+            del fields["mask"]
         return {
             "input": [asdict(file) for file in self.files],
-            "fields": asdict(self.fields),
+            "fields": fields,
             "tokenizer": [config.tokenizer_type, self.tokenizer_digest],
             "eod": self.eod,
             "bos": self.bos,
@@ -236,6 +239,10 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
         bos_id=tokenizer.bos,
     )
     for file in files:
+        if config.mask_key is not None and file.format != JSONL:
+            raise UserError(
+                f"--mask-key {config.mask_key}: {file.path} is {file.format}, needs jsonl"
+            )
         if file.format in (PARQUET, ARROW):
             from megatron_cream.corpus.columnar import validate_columns
 

@@ -39,6 +39,7 @@ from megatron_cream.corpus.work_folder import (
     validate_absent,
 )
 from megatron_cream.data.indexed import read_index, read_metadata, validate_metadata
+from megatron_cream.data.token_mask import has_mask
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, read_flags
 
@@ -195,7 +196,9 @@ def is_dataset_of(job: PreprocessJob) -> bool:
             return False
         if tuple(found.get("shard", (0, 1))) != job.config.shard:
             return False
-        validate_metadata(read_index(job.prefix, empty=True), found)
+        index = read_index(job.prefix, empty=True)
+        validate_metadata(index, found)
+        has_mask(job.prefix, int(index.lengths.sum(dtype="int64")), found)
     except (UserError, FileNotFoundError):
         return False
     return True
@@ -226,7 +229,8 @@ def _run_job(
     done = folder.claim(job.identity_of_shard(), restart=config.restart)
     if done:
         say(f"continuing with {done} finished parts in {folder.path}")
-    fast, reason = choose_engine(config.engine, tokenizer, sample_texts(job, config.verify))
+    engine = config.engine if config.mask_key is None else "reference"  # locates its tokens
+    fast, reason = choose_engine(engine, tokenizer, sample_texts(job, config.verify))
     say(reason)
     say(_describe_added_tokens(tokenizer, job))
     if fast is not None:

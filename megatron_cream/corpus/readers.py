@@ -135,7 +135,11 @@ def _read_jsonl(
         if not line or (line[0] in _BLANK and bytes(line).isspace()):
             continue
         try:
-            yield TextRecord(records.text_of(line, fields), None, number, end - span.start)
+            if fields.mask is None:
+                yield TextRecord(records.text_of(line, fields), None, number, end - span.start)
+            else:
+                text, trained = records.masked_text_of(line, fields)
+                yield TextRecord(text, None, number, end - span.start, trained)
         except BadRecord as exc:
             yield TextRecord("", exc, number, end - span.start)
 

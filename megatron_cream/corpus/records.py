@@ -36,6 +36,10 @@ WRONG_TYPE = "wrong type"
 NOT_UTF8 = "invalid UTF-8"
 SURROGATE = "lone surrogate"
 NUL = "NUL"
+BAD_MASK = "bad mask"
+
+Stretches = list[tuple[int, int]]
+"""Of a text: first character of each and the one behind its last, in order and apart."""
 
 
 class BadRecord(ValueError):
@@ -54,20 +58,26 @@ class TextRecord(NamedTuple):
         error: what is wrong with the record.
         number: of its line or row, counted from 1 in its span; 0 for a whole file.
         offset: where the next record starts: expanded bytes from the start of the span, or rows.
+        trained: stretches of the text that are trained; None for all of it.
     """
 
     text: Text
     error: BadRecord | None
     number: int
     offset: int
+    trained: Stretches | None = None
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which keys of an object hold the text, and what is put between several of them."""
+    """Which keys of an object hold the text, and what is put between several of them.
+
+    ``mask`` is the key of the stretches of the text that are trained, None for all of it.
+    """
 
     names: tuple[str, ...] = ("text",)
     separator: str = "\n\n"
+    mask: str | None = None
 
 
 def validate_text(text: str) -> str:
@@ -126,6 +136,37 @@ def text_of(line: Line, fields: Fields) -> Text:
     if len(line) > LONG_BYTES:
         return stream_json_text(line, fields)
     return join_text_fields(parse(line), fields)
+
+
+def masked_text_of(line: Line, fields: Fields) -> tuple[str, Stretches]:
+    """Return the text of one line of JSONL, and which of it is trained.
+
+    Raises:
+        BadRecord: as ``text_of``, or the stretches are not such, or the line is a very long one.
+    """
+    if len(line) > LONG_BYTES:
+        detail = f"a line of {len(line)} bytes cannot have a mask, needs at most {LONG_BYTES}"
+        raise BadRecord(BAD_MASK, detail)
+    record = parse(line)
+    text = join_text_fields(record, fields)
+    found = record.get(fields.mask)
+    if not _are_stretches(found, len(text)):
+        raise BadRecord(
+            BAD_MASK,
+            f"--mask-key {fields.mask}: needs pairs [first, end] of characters of the text, "
+            f"{len(text)}, in order, as [[0, 5], [9, 12]]",
+        )
+    return text, [(first, end) for first, end in found]
+
+
+def _are_stretches(found: Any, size: int) -> bool:
+    before = 0
+    for one in found if isinstance(found, list) else [None]:
+        pair = isinstance(one, list) and len(one) == 2 and all(type(n) is int for n in one)
+        if not pair or not before <= one[0] < one[1] <= size:
+            return False
+        before = one[1]
+    return True
 
 
 def join_text_fields(record: Any, fields: Fields) -> str:

@@ -56,6 +56,8 @@ class PreprocessConfig:
         tokenizer_model: path of the tokenizer's file or folder.
         json_key: keys or columns that hold the text.
         key_separator: put between the texts of several keys.
+        mask_key: key of the stretches of the text that are trained, pairs of characters as
+            ``[[0, 5], [9, 12]]``; makes ``PREFIX.mask``. None trains all.
         input_format: ``jsonl``, ``text``, ``parquet`` or ``arrow``; None for what suffixes say.
         append_eod, prepend_bos: whether those tokens are put around each document.
         min_tokens, max_tokens: tokens of a document, before eod and bos.
@@ -86,6 +88,11 @@ class PreprocessConfig:
     )
     key_separator: str = _input(
         "between several keys' texts (default: an empty line)", default="\n\n", metavar="TEXT"
+    )
+    mask_key: str | None = _input(
+        "of the stretches of the text that are trained (default: all of it)",
+        default=None,
+        metavar="KEY",
     )
     on_error: str = _input("at a bad record", default="fail", choices=("fail", "skip"))
     append_eod: bool = _tokens(**APPEND_EOD)
@@ -149,6 +156,11 @@ class PreprocessConfig:
             raise UserError(f"--shard {index}/{count}: needs 0/{count} to {count - 1}/{count}")
         if not self.json_key:
             raise UserError("--json-key: needs at least one name")
+        if self.mask_key is not None and self.engine == "fast":
+            raise UserError(
+                "--engine fast: does not say where in a text its tokens stand, which --mask-key "
+                "needs; leave one out"
+            )
         if str(STDIN) not in self.input:
             return
         if self.workers > 1 or self.ray is not None or count > 1:

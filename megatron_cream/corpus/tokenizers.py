@@ -38,10 +38,6 @@ class Tokenizer(Protocol):
         """The text of one sequence of ids, special tokens included."""
         ...
 
-
-class LocatingTokenizer(Tokenizer, Protocol):
-    """A tokenizer that also says where in the text each of its tokens stands."""
-
     def locate(self, text: str) -> LocatedTokens:
         """The tokens of a text, as ``encode`` gives them, and the characters of each."""
         ...
@@ -279,11 +275,11 @@ class SentencePieceTokenizer:
 
     def locate(self, text: str) -> LocatedTokens:
         """The tokens of a text, as ``encode`` gives them, and the characters of each."""
-        if hasattr(self._processor, "EncodeAsOffsetMapping"):
-            found = self._processor.EncodeAsOffsetMapping(text)
+        processor: Any = self._processor
+        if hasattr(processor, "EncodeAsOffsetMapping"):
+            found = processor.EncodeAsOffsetMapping(text)
             return LocatedTokens.of(found["ids"], found["offsets"])
-        before_0_2_2: Any = self._processor
-        pieces = before_0_2_2.EncodeAsImmutableProto(text).pieces
+        pieces = processor.EncodeAsImmutableProto(text).pieces  # of earlier versions
         spans = [(piece.begin, piece.end) for piece in pieces]
         return LocatedTokens.of([piece.id for piece in pieces], spans)
 

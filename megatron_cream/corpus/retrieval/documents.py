@@ -317,9 +317,8 @@ class DocumentMaker:
         Raises:
             UserError: the tokenizer does not say where its tokens stand.
         """
-        reference: Any = getattr(self.tokenizer, "reference", self.tokenizer)
         for before in (_ANCHOR, ""):  # as encode() does
-            found = reference.locate(before + _text(passages))
+            found = self.tokenizer.locate(before + _text(passages))
             skipped = len(found.ids) - len(tokens)
             if skipped >= 0 and np.array_equal(found.ids[skipped:], tokens):
                 ends = np.cumsum([len(before), *(len(passage.text) for passage in passages)])
