@@ -161,7 +161,8 @@ def masked_text_of(line: Line, fields: Fields) -> tuple[str, Stretches]:
 
 def _are_stretches(found: Any, size: int) -> bool:
     before = 0
-    for one in found if isinstance(found, list) else [None]:
+    stretches: list[Any] = found if isinstance(found, list) else [None]
+    for one in stretches:
         pair = isinstance(one, list) and len(one) == 2 and all(type(n) is int for n in one)
         if not pair or not before <= one[0] < one[1] <= size:
             return False
