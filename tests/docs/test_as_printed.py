@@ -17,7 +17,10 @@ from support import documented
 from support.launch import ROOT
 
 CHECKOUT = ("Makefile", "README.md", "docs", "examples", "megatron_cream", "tests", "tools")
-CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>{% endfor %}"
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
