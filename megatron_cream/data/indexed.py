@@ -253,31 +253,6 @@ def check_tokens(index: DatasetIndex, limit: int | None, *, sample: bool = False
     return largest
 
 
-def read_first_tokens(prefix: str, count: int, tokens: int, skip: int = 0) -> list[np.ndarray]:
-    """Return the first ``tokens`` tokens of ``count`` documents that have as many.
-
-    The documents are spread evenly over those that are long enough, in order; the first ``skip`` of
-    the dataset are passed over.
-
-    Raises:
-        UserError: fewer than ``count`` documents are long enough.
-    """
-    index = read_index(prefix)
-    lengths = index.lengths[skip:]
-    eligible = skip + np.flatnonzero(lengths >= tokens)
-    if len(eligible) < count:
-        longest = int(lengths.max(initial=0))
-        raise UserError(
-            f"--data is {prefix}: {len(eligible)} of its documents have {tokens} tokens (the "
-            f"longest has {longest}), --documents asks for {count}; take fewer or shorter ones "
-            "(--document-tokens)"
-        )
-    chosen = eligible[np.linspace(0, len(eligible) - 1, count).round().astype(int)]
-    data = np.memmap(prefix + ".bin", mode="r", dtype=index.dtype)
-    starts = index.pointers[chosen] // index.dtype.itemsize
-    return [np.array(data[start : start + tokens]) for start in starts]
-
-
 MOST_SHARDS = 99_999
 """Their numbers have five digits in a name."""
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_cream.data.dataset import PACK_MULTIPLE, SpanDataset, TextSources
+from megatron_cream.data.dataset import SpanDataset
+from megatron_cream.data.text_sources import PACK_MULTIPLE, TextSources
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Strategy
 

@@ -17,7 +17,7 @@ from megatron_cream.config import ExtensionConfig, rope_settings, saved_extensio
 from megatron_cream.corpus.input_files import find_inputs
 from megatron_cream.corpus.readers import read_documents as read_texts
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
-from megatron_cream.data.indexed import read_first_tokens
+from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel
@@ -285,6 +285,31 @@ def open_documents(settings: EvaluationSettings, model: ScoringModel) -> list[np
             f"{model.vocabulary}; it must be written with the model's tokenizer"
         )
     return documents
+
+
+def read_first_tokens(prefix: str, count: int, tokens: int, skip: int = 0) -> list[np.ndarray]:
+    """Return the first ``tokens`` tokens of ``count`` documents that have as many.
+
+    The documents are spread evenly over those that are long enough, in order; the first ``skip`` of
+    the dataset are passed over.
+
+    Raises:
+        UserError: fewer than ``count`` documents are long enough.
+    """
+    index = read_index(prefix)
+    lengths = index.lengths[skip:]
+    eligible = skip + np.flatnonzero(lengths >= tokens)
+    if len(eligible) < count:
+        longest = int(lengths.max(initial=0))
+        raise UserError(
+            f"--data is {prefix}: {len(eligible)} of its documents have {tokens} tokens (the "
+            f"longest has {longest}), --documents asks for {count}; take fewer or shorter ones "
+            "(--document-tokens)"
+        )
+    chosen = eligible[np.linspace(0, len(eligible) - 1, count).round().astype(int)]
+    data = np.memmap(prefix + ".bin", mode="r", dtype=index.dtype)
+    starts = index.pointers[chosen] // index.dtype.itemsize
+    return [np.array(data[start : start + tokens]) for start in starts]
 
 
 def _encode_texts(

@@ -20,12 +20,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.dataset import (
-    TextSources,
-    make_sources,
-    split_strategy,
-    validate_sources,
-)
+from megatron_cream.data.dataset import split_strategy
 from megatron_cream.data.indexed import (
     DatasetIndex,
     check_tokens,
@@ -33,6 +28,7 @@ from megatron_cream.data.indexed import (
     read_metadata,
     validate_metadata,
 )
+from megatron_cream.data.text_sources import TextSources, make_sources, validate_sources
 from megatron_cream.data.token_mask import check_mask, has_mask, trained_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import flag_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.dataset import PACK_MULTIPLE
+from megatron_cream.data.text_sources import PACK_MULTIPLE
 from megatron_cream.errors import UserError
 from megatron_cream.mcore import cpu
 from megatron_cream.mcore.argument_table import flag_of

@@ -172,7 +172,7 @@ def job(tmp_path):
 
 
 def test_the_dataset_is_the_same_for_any_number_of_workers(job, tmp_path):
-    from megatron_cream.data.dataset import make_sources
+    from megatron_cream.data.text_sources import make_sources
 
     note = make_dataset(job, progress=False)
     other = replace(job, output_prefix=str(tmp_path / "b"), workers=2)

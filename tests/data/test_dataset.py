@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig, make_sources
+from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
+from megatron_cream.data.text_sources import make_sources
 from megatron_cream.positions import make_strategy
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")

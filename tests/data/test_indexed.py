@@ -9,13 +9,13 @@ from megatron_cream.corpus.inspection import check, describe, document_text
 from megatron_cream.corpus.merge import merge_datasets
 from megatron_cream.data.indexed import (
     check_tokens,
-    read_first_tokens,
     read_index,
     read_metadata,
     validate_metadata,
     write_index,
 )
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.open_model import read_first_tokens
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 

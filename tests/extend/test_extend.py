@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_cream.cli import main, make_parser
-from megatron_cream.data.indexed import read_first_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import settings_of
+from megatron_cream.evaluation.open_model import read_first_tokens
 from megatron_cream.extend import extend as module
 from megatron_cream.extend.extend import extend
 from megatron_cream.extend.html_report import write_report

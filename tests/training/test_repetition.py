@@ -17,7 +17,7 @@ def repetition():
 
 
 def sources(unit, strategy, documents=20, tokens=4 * T):
-    from megatron_cream.data.dataset import make_sources
+    from megatron_cream.data.text_sources import make_sources
 
     starts = np.arange(documents, dtype=np.int64) * tokens
     return make_sources(unit, starts, np.full(documents, tokens), strategy)
