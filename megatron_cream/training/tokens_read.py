@@ -85,7 +85,8 @@ def _repetition(extension: ExtensionConfig, sources: TextSources, epochs: float)
 def _line(sources: TextSources, result: Repetition) -> str:
     size = int(sources.lengths.sum())
     read = f"{_count(result.share * size)} of {_count(size)} tokens"
-    line = f"{read}, the most repeated {result.most} time(s)"
+    times = "once" if result.most == 1 else f"{result.most} times"
+    line = f"{read}, the most repeated {times}"
     warning = " (WARNING: text that is read so often is learned by heart; give more)"
     return line + (warning if result.most > A_FEW else "")
 

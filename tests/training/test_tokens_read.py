@@ -44,14 +44,14 @@ def test_every_dataset_of_a_blend_has_its_share(lines, datasets):
     a, b = datasets
     first, second = lines(["0.8", a, "0.2", b], samples=250)
     # 200 of the 400 windows of N tokens that a has, 50 of the 100 documents of b.
-    assert first == f"19200 of 38400 tokens, the most repeated 1 time(s): {a}"
-    assert second == f"4800 of 9600 tokens, the most repeated 1 time(s): {b}"
+    assert first == f"19200 of 38400 tokens, the most repeated once: {a}"
+    assert second == f"4800 of 9600 tokens, the most repeated once: {b}"
 
 
 def test_more_than_a_few_times_is_a_warning(lines, datasets):
     a, _ = datasets
     (document,) = lines([a], samples=300, unit="document")
-    assert document.startswith("4800 of 38400 tokens, the most repeated 6 time(s) (WARNING: ")
+    assert document.startswith("4800 of 38400 tokens, the most repeated 6 times (WARNING: ")
     (window,) = lines([a], samples=300)
     assert "WARNING" not in window
 
@@ -65,4 +65,4 @@ def test_the_training_split_alone_is_counted(lines, datasets):
 def test_packed_documents_are_counted_by_their_samples(lines, datasets):
     _, b = datasets
     (line,) = lines([b], samples=50, unit="packed-documents")
-    assert line.startswith("4800 of 9600 tokens, the most repeated 1 time(s)")
+    assert line.startswith("4800 of 9600 tokens, the most repeated once")
