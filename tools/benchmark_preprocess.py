@@ -167,7 +167,7 @@ def stages(args: argparse.Namespace, ours: Side) -> str:
     texts = [r.text if isinstance(r.text, str) else "".join(r.text) for r in found]
     reading = time.process_time() - began
     reference = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    tokenizer = choose_engine("auto", reference, [])[0] or reference
+    tokenizer = choose_engine("auto", reference, [])[0]
     began = time.process_time()
     for text in texts:
         tokenizer.encode([text])

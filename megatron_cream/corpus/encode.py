@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.gigatoken import EXCERPT_CHARACTERS, GigatokenTokenizer
+from megatron_cream.corpus.gigatoken import GigatokenTokenizer, excerpt
 from megatron_cream.corpus.inspection import LISTED_ERRORS
 from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.corpus.readers import lines_before, place, read_span
@@ -68,8 +68,6 @@ class UnitEncoder:
     @cached_property
     def splitter(self) -> TextSplitter | None:
         """Where long texts may be cut."""
-        if isinstance(self.tokenizer, GigatokenTokenizer):
-            return self.tokenizer.splitter
         return find_text_splitter(self.tokenizer)
 
     def run(self, unit: int) -> None:
@@ -221,7 +219,7 @@ class _PartEncoder:
         self._flush()
         tokenizer = self._encoder.tokenizer
         if isinstance(tokenizer, GigatokenTokenizer) and not tokenizer.verify_all:
-            samples = [_excerpt(text) for text in (self._longest, self._unusual) if text]
+            samples = [excerpt(text) for text in (self._longest, self._unusual) if text]
             tokenizer.verify(samples, tokenizer.encode(samples))
         self._metadata.documents = len(self._lengths)
         self._metadata.next = next_place
@@ -315,12 +313,6 @@ class _PartEncoder:
         self._metadata.tokens += length
         if text_hash is not None:
             self._hashes.append(text_hash.digest())
-
-
-def _excerpt(text: str) -> str:
-    """Return a text, or the middle of a long one."""
-    start = max((len(text) - EXCERPT_CHARACTERS) // 2, 0)
-    return text[start : start + EXCERPT_CHARACTERS]
 
 
 def _new_hash(data: bytes = b"") -> hashlib.blake2b:

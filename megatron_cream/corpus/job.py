@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cream import ownership
-from megatron_cream.corpus.gigatoken import GigatokenSource, GigatokenTokenizer
+from megatron_cream.corpus.gigatoken import GigatokenTokenizer
 from megatron_cream.corpus.input_files import (
     ARROW,
     JSONL,
@@ -70,7 +70,7 @@ class PreprocessJob:
         units: the spans of each unit of work, all shards together.
         tokenizer_digest: names the content of the tokenizer, wherever its files are.
         vocab_size, eod_id, bos_id: of the tokenizer.
-        fast: the fast tokenizer, None for the reference.
+        fast: whether the fast tokenizer encodes it.
     """
 
     config: PreprocessConfig
@@ -81,7 +81,7 @@ class PreprocessJob:
     vocab_size: int
     eod_id: int | None
     bos_id: int | None
-    fast: GigatokenSource | None = None
+    fast: bool = False
 
     @property
     def fields(self) -> Fields:
@@ -191,11 +191,8 @@ class PreprocessJob:
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer that encodes this job, the fast one where it is to be."""
-        given = (self.config.tokenizer_type, self.config.tokenizer_model)
-        if self.fast is None:
-            return load_tokenizer(*given)
-        verify_all = self.config.verify < 0
-        return GigatokenTokenizer(self.fast, lambda: load_tokenizer(*given), verify_all)
+        reference = load_tokenizer(self.config.tokenizer_type, self.config.tokenizer_model)
+        return GigatokenTokenizer(reference, self.config.verify < 0) if self.fast else reference
 
     @cached_property
     def _sizes(self) -> dict[str, int]:

@@ -230,19 +230,18 @@ def _run_job(
     if done:
         say(f"continuing with {done} finished parts in {folder.path}")
     engine = config.engine if config.mask_key is None else "reference"  # locates its tokens
-    fast, reason = choose_engine(engine, tokenizer, sample_texts(job, config.verify))
+    samples = sample_texts(job, config.verify)
+    chosen, reason = choose_engine(engine, tokenizer, samples, verify_all=config.verify < 0)
     say(reason)
     say(_describe_added_tokens(tokenizer, job))
-    if fast is not None:
-        job = replace(job, fast=fast.source)
-        fast.verify_all = config.verify < 0
+    job = replace(job, fast=chosen is not tokenizer)
     units = job.own_units()
     for unit in units if job.reads_stdin else ():
         folder.drop_unit(unit)
     total = sum(map(job.unit_size, units))
     with _Bar(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         if config.ray is None:
-            run_units(job, units, config.workers, bar.update, fast or tokenizer, folder.release)
+            run_units(job, units, config.workers, bar.update, chosen, folder.release)
         else:
             run_on_ray(job, units, config.ray, bar.update)
     for file in job.files:

@@ -50,17 +50,10 @@ class TextSplitter:
                 return at
         return None
 
-    def first(self, text: str, start: int) -> int | None:
-        """Return the first cut of ``text`` at or after ``start``, None without one."""
-        for found in self.pattern.finditer(text, start):
-            at = found.start()
-            if self.holds(text[max(at - _CONTEXT, 0) : at], text[at : at + _CONTEXT]):
-                return at
-        return None
-
 
 def find_text_splitter(tokenizer: Tokenizer) -> TextSplitter | None:
     """Return how texts may be cut for ``tokenizer``, None if they may not."""
+    tokenizer = getattr(tokenizer, "reference", tokenizer)  # of a fast one
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _line_splitter(tokenizer, tokenizer.pieces)
     if not isinstance(tokenizer, HuggingFaceTokenizer):

@@ -20,7 +20,6 @@ from megatron_cream.corpus.gigatoken import (
     GigatokenTokenizer,
     GigatokenUnsupported,
     choose_engine,
-    gigatoken_source,
 )
 from megatron_cream.corpus.job import plan_job
 from megatron_cream.corpus.preprocess import sample_texts
@@ -93,7 +92,7 @@ def reference(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(reference):
-    return GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
+    return GigatokenTokenizer(reference)
 
 
 @settings(max_examples=400, deadline=None)
@@ -175,7 +174,7 @@ def test_added_tokens_that_reach_across_cuts_forbid_them(tmp_path, token):
 
 
 def test_cache_is_bounded(reference, monkeypatch):
-    tokenizer = GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
+    tokenizer = GigatokenTokenizer(reference)
     monkeypatch.setattr(module, "_CHECK_CHARACTERS", 10)
     resident = iter([10**13, 10**13, 0, 0, 0, 0])
     monkeypatch.setattr(module, "_resident_bytes", lambda: next(resident))
@@ -192,7 +191,7 @@ def test_engine_is_chosen_and_said(reference):
     assert isinstance(chosen, GigatokenTokenizer)
     assert line.startswith("tokenizing with gigatoken, compared with ")
     chosen, line = choose_engine("reference", reference, [WORDS])
-    assert chosen is None and line.startswith("tokenizing with ")
+    assert chosen is reference and line.startswith("tokenizing with ")
 
 
 def test_any_difference_refuses_the_fast_engine(reference, monkeypatch):
@@ -205,18 +204,18 @@ def test_any_difference_refuses_the_fast_engine(reference, monkeypatch):
 
     monkeypatch.setattr(GigatokenTokenizer, "encode", encode)
     chosen, line = choose_engine("auto", reference, [wrong])
-    assert chosen is None
+    assert chosen is reference
     assert "gigatoken gives other ids, token 0 is [" in line
     with pytest.raises(ValueError, match="--engine fast: gigatoken gives other ids, token 0"):
         choose_engine("fast", reference, [wrong])
-    fast = GigatokenTokenizer(gigatoken_source(reference), lambda: reference)
+    fast = GigatokenTokenizer(reference)
     fast.verify(["fine"], fast.encode(["fine"]))
     with pytest.raises(ValueError, match="differs from the reference tokenizer: token 0"):
         fast.verify([wrong], fast.encode([wrong]))
 
 
 def test_every_text_is_compared_on_request(reference):
-    fast = GigatokenTokenizer(gigatoken_source(reference), lambda: reference, verify_all=True)
+    fast = GigatokenTokenizer(reference, verify_all=True)
     assert fast.encode([WORDS])[0].tolist() == reference.encode([WORDS])[0].tolist()
     fast.reference = load_tokenizer("ByteLevelTokenizer")
     with pytest.raises(ValueError, match="differs from the reference tokenizer: token 0"):
@@ -227,7 +226,11 @@ def test_a_real_difference_is_found(tmp_path):
     """gigatoken puts no mark before a user-defined piece that begins a text; the library does."""
     model = sentencepiece_bpe(tmp_path / "tiny", user_defined_symbols=["<mask>"])
     chosen, line = choose_engine("auto", model, [])
-    assert chosen is None and "gigatoken gives other ids" in line and "<mask>" in line
+    assert (
+        not isinstance(chosen, GigatokenTokenizer)
+        and "gigatoken gives other ids" in line
+        and "<mask>" in line
+    )
 
 
 def test_tokenizers_that_gigatoken_does_not_take(tmp_path, monkeypatch):
@@ -240,12 +243,15 @@ def test_tokenizers_that_gigatoken_does_not_take(tmp_path, monkeypatch):
     )
     unigram = load_tokenizer("SentencePieceTokenizer", tmp_path / "unigram.model")
     chosen, line = choose_engine("auto", unigram, [])
-    assert chosen is None and "tokenizing with sentencepiece: gigatoken does not take" in line
+    assert (
+        not isinstance(chosen, GigatokenTokenizer)
+        and "tokenizing with sentencepiece: gigatoken does not take" in line
+    )
     with pytest.raises(ValueError, match="--engine fast: gigatoken does not take this model"):
         choose_engine("fast", unigram, [])
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     with pytest.raises(GigatokenUnsupported, match="gigatoken is not installed"):
-        gigatoken_source(unigram)
+        GigatokenTokenizer(unigram)
 
 
 def test_verifying_reads_the_first_documents(job, tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_cream.corpus.executors import choose_start_method, use_one_thread
-from megatron_cream.corpus.gigatoken import GigatokenSource, GigatokenTokenizer, choose_engine
+from megatron_cream.corpus.gigatoken import GigatokenTokenizer, choose_engine
 from megatron_cream.corpus.inspection import Counts, measure, write_metadata
 from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS, Passage, RetrievalTask, draw_task
 from megatron_cream.corpus.retrieval.words import Haystack, Rng, prose, read_haystack
@@ -152,9 +152,8 @@ def _choose_engine(
 ) -> None:
     """Have ``maker`` use the fast tokenizer where it is exact, also on what is made here."""
     samples = [text for number in range(2) for text in maker.task_texts(number)]
-    fast, reason = choose_engine(config.engine, maker.tokenizer, samples)
+    maker.tokenizer, reason = choose_engine(config.engine, maker.tokenizer, samples)
     say(reason)
-    maker.tokenizer = fast or maker.tokenizer
 
 
 def _write(
@@ -212,7 +211,7 @@ def _blocks(
         return
     context = get_context(choose_start_method())
     workers = min(config.workers, len(ranges))
-    given = (config, getattr(maker.tokenizer, "source", None))
+    given = (config, isinstance(maker.tokenizer, GigatokenTokenizer))
     with ProcessPoolExecutor(workers, context, _start, given) as pool:
         yield from pool.map(_in_worker, ranges)
 
@@ -229,14 +228,13 @@ def _make_block(
 _workers_maker: DocumentMaker | None = None
 
 
-def _start(config: RetrievalConfig, source: GigatokenSource | None) -> None:
+def _start(config: RetrievalConfig, fast: bool) -> None:
     """In a worker, which may be a fresh interpreter: make its own maker."""
     global _workers_maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _workers_maker = _maker(config)
-    if source is not None:
-        reference = _workers_maker.tokenizer
-        _workers_maker.tokenizer = GigatokenTokenizer(source, lambda: reference)
+    if fast:
+        _workers_maker.tokenizer = GigatokenTokenizer(_workers_maker.tokenizer)
 
 
 def _in_worker(block: tuple[int, int, np.dtype, bool]) -> list[np.ndarray]:
