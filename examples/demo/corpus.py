@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cream.corpus.input_files import find_inputs
@@ -20,40 +20,43 @@ HELD_OUT = 8  # every eighth document
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The held-out dataset and how many of its documents are long enough."""
+def read(inputs: list[str] | None) -> list[str]:
+    """Return the documents of files or folders; of the Python standard library without any.
 
-    long_documents: int
+    Raises:
+        UserError, FileNotFoundError: text that cannot be read, or a single document.
+    """
+    texts = list(_documents(inputs))
+    size = sum(map(len, texts)) / 1e6
+    source = " ".join(inputs) if inputs else "the Python standard library"
+    print(f"text: {len(texts)} documents, {size:.1f} M characters from {source}")
+    if len(texts) < 2:
+        raise UserError(f"INPUT holds {len(texts)} documents: it must hold at least 2")
+    return texts
 
-    def documents_for(self, wanted: int) -> int:
-        """Return how many documents to evaluate on."""
-        return min(wanted, self.long_documents)
+
+def digest(texts: list[str]) -> str:
+    """Return eight letters that stand for these documents and no others."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
 
 
-def prepare(
-    inputs: list[str] | None, folder: Path, vocabulary: int, shortest: int, longest: int
-) -> Corpus:
-    """Write ``train`` and ``held-out`` datasets and a tokenizer into ``folder``.
+def prepare(texts: list[str], folder: Path, vocabulary: int, shortest: int, longest: int) -> None:
+    """Write ``train`` and ``held-out`` as JSONL and datasets, and a tokenizer, into ``folder``.
 
     Args:
-        inputs: files or folders of text; the Python standard library where there are none.
+        texts: the documents.
+        folder: where all of it goes.
         vocabulary: tokens of the byte-level BPE.
         shortest: tokens below which a document is dropped from training.
         longest: tokens a held-out document must have to be evaluated on.
 
     Raises:
-        UserError, FileNotFoundError: text that cannot be read or is too short.
+        UserError: text that is too short.
     """
-    texts = list(_documents(inputs))
     parts = {
         "train": [text for i, text in enumerate(texts) if i % HELD_OUT],
         "held-out": [text for i, text in enumerate(texts) if not i % HELD_OUT],
     }
-    size = sum(map(len, texts)) / 1e6
-    print(f"text: {len(texts)} documents, {size:.1f} M characters from {_source(inputs)}")
-    if not all(parts.values()):
-        raise UserError(f"INPUT holds {len(texts)} documents: it must hold at least 2")
     train_bpe(parts["train"], vocabulary, folder / "tokenizer")
     for part, documents in parts.items():
         lines = (json.dumps({"text": text}) for text in documents)
@@ -75,7 +78,6 @@ def prepare(
             f"INPUT's longest held-out document has {lengths.max()} tokens: evaluating at the "
             f"target length needs {longest}"
         )
-    return Corpus(int((lengths >= longest).sum()))
 
 
 def _documents(inputs: list[str] | None) -> Iterable[str]:
@@ -87,7 +89,3 @@ def _documents(inputs: list[str] | None) -> Iterable[str]:
     for path in sorted(root.rglob("*.py")):
         if not _NOT_LIBRARY & set(path.relative_to(root).parts):
             yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def _source(inputs: list[str] | None) -> str:
-    return " ".join(inputs) if inputs else "the Python standard library"

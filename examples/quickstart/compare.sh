@@ -2,73 +2,54 @@
 # SPDX-License-Identifier: Apache-2.0
 # Extends one model in several ways and compares what the results can do.
 #
-#   HF=SmolLM2-135M TEXT=books/train HELD_OUT=books/validation \
+#   HF=SmolLM2-135M TEXT=books/train HELD_OUT=books/validation TARGET=32K \
 #       examples/quickstart/compare.sh cream:linear:4e-4 cream:yarn:4e-4 pose:yarn:4e-4
 #
-# A way is METHOD:ROPE:LR: run.sh's commands in WORK/METHOD-ROPE-LR, then passkey and needle at
-# every length, ten depths by three seeds. "before" is the model as it was, "untrained-ROPE" the same
-# with that interpolation, unless it is one that has to be trained. A table and a picture a task end up
-# in WORK/compare. Every name in capitals that run.sh knows can be set. What is done is not repeated:
-# once base, text and retrieval documents are there, several GPUs can take ways of their own (CUDA_VISIBLE_DEVICES), and a
-# last call with all ways compares them.
+# A way is METHOD:ROPE:LR: megatron-cream extend into WORK/METHOD-ROPE-LR, with the import, text and
+# scores of the first way. EXTEND_ARGS has more flags for all of them. A table and a picture per task
+# end up in WORK/compare. What is done is not repeated: once the first way is there, several GPUs can
+# take ways of their own (CUDA_VISIBLE_DEVICES), and a last call with all ways compares them.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 PYTHON=${PYTHON:-python}
 WORK=${WORK:-runs/methods}
-DTYPE=${DTYPE:-bfloat16}
 : "${HF:?is not set: it must be a Hugging Face folder}"
 : "${TEXT:?is not set: it must be files or folders of text to train on}"
 : "${HELD_OUT:?is not set: it must be a file or a folder of text to evaluate on}"
-# shellcheck source=lengths.sh
-source "$HERE/examples/quickstart/lengths.sh"
-export PYTHON WINDOW TARGET LENGTHS DOCUMENTS BASE=$WORK/base DATA=$WORK/text
-export RETRIEVAL_DATA=$WORK/retrieval
+: "${TARGET:?is not set: it must be the new window in tokens, such as 32K}"
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
-read -r -a LENGTH_LIST <<<"$LENGTHS"
+read -r -a TEXTS <<<"$TEXT"
+read -r -a HELD_OUTS <<<"$HELD_OUT"
+read -r -a MORE <<<"${EXTEND_ARGS:-}"
 
-# A way that cannot be trained is refused before the first one is.
-UNTRAINED=$("$PYTHON" "$HERE/examples/quickstart/ways.py" "$@")
-NAMES=(before)
-
-# score TASK MODEL NAME [FLAGS]; one that was stopped goes on from its cases.
-score() {
-    [ -e "$WORK/$3/$1/result.json" ] ||
-        "$PYTHON" "$HERE/tools/evaluate.py" "$1" --hf "$2" --name "$3" --dtype "$DTYPE" \
-            --lengths "${LENGTH_LIST[@]}" --output "$WORK/$3/$1" "${@:4}"
+[ $# -gt 0 ] || {
+    echo "error: no way is given: each must be METHOD:ROPE:LR, as cream:yarn:4e-4" >&2
+    exit 2
 }
 
-# Two small tasks have room on one GPU.
-retrieve() {
-    score needle "$@" --cases 10 --seeds 3 &
-    score passkey "$@" --cases 10 --seeds 3
-    wait $!
+# extend_in WAY [FLAGS]
+extend_in() {
+    local method rope rate
+    IFS=: read -r method rope rate <<<"$1"
+    "$PYTHON" -m megatron_cream extend --hf "$HF" --text "${TEXTS[@]}" --held-out "${HELD_OUTS[@]}" \
+        --target-length "$TARGET" --position-strategy "$method" --rope-interpolation "$rope" \
+        --lr "$rate" --tasks passkey needle --cases 10 --output "$WORK/${1//:/-}" "${MORE[@]}" "${@:2}"
 }
 
-all_tasks() {
-    score perplexity "$HF" "$@" --data "$HELD_OUT" --documents "$DOCUMENTS"
-    retrieve "$HF" "$@"
-}
-
-all_tasks before
-FACTOR=$("$PYTHON" -c "print($TARGET / $WINDOW)")
-for rope in $UNTRAINED; do
-    all_tasks "untrained-$rope" --rope-interpolation "$rope" --rope-factor "$FACTOR"
-    NAMES+=("untrained-$rope")
+for way in "$@"; do # one that cannot be trained is refused before the first is
+    extend_in "$way" --dry-run >/dev/null
 done
-for way in "$@"; do
-    name=${way//:/-}
-    NAMES+=("$name")
-    IFS=: read -r METHOD ROPE LR <<<"$way"
-    METHOD=$METHOD ROPE=$ROPE LR=$LR NAME=$name WORK=$WORK/$name \
-        "$HERE/examples/quickstart/run.sh"
-    retrieve "$WORK/$name/extended" "$name"
+first=$WORK/${1//:/-}.work
+extend_in "$1"
+for way in "${@:2}"; do
+    extend_in "$way" --reuse "$first"
 done
 
 for task in perplexity passkey needle; do
-    runs=()
-    for name in "${NAMES[@]}"; do
-        runs+=("$WORK/$name/$task")
+    runs=("$first/before/$task")
+    for way in "$@"; do
+        runs+=("$WORK/${way//:/-}.work/after/$task")
     done
-    "$PYTHON" "$HERE/tools/evaluate.py" compare "${runs[@]}" --output "$WORK/compare/$task"
+    "$PYTHON" -m megatron_cream evaluate compare "${runs[@]}" --output "$WORK/compare/$task"
 done

@@ -53,7 +53,7 @@ def write_report(
     Raises:
         FileNotFoundError, UserError: scores that are missing or damaged.
     """
-    pairs = {task: [read_result(folder / task) for folder in scores] for task in tasks}
+    pairs = {task: _read_pair(scores, task) for task in tasks}
     rows = _rows(pairs)
     output = Path(settings.output)
     page = _PAGE.format(
@@ -69,6 +69,11 @@ def write_report(
     write_whole(report, page.encode())
     _add_to_card(output / "README.md", f"{markdown(rows)}\n\n{_note(pairs)}")
     return report
+
+
+def _read_pair(scores: tuple[Path, Path], task: str) -> list[dict[str, Any]]:
+    before, after = (read_result(folder / task) for folder in scores)
+    return [{**before, "name": "before"}, {**after, "name": "after"}]
 
 
 def _rows(pairs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
@@ -93,13 +98,15 @@ def _note(pairs: dict[str, list[dict[str, Any]]]) -> str:
         if task != "perplexity"
         for row in two[0]["lengths"]
     }
-    cases = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(min(counts))
+    cases = ""
+    if counts:
+        number = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+        cases = f"; {number} cases per cell, so that small differences may be chance"
     documents = ""
     if "perplexity" in pairs:
         documents = f" Perplexity of {pairs['perplexity'][0]['lengths'][0]['documents']} documents."
     return (
-        f"Before → after, by context length in tokens; {cases} cases per cell, so that small "
-        f"differences may be chance.{documents}"
+        f"Before → after, by context length in tokens{cases}.{documents}"
     )
 
 

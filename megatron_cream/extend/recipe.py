@@ -13,9 +13,9 @@ from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, parse_length
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.cost import GPUS, Gpu, product_share
-from megatron_cream.planning.memory import RESERVE_GIB, stage_parameters
+from megatron_cream.planning.memory import GIB, RESERVE_GIB, stage_parameters
 from megatron_cream.planning.models import BaseModel
-from megatron_cream.planning.propose import Cluster, propose
+from megatron_cream.planning.propose import Cluster, Plan, propose
 from megatron_cream.planning.script import layout_flags, warm_up
 from megatron_cream.positions import STRATEGIES
 from megatron_cream.rope import SCALINGS
@@ -103,6 +103,18 @@ class ExtendSettings:
     )
     cases: int = flag_field("cases per seed, task and length", default=5)
     workers: int = flag_field("processes that read text", default=os.cpu_count() or 1)
+    reuse: str | None = flag_field(
+        "working folder of another extension of the same model and text: its datasets, import and "
+        "first scores are taken from there",
+        default=None,
+        metavar="WORK",
+    )
+    train_args: str = flag_field(
+        "more flags for the trainer, in one string, as in --train-args='--plain-share 0.25'",
+        default="",
+        type=str,
+        metavar="FLAGS",
+    )
     dry_run: bool = flag_field("print recipe and commands, run nothing", default=False)
 
     @property
@@ -123,7 +135,8 @@ class Recipe:
         micro_batch: samples per forward pass.
         learning_rate: at its highest.
         processes: one per GPU, or on the CPU.
-        layout: how the model is spread; None on the CPU, where every process has all of it.
+        plan: how the model is spread over the GPUs, with planned memory and time; None on the CPU,
+            where every process has all of it.
     """
 
     window: int
@@ -133,7 +146,12 @@ class Recipe:
     micro_batch: int
     learning_rate: float
     processes: int
-    layout: ParallelLayout | None
+    plan: Plan | None
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """How the model is spread; whole in every process on the CPU."""
+        return self.plan.layout if self.plan else ParallelLayout(data=self.processes)
 
     @property
     def samples(self) -> int:
@@ -148,10 +166,18 @@ class Recipe:
 
     def describe(self) -> str:
         """Return the recipe in a line."""
-        where = f"{self.layout} on {self.processes} GPUs" if self.layout else "CPU"
         return (
             f"{self.window} to {self.target} tokens, {self.steps} steps of {self.global_batch} x "
-            f"{self.window} tokens, learning rate {self.learning_rate:g}, {where}"
+            f"{self.window} tokens, learning rate {self.learning_rate:g}, {self._where()}"
+        )
+
+    def _where(self) -> str:
+        if self.plan is None:
+            return f"{self.processes} processes on the CPU"
+        minutes = self.steps * self.plan.step.total / 60
+        return (
+            f"{self.layout} on {self.processes} GPUs; planned: {minutes:.1f} min of steps, "
+            f"{self.plan.memory.total / GIB:.1f} GiB per GPU"
         )
 
 
@@ -176,8 +202,8 @@ def make_recipe(settings: ExtendSettings, model: BaseModel) -> Recipe:
         micro = settings.micro_batch_size or next(fitting, 1)
         return Recipe(window, target, steps, batch, micro, rate, processes, None)
     gpus, gpu = _find_gpus(settings)
-    micro, layout = _choose_layout(settings, model, window, batch, gpus, gpu)
-    return Recipe(window, target, steps, batch, micro, rate, gpus, layout)
+    plan = _choose_plan(settings, model, window, batch, gpus, gpu)
+    return Recipe(window, target, steps, batch, plan.work.micro_batch, rate, gpus, plan)
 
 
 def _validate_lengths(target: int, window: int, model: BaseModel) -> None:
@@ -214,32 +240,33 @@ def _find_gpus(settings: ExtendSettings) -> tuple[int, Gpu]:
     return gpus, next((gpu for kind, gpu in GPUS.items() if kind in name), GPUS["a100"])
 
 
-def _choose_layout(
+def _choose_plan(
     settings: ExtendSettings, model: BaseModel, window: int, batch: int, gpus: int, gpu: Gpu
-) -> tuple[int, ParallelLayout]:
-    """Return the largest micro-batch that fits without recomputation, and its fastest layout."""
+) -> Plan:
+    """Return the plan of the largest micro-batch that fits without recomputation."""
     cluster = Cluster(gpus, gpu, gpu.memory - RESERVE_GIB, product_share())
     given = settings.micro_batch_size
-    sizes = [given] if given else [n for n in (8, 4, 2, 1) if n <= _LARGEST_MICRO_BATCH]
     failed: UserError | None = None
-    found: list[tuple[int, ParallelLayout]] = []
-    for micro in sizes:
+    found: list[Plan] = []
+    for micro in [given] if given else (8, 4, 2, 1):
         try:
-            plan = propose(model, cluster, Workload(window, batch, micro))
+            found.append(propose(model, cluster, Workload(window, batch, micro)))
         except UserError as error:
             failed = error
-            continue
-        found.append((micro, plan.layout))
     if not found:
         assert failed is not None
         raise failed
     # Ties of the size of the model's split go to the larger micro-batch, which comes first.
-    return min(found, key=lambda pair: (pair[1].recompute, pair[1].tensor * pair[1].pipeline))
+    return min(found, key=lambda plan: (plan.layout.recompute, _split_of(plan.layout)))
+
+
+def _split_of(layout: ParallelLayout) -> int:
+    return layout.tensor * layout.pipeline
 
 
 def machine_flags(recipe: Recipe) -> list[str]:
     """Return the trainer's flags that the machine decides."""
-    if recipe.layout is None:
+    if recipe.plan is None:
         return ["--cpu", "--num-workers", "0"]
     flags = [
         *("--bf16", *layout_flags(recipe.layout)),

@@ -21,6 +21,7 @@ CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|endoftext|>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+RUN = "extended.work/run"  # the trained checkpoint that smoke.sh leaves behind
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -56,7 +57,7 @@ def run(command, folder, **variables):
 def trained(tmp_path_factory):
     """What the quickstart leaves behind: a model, its import, a trained checkpoint, an export."""
     work = tmp_path_factory.mktemp("trained")
-    run("examples/quickstart/run.sh --smoke", ROOT, WORK=str(work))
+    run("examples/quickstart/smoke.sh", ROOT, WORK=str(work))
     return work
 
 
@@ -79,7 +80,7 @@ def folder(tmp_path, trained, books):
     for name in ("texts", "corpus", "books"):
         for number, text in enumerate(books):
             (tmp_path / name / f"{number:02}.txt").write_text(text)
-    for name, target in {"MODEL": "tiny", "tokenizer": "tiny", "OUT": "run", "run": "run"}.items():
+    for name, target in {"MODEL": "tiny", "tokenizer": "tiny", "OUT": RUN, "run": RUN}.items():
         (tmp_path / name).symlink_to(trained / target)
     held_out = (json.dumps({"text": text}) + "\n" for text in books[:10])
     (tmp_path / "held-out.jsonl").write_text("".join(held_out))

@@ -121,7 +121,7 @@ def test_variables_of_the_table_are_read():
         ("--rope-interpolation cubic <more>", "invalid choice"),
         ("examples/llama-2-7b/32k.sh --learning-rate 1", "unrecognized"),
         ("examples/llama-2-7b/33k.sh", "there is no"),
-        ("TEXTS=books examples/quickstart/run.sh", "nothing reads the variable TEXTS"),
+        ("TEXTS=b examples/quickstart/compare.sh", "nothing reads the variable TEXTS"),
         ("make demos", "no target demos"),
         ("make demo INPUTS=a", "nothing reads the variable INPUTS"),
         ("pip install -e '.[plots]'", "no extra"),

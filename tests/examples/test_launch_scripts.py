@@ -188,47 +188,6 @@ def test_a_run_is_found_that_began_with_the_default_of_then(there, variables, fo
     assert ("--rope-interpolation" in words) == bool(variables), "or the trainer decides"
 
 
-def test_the_quickstart_passes_its_dry_run(tmp_path):
-    script = launch.ROOT / "examples" / "quickstart" / "run.sh"
-    words, world = dry_command(script, tmp_path)
-    lines = forks.call(launch.dry_run, words, world)
-    assert lines[0] == (
-        "1 GPUs: TP1 PP1 DP1; a step of 16 samples is 2 micro-batches of 8, 130 steps"
-    )
-    assert "cream within 32768" in "\n".join(lines)
-
-
-QUICK = launch.ROOT / "examples" / "quickstart" / "run.sh"
-
-
-@pytest.mark.parametrize(
-    ("variables", "data"),
-    [
-        ({}, ("0.7", "text", "0.30", "asks")),
-        ({"RETRIEVAL": "0.15"}, ("0.85", "text", "0.15", "asks")),
-        ({"RETRIEVAL": "0"}, ("text",)),
-    ],
-)
-def test_the_quickstart_makes_and_blends_retrieval_documents(variables, data, tmp_path):
-    places = {"WORK": str(tmp_path / "work"), "DATA": "text", "RETRIEVAL_DATA": "asks"}
-    given = {"HF": "m", "TEXT": "a b", "HELD_OUT": "h", "PLAIN_SHARE": "0.25"}
-    done, calls = launch.run(QUICK, tmp_path, **places, **given, **variables)
-    assert done.returncode == 0, done.stderr
-    made = [launch.flags(words) for words, _ in calls if "make_retrieval_data.py" in words[0]]
-    (train,) = [launch.flags(words) for words, _ in calls if "torch.distributed.run" in words]
-    assert train["--data-path"] == data and train["--plain-share"] == ("0.25",)
-    assert len(made) == (len(data) > 1)
-    for flags in made:
-        assert flags["--haystack"] == ("a", "b") and flags["--length"] == ("8192",)
-        assert flags["--output-prefix"] == ("asks",)
-
-
-@pytest.mark.parametrize("share", ["1", "1.5", "-0.1", "x", "30%"])
-def test_a_share_that_is_none_is_refused(share, tmp_path):
-    done, _ = launch.run(QUICK, tmp_path, "--dry-run", RETRIEVAL=share)
-    assert done.returncode == 2 and f"error: RETRIEVAL is {share}: it must be" in done.stderr
-
-
 def test_a_dry_run_is_one_wherever_its_flag_stands(tmp_path):
     flags = ("--lr", "1e-5", "--dry-run", "--seed", "7")
     done, calls = launch.run(SEVEN, tmp_path, *flags, DATA="there")

@@ -12,6 +12,7 @@ from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import settings_of
 from megatron_cream.evaluation.open_model import read_first_tokens
 from megatron_cream.extend import extend as module
+from megatron_cream.extend.commands import Commands
 from megatron_cream.extend.extend import extend
 from megatron_cream.extend.html_report import write_report
 from megatron_cream.extend.recipe import ExtendSettings, make_recipe
@@ -50,6 +51,10 @@ def test_a_large_model_takes_the_paper_s_recipe_and_a_layout_that_fits():
 def test_a_recipe_that_cannot_be_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         make_recipe(settings(**changes), MODELS["smollm2-135m"])
+
+
+def commands_of(given, model=None):
+    return Commands(given, make_recipe(given, model or module.find_model(given.hf)), Path(given.hf))
 
 
 @pytest.fixture
@@ -127,7 +132,7 @@ def test_a_folder_of_the_users_is_not_written_to(command, window, tmp_path):
 def test_documents_kept_from_training_are_those_that_are_scored(command, window, tmp_path):
     given = settings(**command | {"target_length": 4 * window, "lengths": (2 * window,)})
     module._begin(given)
-    plan = module._Commands(given, make_recipe(given, module.find_model(given.hf)), Path(given.hf))
+    plan = commands_of(given)
     (given.work_folder / "logs").mkdir()
     run_step(plan.data_steps()[1], given.work_folder / "logs")
     plan.hold_out()
@@ -135,7 +140,7 @@ def test_documents_kept_from_training_are_those_that_are_scored(command, window,
     count, trained = plan.counted
     assert train[train.index("--split") + 1] == f"{trained},{count - trained},0"
     assert (count, trained) == (40, 36)
-    score = list(plan._score("after", tmp_path, tmp_path)[0].command)
+    score = list(plan._score("after", tmp_path, tmp_path).command)
     assert score[score.index("--skip-documents") + 1] == "36"
     documents = int(score[score.index("--documents") + 1])
     tokens = int(score[score.index("--document-tokens") + 1])
@@ -146,6 +151,80 @@ def test_documents_kept_from_training_are_those_that_are_scored(command, window,
     assert [list(d) for d in last] == [list(d) for d in every[36:]]
     with pytest.raises(UserError, match="4 of its documents have"):
         read_first_tokens(str(given.work_folder / "text"), 5, tokens, skip=36)
+
+
+def test_a_single_task_is_scored_where_the_report_reads_it(command, window):
+    given = settings(**command | {"target_length": 4 * window, "tasks": ("perplexity",)})
+    plan = commands_of(given)
+    step = plan.model_steps()[0]
+    output = step.command[step.command.index("--output") + 1]
+    assert plan.tasks == ("perplexity",)
+    assert step.makes == Path(output) / "result.json" == plan.scores[0] / "perplexity/result.json"
+
+
+def test_held_out_text_that_is_too_short_is_a_note_or_an_error(command, window, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("some words")
+    changes = {"target_length": 4 * window, "held_out": (str(short),)}
+    for tasks in (("passkey",), ("perplexity",)):
+        given = settings(**command | changes | {"tasks": tasks, "output": str(tmp_path / tasks[0])})
+        module._begin(given)
+        (given.work_folder / "logs").mkdir()
+        plan = commands_of(given)
+        for step in plan.data_steps()[1:]:
+            run_step(step, given.work_folder / "logs")
+        if tasks == ("passkey",):
+            plan.hold_out()
+            assert plan.tasks == tasks and "perplexity is not measured" in capsys.readouterr().err
+        else:
+            with pytest.raises(UserError, match="no held-out document has .* --lengths"):
+                plan.hold_out()
+
+
+def test_a_spread_model_is_scored_spread_from_its_checkpoints():
+    plan = commands_of(
+        settings(gpus=8, target_length=262144), MODELS["qwen2.5-32b"]
+    )
+    layout = plan.recipe.layout
+    assert layout.tensor * layout.pipeline > 1
+    before, _, _, after = plan.model_steps()
+    for step, folder in ((before, "base"), (after, "run")):
+        words = list(step.command)
+        assert words[words.index("--checkpoint") + 1] == str(plan.work / folder)
+        assert words[words.index("--nproc-per-node") + 1] == str(layout.tensor * layout.pipeline)
+        parsed = make_parser("evaluate").parse_args(words[words.index("evaluate") + 1 :])
+        assert parsed.tensor_model_parallel_size == layout.tensor
+        assert parsed.pipeline_model_parallel_size == layout.pipeline
+
+
+def test_flags_for_the_trainer_are_its_last(command, window):
+    given = settings(**command | {"target_length": 4 * window, "train_args": "--plain-share 0.25"})
+    assert list(commands_of(given)._train().command)[-2:] == ["--plain-share", "0.25"]
+
+
+def test_another_extension_s_import_data_and_scores_are_taken_over(command, window, tmp_path):
+    first = settings(**command | {"target_length": 4 * window})
+    module._begin(first)
+    for name in ("text.bin", "text.idx", "retrieval.bin"):
+        (first.work_folder / name).write_text(name)
+    for name in ("base", "before/passkey", "before/perplexity"):
+        (first.work_folder / name).mkdir(parents=True)
+    (first.work_folder / "before/passkey/result.json").write_text("{}")
+    reuse = {"reuse": str(first.work_folder), "output": str(tmp_path / "pose")}
+    second = settings(
+        **command | reuse | {"target_length": 4 * window, "position_strategy": "pose", "lr": 1e-3}
+    )
+    module._begin(second)
+    module._link_from(first.work_folder, second)
+    found = {path.name for path in second.work_folder.iterdir() if path.is_symlink()}
+    assert found == {"base", "before", "text.bin", "text.idx"}  # and no half of a dataset
+    assert (second.work_folder / "text.idx").read_text() == "text.idx"
+    module._link_from(first.work_folder, second)  # again, when it goes on
+    other = settings(**command | reuse | {"target_length": 2 * window})
+    with pytest.raises(UserError, match="--target-length is .* was begun with .*--reuse"):
+        module._link_from(first.work_folder, other)
+    with pytest.raises(UserError, match="must be the working folder of an extension"):
+        module._link_from(tmp_path, second)
 
 
 def test_a_failed_step_says_its_error_once_and_names_its_log(tmp_path, capfd):
