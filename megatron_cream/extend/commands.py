@@ -181,8 +181,8 @@ class Commands:
         ]
         if "perplexity" in self.tasks:
             # Where --reuse made links: extensions with the same text can be compared.
-            data = (self.work / ("held-out.idx" if self.settings.held_out else "text.idx")).resolve()
-            data = data.with_suffix("")
+            text = "held-out" if self.settings.held_out else "text"
+            data = (self.work / f"{text}.idx").resolve().with_suffix("")
             skipped = self.counted[1] if self.counted and not self.settings.held_out else 0
             command += ["--data", str(data), "--document-tokens", str(self._scored_tokens)]
             command += ["--documents", str(self._documents(data, skipped))]

@@ -105,9 +105,7 @@ def _note(pairs: dict[str, list[dict[str, Any]]]) -> str:
     documents = ""
     if "perplexity" in pairs:
         documents = f" Perplexity of {pairs['perplexity'][0]['lengths'][0]['documents']} documents."
-    return (
-        f"Before → after, by context length in tokens{cases}.{documents}"
-    )
+    return f"Before → after, by context length in tokens{cases}.{documents}"
 
 
 def _html_table(rows: list[list[str]]) -> str:

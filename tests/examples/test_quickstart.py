@@ -52,7 +52,12 @@ def test_it_ends_in_a_model_of_the_longer_window(smoke):
     assert after["rope_parameters"]["rope_type"] == "yarn"
     assert after["rope_parameters"]["factor"] == 4
     scored = work / "extended.work" / "after" / "perplexity" / "result.json"
-    assert [row["length"] for row in json.loads(scored.read_text())["lengths"]] == [32, 64, 128, 256]
+    assert [row["length"] for row in json.loads(scored.read_text())["lengths"]] == [
+        32,
+        64,
+        128,
+        256,
+    ]
 
 
 def test_it_trained(smoke):

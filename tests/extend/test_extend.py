@@ -182,9 +182,7 @@ def test_held_out_text_that_is_too_short_is_a_note_or_an_error(command, window, 
 
 
 def test_a_spread_model_is_scored_spread_from_its_checkpoints():
-    plan = commands_of(
-        settings(gpus=8, target_length=262144), MODELS["qwen2.5-32b"]
-    )
+    plan = commands_of(settings(gpus=8, target_length=262144), MODELS["qwen2.5-32b"])
     layout = plan.recipe.layout
     assert layout.tensor * layout.pipeline > 1
     before, _, _, after = plan.model_steps()
