@@ -6,8 +6,9 @@
 
 Forward and backward of a model of Llama-2-7B's layers (4 of them, and its head) in bf16 on 4096
 random tokens: plain Megatron with its fused RoPE and positions 0 .. 4095, beside this package's
-rotary with CREAM positions to --target-length, another layout for every sample and step. The
-variants take turns; figures are medians.
+rotary with CREAM positions to --target-length, another layout for every sample and step, turned by
+the Triton kernel (--rope-kernel triton), by Transformer Engine's (te) and unfused. The variants
+take turns; figures are medians. --query-groups 8 is attention with grouped queries.
 
 With --clex it is linear interpolation beside CLEX at the same positions, another scale per sample,
 its ODE and the gradient of its weights included. CLEX solves the ODE once per step of --accumulate
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[1, 4], help=sizes)
     parser.add_argument("--steps", type=int, default=40, help="of each variant (default: 40)")
     parser.add_argument("--layers", type=int, default=4, help="of the model (default: 4)")
+    parser.add_argument("--query-groups", type=int, default=32, help="of 32 heads (default: 32)")
     parser.add_argument("--clex", action="store_true", help="CLEX beside linear interpolation")
     parser.add_argument(
         "--accumulate", type=int, nargs="+", default=[1], help="micro-batches per step (default: 1)"
@@ -77,7 +79,8 @@ def _variants(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
         }
     return {
         "Megatron, fused": _model(args, fused=True),
-        "ours, fused": _model(args, fused=True, interpolation="linear"),
+        "ours, triton": _model(args, fused=True, interpolation="linear", triton=True),
+        "ours, te": _model(args, fused=True, interpolation="linear"),
         "ours, unfused": _model(args, fused=False, interpolation="linear"),
     }
 
@@ -146,7 +149,7 @@ def _time(run: Callable[[], None]) -> float:
 
 
 def _model(
-    args: argparse.Namespace, fused: bool, interpolation: str | None = None
+    args: argparse.Namespace, fused: bool, interpolation: str | None = None, triton: bool = False
 ) -> torch.nn.Module:
     """Return a model with our rotary and an interpolation, or Megatron's own rotary for None."""
     from megatron.core.models.gpt import GPTModel
@@ -155,6 +158,7 @@ def _model(
     )
     from megatron.core.transformer import TransformerConfig
 
+    from megatron_cream.extras.rotation import use_triton
     from megatron_cream.mcore.build_model import initialize_ranks
     from megatron_cream.mcore.rotary import install_rotary
     from megatron_cream.rope import make_scaling
@@ -165,6 +169,7 @@ def _model(
         hidden_size=4096,
         ffn_hidden_size=11008,
         num_attention_heads=32,
+        num_query_groups=args.query_groups,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
@@ -188,6 +193,8 @@ def _model(
         factor = args.target_length / SEQUENCE
         scaling = make_scaling(interpolation, dim=128, factor=factor, original_length=SEQUENCE)
         install_rotary(model, scaling)
+    if triton:
+        use_triton(model)
     return model
 
 

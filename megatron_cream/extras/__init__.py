@@ -4,5 +4,6 @@
 clex                CLEX: trained frequencies; a ``rope.scaling.ScalingTrainer``
 hybrid              HybridModel's patterns, and its layers without Transformer Engine
 inprocess_restart   --inprocess-restart, of the whole start of a run
+rotation            --rope-kernel: queries and keys turned by our Triton kernel
 te_cross_entropy    Transformer Engine's cross entropy
 """

@@ -211,6 +211,7 @@ _ROWS = (
     *_each("recompute_granularity recompute_method", **_MEMORY),
     *_each("recompute_num_layers", range=COUNT, **_MEMORY),
     *_each("tp_comm_overlap", evaluated=False, meta=False),
+    *_each("rope_kernel", evaluated="te"),
     *_each("te_cross_entropy", evaluated=False),  # logits are what is asked for
     *_each("perform_initialization", off="--no-initialization", meta=False),
     *_each("cuda_graph_impl", default="none", with_scales="the rotation of clex is not captured"),

@@ -33,6 +33,10 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         rotary_interleaved: pairs are (0, 1), (2, 3) ... instead of (0, d/2), (1, d/2 + 1) ...
         device: where the frequencies live; Megatron's own are made on the device of the model.
         cp_group: context-parallel group, for plain positions only.
+
+    Attributes:
+        makes_tables: ``forward`` returns the table of ``rope.rotation_kernel`` in place of angles,
+            with an axis in front that tells it from them: ``[1, s, b, 1, d]``.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         self._position_ids: Tensor | None = None
         self._plain = False
         self.attention_factor_in_softmax = False
+        self.makes_tables = False
 
     def set_length(self, length: int) -> None:
         """Turn as for sequences of ``length`` tokens from now on.
@@ -106,6 +111,12 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         if self._plain:
             return self.plain_angles(max_seq_len, offset, cp_group)
         angles = self.angles(self.take_position_ids(max_seq_len, packed_seq, cp_group))
+        if self.makes_tables:
+            from megatron_cream.rope.rotation_kernel import table
+
+            in_softmax = self.attention_factor_in_softmax
+            factor = 1.0 if in_softmax else self.scaling.attention_factor
+            return table(angles, factor, self.rotary_interleaved).unsqueeze(0)
         # [1, tokens, 1, d] says that packed angles are of these very tokens, already cut for
         # this rank; [tokens, 1, 1, d] would be taken for one sequence's and cut again.
         return angles.transpose(0, 1) if packed_seq else angles

@@ -8,7 +8,7 @@ inputs are read as they are, also the one tensor that holds q, k and v by groups
 written in one piece.
 
 Exact on a GPU against float64 (``tests/rope/rotation_interpreted.py cuda``), 1.4 to 1.9 times as
-fast as Transformer Engine's kernel (docs/performance.md). Training does not use it yet.
+fast as Transformer Engine's kernel (docs/performance.md). Training uses it (``extras/rotation``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 
-def table(angles: Tensor, factor: float = 1.0) -> Tensor:
-    """Return the table of angles ``[s, b, 1, d_rot]`` in which each stands twice, in halves."""
-    half = angles[..., : angles.shape[-1] // 2].float()
+def table(angles: Tensor, factor: float = 1.0, interleaved: bool = False) -> Tensor:
+    """Return the table of angles ``[s, b, 1, d_rot]`` in which each stands twice.
+
+    Args:
+        angles: Megatron's, in halves, or with ``interleaved`` in pairs.
+        factor: multiplies cosines and sines.
+    """
+    half = (angles[..., ::2] if interleaved else angles[..., : angles.shape[-1] // 2]).float()
     return torch.cat((half.cos() * factor, half.sin() * factor), dim=-1)
 
 

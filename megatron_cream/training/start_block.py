@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_cream.checkpoint.iterations import find_start
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.extras.rotation import rope_kernel
 from megatron_cream.mcore import patches
 from megatron_cream.mcore.argument_table import rotary_dim
 from megatron_cream.positions import SampleLayout, Strategy, coverage
@@ -36,7 +37,7 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
         "rope": scaling.summary,
         "attention factor": _attention_factor_line(args, scaling),
         "wavelengths": f"{shortest:.2f} to {longest:.0f} tokens",
-        "rope kernel": "fused" if args.apply_rope_fusion else "unfused",
+        "rope kernel": rope_kernel(args, extension),
         "labels": f"{extension.label_rule}, samples from: {extension.sample_unit}",
         "weights": _weights_line(args),
         "patches": ", ".join(patches.applied()),

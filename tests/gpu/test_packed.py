@@ -14,7 +14,7 @@ LENGTHS = (96, 160, 256)
 VOCABULARY = 512
 
 
-def build(fused):
+def build(kernel):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
@@ -22,6 +22,7 @@ def build(fused):
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
+    from megatron_cream.extras.rotation import use_triton
     from megatron_cream.mcore.build_model import initialize_ranks
     from megatron_cream.mcore.rotary import install_rotary
     from megatron_cream.rope import make_scaling
@@ -37,13 +38,15 @@ def build(fused):
         params_dtype=torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        apply_rope_fusion=fused,
+        apply_rope_fusion=kernel != "unfused",
         gradient_accumulation_fusion=False,
         init_method_std=0.1,
     )
     spec = get_gpt_layer_with_transformer_engine_spec()
     model = GPTModel(config, spec, VOCABULARY, 1024, position_embedding_type="rope").cuda()
     install_rotary(model, make_scaling("linear", dim=64, factor=8.0, original_length=512))
+    if kernel == "triton":
+        use_triton(model)
     return model
 
 
@@ -60,11 +63,11 @@ def documents():
     return found
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_packed_equals_one_by_one(fused):
+@pytest.mark.parametrize("kernel", ["triton", "te", "unfused"])
+def test_packed_equals_one_by_one(kernel):
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    model = build(fused)
+    model = build(kernel)
     alone = [model(tokens, ids, None, labels=tokens) for tokens, ids in documents()]
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
     packed = PackedSeqParams(
