@@ -48,7 +48,9 @@ class RopeKernel(Extra):
 
     def validate_machine(self, args: Namespace) -> None:
         if args.rope_kernel == "triton" and find_spec("triton") is None:
-            raise UserError(f"{FLAG} is 'triton', which is not installed: pip install triton")
+            raise UserError(
+                f"{FLAG} is 'triton', which is not installed: leave it out, or give 'te'"
+            )
 
     def configure(self, config: Any, args: Namespace, extension: Any) -> None:
         hooks = config.pre_wrap_hooks
