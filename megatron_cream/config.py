@@ -12,7 +12,8 @@ from megatron_cream.errors import UserError
 from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
 from megatron_cream.positions.mixtures import PlainShare, ScalePerSample, validate_share
 from megatron_cream.positions.strategy import strategy_class
-from megatron_cream.rope import RopeScaling, compose, make_scaling
+from megatron_cream.rope import SCALINGS, RopeScaling, compose, make_scaling
+from megatron_cream.rope.mixed import mix_windows
 from megatron_cream.rope.scaling import scaling_class
 
 SETTINGS_KEY = "megatron_cream"
@@ -39,6 +40,9 @@ class ExtensionConfig:
         position_options: settings of ``position_strategy`` alone, by the names of its fields; in a
             checkpoint and as flags they begin with the strategy's name, ``cream_sigma``.
         plain_share: probability that a training sample has plain positions instead.
+        mixed_windows: whether samples (packed documents) whose positions all lie within
+            ``original_length`` turn by the model's own RoPE, and only the others by the
+            interpolation; see ``rope.mixed``.
         rope_interpolation: a name of ``SCALINGS`` of ``megatron_cream.rope``.
         rope_factor: how many times longer RoPE becomes; T / original_length unless given.
         rotary_base: theta of the model before.
@@ -69,6 +73,7 @@ class ExtensionConfig:
     label_rule: str = "true-next"
     sample_unit: str = "document"
     plain_share: float = 0.0
+    mixed_windows: bool = False
     position_options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +90,7 @@ class ExtensionConfig:
         object.__setattr__(self, "position_options", complete)
         validate_share(self.plain_share)
         self._check_scales()
+        self._check_mixed()
         self.strategy()
         self._check_theta()
         self.scaling(self._checked_dim())
@@ -140,7 +146,23 @@ class ExtensionConfig:
         )
 
     def scaling(self, dim: int) -> RopeScaling:
-        """Return the RoPE interpolation for ``dim`` rotated dimensions and the window T."""
+        """Return the RoPE of sequences of T tokens, for ``dim`` rotated dimensions.
+
+        With mixed windows ``at_length`` of it is that of shorter ones.
+        """
+        scaling = self._interpolated(dim)
+        if self.mixed_windows:
+            scaling = mix_windows(self._own_scaling(dim), scaling)
+        return scaling.at_length(self.target_length)
+
+    def describe_rope(self, dim: int) -> str:
+        """Return one line for a person."""
+        summary = self._interpolated(dim).summary
+        if not self.mixed_windows:
+            return summary
+        return f"{summary}; within {self.original_length} tokens the model's own (mixed windows)"
+
+    def _interpolated(self, dim: int) -> RopeScaling:
         scaling = make_scaling(
             self.rope_interpolation,
             dim=dim,
@@ -149,9 +171,12 @@ class ExtensionConfig:
             original_length=self.original_length,
             **self.rope_options,
         )
-        if self.rope_base is not None:
-            scaling = compose(make_scaling(dim=dim, **self.rope_base), scaling)
-        return scaling.at_length(self.target_length)
+        return scaling if self.rope_base is None else compose(self._own_scaling(dim), scaling)
+
+    def _own_scaling(self, dim: int) -> RopeScaling:
+        """Return the RoPE of the model before."""
+        plain = {"name": "none", "base": self.rotary_base, "original_length": self.original_length}
+        return make_scaling(dim=dim, **(plain if self.rope_base is None else self.rope_base))
 
     def _check_scales(self) -> None:
         if not self.draws_scales:
@@ -174,6 +199,15 @@ class ExtensionConfig:
                 "sample_unit (--sample-unit) is 'packed-documents': --rope-interpolation "
                 f"{self.rope_interpolation} has one scale per sample; it must be one of "
                 "'document', 'window', 'packed'"
+            )
+
+    def _check_mixed(self) -> None:
+        if self.mixed_windows and not self._method.mixes:
+            able = ", ".join(name for name, cls in SCALINGS.items() if cls.mixes)
+            raise UserError(
+                "mixed_windows (--mixed-windows) is given: --rope-interpolation "
+                f"{self.rope_interpolation} has no fixed frequencies beside the model's own; it "
+                f"must be one of {able}"
             )
 
     def _check_theta(self) -> None:

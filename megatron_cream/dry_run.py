@@ -146,7 +146,7 @@ def lines(run: DryRun) -> list[str]:
         *(stage_line(args, view) for view in run.views),
         *([] if reason is None else [f"memory is not estimated: {reason}"]),
         *_position_lines(run),
-        f"RoPE by positions: {extension.scaling(rotary_dim(args)).summary}",
+        f"RoPE by positions: {extension.describe_rope(rotary_dim(args))}",
         "dry run: flags, stages and positions are right; data and checkpoints were not looked at",
     ]
 

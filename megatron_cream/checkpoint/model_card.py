@@ -131,6 +131,9 @@ def model_card(
         window=window,
         extension=extension,
         rope=json.dumps(fields),
+        mixed=f"; within {extension.original_length} tokens the RoPE of the model before"
+        if extension.mixed_windows
+        else "",
         dtype=dtype,
         attention=f"| attention | to the last {shape.window} tokens |\n" if shape.window else "",
         version=_version(),
@@ -155,7 +158,7 @@ pipeline_tag: text-generation
 | tokens per training sample | {extension.train_length} |
 | positions of training samples | {extension.position_strategy} |
 | RoPE interpolation | {extension.rope_interpolation}, factor {extension.rope_factor:g} over \
-{extension.original_length} tokens |
+{extension.original_length} tokens{mixed} |
 | RoPE in config.json | `{rope}` |
 | weights | {dtype} |
 {attention}| exported by | megatron_cream {version} |

@@ -46,7 +46,8 @@ def packed_seq_params(args: Namespace, cu_seqlens: torch.Tensor | None) -> Packe
 def get_batch(args: Namespace, data_iterator: Iterator | None, vp_stage: int | None) -> Batch:
     """Return tensors ``[b, s / CP]`` of this stage; middle stages have position ids only.
 
-    ``scale`` is float32 ``[b]`` where each sample has one, on every stage.
+    ``scale`` is float32 ``[b]`` where each sample has one, on every stage; ``far`` is bool
+    ``[b, s / CP]`` with mixed windows: whether a token's sample reaches beyond the original one.
 
     Every tensor is cut for this context-parallel rank here, position ids included, and nowhere
     else: the rotary embedding must not cut again. Packed documents are cut one by one, and have
@@ -59,13 +60,42 @@ def get_batch(args: Namespace, data_iterator: Iterator | None, vp_stage: int | N
     else:
         batch = _positions(args, data_iterator, packed)
     scale = batch.pop("scale", None)  # one per sample: not to be cut
+    extension, far = extension_of(args), None
+    if extension.mixed_windows:
+        batch["position_ids"] = mark_far(
+            batch["position_ids"], batch.get("cu_seqlens"), extension.original_length
+        )
     batch = get_batch_on_this_cp_rank(
         {"cu_seqlens": None, "cu_seqlens_padded": None, **batch},
         is_hybrid_cp=False,
         cp_group=mpu.get_context_parallel_group(),
     )
+    if extension.mixed_windows:
+        batch["position_ids"], far = take_marks(batch["position_ids"])
     kept = {key: batch.get(key) if outer or key == "position_ids" else None for key in BATCH_KEYS}
-    return {**kept, "cu_seqlens": batch["cu_seqlens"][0] if packed else None, "scale": scale}
+    boundaries = batch["cu_seqlens"][0] if packed else None
+    return {**kept, "cu_seqlens": boundaries, "scale": scale, "far": far}
+
+
+def mark_far(ids: torch.Tensor, cu_seqlens: torch.Tensor | None, window: int) -> torch.Tensor:
+    """Return position ids ``[b, s]``, each ``p`` of a far sample as ``-1 - p``.
+
+    Far is a sample, or packed document, that has a position of ``window`` or more; its last one is
+    its largest. The mark is in the ids because nothing but Megatron's own four tensors is cut for
+    context parallelism where documents are packed, and after the cut a rank sees no whole sample.
+    """
+    last = ids[:, -1:]
+    if cu_seqlens is not None:
+        ends = cu_seqlens[0, 1:].long()
+        tokens = torch.arange(ids.shape[1], device=ids.device)
+        last = ids[:, ends - 1][:, torch.searchsorted(ends, tokens, right=True)]
+    return torch.where(last >= window, ~ids, ids)
+
+
+def take_marks(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return position ids without the marks of ``mark_far``, and where those were, bool."""
+    far = ids < 0
+    return torch.where(far, ~ids, ids), far
 
 
 def is_packed(args: Namespace) -> bool:

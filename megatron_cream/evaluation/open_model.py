@@ -158,7 +158,7 @@ def _changed(extension: ExtensionConfig, changes: dict[str, Any]) -> ExtensionCo
     name = changes.get("rope_interpolation", extension.rope_interpolation)
     if name != extension.rope_interpolation:
         # What belongs to the model's own interpolation means nothing to another.
-        changes = {"rope_options": {}, "rope_theta": None, **changes}
+        changes = {"rope_options": {}, "rope_theta": None, "mixed_windows": False, **changes}
     found = dataclasses.replace(extension, **changes)
     if name == "none" and found.rope_factor != 1:
         raise UserError(

@@ -47,7 +47,8 @@ def add_hooks(
     if not any(isinstance(hook, _InstallRotary) for hook in config.pre_wrap_hooks):
         scaling = extension.scaling(rotary_dim(args))
         in_softmax = fold_attention_factor_into_softmax(config.transformer, scaling)
-        config.pre_wrap_hooks.append(_InstallRotary(scaling, in_softmax))
+        hook = _InstallRotary(scaling, in_softmax, extension.mixed_windows)
+        config.pre_wrap_hooks.append(hook)
         if trainer := trainer_of(scaling):
             trainer.configure(config, trains_rope_anew)
     config.extra_checkpoint_metadata = {
@@ -62,11 +63,17 @@ def add_hooks(
 class _InstallRotary:
     """The hook that Megatron calls with the built model chunks of a rank."""
 
-    def __init__(self, scaling: RopeScaling, in_softmax: bool) -> None:
+    def __init__(self, scaling: RopeScaling, in_softmax: bool, mixed_windows: bool) -> None:
         self.scaling = scaling
         self.in_softmax = in_softmax
+        self.mixed_windows = mixed_windows
 
     def __call__(self, chunks: list[MegatronModule]) -> list[MegatronModule]:
         for chunk in chunks:
-            install_rotary(chunk, self.scaling, attention_factor_in_softmax=self.in_softmax)
+            install_rotary(
+                chunk,
+                self.scaling,
+                attention_factor_in_softmax=self.in_softmax,
+                mixed_windows=self.mixed_windows,
+            )
         return chunks

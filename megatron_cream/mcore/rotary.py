@@ -55,6 +55,8 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         self.inv_freq = _inv_freq(scaling, device)
         self.seq_len_interpolation_factor = None  # read by Megatron's inference helpers
         self._position_ids: Tensor | None = None
+        self._near_inv_freq: Tensor | None = None
+        self._far: Tensor | None = None
         self._plain = False
         self.attention_factor_in_softmax = False
         self.makes_tables = False
@@ -68,6 +70,18 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         if self.scaling.varies_with_length:
             self.scaling = self.scaling.at_length(length)
             self.inv_freq = _inv_freq(self.scaling, self.inv_freq.device)
+
+    def mix_windows(self) -> None:
+        """Have every training step turn near samples as sequences of the original window.
+
+        A step says by ``set_far`` which tokens are of far ones.
+        """
+        near = self.scaling.at_length(self.scaling.original_length)
+        self._near_inv_freq = _inv_freq(near, self.inv_freq.device)
+
+    def set_far(self, far: Tensor) -> None:
+        """Hand over which tokens of the next ``forward`` are of far samples, bool ``[b, s]``."""
+        self._far = far
 
     def set_position_ids(self, position_ids: Tensor | None, plain: bool = False) -> None:
         """Hand over the position ids ``[b, s]`` of the next ``forward``.
@@ -86,10 +100,26 @@ class PositionRotaryEmbedding(RotaryEmbedding):
             self.inv_freq = self.inv_freq.to(position_ids.device)
         positions = position_ids.transpose(0, 1).to(torch.float32)
         # A product and not a matrix product: that would round positions to 11 bits under TF32.
-        angles = positions[:, :, None, None] * self.inv_freq
+        angles = positions[:, :, None, None] * self._take_inv_freq()
         if self.rotary_interleaved:
             return angles.repeat_interleave(2, dim=-1)
         return torch.cat((angles, angles), dim=-1)
+
+    def _take_inv_freq(self) -> Tensor:
+        """Return the frequencies of this step, ``[d / 2]`` or by token ``[s, b, 1, d / 2]``."""
+        far, self._far = self._far, None
+        if self._near_inv_freq is None:
+            return self.inv_freq
+        if far is not None:
+            self._near_inv_freq = self._near_inv_freq.to(self.inv_freq.device)
+            far = far.transpose(0, 1)[:, :, None, None]
+            return torch.where(far, self.inv_freq, self._near_inv_freq)
+        if self.training:
+            raise RuntimeError(
+                "PositionRotaryEmbedding mixes windows and was not told which samples of this step "
+                "are far: call set_far before the model, as megatron_cream's forward step does"
+            )
+        return self.inv_freq
 
     def forward(
         self,
@@ -193,7 +223,11 @@ def fold_attention_factor_into_softmax(config: Any, scaling: RopeScaling) -> boo
 
 
 def install_rotary(
-    model: nn.Module, scaling: RopeScaling, *, attention_factor_in_softmax: bool = False
+    model: nn.Module,
+    scaling: RopeScaling,
+    *,
+    attention_factor_in_softmax: bool = False,
+    mixed_windows: bool = False,
 ) -> PositionRotaryEmbedding:
     """Replace ``model.rotary_pos_emb`` and have it follow the ``position_ids`` of every call.
 
@@ -202,6 +236,7 @@ def install_rotary(
         scaling: how positions become angles.
         attention_factor_in_softmax: what ``fold_attention_factor_into_softmax`` answered for the
             model's config; if False the attention factor is applied to the rotated dimensions.
+        mixed_windows: see ``ExtensionConfig``; ``scaling`` then has a list for each length.
 
     Raises:
         UserError: the model has no rotary embedding of Megatron's ``rope`` kind, or rotates
@@ -224,6 +259,8 @@ def install_rotary(
         device=stock.inv_freq.device,
         cp_group=stock.cp_group,
     )
+    if mixed_windows:
+        rotary.mix_windows()
     model.rotary_pos_emb = rotary
     if not attention_factor_in_softmax:
         _scale_rotated(model, scaling.attention_factor)

@@ -34,6 +34,7 @@ class ClexScaling(RopeScaling, name="clex"):
     varies_with_length = True
     trained_by = "megatron_cream.extras.clex"
     draws_scales = True
+    mixes = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

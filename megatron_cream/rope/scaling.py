@@ -94,6 +94,10 @@ class RopeScaling:
     """Whether it asks for nothing but a ratio of angles, so that ``compose`` takes it on top of
     another one. The others look at wavelengths of an unscaled model."""
 
+    mixes: ClassVar[bool] = True
+    """Whether it is one fixed list of frequencies, beside which a model can keep its own within the
+    original window (--mixed-windows)."""
+
     trained_by: ClassVar[str] = ""
     """Module that trains its frequencies, a ``ScalingTrainer``; empty where settings say them."""
 

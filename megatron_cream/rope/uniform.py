@@ -19,6 +19,7 @@ class NoScaling(RopeScaling, name="none"):
 
     hf_types = ("default",)
     by_factor = False
+    mixes = False
 
 
 class LinearScaling(RopeScaling, name="linear"):
@@ -65,6 +66,7 @@ class DynamicScaling(RopeScaling, name="dynamic"):
     hf_required = ("factor",)
     varies_with_length = True
     evaluation_only = True
+    mixes = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

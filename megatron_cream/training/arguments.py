@@ -43,6 +43,11 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
             add(strategy.flag(name), **option.argument())
     add("--plain-share", type=float, default=0.0, help="share of samples at plain positions")
     add(
+        "--mixed-windows",
+        action="store_true",
+        help="samples within --original-length turn by the model's own RoPE; exported as longrope",
+    )
+    add(
         "--rope-interpolation",
         choices=tuple(SCALINGS),
         help="default: that of a run that is resumed; rope-theta if that is given; linear on "
@@ -97,10 +102,34 @@ def extension_from_args(args: Namespace) -> ExtensionConfig:
         label_rule=args.label_rule,
         sample_unit=args.sample_unit or DEFAULT_UNIT,
         plain_share=args.plain_share,
+        mixed_windows=args.mixed_windows,
     )
+    _validate_mixture(extension)
     if args.hidden_size is not None:
         extension.scaling(rotary_dim(args))  # lists of factors must fit the model's dimensions
     return extension
+
+
+def _validate_mixture(extension: ExtensionConfig) -> None:
+    """Refuse mixed windows of which one would never be trained.
+
+    Raises:
+        UserError: naming the flag that makes near samples, or far ones.
+    """
+    if not extension.mixed_windows or extension.sample_unit == "packed-documents":
+        return
+    train, window, share = extension.train_length, extension.original_length, extension.plain_share
+    if train > window:
+        raise UserError(
+            f"--seq-length is {train}: with --mixed-windows some samples must stay within "
+            f"--original-length, so it must be at most {window}, or --sample-unit packed-documents"
+        )
+    if not 0 < share < 1 or extension.position_strategy == "full":
+        raise UserError(
+            f"--plain-share is {share:g} with --position-strategy {extension.position_strategy}: "
+            "--mixed-windows needs near samples and far ones, so it must be a share above 0 and "
+            "below 1, with another strategy than full"
+        )
 
 
 def _position_options(args: Namespace, strategy: str, train: int, target: int) -> dict[str, Any]:

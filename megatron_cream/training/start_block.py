@@ -34,7 +34,7 @@ def start_block(args: Namespace, extension: ExtensionConfig) -> str:
         "positions": _positions_line(extension),
         "sample 0": f"{_ends(ids)}, in {_chunks(layout)}",
         "distances trained": _coverage_line(args, extension),
-        "rope": scaling.summary,
+        "rope": extension.describe_rope(rotary_dim(args)),
         "attention factor": _attention_factor_line(args, scaling),
         "wavelengths": f"{shortest:.2f} to {longest:.0f} tokens",
         "rope kernel": rope_kernel(args, extension),

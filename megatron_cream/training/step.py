@@ -37,6 +37,8 @@ def forward_step(
     timers("batch-generator").stop()
     if batch["scale"] is not None:
         get_attr_wrapped_model(model, "rotary_pos_emb").set_scales(batch["scale"])
+    if batch["far"] is not None:
+        get_attr_wrapped_model(model, "rotary_pos_emb").set_far(batch["far"])
     output = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],

@@ -200,6 +200,15 @@ def test_longrope_takes_the_list_that_is_served(compared, factors_file, glm):
     assert_same(*compared(flags, glm, target=N, length=N)[:2])
 
 
+@pytest.mark.parametrize("glm", [False, True], ids=["llama", "glm"])
+@pytest.mark.parametrize("name", ["linear", "theta", "yarn", "yarn, options"])
+def test_mixed_windows_are_served_by_length(compared, name, glm):
+    flags = [*INTERPOLATIONS[name], "--mixed-windows", "--plain-share", "0.5"]
+    assert_same(*compared(flags, glm)[:2])
+    assert_same(*compared(flags, glm, target=N, length=N)[:2])
+    assert_same(*compared(flags, glm, target=N + 1, length=N + 1)[:2])
+
+
 def test_the_factors_of_longrope_are_felt(compared, factors_file):
     flags = factors_file(HEAD)
     ours, theirs, _ = compared(flags, target=N)  # trained as for T, served as for N
