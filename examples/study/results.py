@@ -3,6 +3,8 @@
 
 python examples/study/results.py                   # the table of examples/study/results
 python examples/study/results.py --difference A B  # what A finds more than B, with intervals
+python examples/study/results.py --rivals          # with 8K's records spread over 16K and 32K
+python examples/study/results.py --price           # perplexity within the old window
 """
 
 from __future__ import annotations
@@ -82,19 +84,42 @@ SHOWN = ("4096", "8192", "16384", "32768")
 
 def table(folder: Path) -> str:
     """Return a Markdown table of the results in ``folder``, each cell by length, 4K to 32K."""
+    return _table(folder, {task: (task, SHOWN) for task in COLUMNS})
+
+
+def rivals(folder: Path) -> str:
+    """Return a table of what is found of many records far away, and of few records as far away."""
+    columns = {
+        "lines 8K 16K 32K": ("longchat-lines", SHOWN[1:]),
+        "8K's lines over 16K 32K": ("longchat-lines-of-8K", SHOWN[2:]),
+        "key-value 8K 16K 32K": ("kv-retrieval", SHOWN[1:]),
+        "8K's keys over 16K 32K": ("kv-retrieval-of-8K", SHOWN[2:]),
+    }
+    return _table(folder, columns)
+
+
+def price(folder: Path) -> str:
+    """Return a table of perplexities within the old window."""
+    lengths = ("1024", "2048", "4096", "8192")
+    return _table(folder, {"perplexity 1K 2K 4K 8K": ("perplexity", lengths)})
+
+
+def _table(folder: Path, columns: dict[str, tuple[str, tuple[str, ...]]]) -> str:
+    """Return a row for each run that has all of ``columns``: heading to task and lengths."""
     files = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
-    known = [variant.title for variant in VARIANTS if variant.title in files]
-    rows = ["| " + " | ".join(("run", *COLUMNS)) + " |", "|" + "---|" * (1 + len(COLUMNS))]
-    for name in known:
-        cells = [_cell(task, files[name]["tasks"][task]) for task in COLUMNS]
-        rows.append("| " + " | ".join((f"`{name}`", *cells)) + " |")
+    rows = ["| " + " | ".join(("run", *columns)) + " |", "|" + "---|" * (1 + len(columns))]
+    for name in (variant.title for variant in VARIANTS if variant.title in files):
+        tasks = files[name]["tasks"]
+        if all(set(lengths) <= tasks.get(task, {}).keys() for task, lengths in columns.values()):
+            cells = [_cell(task, tasks[task], lengths) for task, lengths in columns.values()]
+            rows.append("| " + " | ".join((f"`{name}`", *cells)) + " |")
     return "\n".join(rows)
 
 
-def _cell(task: str, lengths: dict[str, Any]) -> str:
+def _cell(task: str, rows: dict[str, Any], lengths: tuple[str, ...]) -> str:
     if task == "perplexity":
-        return " ".join(f"{lengths[length]['perplexity']:.4g}" for length in SHOWN)
-    return " ".join(f"{lengths[length]['hit']:.0f}" for length in SHOWN)
+        return " ".join(f"{rows[length]['perplexity']:.4g}" for length in lengths)
+    return " ".join(f"{rows[length]['hit']:.0f}" for length in lengths)
 
 
 def difference(folder: Path, one: str, other: str) -> str:
@@ -149,8 +174,13 @@ def main() -> None:
     default = Path(__file__).parent / "results"
     parser.add_argument("folder", nargs="?", type=Path, default=default)
     parser.add_argument("--difference", nargs=2, metavar=("A", "B"), help="names without seeds")
+    for kind in (rivals, price):
+        parser.add_argument(f"--{kind.__name__}", dest="kind", action="store_const", const=kind)
     args = parser.parse_args()
-    print(difference(args.folder, *args.difference) if args.difference else table(args.folder))
+    if args.difference:
+        print(difference(args.folder, *args.difference))
+    else:
+        print((args.kind or table)(args.folder))
 
 
 if __name__ == "__main__":

@@ -20,21 +20,30 @@ from megatron_cream.cli import make_parser
 from megatron_cream.errors import one_line_errors
 
 LENGTHS = ("4K", "8K", "16K", "32K")
+CONTROL = "-of-8K"
+"""Ends the name of a task whose longer cases have the records of one of 8K, and prose between."""
+_CASES = ("--cases", "10", "--seeds", "10")
+_OF_8K = ("--lengths", "16K", "32K", *_CASES, "--records-of", "8K")
 FLAGS = {
     "perplexity": (
-        *("--lengths", "2K", "4K", "8K", "16K", "32K"),
+        *("--lengths", "1K", "2K", "4K", "8K", "16K", "32K"),
         *("--documents", "8", "--document-tokens", "65536"),
     ),
-    "longchat-lines": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "10"),
-    "kv-retrieval": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "10"),
-    "niah-multikey": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "10"),
+    "longchat-lines": ("--lengths", *LENGTHS, *_CASES),
+    "kv-retrieval": ("--lengths", *LENGTHS, *_CASES),
+    "niah-multikey": ("--lengths", *LENGTHS, *_CASES),
     "needle": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "4"),
     "passkey": ("--lengths", *LENGTHS, "--cases", "10", "--seeds", "4"),
+    f"longchat-lines{CONTROL}": _OF_8K,
+    f"kv-retrieval{CONTROL}": _OF_8K,
 }
 SMOKE = {
     "perplexity": ("--lengths", "256", "512", "--documents", "1", "--document-tokens", "1024"),
     **{
-        task: ("--lengths", "768", "1024", "--cases", "2", "--seeds", "1")
+        task: (
+            *("--lengths", "768", "1024", "--cases", "2", "--seeds", "1"),
+            *(("--records-of", "768") if task.endswith(CONTROL) else ()),
+        )
         for task in FLAGS
         if task != "perplexity"
     },
@@ -51,9 +60,9 @@ def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: 
     common = ["--hf", hf, "--name", Path(output).parent.name, "--data", data, *rope]
     common += [] if smoke else ["--dtype", "bfloat16", "--batch-tokens", "65536"]
     model = None
-    for task in tasks:
-        flags = (SMOKE if smoke else FLAGS)[task]
-        folder = Path(output) / task
+    for name in tasks:
+        flags, task = (SMOKE if smoke else FLAGS)[name], name.removesuffix(CONTROL)
+        folder = Path(output) / name
         if (folder / "result.json").is_file():
             continue
         settings = settings_of(make_parser("evaluate").parse_args([task, *common, *flags]))

@@ -49,7 +49,8 @@ def parse_args() -> argparse.Namespace:
     add("--held-out", nargs="+", help="text to score perplexity on")
     add("--work", type=Path, required=True, help="folder for data, checkpoints and logs")
     add("--results", type=Path, required=True, help="folder for the JSON files")
-    add("--only", nargs="+", help="names of variants with their seed, as cream-seed1")
+    titles = [variant.title for variant in VARIANTS]
+    add("--only", nargs="+", choices=titles, help="these variants, in this order", metavar="NAME")
     add("--gpus", type=int, default=1, help="runs side by side, one per GPU")
     add("--lanes", type=int, default=1, help="2: score a model while the next one trains beside it")
     add("--workers", type=int, default=2, help="processes that prepare data")
@@ -76,7 +77,8 @@ class Study:
         self.took = {"train": args.train_seconds, "score": args.score_seconds}
         self.lock = threading.Lock()
         self.training = [threading.Lock() for _ in range(args.gpus)]  # two would not fit
-        wanted = [v for v in VARIANTS if not args.only or v.title in args.only]
+        known = {variant.title: variant for variant in VARIANTS}
+        wanted = [known[title] for title in args.only or known]
         self.left = [v for v in wanted if not self.result(v).is_file()]
 
     def result(self, variant: Variant) -> Path:
@@ -260,7 +262,7 @@ class Study:
         # Two processes: while one makes cases on the CPU, the other has the GPU.
         halves = [
             ("perplexity", "longchat-lines", "kv-retrieval"),
-            ("niah-multikey", "needle", "passkey"),
+            ("niah-multikey", "needle", "passkey", "longchat-lines-of-8K", "kv-retrieval-of-8K"),
         ]
         done = at_once(
             [

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 QUESTIONS = 16
 """Most questions of a task in the retrieval documents of most variants."""
@@ -58,15 +59,41 @@ def _seeds(seed: int, *names: str) -> list[Variant]:
         for method, strategy in {"cream": "cream", "pose": "pose", "plain": "full"}.items():
             name = f"{method}-questions-64-retrieval-{share:.2f}"
             ways[name] = Variant(name, strategy, retrieval=share, seed=seed, questions=64)
-    for share in (0.15, 0.3):
+    for share in (0.15, 0.3, 0.5):
         name = f"cream-answers-only-{share:.2f}"
         more = {"retrieval": share, "questions": 64, "answers_only": True}
         ways[name] = Variant(name, "cream", seed=seed, **more)
+    ways |= {name: Variant(name, seed=seed, **MANY, **way) for name, way in WAYS.items()}
+    for name, strategy in {"cream": "cream", "scatter": "scatter"}.items():
+        name = f"{name}-questions-256-retrieval-0.50"
+        ways[name] = Variant(name, strategy, seed=seed, retrieval=0.5, questions=256)
     return [ways[name] for name in names]
 
 
 PLAIN = ("--plain-share", "0.25")
 RELATIVE = ("--cream-sigma-relative", "0.375")
+MANY: dict[str, Any] = {"retrieval": 0.5, "questions": 64}
+"""The documents of the ways below."""
+MIXED = ("--mixed-windows", "--plain-share")
+WAYS: dict[str, dict[str, Any]] = {
+    f"{name}-questions-64-retrieval-0.50": way
+    for name, way in {
+        "cream-mixed-0.25": {"method": "cream", "flags": (*MIXED, "0.25")},
+        "cream-mixed-0.50": {"method": "cream", "flags": (*MIXED, "0.5")},
+        # The factor that YaRN has at 4 times the window, within the old window, too.
+        "cream-mixed-0.25-factor": {
+            "method": "cream",
+            "flags": (*MIXED, "0.25", "--rope-options", "attention_factor=1.1386"),
+        },
+        "cream-plain-0.25": {"method": "cream", "flags": PLAIN},
+        "cream-relative": {"method": "cream", "flags": RELATIVE},
+        "scatter": {"method": "scatter"},
+        "scatter-8": {"method": "scatter", "flags": ("--scatter-chunks", "8")},
+        "scatter-mixed-0.25": {"method": "scatter", "flags": (*MIXED, "0.25")},
+        # What extending costs within the old window: the same data, and the model as it was.
+        "never-extended": {"method": "full", "rope": "none"},
+    }.items()
+}
 MORE_DOCUMENTS = tuple(
     f"{method}-questions-64-retrieval-0.30" for method in ("cream", "pose", "plain")
 )
@@ -78,7 +105,8 @@ VARIANTS = [
     *_seeds(1, "cream", "plain", "pose", "cream-plain-0.25", "cream-relative"),
     *_seeds(1, "cream-questions-64"),
     *_seeds(1, *MORE_DOCUMENTS, "cream-questions-64-retrieval-0.50"),
-    *_seeds(1, "cream-answers-only-0.15", "cream-answers-only-0.30"),
+    *_seeds(1, *WAYS, "cream-questions-256-retrieval-0.50", "scatter-questions-256-retrieval-0.50"),
+    *_seeds(1, "cream-answers-only-0.15", "cream-answers-only-0.30", "cream-answers-only-0.50"),
     *_seeds(2, *MORE_DOCUMENTS),
     *_seeds(2, "cream", "plain", "pose"),
     *_seeds(1, "cope", "drope", "linear", "cream-no-retrieval", "cream-retrieval-0.30"),

@@ -94,6 +94,7 @@ _HOW = {
     "cream": "CREAM (arXiv:2406.07138)",
     "pose": "PoSE (arXiv:2309.10400)",
     "randpos": "RandPos (arXiv:2305.16843)",
+    "scatter": "scattered chunks",
     "full": "plain positions",
 }
 

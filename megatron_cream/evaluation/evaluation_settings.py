@@ -78,6 +78,13 @@ class EvaluationSettings:
         type=parse_length,
         most=2**40,
     )
+    records_of: int | None = flag_field(
+        "longchat-lines, kv-retrieval: longer cases have the records of one of so many tokens, and "
+        "prose between them (default: as many records as fit)",
+        default=None,
+        type=parse_length,
+        most=_LONGEST,
+    )
     cases_file: str | None = flag_field(
         "published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)", default=None
     )
@@ -152,6 +159,8 @@ class EvaluationSettings:
                 "--lengths is missing: name context lengths in tokens, 4K 8K for instance"
             )
         self._validate_numbers()
+        if self.records_of is not None:
+            self._validate_records()
         if self.cases_file is not None:
             self._validate_cases_file(self.cases_file)
         if "perplexity" in self.tasks:
@@ -173,6 +182,16 @@ class EvaluationSettings:
                         f"{flag_name(one.name)} has {number}: it must be at least {least}, at "
                         f"most {most}"
                     )
+
+    def _validate_records(self) -> None:
+        from megatron_cream.evaluation.tasks import TASKS
+
+        able = [name for name, task in TASKS.items() if task.records]
+        if self.cases_file is not None or not set(self.tasks) <= set(able):
+            given = "with --cases-file" if self.cases_file else f"for {', '.join(self.tasks)}"
+            raise UserError(
+                f"--records-of is {self.records_of} {given}: it is for {' and '.join(able)}, drawn"
+            )
 
     def _validate_cases_file(self, path: str) -> None:
         from megatron_cream.evaluation.tasks.lines import read_cases, validate_has_published

@@ -198,6 +198,17 @@ def names(draw: np.random.Generator, count: int) -> list[str]:
     return [f"{ADJECTIVES[i % len(ADJECTIVES)]}-{NOUNS[i // len(ADJECTIVES)]}" for i in chosen]
 
 
+def space_out(text: HaystackText, seed: int, count: int) -> HaystackText:
+    """Return a text with ``count`` sentences of prose behind the pieces of its body, evenly."""
+    said, pieces = sentences(seed, count), len(text.body)
+    borders = [count * i // pieces for i in range(pieces + 1)]
+    body = [
+        piece + "".join(said[a:b]).lstrip() + "\n" * (b > a)
+        for piece, a, b in zip(text.body, borders, borders[1:], strict=False)
+    ]
+    return HaystackText(text.intro, body, text.questions)
+
+
 def spread(count: int) -> list[float]:
     """Return ``count`` places from 0 to 1, both included; the middle for one."""
     return [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
@@ -235,6 +246,22 @@ class HaystackBuilder:
             most: how many different pieces there are.
 
         Raises:
+            UserError: as ``most_pieces``.
+        """
+        fits = self.most_pieces(name, draw, length, least, most)
+        return self._build(draw(fits), length, seed, number)
+
+    def most_pieces(
+        self,
+        name: str,
+        draw: Callable[[int], HaystackText],
+        length: int,
+        least: int = 1,
+        most: int = sys.maxsize,
+    ) -> int:
+        """Return how many pieces of a body fit in ``length`` tokens; arguments as of ``fit``.
+
+        Raises:
             UserError: not even ``least`` pieces fit, or more than ``most`` would.
         """
         smallest = self._size(draw(least))
@@ -254,7 +281,7 @@ class HaystackBuilder:
                 f"--lengths has {length}: {name} has no more than {most} pieces, which do not "
                 "fill it; take a shorter one"
             )
-        return self._build(draw(fits), length, seed, number)
+        return fits
 
     def build_as_is(self, text: HaystackText) -> tuple[np.ndarray, CaseTail]:
         """Return context and tail of a text with one question, without any padding."""

@@ -131,6 +131,7 @@ def _case_settings(settings: EvaluationSettings, prompt: Prompt) -> dict[str, An
         # A run is not continued with other cases under the same name.
         "cases_file_content": file and hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16],
         "most_tokens": settings.most_tokens,
+        **({"records_of": settings.records_of} if settings.records_of else {}),
     }
 
 
@@ -201,7 +202,7 @@ def _draw(
     for length in lengths:
         seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
         groups: Iterable[list[HaystackCases]] = (
-            kind.make(builder, length, seed, settings.cases) for seed in seeds
+            kind.make(builder, length, seed, settings.cases, settings.records_of) for seed in seeds
         )
         if not kind.placed:  # each case is a haystack, and none of them is needed for the others
             groups = ([one] for group in groups for one in group)

@@ -6,7 +6,7 @@
     layout.position_ids                            # int64 [train_length]
     layout.spans(document_length)                  # [(offset, length), ...] tokens to read
 
-make_strategy   a strategy by name: full, cream, pose, randpos
+make_strategy   a strategy by name: full, cream, pose, randpos, scatter
 STRATEGIES      their classes by name, each with its options
 coverage        which relative distances a strategy trains, and how often
 
@@ -18,6 +18,7 @@ from megatron_cream.positions.coverage import Coverage, coverage
 from megatron_cream.positions.cream import Cream
 from megatron_cream.positions.layout import SampleLayout, Span
 from megatron_cream.positions.pose import Pose
+from megatron_cream.positions.scatter import Scatter
 from megatron_cream.positions.strategy import STRATEGIES, Strategy, make_strategy
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Pose",
     "RandPos",
     "SampleLayout",
+    "Scatter",
     "Span",
     "Strategy",
     "coverage",

@@ -161,7 +161,7 @@ def make_strategy(name: str, train_length: int, target_length: int, **options: A
     """Return the strategy ``name`` for samples of N tokens that reach T positions.
 
     Args:
-        name: ``full``, ``cream``, ``pose`` or ``randpos``.
+        name: ``full``, ``cream``, ``pose``, ``randpos`` or ``scatter``.
         train_length: N, tokens in a sample.
         target_length: T, the window to reach in tokens, at least N.
         options: fields of the strategy's class, for instance ``sigma_relative=0.375``.

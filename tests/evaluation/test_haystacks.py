@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.haystacks import HaystackBuilder
 from megatron_cream.evaluation.prompts import Prompt, render
 from megatron_cream.evaluation.tasks import TASKS
@@ -217,3 +218,29 @@ def test_key_value_pairs_are_json_with_every_answer():
     for tail in tails:
         key, value = re.search(r'Key: "(.*)"\nCorresponding value: "(.*)', tail).groups()
         assert pairs[key] == value
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.records])
+def test_records_of_a_shorter_case_spread_over_a_longer_one(prompt, task):
+    kit, decode = HaystackBuilder(prompt), prompt.tokenizer.decode
+    (near,) = TASKS[task].make(kit, LENGTH, 5, 3)
+    (far,) = TASKS[task].make(kit, 3 * LENGTH, 5, 3, LENGTH)
+    assert len(far.context) + len(far.tails[0].tokens) == 3 * LENGTH
+    record = re.compile(r"REGISTER_CONTENT is <\d+>|\"[-0-9a-f]{36}\": \"[-0-9a-f]{36}\"")
+    found = [record.findall(decode(one.context)) for one in (near, far)]
+    assert found[0] == found[1] and len(found[0]) > 20
+    answers = [[decode(tail.answer) for tail in one.tails] for one in (near, far)]
+    assert answers[0] == answers[1]
+    places = [one.start() for one in record.finditer(decode(far.context))]
+    gaps = np.diff(places)
+    assert gaps.max() < 6 * np.median(gaps), "the records stand all over it"
+    (same,) = TASKS[task].make(kit, LENGTH, 5, 3, LENGTH)
+    assert np.array_equal(same.context, near.context)
+
+
+def test_records_are_of_tasks_that_have_some():
+    from support.arguments import arguments
+
+    for changes in ({"tasks": ["needle"]}, {"tasks": ["kv-retrieval"], "cases_file": "f"}):
+        with pytest.raises(UserError, match="--records-of is 2048 .* longchat-lines and kv-"):
+            arguments(hf="h", records_of=2048, **changes).validate()

@@ -188,6 +188,35 @@ def test_nothing_is_begun_that_would_not_end_in_time(run):
     assert steps == [("score", "cream-seed1"), ("train", "plain-seed1"), ("score", "plain-seed1")]
 
 
+def test_variants_that_are_asked_for_are_run_in_that_order(run):
+    _, steps = run("--only", "plain-seed1", "before", "cream-seed1")
+    assert [name for step, name in steps if step == "score"] == [
+        *("plain-seed1", "before", "cream-seed1"),
+    ]
+    with pytest.raises(SystemExit):
+        run("--only", "cream")  # no seed
+
+
+def test_tables_of_rivals_and_of_the_price_are_of_runs_that_have_them(study, tmp_path):
+    from results import price, rivals
+
+    def hits(*found):
+        return dict(zip(("32768", "16384", "8192"), ({"hit": hit} for hit in found), strict=False))
+
+    tasks = {
+        "longchat-lines": hits(1, 2, 3),
+        "longchat-lines-of-8K": hits(4, 5),
+        "kv-retrieval": hits(6, 7, 8),
+        "kv-retrieval-of-8K": hits(9, 10),
+        "perplexity": {str(1024 * n): {"perplexity": n + 0.5} for n in (1, 2, 4, 8)},
+    }
+    (tmp_path / "cream-seed1.json").write_text(json.dumps({"tasks": tasks}))
+    old = {"perplexity": {"2048": {"perplexity": 1}}}
+    (tmp_path / "plain-seed1.json").write_text(json.dumps({"tasks": old}))
+    assert rivals(tmp_path).splitlines()[2:] == ["| `cream-seed1` | 3 2 1 | 5 4 | 8 7 6 | 10 9 |"]
+    assert price(tmp_path).splitlines()[2:] == ["| `cream-seed1` | 1.5 2.5 4.5 8.5 |"]
+
+
 def test_several_gpus_share_the_variants(run):
     left, steps = run("--gpus", "3", "--only", "cream-seed1", "plain-seed1", "pose-seed1")
     assert left == 0 and len(steps) == len(set(steps)) == 6

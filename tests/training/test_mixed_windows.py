@@ -23,7 +23,7 @@ def largest_difference(a, b):
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory, flags, initial):
     folder = tmp_path_factory.mktemp("mixed")
-    start = ["--pretrained-checkpoint", initial, "--save", str(folder / "run")]
+    start = ["--pretrained-checkpoint", initial, "--eval-iters", "0"]
     return folder, ranks.train(folder / "log", [*flags, *MIXED, *start])
 
 

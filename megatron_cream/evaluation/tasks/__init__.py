@@ -18,7 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_cream.evaluation.haystacks import HaystackBuilder, HaystackCases, HaystackText, spread
+from megatron_cream.evaluation.haystacks import (
+    HaystackBuilder,
+    HaystackCases,
+    HaystackText,
+    space_out,
+    spread,
+)
 from megatron_cream.evaluation.tasks import counting, lines, needles
 
 __all__ = ["TASKS", "EvaluationTask"]
@@ -38,6 +44,7 @@ class EvaluationTask:
         number: whether the published score is of the first integer of the answer.
         placed: whether the answer stands at a place in the context.
         harder_from: lengths from which on a case has more in it that must fit.
+        records: whether its pieces are records that may have prose between them.
         least: smallest number of pieces that makes a haystack; one per case if None.
         most: how many different pieces there are.
     """
@@ -48,22 +55,48 @@ class EvaluationTask:
     number: bool = False
     placed: bool = True
     harder_from: tuple[int, ...] = ()
+    records: bool = False
     least: int | None = 1
     most: int = sys.maxsize
 
     def make(
-        self, builder: HaystackBuilder, length: int, seed: int, cases: int
+        self,
+        builder: HaystackBuilder,
+        length: int,
+        seed: int,
+        cases: int,
+        records_of: int | None = None,
     ) -> list[HaystackCases]:
         """Return haystacks of ``length`` tokens with ``cases`` questions in all.
+
+        With ``records_of``, tokens, longer haystacks have the records and questions of one of that
+        length, and prose between them.
 
         Raises:
             UserError: the length is too short for the task, or too long.
         """
         least = cases if self.least is None else self.least
+        if records_of is not None and length > records_of:
+            return [
+                self._spaced(builder, draw, (length, records_of), (seed, number), least)
+                for number, draw in enumerate(self.texts(records_of, seed, cases))
+            ]
         return [
             builder.fit(self.name, draw, length, seed, number, least, self.most)
             for number, draw in enumerate(self.texts(length, seed, cases))
         ]
+
+    def _spaced(
+        self,
+        builder: HaystackBuilder,
+        draw: DrawText,
+        lengths: tuple[int, int],
+        case: tuple[int, int],
+        least: int,
+    ) -> HaystackCases:
+        length, records_of = lengths
+        text = draw(builder.most_pieces(self.name, draw, records_of, least, self.most))
+        return builder.fit(self.name, partial(space_out, text, case[0]), length, *case)
 
 
 def _at_depths(text: Callable[..., HaystackText]) -> Callable[[int, int, int], list[DrawText]]:
@@ -95,6 +128,7 @@ _TASKS = (
         _together(lines.longchat),
         lambda seed: lines.longchat(seed, 1, 3),
         number=True,
+        records=True,
         least=None,
         most=lines.MOST_LINES,
     ),
@@ -102,6 +136,7 @@ _TASKS = (
         "kv-retrieval",
         _together(lines.key_values),
         lambda seed: lines.key_values(seed, 1, 3),
+        records=True,
         least=None,
         most=lines.MOST_LINES,
     ),
