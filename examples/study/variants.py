@@ -64,9 +64,12 @@ def _seeds(seed: int, *names: str) -> list[Variant]:
         more = {"retrieval": share, "questions": 64, "answers_only": True}
         ways[name] = Variant(name, "cream", seed=seed, **more)
     ways |= {name: Variant(name, seed=seed, **MANY, **way) for name, way in WAYS.items()}
-    for name, strategy in {"cream": "cream", "scatter": "scatter"}.items():
-        name = f"{name}-questions-256-retrieval-0.50"
-        ways[name] = Variant(name, strategy, seed=seed, retrieval=0.5, questions=256)
+    for strategy in ("cream", "scatter"):
+        for answers_only in (False, True):
+            kind = "-answers-only" if answers_only else ""
+            name = f"{strategy}{kind}-questions-256-retrieval-0.50"
+            more = {"retrieval": 0.5, "questions": 256, "answers_only": answers_only}
+            ways[name] = Variant(name, strategy, seed=seed, **more)
     return [ways[name] for name in names]
 
 
@@ -94,6 +97,11 @@ WAYS: dict[str, dict[str, Any]] = {
         "never-extended": {"method": "full", "rope": "none"},
     }.items()
 }
+EVEN_MORE_QUESTIONS = tuple(
+    f"{strategy}{kind}-questions-256-retrieval-0.50"
+    for strategy in ("cream", "scatter")
+    for kind in ("", "-answers-only")
+)
 MORE_DOCUMENTS = tuple(
     f"{method}-questions-64-retrieval-0.30" for method in ("cream", "pose", "plain")
 )
@@ -105,7 +113,7 @@ VARIANTS = [
     *_seeds(1, "cream", "plain", "pose", "cream-plain-0.25", "cream-relative"),
     *_seeds(1, "cream-questions-64"),
     *_seeds(1, *MORE_DOCUMENTS, "cream-questions-64-retrieval-0.50"),
-    *_seeds(1, *WAYS, "cream-questions-256-retrieval-0.50", "scatter-questions-256-retrieval-0.50"),
+    *_seeds(1, *WAYS, *EVEN_MORE_QUESTIONS),
     *_seeds(1, "cream-answers-only-0.15", "cream-answers-only-0.30", "cream-answers-only-0.50"),
     *_seeds(2, *MORE_DOCUMENTS),
     *_seeds(2, "cream", "plain", "pose"),
