@@ -91,7 +91,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "cream-plain-0.25": {"method": "cream", "flags": PLAIN},
         "cream-relative": {"method": "cream", "flags": RELATIVE},
         "scatter": {"method": "scatter"},
-        "scatter-8": {"method": "scatter", "flags": ("--scatter-chunks", "8")},
+        "scatter-8": {"method": "scatter", "flags": ("--scatter-most-chunks", "8")},
         "scatter-mixed-0.25": {"method": "scatter", "flags": (*MIXED, "0.25")},
         # What extending costs within the old window: the same data, and the model as it was.
         "never-extended": {"method": "full", "rope": "none"},

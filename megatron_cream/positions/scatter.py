@@ -5,7 +5,7 @@ What is asked at the end of a sample then looks back at text from all distances 
 in a sequence of T tokens. CREAM and PoSE show it one or two other places: where CREAM's coin falls
 on long heads the end is far from everything else, and otherwise near all of it.
 
-A sample is cut in k chunks, log k uniform up to ``--scatter-chunks``, at places drawn uniformly.
+A sample is cut in k chunks at places drawn uniformly, log k uniform up to --scatter-most-chunks.
 Between them are k - 1 gaps of T - N positions in all, a uniform share of which each has.
 """
 
@@ -40,15 +40,17 @@ class Scatter(Strategy, name="scatter"):
     """Scattered positions.
 
     Attributes:
-        chunks: most chunks of a sample, at least 2.
+        most_chunks: of a sample, at least 2.
     """
 
-    chunks: int = option("most chunks of a sample", default=32, type=int)
+    most_chunks: int = option("most chunks of a sample", default=32, type=int)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.chunks, int) or self.chunks < 2:
-            raise UserError(f"chunks (--scatter-chunks) is {self.chunks}: it must be at least 2")
+        if not isinstance(self.most_chunks, int) or self.most_chunks < 2:
+            raise UserError(
+                f"most_chunks (--scatter-most-chunks) is {self.most_chunks}: it must be at least 2"
+            )
         if self.train_length < self.shortest_length:
             raise UserError(
                 f"train_length (--seq-length) is {self.train_length}: scatter needs at least "
@@ -72,8 +74,8 @@ class Scatter(Strategy, name="scatter"):
         return ScatterLayout(self.train_length, self.target_length, chunks)
 
     def layout(self, seed: int, index: int) -> ScatterLayout:
-        size, *words = philox.words(seed, index, 2 * self.chunks)
-        most = self.chunks - 1
+        size, *words = philox.words(seed, index, 2 * self.most_chunks)
+        most = self.most_chunks - 1
         later = int((most + 1) ** philox.unit(size))  # chunks after the first
         length, gaps = self.train_length, self.target_length - self.train_length
         cuts = sorted({1 + philox.below(word, length - 1) for word in words[:later]})

@@ -18,6 +18,7 @@ from megatron_cream.training.tokens_read import tokens_read
 
 # Beyond this many layouts coverage has converged, and a start must not wait for it.
 _SAMPLES = 32_000
+_PAIRS = 200_000  # of chunks, each of which is counted
 _DENSE_SAMPLES = 64  # strategies without chunks take O(T log T) per sample
 
 
@@ -83,8 +84,11 @@ def _chunks(layout: SampleLayout) -> str:
 def most_samples(strategy: Strategy) -> int:
     """Return how many layouts of a run coverage is counted over."""
     # Where each sample has a scale of its own, some may be plain.
-    dense = any(strategy.layout(0, index).runs() is None for index in range(16))
-    return _DENSE_SAMPLES if dense else _SAMPLES
+    drawn = [strategy.layout(0, index).runs() for index in range(16)]
+    pairs = [len(runs) * (len(runs) + 1) // 2 for runs in drawn if runs is not None]
+    if len(pairs) < len(drawn):
+        return _DENSE_SAMPLES
+    return min(_SAMPLES, _PAIRS * len(pairs) // sum(pairs))
 
 
 def _coverage_line(args: Namespace, extension: ExtensionConfig) -> str:

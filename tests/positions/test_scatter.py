@@ -29,7 +29,7 @@ def test_a_sample_begins_and_ends_its_window(target):
 
 
 def test_numbers_of_chunks_are_uniform_by_their_logarithm():
-    strategy = scatter(chunks=33)
+    strategy = scatter(most_chunks=33)
     counts = np.array([len(strategy.layout(5, index).chunks) - 1 for index in range(4000)])
     shares = [np.mean((counts >= a) & (counts < 2 * a)) for a in (2, 4, 8, 16)]
     # A few of many cuts fall on one place.
@@ -57,8 +57,8 @@ def test_every_distance_is_trained():
 
 
 def test_what_cannot_be_cut_is_refused():
-    with pytest.raises(UserError, match=r"chunks \(--scatter-chunks\) is 1"):
-        scatter(chunks=1)
+    with pytest.raises(UserError, match=r"most_chunks \(--scatter-most-chunks\) is 1"):
+        scatter(most_chunks=1)
     with pytest.raises(UserError, match="--seq-length.* is 1: scatter needs at least 2"):
         scatter(1, 8)
     assert scatter(2, 8).layout(1, 1).position_ids.tolist() == [0, 7]

@@ -44,6 +44,16 @@ def test_a_strategy_without_chunks_is_counted_over_fewer(monkeypatch):
     )
 
 
+def test_a_strategy_of_many_chunks_is_counted_over_some():
+    from megatron_cream.training.start_block import _SAMPLES, most_samples
+
+    found = {
+        name: most_samples(ExtensionConfig(96, 768, 96, position_strategy=name).strategy())
+        for name in ("cream", "pose", "scatter")
+    }
+    assert found["cream"] == found["pose"] == _SAMPLES and 500 < found["scatter"] < 10_000
+
+
 @pytest.mark.parametrize(
     ("rotary_percent", "said"), [(1.0, "in the softmax scale"), (0.5, "on the rotated dimensions")]
 )
