@@ -19,8 +19,8 @@ WORK=${WORK:-runs/methods}
 : "${HELD_OUT:?is not set: it must be a file or a folder of text to evaluate on}"
 : "${TARGET:?is not set: it must be the new window in tokens, such as 32K}"
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
-read -r -a TEXTS <<<"$TEXT"
-read -r -a HELD_OUTS <<<"$HELD_OUT"
+read -r -a TEXT_PATHS <<<"$TEXT"
+read -r -a HELD_OUT_PATHS <<<"$HELD_OUT"
 read -r -a MORE <<<"${EXTEND_ARGS:-}"
 
 [ $# -gt 0 ] || {
@@ -32,7 +32,7 @@ read -r -a MORE <<<"${EXTEND_ARGS:-}"
 extend_in() {
     local method rope rate
     IFS=: read -r method rope rate <<<"$1"
-    "$PYTHON" -m megatron_cream extend --hf "$HF" --text "${TEXTS[@]}" --held-out "${HELD_OUTS[@]}" \
+    "$PYTHON" -m megatron_cream extend --hf "$HF" --text "${TEXT_PATHS[@]}" --held-out "${HELD_OUT_PATHS[@]}" \
         --target-length "$TARGET" --position-strategy "$method" --rope-interpolation "$rope" \
         --lr "$rate" --tasks passkey needle --cases 10 --output "$WORK/${1//:/-}" "${MORE[@]}" "${@:2}"
 }
