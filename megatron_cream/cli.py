@@ -119,6 +119,11 @@ COMMANDS = {
         "Evaluate a Megatron checkpoint or a Hugging Face model on long text.",
         environment=_NO_SPINNING,
     ),
+    "chat": Command(
+        "megatron_cream.evaluation.chat",
+        "Ask a Hugging Face model, about a book or paper if one is given.",
+        environment=_NO_SPINNING,
+    ),
     "doctor": Command(
         "megatron_cream.checkpoint.doctor",
         "Read a Megatron checkpoint whole and say which of its files are damaged.",

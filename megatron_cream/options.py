@@ -76,7 +76,7 @@ def flag_field(
     group: str = "",
     default: Any = MISSING,
     type: Callable[[str], Any] | None = None,
-    many: bool = False,
+    many: bool | str = False,
     metavar: str | None = None,
     choices: Sequence[str] | None = None,
     action: Any = None,
@@ -90,7 +90,7 @@ def flag_field(
         group: heading in ``--help``.
         default: MISSING for a flag that must be given.
         type: of a value on the command line; int where the default is one.
-        many: whether it takes several values, a tuple.
+        many: whether it takes several values, a tuple; "*" for none too.
         metavar: stands for the value in ``--help``.
         choices: the values that it can have.
         action: how argparse stores it, where that does not follow from the default.
@@ -99,7 +99,7 @@ def flag_field(
     is_switch = isinstance(default, bool)
     type = int if type is None and isinstance(default, int) and not is_switch else type
     argument = {"help": help, "type": type, "metavar": metavar, "choices": choices}
-    argument |= {"nargs": "+" if many else None, "action": action}
+    argument |= {"nargs": "+" if many is True else many or None, "action": action}
     if is_switch:
         argument = {"help": help, "action": action or "store_true"}
     argument = {key: value for key, value in argument.items() if value is not None}

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_cream.attention import sdpa
 from megatron_cream.attention.bands import Bands, Tile, TileShape
 from megatron_cream.attention.sdpa import TileAttention
+from megatron_cream.rope.scaling import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,19 @@ class Rotation:
     factor: float = 1.0
     interleaved: bool = False
 
+    @staticmethod
+    def of(scaling: RopeScaling, like: Tensor, interleaved: bool = False) -> Rotation:
+        """Return that of an interpolation, on a tensor's device, at least in float32."""
+        wide = _wide(like)
+        inv_freq = torch.as_tensor(scaling.inv_freq, dtype=wide, device=like.device)
+        return Rotation(inv_freq, scaling.attention_factor, interleaved)
+
     def turn(self, x: Tensor, positions: Tensor, back: bool = False) -> Tensor:
-        """Rotate ``x`` ``[b, h, n, d]`` by ``positions`` ``[n]``; ``back`` is the transpose."""
-        angles = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq
+        """Rotate ``x`` ``[b, h, n, d]`` by ``positions`` ``[n]`` or ``[b, 1, n]``.
+
+        ``back`` is the transpose.
+        """
+        angles = positions.to(self.inv_freq.dtype)[..., None] * self.inv_freq
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
         if back:
             sin = -sin

@@ -53,12 +53,14 @@ class Bands:
     Attributes:
         query_positions, key_positions: of each band, from tokens' places in their document
             (int64 ``[n]``) to the positions they are turned by.
+        band_of: of a query's and a key's place, the band of the pair.
         groups: of ``length`` tokens, tiles by the queries they share: the tiles of one group hold
             all keys of all its queries.
     """
 
     query_positions: tuple[Callable[[Tensor], Tensor], ...]
     key_positions: tuple[Callable[[Tensor], Tensor], ...]
+    band_of: Callable[[Tensor, Tensor], Tensor]
     groups: Callable[[int], tuple[tuple[Tile, ...], ...]]
 
     def of_documents(self, lengths: Sequence[int]) -> Iterator[tuple[Tile, ...]]:
@@ -106,6 +108,7 @@ def dual_chunk(chunk_size: int, local_size: int) -> Bands:
             lambda place: torch.full_like(place, chunk_size),
         ),
         (key, key, key),
+        lambda query, key: (query // stride - key // stride).clamp(max=2),
         lambda length: tuple(_chunk_tiles(length, stride)),
     )
 
@@ -139,6 +142,7 @@ def string(shift: int, local_size: int) -> Bands:
     return Bands(
         (lambda place: place, lambda place: place - shift + local_size),
         (lambda place: place, lambda place: place),
+        lambda query, key: (query - key >= shift).long(),
         lambda length: (tuple(_near_and_far(length, shift)),),
     )
 
@@ -163,6 +167,7 @@ def self_extend(group_size: int, window: int) -> Bands:
     return Bands(
         (lambda place: place, lambda place: place // group_size + window - window // group_size),
         (lambda place: place, lambda place: place // group_size),
+        lambda query, key: (query - key > window).long(),
         lambda length: (tuple(_near_and_far(length, window + 1)),),
     )
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from megatron_cream.attention import bands
@@ -134,9 +133,7 @@ def _attend(
     lengths = (tokens,) if lengths is None else tuple(lengths)
     _validate(q, k, v, scaling, lengths)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    inv_freq = torch.as_tensor(scaling.at_length(tokens).inv_freq, dtype=wide, device=q.device)
-    rotation = Rotation(inv_freq, scaling.at_length(tokens).attention_factor, interleaved)
+    rotation = Rotation.of(scaling.at_length(tokens), q, interleaved)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return banded_attention(q, k, v, tiles, rotation, scale, lengths).transpose(1, 2)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from megatron_cream.attention.methods import attention_choice, method_flag
 from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, flag_name, parse_length
 from megatron_cream.rope import SCALINGS
@@ -67,6 +68,11 @@ class EvaluationSettings:
     rope_theta: float | None = None
     rope_options: list[str] | None = None
     rope_factors_file: str | None = None
+    dual_chunk: Sequence[str] | None = method_flag(
+        "dual_chunk", "dual chunk attention, in place of the model's"
+    )
+    string: Sequence[str] | None = method_flag("string", "STRING likewise")
+    self_extend: Sequence[str] | None = method_flag("self_extend", "SelfExtend likewise")
     cpu: bool = flag_field("a checkpoint on a machine with no GPU", default=False)
     cases: int = flag_field("cases per seed: depths, places, or questions", default=5, most=1000)
     seeds: int = flag_field("haystacks, or cases of --cases-file", default=3, most=100_000)
@@ -167,6 +173,7 @@ class EvaluationSettings:
             self._validate_windows()
         if "ruler" in self.tasks:
             self._validate_ruler()
+        self._validate_attention()
         self._validate_model()
         self._validate_output()
 
@@ -234,6 +241,14 @@ class EvaluationSettings:
     def tokens_per_document(self) -> int:
         """Tokens of each document that perplexity scores."""
         return self.document_tokens or 2 * self.lengths[-1] + 1
+
+    def _validate_attention(self) -> None:
+        choice = attention_choice(self)
+        if choice is not None and self.context_parallel_size > 1:
+            raise UserError(
+                f"{choice.flag} with --context-parallel-size {self.context_parallel_size}: it must "
+                "be 1, chunks of a sequence are on several ranks"
+            )
 
     def _validate_model(self) -> None:
         from megatron_cream.checkpoint.iterations import find_checkpoint

@@ -131,6 +131,16 @@ def seeing(mask: Tensor | None) -> Iterator[None]:
         _seen.reset(before)
 
 
+def running_tails() -> tuple[int, int]:
+    """Return the number of tails of the pass that is running, and the tokens of each."""
+    return _tails.get()
+
+
+def seen_keys() -> Tensor | None:
+    """Return the mask of ``seeing``."""
+    return _seen.get()
+
+
 def attend_from_last(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Return attention ``[b, h, 1, d]`` of the last token to itself and to all before it.
 

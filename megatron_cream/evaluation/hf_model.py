@@ -12,11 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megatron_cream.attention.bands import Bands
 from megatron_cream.checkpoint.hf_config import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.hf_files import read_config
 from megatron_cream.checkpoint.hf_weights import HfWeights
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError
+from megatron_cream.evaluation.beyond_window import BeyondWindow
 from megatron_cream.evaluation.forward import (
     ForwardPass,
     PassScores,
@@ -76,10 +78,35 @@ class HuggingFaceModel:
         self.window = config.max_position_embeddings
         self.vocabulary = config.vocab_size
         self.shares_context = _replace_attention(self.module, config)
+        self.dual_chunk = getattr(config, "dual_chunk_attention_config", None)
         self.stop_tokens = _stop_tokens(self.module)
         self.settings = {"dtype": str(self.module.dtype).removeprefix("torch.")}
         if rope is not None:
             self.settings["rope"] = rope["rope_parameters"]
+
+    def attend_beyond_window(self, bands: Bands, flag: str) -> None:
+        """Attend over ``bands`` from now on.
+
+        Raises:
+            UserError: naming the flag; the model has another attention or RoPE.
+        """
+        config = self.module.config
+        family = type(self.module).__name__
+        if family not in FAMILIES or not self.shares_context:
+            raise UserError(
+                f"{flag} with --hf {self.name}: the model must be one of {', '.join(FAMILIES)}, "
+                f"without a sliding window; it is {family}"
+            )
+        scaling = scaling_from_hf(config.to_dict())
+        if scaling.varies_with_length:
+            raise UserError(
+                f"{flag} with --hf {self.name}: its RoPE, {scaling.summary}, changes with the "
+                "length of a text; name another with --rope-interpolation"
+            )
+        base = self.module.model
+        base.rotary_emb = _Unrotated()
+        for layer in base.layers:
+            layer.self_attn.beyond_window = BeyondWindow(bands, scaling)
 
     def set_length(self, length: int) -> None:
         """Do nothing: transformers looks at the position ids of each call."""
@@ -151,6 +178,13 @@ class HuggingFaceModel:
         finally:
             handle.remove()
         return seen[0]
+
+
+class _Unrotated(torch.nn.Module):
+    """In place of a model's rotary embedding: cosines and sines that turn nothing."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return x.new_ones(1, 1, 1), x.new_zeros(1, 1, 1)
 
 
 def _stop_tokens(module: Any) -> tuple[int, ...]:
@@ -297,6 +331,9 @@ def _attention(
             f"{type(module).__name__} asks for a mask, a window or a soft cap, which is not scored"
         )
     scale = options.get("scaling") or query.shape[-1] ** -0.5
+    if beyond := getattr(module, "beyond_window", None):
+        found = beyond.attend(query, key, value, scale)
+        return found.transpose(1, 2).contiguous(), None
     if query.shape[2] == 1 < key.shape[2]:
         found = attend_from_last(query, key, value, scale)
         return found.transpose(1, 2).contiguous(), None

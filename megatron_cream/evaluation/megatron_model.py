@@ -8,7 +8,8 @@ is, and answers to all ranks with one number and one token per prediction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_cream.attention.bands import Bands
 from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.checkpoint.loading import load_model
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.beyond_window import BeyondWindow
 from megatron_cream.evaluation.forward import ForwardPass, PassScores, attend, score_rows, tails
 from megatron_cream.evaluation.generation import generate_by_passes
 from megatron_cream.mcore.cpu import is_installed
@@ -40,6 +43,7 @@ class MegatronModel:
         FileNotFoundError, ValueError: as ``load_model``, and context parallelism without GPUs.
     """
 
+    dual_chunk = None  # a checkpoint says nothing of it
     stop_tokens: tuple[int, ...] = ()  # the tokenizer says which
 
     def __init__(
@@ -72,6 +76,25 @@ class MegatronModel:
             "iteration": folder and folder.name,
             "extension": self.extension.to_dict(),
         }
+
+    def attend_beyond_window(self, bands: Bands, flag: str) -> None:
+        """Attend over ``bands`` from now on.
+
+        Raises:
+            UserError: naming the flag; the model has another attention or RoPE.
+        """
+        rotary = self.stage.module.rotary_pos_emb
+        scaling = rotary.scaling
+        if not self.shares_context or scaling.varies_with_length or self.extension.trained:
+            raise UserError(
+                f"{flag} with --checkpoint {self.name}: its attention must have no window or "
+                f"scaling of its own, and its RoPE must be fixed; it is {scaling.summary}"
+            )
+        self.stage.leave_unrotated()
+        beyond = BeyondWindow(
+            bands, scaling, rotary.rotary_interleaved, rotary.attention_factor_in_softmax
+        )
+        self.stage.replace_core_attention(partial(CoreAttention, attend=beyond.attend))
 
     def set_length(self, length: int) -> None:
         """Set angles for sequences of ``length`` tokens."""
@@ -213,8 +236,9 @@ class ContextShard:
 class CoreAttention(torch.nn.Module):
     """Megatron's interface to ``forward.attend``: ``[n, b, h, d]`` in, ``[n, b, h * d]`` out."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, attend: Callable[..., Tensor] = attend) -> None:
         super().__init__()
+        self.attend = attend
         scale = config.softmax_scale
         self.scale = config.kv_channels**-0.5 if scale is None else scale
 
@@ -223,4 +247,4 @@ class CoreAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend causally; tails as ``forward.tails`` says."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return attend(query, key, value, self.scale).permute(2, 0, 1, 3).flatten(2)
+        return self.attend(query, key, value, self.scale).permute(2, 0, 1, 3).flatten(2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.attention.methods import attention_choice
 from megatron_cream.checkpoint.hf_files import find_kept_files
 from megatron_cream.checkpoint.iterations import find_checkpoint, read_saved_arguments
 from megatron_cream.config import ExtensionConfig, rope_settings, saved_extension
@@ -40,7 +41,8 @@ def open_model(settings: EvaluationSettings) -> ScoringModel:
         from megatron_cream.evaluation.hf_model import HuggingFaceModel
 
         rope = changed_fields(settings, Path(settings.hf))
-        return HuggingFaceModel(settings.hf, settings.dtype, rope=rope)
+        model: Any = HuggingFaceModel(settings.hf, settings.dtype, rope=rope)
+        return _beyond_window(settings, model)
     validate_gpu()
     from megatron_cream.evaluation.megatron_model import MegatronModel
 
@@ -50,7 +52,19 @@ def open_model(settings: EvaluationSettings) -> ScoringModel:
         settings.context_parallel_size,
     )
     path = str(settings.checkpoint)
-    return MegatronModel(path, changed_extension(settings, path), layout)
+    return _beyond_window(settings, MegatronModel(path, changed_extension(settings, path), layout))
+
+
+def _beyond_window(settings: EvaluationSettings, model: Any) -> ScoringModel:
+    """Give a model the attention that is asked for, and note it with the results."""
+    choice = attention_choice(settings)
+    if choice is not None:
+        longest = max(settings.lengths or [model.window])
+        sizes = choice.sizes(model.window, longest, model.dual_chunk)
+        bands = choice.bands(sizes)
+        model.attend_beyond_window(bands, choice.flag)
+        model.settings["attention"] = {"name": choice.name, **sizes}
+    return model
 
 
 def validate_gpu(flag: str = "--cpu") -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,16 @@ class PipelineStage:
             group = mpu.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(values, last, group)
 
-    def replace_core_attention(self, attention: type[torch.nn.Module]) -> bool:
+    def leave_unrotated(self) -> None:
+        """Have every layer hand unrotated queries and keys to its core attention."""
+        for layer in self.module.modules():
+            if isinstance(layer, Attention):
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: (args, {**kwargs, "rotary_pos_emb": None}),
+                    with_kwargs=True,
+                )
+
+    def replace_core_attention(self, attention: Callable[[Any], torch.nn.Module]) -> bool:
         """Give every layer an ``attention(config)``; return whether that was possible.
 
         Attribute: ``Attention.core_attention``. Layers with a window, sinks or scaling of their

@@ -1,34 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over bands equals the dense softmax over the papers' own case distinctions."""
 
-import math
-
 import pytest
 import torch
+from support.dense_attention import (
+    LOCAL,
+    Q,
+    S,
+    dense,
+    dual_chunk_distance,
+    self_extend_distance,
+    string_distance,
+)
 
 from megatron_cream.attention import dual_chunk_attention, self_extend_attention, string_attention
 from megatron_cream.errors import UserError
 from megatron_cream.rope import make_scaling
 
-Q, LOCAL = 48, 8
-S = Q - LOCAL
 LENGTHS = (1, S - 1, S, S + 1, 2 * S, 2 * S + 1, 137, 201)
-
-
-def dual_chunk_distance(i, j):
-    same, before = i // S == j // S, i // S - j // S == 1
-    if same:
-        return i - j
-    return (min(i % S + S, Q) if before else Q) - j % S
-
-
-def string_distance(i, j):
-    return i - j if i - j < 30 else i - j - 30 + 7
-
-
-def self_extend_distance(i, j):
-    return i - j if i - j <= 21 else i // 4 - j // 4 + 21 - 21 // 4
-
 
 METHODS = {
     "dual chunk": (
@@ -39,38 +28,6 @@ METHODS = {
     "string": (string_attention, {"shift": 30, "local_size": 7}, string_distance),
     "self-extend": (self_extend_attention, {"group_size": 4, "window": 21}, self_extend_distance),
 }
-
-
-def dense(q, k, v, scaling, distance, lengths, interleaved=False):
-    """The definition: logits of every pair by its own distance, one softmax; float64."""
-    b, s, h, d = q.shape
-    groups = h // k.shape[2]
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    first, second = pairs(torch.arange(scaling.dim), interleaved)
-    logits = torch.full((b, h, s, s), -math.inf, dtype=torch.float64)
-    offset = 0
-    for length in lengths:
-        part = slice(offset, offset + length)
-        # Every pair (i, j) at once: [b, i, j, h, d].
-        queries, keys = q[:, part, None], k[:, None, part]
-        gaps = [[distance(i, j) if j <= i else 0 for j in range(length)] for i in range(length)]
-        angle = torch.tensor(gaps, dtype=torch.float64)[:, :, None, None] * torch.from_numpy(
-            scaling.inv_freq
-        )
-        q1, q2, k1, k2 = (x[..., half] for x in (queries, keys) for half in (first, second))
-        # Re(q conj(k) e^(i angle)), the rotation by the difference of two positions.
-        turned = (q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()
-        rest = (queries[..., scaling.dim :] * keys[..., scaling.dim :]).sum(-1)
-        value = (turned.sum(-1) * scaling.attention_factor**2 + rest).permute(0, 3, 1, 2)
-        later = torch.ones(length, length, dtype=torch.bool).triu(1)
-        logits[:, :, part, part] = value.masked_fill(later, -math.inf)
-        offset += length
-    weights = (logits / math.sqrt(d)).softmax(-1)
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
-
-
-def pairs(index, interleaved):
-    return (index[::2], index[1::2]) if interleaved else index.chunk(2)
 
 
 def inputs(s, b=1, h=2, g=2, d=16, seed=0, dtype=torch.float64):

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dual chunk attention, STRING and SelfExtend in the models that are evaluated.
+
+Their queries and keys must come unrotated: ``attend`` rotates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_cream.attention.banded import Rotation, banded_attention
+from megatron_cream.attention.bands import Bands
+from megatron_cream.attention.rows import attend_rows
+from megatron_cream.evaluation.forward import running_tails, seen_keys, tail_mask
+from megatron_cream.rope.scaling import RopeScaling
+
+
+@dataclass(frozen=True)
+class BeyondWindow:
+    """One attention beyond the window, over one RoPE."""
+
+    bands: Bands
+    scaling: RopeScaling
+    interleaved: bool = False
+    factor_in_scale: bool = False
+    """Whether the softmax scale has the attention factor of the RoPE in it."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Return attention ``[b, h, n, d]``: of a whole pass, or of what follows kept keys.
+
+        Args:
+            query: ``[b, h, n, d]``.
+            key, value: ``[b, g, m, d]``; with m > n the queries are the last n of m tokens.
+            scale: of the logits.
+        """
+        rotation = Rotation.of(self.scaling, query, self.interleaved)
+        if self.factor_in_scale:
+            rotation = dataclasses.replace(rotation, factor=1.0)
+        tokens = key.shape[2]
+        if query.shape[2] < tokens:
+            return self._after_kept(query, key, value, scale, rotation)
+        count, tail = running_tails()
+        context = tokens - count * tail if count > 1 else tokens
+        inside = slice(None), slice(None), slice(context)
+        before = banded_attention(
+            query[inside], key[inside], value[inside], self.bands, rotation, scale, (context,)
+        )
+        if context == tokens:
+            return before
+        device = query.device
+        ends = context + torch.arange(tail, device=device).repeat(count)
+        places = torch.cat([torch.arange(context, device=device), ends])[None]
+        visible = tail_mask(context, count, tail, device, query.dtype)[None] == 0
+        after = attend_rows(
+            query[:, :, context:], key, value, self.bands, rotation, scale,
+            ends[None], places, visible,
+        )  # fmt: skip
+        return torch.cat([before, after], dim=2)
+
+    def _after_kept(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation
+    ) -> Tensor:
+        places = torch.arange(key.shape[2], device=key.device)[None]
+        seen = seen_keys()
+        if seen is not None:  # shorter sequences begin later in the buffer
+            places = places - (~seen).sum(1, keepdim=True)
+        own = places[:, -query.shape[2] :]
+        visible = (places[:, None] <= own[:, :, None]) & (places >= 0)[:, None]
+        return attend_rows(query, key, value, self.bands, rotation, scale, own, places, visible)
