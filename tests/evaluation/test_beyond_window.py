@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_checkpoint_scores_as_its_export(name, tmp_path, cpu_megatron):
-    from megatron_cream.checkpoint import import_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
 
     folder = hf_models.make(tmp_path / "hf", "Llama")
     config = json.loads((folder / "config.json").read_text())

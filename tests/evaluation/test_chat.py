@@ -74,7 +74,8 @@ def test_mistakes_are_one_line(small_hf, tmp_path, capsys, monkeypatch):
         (["--hf", small_hf, "--file", str(tmp_path / "binary.txt")], "text in UTF-8"),
         (["--hf", small_hf, "--answer-tokens", "0"], "--answer-tokens 0: needs 1"),
     ]:
-        assert chat(*words) == 2
+        with pytest.raises(SystemExit, match="2"):
+            chat(*words)
         error = capsys.readouterr().err.strip()
         assert match in error and error.count("\n") == 0
     own = builtins.__import__
@@ -97,10 +98,12 @@ def test_a_pdf(tmp_path):
         b"<</Length 41>>stream\nBT /F 12 Tf 20 200 Td (Chunks reach) Tj ET\nendstream",
         b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
     ]
-    body = b"%PDF-1.4\n" + b"".join(
-        b"%d 0 obj%s endobj\n" % (i, one) for i, one in enumerate(objects, 1)
-    )
-    path.write_bytes(body + b"trailer<</Root 1 0 R/Size 6>>\n%%EOF")
+    body, table = b"%PDF-1.4\n", b"xref\n0 6\n0000000000 65535 f \n"
+    for i, one in enumerate(objects, 1):
+        table += b"%010d 00000 n \n" % len(body)
+        body += b"%d 0 obj\n%s\nendobj\n" % (i, one)
+    end = b"trailer\n<</Root 1 0 R/Size 6>>\nstartxref\n%d\n%%%%EOF\n" % len(body)
+    path.write_bytes(body + table + end)
     assert "Chunks reach" in read_text(str(path))
     path.write_bytes(b"no PDF")
     with pytest.raises(UserError, match="pypdf cannot read it"):
