@@ -83,9 +83,10 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
             folder.publish(overwrite)
         folder.remove()
     index = read_index(output)
-    tokens = index.lengths.sum(dtype=np.int64)
     done = "finished before" if finished else "written"
-    return f"documents: {len(index.documents) - 1}\ntokens: {tokens}\n{done}: {output}.bin .idx"
+    return (
+        f"documents: {len(index.documents) - 1}\ntokens: {index.tokens}\n{done}: {output}.bin .idx"
+    )
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ class InputDataset:
         missing = {"shard", "job", "thresholds"} - set(found)
         if "shard" in found and missing:
             raise UserError(f"{prefix}.json has a shard and no {min(missing)}, needs both")
-        tokens = int(index.lengths.sum(dtype=np.int64))
-        return cls(prefix, index, found, has_mask(prefix, tokens, metadata))
+        return cls(prefix, index, found, has_mask(prefix, index.tokens, metadata))
 
     def segment(self) -> Segment:
         """The dataset as a stretch of the one to be."""

@@ -5,7 +5,7 @@ A sample of N tokens that pretends to span T reads its spans, N tokens, from the
 text between them is never touched, and no position is ever stored.
 
 Most of the time of a sample is the price of calls, not of copying its bytes. A mapped file is
-therefore one array, got from Megatron's reader once, and tokens and labels are joined in one call.
+therefore one array, and tokens and labels are joined in one call.
 
 Where ``PREFIX.mask`` stands beside the file, a label whose token has a 0 there has no loss.
 """
@@ -23,8 +23,9 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.indexed import read_index, read_metadata
-from megatron_cream.data.text_sources import TextSources, make_sources, validate_sources
+from megatron_cream.data.indexed import open_index, read_index, read_metadata
+from megatron_cream.data.mapped import MappedFile
+from megatron_cream.data.text_sources import FEW, TextSources, open_sources, validate_sources
 from megatron_cream.data.token_mask import has_mask, open_mask
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Span, Strategy, philox
@@ -80,20 +81,17 @@ class SpanReader:
         self._open()
 
     def _open(self) -> None:
-        self.tokens = self._open_tokens()
-        mapped = self.dataset.mmap
+        """Open the file of tokens, to be sliced, and the mask; nothing is read yet."""
+        dtype, mapped = np.dtype(self.dataset.index.dtype), self.dataset.mmap
+        self._file = MappedFile(self.dataset.path_prefix + ".bin", dtype) if mapped else None
+        self.tokens: Any = _UnmappedTokens(self.dataset.bin_reader, dtype)
+        if self._file:
+            self.tokens = self._file.array
         self.token_mask = None if self._mask is None else open_mask(self._mask, mapped=mapped)
-
-    def _open_tokens(self) -> np.ndarray | _UnmappedTokens:
-        """Return all tokens of the file, to be sliced; none is read yet."""
-        dtype, reader = np.dtype(self.dataset.index.dtype), self.dataset.bin_reader
-        if self.dataset.mmap:  # a view, not a copy, which must not outlive the reader
-            return reader.read(dtype.type, int(self.sources.ends.max(initial=0)), 0)
-        return _UnmappedTokens(reader, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the tokens, which would be copied: the dataset opens its file again."""
-        opened = ("tokens", "token_mask")
+        opened = ("_file", "tokens", "token_mask")
         return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,10 +103,11 @@ class SpanReader:
 
         ``tokens``, ``labels`` and ``position_ids`` are int64, ``loss_mask`` is float32.
         """
-        sources = self.sources
-        start, end = sources.starts.item(source), sources.ends.item(source)
+        start, length, end = self.sources.stretch(source)
         loss_mask = self._all_ones[: layout.train_length].copy()
-        spans = layout.spans(sources.lengths.item(source))
+        spans = layout.spans(length)
+        if self._file:
+            self._file.read_ahead((start + offset, count) for offset, count in spans)
         texts, following, filled = [], [], 0
         for offset, count in spans:
             first = start + offset
@@ -222,16 +221,15 @@ class SpanDataset(MegatronDataset):
         extension = config.extension
         self.position_seed = extension.position_seed
         self.strategy = split_strategy(extension, index_split)
-        itemsize = np.dtype(dataset.index.dtype).itemsize
-        self.sources = make_sources(
-            extension.sample_unit,
-            dataset.index.sequence_pointers[indices] // itemsize,
-            dataset.sequence_lengths[indices],
-            self.strategy,
-        )
+        # Megatron's array of them would be kept by every rank.
+        self.indices = documents = _consecutive(indices)
+        unit, prefix = extension.sample_unit, dataset.path_prefix
+        self.sources = open_sources(prefix, documents, unit, self.strategy, config.path_to_cache)
         if num_samples != 0:
-            unit, split = extension.sample_unit, index_split.name
-            validate_sources(self.sources, dataset_path, split, unit, self.strategy)
+            lengths = dataset.sequence_lengths[documents.start : documents.stop]
+            validate_sources(
+                self.sources, lengths, dataset_path, index_split.name, unit, self.strategy
+            )
         self.reader = SpanReader(
             dataset,
             self.sources,
@@ -241,6 +239,9 @@ class SpanDataset(MegatronDataset):
             _masked_prefix(dataset, dataset_path),
         )
         self._orders: dict[int, np.ndarray] = {}
+        if self.sources.cache:  # drawn by rank 0, before there are data workers
+            for epoch in range(-(-len(self) // self.epoch_size) if len(self) else 0):
+                self._epoch_order(epoch)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -248,7 +249,9 @@ class SpanDataset(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: SpanDatasetConfig) -> IndexedDataset:
-        read_index(dataset_path)  # for its checks: Megatron maps whatever there is
+        # For their checks: Megatron maps whatever there is.
+        if len(open_index(dataset_path).lengths) <= FEW:  # else when its sources are listed
+            read_index(dataset_path)
         return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     @property
@@ -275,21 +278,41 @@ class SpanDataset(MegatronDataset):
         return self._epoch_order(epoch).item(slot)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """int32 ``[epoch_size]``: the order of an epoch, kept while there is room."""
+        """int32 ``[epoch_size]``: the order of an epoch, kept; in memory while there is room."""
         if epoch not in self._orders:
-            rng = philox.generator(self.config.random_seed, epoch, _SHUFFLE_STREAM)
-            order = rng.permutation(self.epoch_size).astype(np.int32)
-            if (len(self._orders) + 1) * self.epoch_size > _KEPT_ORDERS:
+            size, seed, cache = self.epoch_size, self.config.random_seed, self.sources.cache
+            if cache:
+                self._orders[epoch] = cache.array(
+                    "order", lambda: [draw_order(seed, epoch, size)], order=[seed, epoch, size]
+                )
+                return self._orders[epoch]
+            if (len(self._orders) + 1) * size > _KEPT_ORDERS:
                 self._orders = {}
-            self._orders[epoch] = order
+            self._orders[epoch] = draw_order(seed, epoch, size)
         return self._orders[epoch]
+
+
+def draw_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Return the order of an epoch, a permutation of ``range(size)``, int32 where that holds it."""
+    order = np.arange(size, dtype=np.int32 if size <= 1 << 31 else np.int64)
+    philox.generator(seed, epoch, _SHUFFLE_STREAM).shuffle(order)
+    return order
+
+
+def _consecutive(indices: np.ndarray) -> range:
+    """Return the numbers of documents as a range, which Megatron's builder makes them of."""
+    first = int(indices[0]) if len(indices) else 0
+    documents = range(first, first + len(indices))
+    if len(indices) and indices[-1] != documents[-1]:
+        raise ValueError(f"documents {indices} of a split are not consecutive")
+    return documents
 
 
 def _masked_prefix(dataset: IndexedDataset, path: str | None) -> str | None:
     """Return the path of a dataset that has a mask, None for another."""
     if path is None:
         return None
-    tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
+    tokens = open_index(dataset.path_prefix).tokens
     return path if has_mask(path, tokens, read_metadata(path)) else None
 
 

@@ -57,6 +57,13 @@ class DatasetIndex:
     pointers: np.ndarray = field(repr=False)
     documents: np.ndarray = field(repr=False)
 
+    @property
+    def tokens(self) -> int:
+        """In the ``.bin`` file."""
+        if not len(self.lengths):
+            return 0
+        return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
+
 
 def blocks(lengths: np.ndarray) -> Iterator[np.ndarray]:
     """Yield a long array a block at a time, as int64."""
@@ -127,26 +134,39 @@ def read_index(prefix: str | os.PathLike[str], *, empty: bool = False) -> Datase
         UserError: either is not of this format, or they do not belong together: sizes, dtype,
             lengths, pointers and documents.
     """
-    prefix = os.fspath(prefix)
-    idx, bin_path = Path(prefix + ".idx"), Path(prefix + ".bin")
-    for path in (idx, bin_path):
+    index = _map_index(os.fspath(prefix))
+    if not len(index.lengths) and not empty:
+        raise UserError(f"{index.prefix}.bin holds no documents")
+    _validate_sequences(index)
+    _validate_size(index)
+    _validate_documents(index)
+    return index
+
+
+def open_index(prefix: str | os.PathLike[str]) -> DatasetIndex:
+    """Return the index of a dataset after checking its header and the sizes of both files.
+
+    That takes no time, whatever the number of documents. Errors are as of ``read_index``.
+    """
+    index = _map_index(os.fspath(prefix))
+    _validate_size(index)
+    return index
+
+
+def _map_index(prefix: str) -> DatasetIndex:
+    for path in (Path(prefix + ".idx"), Path(prefix + ".bin")):
         if not path.is_file():
             raise FileNotFoundError(
                 f"dataset {prefix}: there is no {path}; --data-path takes the path without .bin "
                 "and .idx, as tools/preprocess_data.py --output-prefix wrote it"
             )
-    dtype, sequences, documents = _read_header(idx)
-    buffer = np.memmap(idx, mode="r", dtype=np.uint8)
+    dtype, sequences, documents = _read_header(Path(prefix + ".idx"))
+    buffer = np.memmap(prefix + ".idx", mode="r", dtype=np.uint8)
     at = _HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * documents])
     lengths = buffer[at[0] : at[1]].view("<i4")
     pointers = buffer[at[1] : at[2]].view("<i8")
     borders = buffer[at[2] : at[3]].view("<i8")
-    index = DatasetIndex(prefix, dtype, lengths, pointers, borders)
-    if not len(lengths) and not empty:
-        raise UserError(f"{bin_path} holds no documents")
-    _validate_sequences(index, bin_path.stat().st_size)
-    _validate_documents(index)
-    return index
+    return DatasetIndex(prefix, dtype, lengths, pointers, borders)
 
 
 def _read_header(idx: Path) -> tuple[np.dtype, int, int]:
@@ -174,7 +194,7 @@ def _read_header(idx: Path) -> tuple[np.dtype, int, int]:
     return dtype, sequences, documents
 
 
-def _validate_sequences(index: DatasetIndex, size: int) -> None:
+def _validate_sequences(index: DatasetIndex) -> None:
     """Refuse sequences that do not follow each other from the first byte of the file to the last.
 
     Megatron's writers leave no gap, so another place is damage.
@@ -194,13 +214,17 @@ def _validate_sequences(index: DatasetIndex, size: int) -> None:
             )
         byte += int(sizes.sum())
         at += len(sizes)
-    if size < byte:
+
+
+def _validate_size(index: DatasetIndex) -> None:
+    size, needed = os.path.getsize(index.prefix + ".bin"), index.tokens * index.dtype.itemsize
+    if size < needed:
         raise UserError(
-            f"{index.prefix}.bin is truncated: it has {size} bytes and its index needs {byte}"
+            f"{index.prefix}.bin is truncated: it has {size} bytes and its index needs {needed}"
         )
-    if size > byte:
+    if size > needed:
         raise UserError(
-            f"{index.prefix}.bin has {size} bytes and its index accounts for {byte}, needs files "
+            f"{index.prefix}.bin has {size} bytes and its index accounts for {needed}, needs files "
             "of one dataset"
         )
 
@@ -365,7 +389,7 @@ def validate_metadata(index: DatasetIndex, metadata: dict[str, Any] | None) -> N
         "dtype": index.dtype.name,
         "documents": len(index.documents) - 1,
         "sequences": len(index.lengths),
-        "tokens": int(index.lengths.sum(dtype="int64")),
+        "tokens": index.tokens,
     }
     for key, value in found.items():
         said = (metadata or {}).get(key)

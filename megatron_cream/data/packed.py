@@ -16,22 +16,22 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_cream.data.dataset import SpanDataset
+from megatron_cream.data.indexed import blocks
 from megatron_cream.data.text_sources import PACK_MULTIPLE, TextSources
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Strategy
 
 
-def trained_lengths(sources: TextSources, strategy: Strategy) -> np.ndarray:
-    """Return the tokens that a packed sample takes of each source, int64 ``[sources]``."""
-    trained = np.minimum(sources.lengths, strategy.train_length)
-    return (trained // PACK_MULTIPLE * PACK_MULTIPLE).astype(np.int64)
+def trained_length(length: Any, strategy: Strategy) -> Any:
+    """Return the tokens that a packed sample takes of a source of ``length``, or of many."""
+    return np.minimum(length, strategy.train_length) // PACK_MULTIPLE * PACK_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Bins:
 
     Attributes:
         offsets: int64 ``[bins + 1]``.
-        members: int64 ``[documents]``, every document once.
+        members: int32 ``[documents]``, every document once.
     """
 
     offsets: np.ndarray = field(repr=False)
@@ -53,18 +53,38 @@ class Bins:
         return self.members[self.offsets[i] : self.offsets[i + 1]]
 
 
+def pack_sources(sources: TextSources, strategy: Strategy) -> Bins:
+    """Put sources into samples of N tokens; of many they are kept, as the list of sources is."""
+
+    @cache
+    def packed() -> Bins:
+        return pack(trained_length(sources.lengths, strategy), strategy.train_length)
+
+    kept, size = sources.cache, strategy.train_length
+    if kept is None:
+        return packed()
+    return Bins(
+        kept.array("bin-offsets", lambda: [packed().offsets], capacity=size),
+        kept.array("bin-members", lambda: [packed().members], capacity=size),
+    )
+
+
 def pack(lengths: np.ndarray, capacity: int) -> Bins:
     """Put documents of ``lengths`` tokens, ``[documents]``, into bins of ``capacity`` tokens.
 
     Raises:
         UserError: a length is less than 1 or more than the capacity.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = np.asarray(lengths, dtype=np.int32)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise UserError(
             f"lengths are {lengths.min()} to {lengths.max()}: they must be from 1 to {capacity}"
         )
-    values, counts = np.unique(lengths, return_counts=True)
+    counts = np.zeros(capacity + 1, dtype=np.int64)
+    for part in blocks(lengths):
+        counts += np.bincount(part, minlength=capacity + 1)
+    values = np.flatnonzero(counts)
+    counts = counts[values]
     plan = _plan(list(zip(values.tolist(), counts.tolist(), strict=True)), capacity)
     return _assign(plan, lengths, values, counts)
 
@@ -109,7 +129,9 @@ def _assign(
     counts: np.ndarray,
 ) -> Bins:
     """Give every place of the plan a document of its length."""
-    order = np.argsort(lengths, kind="stable")
+    if values.max(initial=0) < 1 << 16:
+        lengths = lengths.astype(np.uint16)  # which numpy sorts by digits
+    order = np.argsort(lengths, kind="stable").astype(np.int32)
     at = dict(zip(values.tolist(), (np.cumsum(counts) - counts).tolist(), strict=True))
     members, sizes = [], []
     for bins, content in plan:
@@ -120,7 +142,7 @@ def _assign(
         members.append(np.concatenate(columns, axis=1).reshape(-1))
         sizes.append(np.full(bins, len(content)))
     if not plan:
-        return Bins(np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int64))
+        return Bins(np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32))
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
     return Bins(offsets, np.concatenate(members))
 
@@ -136,10 +158,10 @@ class PackedSpanDataset(SpanDataset):
     of its own.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.trained = trained_lengths(self.sources, self.strategy)
-        self.bins = pack(self.trained, self.strategy.train_length)
+    @cached_property
+    def bins(self) -> Bins:
+        """Sources by sample."""
+        return pack_sources(self.sources, self.strategy)
 
     @property
     def epoch_size(self) -> int:
@@ -167,7 +189,8 @@ class PackedSpanDataset(SpanDataset):
     def _members(self, idx: int, draw: int) -> Iterator[tuple[int, SampleLayout]]:
         seed = self.position_seed
         for i, source in enumerate(self.bins[self.chosen(idx)].tolist()):
-            strategy = _for_length(self.strategy, int(self.trained[source]))
+            length = int(trained_length(self.sources.stretch(source)[1], self.strategy))
+            strategy = _for_length(self.strategy, length)
             yield source, strategy.layout(seed, int(draw) * _MEMBERS + i)
 
     def _padding(self, filled: int) -> dict[str, np.ndarray]:

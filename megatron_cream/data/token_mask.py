@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.data.mapped import MappedFile
 from megatron_cream.errors import UserError
 
 MASK_SUFFIX = ".mask"
@@ -113,4 +114,4 @@ class UnmappedMask:
 def open_mask(prefix: str, *, mapped: bool) -> np.ndarray | UnmappedMask:
     """Return the bytes of a mask, uint8, to be sliced; none is read yet."""
     path = prefix + MASK_SUFFIX
-    return np.memmap(path, mode="r", dtype=np.uint8) if mapped else UnmappedMask(path)
+    return MappedFile(path, np.uint8).array if mapped else UnmappedMask(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from megatron_cream.data.dataset import split_strategy
 from megatron_cream.data.indexed import (
     DatasetIndex,
     check_tokens,
-    read_index,
+    open_index,
     read_metadata,
     validate_metadata,
 )
-from megatron_cream.data.text_sources import TextSources, make_sources, validate_sources
+from megatron_cream.data.text_sources import TextSources, open_sources, validate_sources
 from megatron_cream.data.token_mask import check_mask, has_mask, trained_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import flag_of
@@ -124,32 +125,47 @@ def validate_datasets(args: Namespace, extension: ExtensionConfig) -> None:
     if not wanted:
         raise UserError("--data-path is missing: it must name at least one indexed dataset")
     for prefix, splits in wanted.items():
-        index = read_index(prefix)
+        index = open_index(prefix)
+        if os.environ.get("RANK", "0") != "0":  # rank 0 alone looks at all of a dataset
+            continue
+        sources = {
+            split: split_sources(args, prefix, part, extension, split)
+            for split, part in splits.items()
+            if split is Split.train or args.eval_iters
+        }
         _validate_vocabulary(args, index)
         _validate_end_of_document(args, prefix)
         _validate_mask(index)
-        for split, part in splits.items():
-            if split is Split.train or args.eval_iters:
-                sources = split_sources(index, part, extension, split)
-                strategy = split_strategy(extension, split)
-                validate_sources(sources, prefix, split.name, extension.sample_unit, strategy)
+        for split, found in sources.items():
+            documents = _documents(index, splits[split])
+            validate_sources(
+                found,
+                index.lengths[documents.start : documents.stop],
+                prefix,
+                split.name,
+                extension.sample_unit,
+                split_strategy(extension, split),
+            )
 
 
 def split_sources(
-    index: DatasetIndex, part: tuple[float, float], extension: ExtensionConfig, split: Split
+    args: Namespace,
+    prefix: str,
+    part: tuple[float, float],
+    extension: ExtensionConfig,
+    split: Split,
 ) -> TextSources:
     """Return what samples of a split are drawn from.
 
     Args:
         part: of the documents, from and to, as shares of all.
     """
-    documents = slice(*(round(share * len(index.lengths)) for share in part))
-    return make_sources(
-        extension.sample_unit,
-        index.pointers[documents] // index.dtype.itemsize,
-        index.lengths[documents],
-        split_strategy(extension, split),
-    )
+    documents, strategy = _documents(open_index(prefix), part), split_strategy(extension, split)
+    return open_sources(prefix, documents, extension.sample_unit, strategy, args.data_cache_path)
+
+
+def _documents(index: DatasetIndex, part: tuple[float, float]) -> range:
+    return range(*(round(share * len(index.lengths)) for share in part))
 
 
 def prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, float]]]:
@@ -186,7 +202,7 @@ def _validate_vocabulary(args: Namespace, index: DatasetIndex) -> None:
 
 def _validate_mask(index: DatasetIndex) -> None:
     prefix, metadata = index.prefix, read_metadata(index.prefix)
-    if has_mask(prefix, int(index.lengths.sum(dtype="int64")), metadata):
+    if has_mask(prefix, index.tokens, metadata):
         check_mask(prefix, sample=True)
         trained_tokens(prefix, metadata)
 

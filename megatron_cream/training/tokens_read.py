@@ -13,8 +13,8 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.indexed import read_index, read_metadata
-from megatron_cream.data.packed import pack, trained_lengths
+from megatron_cream.data.indexed import open_index, read_metadata
+from megatron_cream.data.packed import pack_sources, trained_length
 from megatron_cream.data.text_sources import TextSources
 from megatron_cream.data.token_mask import has_mask, trained_tokens
 from megatron_cream.positions import SampleLayout, Span, philox
@@ -41,7 +41,7 @@ def tokens_read(args: Namespace, extension: ExtensionConfig) -> list[str]:
 
 
 def _mask_lines(prefix: str) -> list[str]:
-    tokens, metadata = int(read_index(prefix).lengths.sum(dtype=np.int64)), read_metadata(prefix)
+    tokens, metadata = open_index(prefix).tokens, read_metadata(prefix)
     if not has_mask(prefix, tokens, metadata):
         return []
     share = 100 * trained_tokens(prefix, metadata) / tokens
@@ -50,7 +50,7 @@ def _mask_lines(prefix: str) -> list[str]:
 
 def _training_sources(args: Namespace, extension: ExtensionConfig) -> list[tuple[str, TextSources]]:
     return [
-        (prefix, split_sources(read_index(prefix), splits[Split.train], extension, Split.train))
+        (prefix, split_sources(args, prefix, splits[Split.train], extension, Split.train))
         for prefix, splits in prefixes_by_split(args).items()
         if Split.train in splits
     ]
@@ -67,23 +67,23 @@ def _shares(args: Namespace, sizes: list[int]) -> list[float]:
 def _epoch_size(extension: ExtensionConfig, sources: TextSources) -> int:
     if extension.sample_unit != "packed-documents":
         return len(sources)
-    return len(pack(trained_lengths(sources, extension.strategy()), extension.train_length))
+    return len(pack_sources(sources, extension.strategy()))
 
 
 def _repetition(extension: ExtensionConfig, sources: TextSources, epochs: float) -> Repetition:
     strategy, seed = extension.strategy(), extension.position_seed
     if extension.sample_unit != "packed-documents":
         return repetition(sources, epochs, lambda source, draw: strategy.layout(seed, draw))
-    trained = trained_lengths(sources, strategy)
 
     def layout_of(source: int, draw: int) -> SampleLayout:
-        return strategy.for_length(int(trained[source])).layout(seed, draw)
+        length = int(trained_length(sources.stretch(source)[1], strategy))
+        return strategy.for_length(length).layout(seed, draw)
 
     return repetition(sources, epochs, layout_of)
 
 
 def _line(sources: TextSources, result: Repetition) -> str:
-    size = int(sources.lengths.sum())
+    size = int(sources.lengths.sum(dtype=np.int64))
     read = f"{_count(result.share * size)} of {_count(size)} tokens"
     times = "once" if result.most == 1 else f"{result.most} times"
     line = f"{read}, the most repeated {times}"

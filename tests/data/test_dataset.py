@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
+from megatron_cream.data.indexed import DatasetIndex
 from megatron_cream.data.text_sources import make_sources
 from megatron_cream.positions import make_strategy
 
@@ -326,38 +327,39 @@ def test_plain_samples_are_plain_on_every_stage_and_read_consecutive_tokens(pref
     assert abs(plain / 200 - 0.4) < 0.12
 
 
+def sources_of(unit, lengths, strategy):
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    index = DatasetIndex("none", np.dtype(np.uint8), np.asarray(lengths), starts, starts)
+    return make_sources(unit, index, range(len(lengths)), strategy)
+
+
 def cut(unit, lengths, train, content):
-    lengths = np.array(lengths, dtype=np.int64)
-    starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64)
-    sources = make_sources(unit, starts, lengths, make_strategy("pose", train, content, chunks=1))
-    return sources, list(zip(sources.starts, sources.lengths, sources.ends, strict=True))
+    lengths = np.array(lengths, dtype=np.int32)
+    sources = sources_of(unit, lengths, make_strategy("pose", train, content, chunks=1))
+    rows = list(zip(sources.starts, sources.lengths, sources.ends, strict=True))
+    assert [sources.stretch(i) for i in range(len(sources))] == rows
+    return sources, rows
 
 
 def test_documents():
     sources, rows = cut("document", [3, 10, 7], 5, 8)
     assert rows == [(3, 10, 13), (13, 7, 20)]
-    assert (sources.dropped, sources.longest) == (1, 10)
+    assert sources.rows.dtype.names == ("start", "length")
 
 
 def test_windows_stay_inside_documents_and_know_what_follows():
     _, rows = cut("window", [3, 21, 7], 5, 8)
-    assert rows == [(3, 8, 24), (11, 8, 24), (19, 5, 24), (24, 7, 31)]
+    assert rows == [(3, 8, 12), (11, 8, 20), (19, 5, 24), (24, 7, 31)]
 
 
 def test_packed_windows_ignore_documents():
-    sources, rows = cut("packed", [3, 21, 7], 5, 8)
-    assert rows == [(0, 8, 31), (8, 8, 31), (16, 8, 31), (24, 7, 31)]
-    assert sources.longest == 31
+    _, rows = cut("packed", [3, 21, 7], 5, 8)
+    assert rows == [(0, 8, 9), (8, 8, 17), (16, 8, 25), (24, 7, 31)]
 
 
 def test_packed_documents_may_be_shorter_than_a_sample():
     _, rows = cut("packed-documents", [15, 16, 100, 40], 64, 80)
-    assert rows == [(15, 16, 31), (31, 80, 131), (111, 20, 131), (131, 40, 171)]
-
-
-def test_packed_refuses_gaps():
-    with pytest.raises(ValueError, match="--sample-unit"):
-        make_sources("packed", np.array([0, 10]), np.array([5, 5]), make_strategy("full", 2, 4))
+    assert rows == [(15, 16, 31), (31, 80, 112), (111, 20, 131), (131, 40, 171)]
 
 
 @given(
@@ -368,18 +370,45 @@ def test_packed_refuses_gaps():
 )
 def test_sources_are_long_enough_and_apart(unit, lengths, train, more):
     content = train + more
-    sources, rows = cut(unit, lengths, train, content)
-    document_ends = set(np.cumsum(lengths).tolist())
+    _, rows = cut(unit, lengths, train, content)
+    document_ends = set(np.cumsum(lengths).tolist()) if unit != "packed" else {sum(lengths)}
     before = 0
     for start, length, end in rows:
         assert start >= before
         assert train <= length <= (max(lengths) if unit == "document" else content)
-        assert start + length <= end
-        assert end in (document_ends if unit != "packed" else {sum(lengths)})
+        assert end == start + length + (start + length not in document_ends)
         before = start + length
     if unit == "document":
         assert len(rows) == sum(length >= train for length in lengths)
-        assert sources.dropped == len(lengths) - len(rows)
+
+
+def pieces_one_by_one(unit, lengths, train, content):
+    """The same list, a piece at a time."""
+    if unit == "packed":
+        lengths = [sum(lengths)]
+    found, start = [], 0
+    for length in lengths:
+        size = length if unit == "document" else content
+        for at in range(0, length, size):
+            count = min(size, length - at)
+            if count >= train:
+                found.append((start + at, count, start + at + count + (at + count < length)))
+        start += length
+    return found
+
+
+@given(
+    st.sampled_from(["document", "window", "packed"]),
+    st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    st.integers(1, 9),
+)
+def test_sources_do_not_depend_on_the_blocks_they_are_made_in(unit, lengths, block):
+    from unittest import mock
+
+    from megatron_cream.data import text_sources
+
+    with mock.patch.object(text_sources, "_BLOCK", block):
+        assert cut(unit, lengths, 5, 8)[1] == pieces_one_by_one(unit, lengths, 5, 8)
 
 
 @pytest.mark.parametrize("unit", ["document", "window", "packed"])
@@ -388,7 +417,7 @@ def test_more_tokens_than_32_bits_count(unit):
     lengths = np.full(3, (1 << 31) - 1, dtype=np.int32)
     starts = np.arange(3, dtype=np.int64) * int(lengths[0])
     size = 1 << 28
-    sources = make_sources(unit, starts, lengths, make_strategy("pose", 16, size, chunks=1))
+    sources = sources_of(unit, lengths, make_strategy("pose", 16, size, chunks=1))
     total = 3 * int(lengths[0])
     expected = {
         "document": starts.tolist(),
@@ -397,4 +426,3 @@ def test_more_tokens_than_32_bits_count(unit):
     }[unit]
     assert sources.starts.tolist() == expected
     assert sources.ends.max() == total == (sources.starts + sources.lengths).max()
-    assert sources.longest == (total if unit == "packed" else lengths[0])

@@ -17,10 +17,13 @@ def repetition():
 
 
 def sources(unit, strategy, documents=20, tokens=4 * T):
+    from megatron_cream.data.indexed import DatasetIndex
     from megatron_cream.data.text_sources import make_sources
 
     starts = np.arange(documents, dtype=np.int64) * tokens
-    return make_sources(unit, starts, np.full(documents, tokens), strategy)
+    lengths = np.full(documents, tokens)
+    index = DatasetIndex("none", np.dtype(np.uint8), lengths, starts, starts)
+    return make_sources(unit, index, range(documents), strategy)
 
 
 def counted(unit, strategy, found, epochs):

@@ -27,6 +27,7 @@ def lines():
         args = Namespace(
             data_path=data,
             data_args_path=None,
+            data_cache_path=None,
             per_split_data_args_path=None,
             train_data_path=None,
             valid_data_path=None,
