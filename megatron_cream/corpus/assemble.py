@@ -7,12 +7,13 @@ Tokens are copied by the kernel; the index is written anew.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cream.corpus.encode import EncodedPart, finished_parts
+from megatron_cream.corpus.encode import HASH_BYTES, EncodedPart, finished_parts
 from megatron_cream.corpus.inspection import (
     DUPLICATES,
     FINGERPRINT,
@@ -28,7 +29,8 @@ from megatron_cream.data.indexed import write_index
 from megatron_cream.data.token_mask import MASK_SUFFIX
 from megatron_cream.errors import UserError
 
-_BUCKET_BYTES = 256 << 20
+_BUCKET_BYTES = 256 << 20  # of memory, for hashes
+_HASHED_BYTES = 64  # with what sorting them takes
 _COPY_BYTES = 64 << 20
 
 
@@ -45,7 +47,7 @@ def build_dataset(job: PreprocessJob, units: list[int], folder: WorkFolder) -> N
         raise UserError(f"--output-prefix {job.prefix}: {folder.path} lost parts, start again")
     counts = _count_left_out(job, parts)
     segments = [_part_segment(job, part) for part in parts]
-    kept = first_copies(segments) if config.drop_duplicates else None
+    kept = first_copies(segments, str(folder.path)) if config.drop_duplicates else None
     if kept is not None:
         counts.add({DUPLICATES: int((~kept).sum())}, {})
     lengths, documents = assemble(folder.staged, job.dtype, segments, kept, config.thresholds)
@@ -177,27 +179,72 @@ def split(lengths: np.ndarray, max_tokens: int | None, head: int, tail: int) -> 
     return sequences, counts
 
 
-def first_copies(segments: Sequence[Segment]) -> np.ndarray:
+_HASHED = np.dtype([("first", "<u8"), ("second", "<u8"), ("place", "<i8")])
+
+
+def first_copies(segments: Sequence[Segment], folder: str) -> np.ndarray:
     """Return bool ``[documents]`` of all segments: whether no earlier document is the same.
 
-    Hashes are looked at in as many passes as it takes to have few in memory.
+    Hashes are read once. Where they are too many for memory they are dealt out to files in
+    ``folder`` by their first bits, and looked at a file at a time. That takes 24 bytes per document
+    on the disk, which are free again at the end, and a byte per document in memory.
     """
     total = sum(segment.documents for segment in segments)
     first = np.ones(total, dtype=bool)
-    buckets = -(-total * 32 // _BUCKET_BYTES)
-    for bucket in range(buckets):
-        found, where, before = [], [], 0
-        for segment in segments:
-            pairs = segment.hashes().view("<u8").reshape(-1, 2)
-            inside = np.flatnonzero(pairs[:, 0] % np.uint64(buckets) == bucket)
-            found.append(pairs[inside])
-            where.append(inside + before)
-            before += segment.documents
-        hashes, places = np.concatenate(found), np.concatenate(where)
-        order = np.lexsort((places, hashes[:, 1], hashes[:, 0]))
-        same = (hashes[order][1:] == hashes[order][:-1]).all(axis=1)
-        first[places[order][1:][same]] = False
+    parts = -(-total * _HASHED_BYTES // _BUCKET_BYTES)
+    if parts < 2:
+        _distinct(first, np.concatenate(list(_batches(segments))))
+        return first
+    borders = np.array([(part << 64) // parts for part in range(1, parts)], dtype=np.uint64)
+    with tempfile.TemporaryDirectory(prefix="hashes-", dir=folder) as scratch:
+        paths = [os.path.join(scratch, str(part)) for part in range(parts)]
+        for batch in _batches(segments):
+            rows = _distinct(first, batch)
+            dealt = np.split(rows, np.searchsorted(rows["first"], borders))
+            for path, part in zip(paths, dealt, strict=True):
+                with open(path, "ab") as file:
+                    file.write(part.data)
+        for path in paths:
+            _distinct(first, np.fromfile(path, _HASHED))
+            os.unlink(path)
     return first
+
+
+def _batches(segments: Sequence[Segment]) -> Iterator[np.ndarray]:
+    """Yield the hashes of all documents with their places, in order, so many as memory holds."""
+    most = max(_BUCKET_BYTES // _HASHED_BYTES // 4, 1)
+    waiting: list[np.ndarray] = [np.empty(0, f"V{HASH_BYTES}")]
+    place = count = 0
+    for segment in segments:
+        hashes = segment.hashes()
+        for at in range(0, len(hashes), most):
+            waiting.append(hashes[at : at + most])
+            count += len(waiting[-1])
+            if count >= most:
+                yield _hashed(waiting, place)
+                place, count, waiting = place + count, 0, waiting[:1]
+    yield _hashed(waiting, place)
+
+
+def _hashed(hashes: Sequence[np.ndarray], place: int) -> np.ndarray:
+    """Return hashes with the numbers of their documents, of which the first is ``place``."""
+    pairs = np.concatenate(hashes).view("<u8").reshape(-1, 2)
+    rows = np.empty(len(pairs), _HASHED)
+    rows["first"], rows["second"] = pairs.T
+    rows["place"] = np.arange(place, place + len(rows))
+    return rows
+
+
+def _distinct(first: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return rows by hash without copies of earlier ones, which become False in ``first``."""
+    rows = rows[np.argsort(rows["first"], kind="stable")]  # which keeps equal ones in order
+    near, equal = (rows[half][1:] == rows[half][:-1] for half in ("first", "second"))
+    if (near & ~equal).any():  # half a hash in common: by chance, so sorting whole ones is rare
+        rows = rows[np.lexsort((rows["second"], rows["first"]))]
+        near, equal = (rows[half][1:] == rows[half][:-1] for half in ("first", "second"))
+    copies = np.concatenate(([False], near & equal))[: len(rows)]
+    first[rows["place"][copies]] = False
+    return rows[~copies]
 
 
 def assemble(

@@ -136,7 +136,8 @@ class InputDataset:
         size, needed = os.path.getsize(path), (len(self.index.documents) - 1) * HASH_BYTES
         if size != needed:
             raise UserError(f"{path} has {size} bytes, needs {needed}, a hash for each document")
-        return np.fromfile(path, dtype=f"V{HASH_BYTES}")
+        kind = f"V{HASH_BYTES}"
+        return np.memmap(path, mode="r", dtype=kind) if size else np.empty(0, kind)
 
 
 def _validate_arguments(prefixes: Sequence[str], output: str) -> None:
@@ -213,7 +214,7 @@ def _in_order(shards: list[InputDataset], given: int) -> list[InputDataset]:
 
 def _write(datasets: list[InputDataset], staged: str) -> None:
     segments = [found.segment() for found in datasets]
-    kept = first_copies(segments) if _have_hashes(datasets) else None
+    kept = first_copies(segments, os.path.dirname(staged)) if _have_hashes(datasets) else None
     described = [found.metadata for found in datasets if found.metadata]
     whole = len(described) == len(datasets)
     thresholds = tuple(described[0].get("thresholds", ())) if whole else ()

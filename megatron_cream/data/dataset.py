@@ -106,7 +106,7 @@ class SpanReader:
         start, length, end = self.sources.stretch(source)
         loss_mask = self._all_ones[: layout.train_length].copy()
         spans = layout.spans(length)
-        if self._file:
+        if self._file and layout.train_length >= self._file.long:
             self._file.read_ahead((start + offset, count) for offset, count in spans)
         texts, following, filled = [], [], 0
         for offset, count in spans:

@@ -23,8 +23,9 @@ import numpy as np
 
 from megatron_cream.errors import UserError
 
-_LONG_BYTES = 1 << 14  # worth a system call that reads all of it at once
+_LONG_BYTES = 1 << 14
 _SAMPLED = 256  # places of an array that its checksum is of
+_PLACE_BYTES = 64
 _SUM_BYTES = 4
 
 
@@ -36,6 +37,7 @@ class MappedFile:
 
     Attributes:
         array: ``[file size / itemsize]``, not to be written to.
+        long: items in a span that is worth a system call to read all of it at once.
     """
 
     def __init__(self, path: str, dtype: Any) -> None:
@@ -43,12 +45,13 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._map.madvise(mmap.MADV_RANDOM)
         self.array = np.frombuffer(self._map, dtype=dtype)
+        self.long = _LONG_BYTES // self.array.itemsize
 
     def read_ahead(self, spans: Iterable[tuple[int, int]]) -> None:
         """Start reading the long ones of some spans, each a first item and a number of items."""
         itemsize = self.array.itemsize
         for first, count in spans:
-            if count * itemsize >= _LONG_BYTES:
+            if count >= self.long:
                 start = first * itemsize // mmap.PAGESIZE * mmap.PAGESIZE
                 self._map.madvise(mmap.MADV_WILLNEED, start, (first + count) * itemsize - start)
 
@@ -142,7 +145,7 @@ def _write(path: str, blocks: Iterable[np.ndarray]) -> None:
             file.seek(0, os.SEEK_END)
             file.write(bytes(_SUM_BYTES))
         with open(partial, "r+b") as file:
-            total = _checksum(_open(partial))
+            total = _checksum(file, _open(partial).nbytes)
             file.seek(-_SUM_BYTES, os.SEEK_END)
             file.write(total)
             file.flush()
@@ -185,12 +188,19 @@ def _open_whole(path: str) -> MappedArray | None:
     try:
         array = _open(path)
         with open(path, "rb") as file:
+            total = _checksum(file, array.nbytes)
             file.seek(-_SUM_BYTES, os.SEEK_END)
-            return array if file.read() == _checksum(array) else None
+            return array if file.read() == total else None
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _checksum(array: np.ndarray) -> bytes:
-    sampled = array[:: max(len(array) // _SAMPLED, 1)]
-    return zlib.crc32(np.ascontiguousarray(sampled).data).to_bytes(_SUM_BYTES, "little")
+def _checksum(file: BinaryIO, size: int) -> bytes:
+    """Of places of the ``size`` bytes before the checksum, read and not mapped."""
+    start = os.fstat(file.fileno()).st_size - _SUM_BYTES - size
+    places = range(start, start + size, max(size // _SAMPLED, _PLACE_BYTES))
+    total = 0
+    for place in places:
+        count = min(_PLACE_BYTES, start + size - place)
+        total = zlib.crc32(os.pread(file.fileno(), count, place), total)
+    return total.to_bytes(_SUM_BYTES, "little")

@@ -140,20 +140,26 @@ def test_duplicates_keep_their_first_copy(job, run, documents, monkeypatch):
     assert stats.metadata["dropped"]["duplicates"] == 8
 
 
-@pytest.mark.parametrize("bucket_bytes", [1 << 28, 300])
-def test_first_copies_equal_a_dictionary(monkeypatch, bucket_bytes):
+@pytest.mark.parametrize("bucket_bytes", [1 << 28, 3000, 300])
+def test_first_copies_equal_a_dictionary(monkeypatch, tmp_path, bucket_bytes):
+    """Of hashes that are read once, in files or not; nothing is left of these."""
     monkeypatch.setattr(assemble, "_BUCKET_BYTES", bucket_bytes)
     rng = np.random.default_rng(3)
-    rows = [rng.integers(0, 4, size=(n, 2)).astype("<u8") for n in (10, 0, 33, 5)]
+    step = np.array([(1 << 64) // 8, 1], dtype="<u8")  # over the whole range
+    rows = [rng.integers(0, 8, size=(n, 2)).astype("<u8") * step for n in (10, 0, 133, 5)]
+    read = []
     segments = [
-        assemble.Segment("", len(r), None, lambda r=r: r.view(f"V{HASH_BYTES}").ravel())
+        assemble.Segment(
+            "", len(r), None, lambda r=r: read.append(1) or r.view(f"V{HASH_BYTES}").ravel()
+        )
         for r in rows
     ]
     seen, expected = set(), []
     for row in np.concatenate(rows).tolist():
         expected.append(tuple(row) not in seen)
         seen.add(tuple(row))
-    assert first_copies(segments).tolist() == expected
+    assert first_copies(segments, str(tmp_path)).tolist() == expected
+    assert len(read) == len(segments) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("format", ["parquet", "arrow file", "arrow stream"])
