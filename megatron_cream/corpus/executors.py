@@ -32,6 +32,7 @@ from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.errors import UserError
 
 _POLL_SECONDS = 0.2
+_RAY_AHEAD = 16  # units in flight beside two per CPU of the cluster
 _PIPE_BYTES = 1 << 16  # what Linux takes into a pipe that nobody reads
 
 
@@ -229,8 +230,14 @@ def run_on_ray(
     try:
         task = ray.remote(num_cpus=1, max_retries=3)(_run_on_node)
         shared = ray.put(job)
-        waiting = {task.remote(shared, unit): unit for unit in units}
-        while waiting:
+        waiting: dict[Any, int] = {}
+        todo = iter(units)
+        while True:
+            # The scheduler holds what is submitted; a cluster that can grow sees why it should.
+            room = 2 * int(ray.cluster_resources().get("CPU", 0)) + _RAY_AHEAD - len(waiting)
+            waiting |= {task.remote(shared, unit): unit for unit in islice(todo, max(room, 0))}
+            if not waiting:
+                break
             done, _ = ray.wait(list(waiting), num_returns=1)
             ray.get(done)
             on_bytes(sum(job.unit_size(waiting.pop(reference)) for reference in done))

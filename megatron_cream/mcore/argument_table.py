@@ -286,9 +286,7 @@ _ROWS = (
     ),
     *_each("per_dataset_sequences_path", refused="the index says how many samples there are"),
     *_each("object_storage_cache_path", refused="datasets are local files"),
-    *_each(
-        "dataloader_fast_cache_load", refused="an index opens at once without it"
-    ),
+    *_each("dataloader_fast_cache_load", refused="an index opens at once without it"),
     *_each("dataloader_defer_npy_index_mmap", refused="datasets have no such index"),
     *_each("allow_ambiguous_pad_tokens", refused="samples are not padded"),
     *_each("decoder_seq_length", refused="use --seq-length"),

@@ -37,3 +37,36 @@ def test_bad_line_ends_the_job(job, run, cluster):
     with pytest.raises(ValueError, match=r"in\.jsonl: line 16: broken JSON"):
         run(job, ray=cluster, **PARTS)
     assert not Path(job.output_prefix + ".idx").exists()
+
+
+def test_few_units_are_in_flight_at_once(monkeypatch):
+    """Of a hundred thousand a cluster of four CPUs is given what keeps it at work."""
+    from types import SimpleNamespace
+
+    from megatron_cream.corpus import executors
+
+    flying, most, done = set(), [0], []
+
+    def remote(job, unit):
+        flying.add(unit)
+        most[0] = max(most[0], len(flying))
+        return unit
+
+    def wait(references, num_returns):
+        return sorted(references)[:num_returns], None
+
+    def get(references):
+        flying.difference_update(references)
+        done.extend(references)
+
+    ray = SimpleNamespace(
+        **{"is_initialized": lambda: True, "put": lambda job: job, "wait": wait, "get": get},
+        remote=lambda **_: lambda function: SimpleNamespace(remote=remote),
+        cluster_resources=lambda: {"CPU": 4.0},
+        exceptions=SimpleNamespace(RayTaskError=ZeroDivisionError),
+    )
+    monkeypatch.setattr(executors, "import_ray", lambda: ray)
+    job, sizes = SimpleNamespace(unit_size=lambda unit: 3), []
+    executors.run_on_ray(job, list(range(1000)), "auto", sizes.append)
+    assert done == list(range(1000)) and sum(sizes) == 3000
+    assert most[0] == 2 * 4 + executors._RAY_AHEAD
