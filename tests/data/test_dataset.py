@@ -426,3 +426,14 @@ def test_more_tokens_than_32_bits_count(unit):
     }[unit]
     assert sources.starts.tolist() == expected
     assert sources.ends.max() == total == (sources.starts + sources.lengths).max()
+
+
+def test_shards_without_weights_are_one_epoch_of_all_of_them(prefixes):
+    from megatron_cream.training.datasets import BlendedSpans
+
+    sizes = [len(build([prefix])[0].sources) for prefix in prefixes]
+    for wanted in (4, sum(sizes), 50):
+        train = BlendedSpans(build(prefixes, samples=wanted)[0])
+        assert len(train) == min(wanted, sum(sizes))
+        first = [int(train[i]["tokens"][0]) // STEP for i in range(len(train))]
+        assert len(set(first)) == len(train)  # every document once
