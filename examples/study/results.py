@@ -44,8 +44,9 @@ def task_record(folder: Path) -> dict[str, Any]:
     """Return the results of a scored task; of cases each hit, in the order of seed and place."""
     result = json.loads((folder / "result.json").read_text("utf-8"))
     if "positions" in result:
-        kept = ("perplexity", "low", "high", "targets", "document_nll")
-        return {row["length"]: {key: row[key] for key in kept} for row in result["lengths"]}
+        kept = {"perplexity", "low", "high", "targets", "document_nll", "longppl", "key_targets"}
+        rows = result["lengths"]
+        return {row["length"]: {k: v for k, v in row.items() if k in kept} for row in rows}
     cases = [json.loads(line) for line in (folder / "cases.jsonl").read_text("utf-8").splitlines()]
     cases.sort(key=lambda c: (c["length"], c["seed"], c["haystack"], c["index"]))
     return {row["length"]: _length_record(row, cases) for row in result["lengths"]}

@@ -3,7 +3,9 @@
 
     python examples/study/score.py --hf MODEL --data HELD_OUT --output OUT [--smoke] [RoPE's flags]
 
-One process loads the model once. What was scored is not scored again.
+One process loads the model once. What was scored is not scored again. LongPPL needs --key-tokens: a
+file of ``megatron-cream evaluate longppl --save-key-tokens``, made of HELD_OUT with --documents 8
+--document-tokens 32768.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ FLAGS = {
         *("--lengths", "1K", "2K", "4K", "8K", "16K", "32K"),
         *("--documents", "8", "--document-tokens", "65536"),
     ),
+    "longppl": ("--lengths", "8K", "16K", "32K", "--documents", "8"),
     "longchat-lines": ("--lengths", *LENGTHS, *_CASES),
     "kv-retrieval": ("--lengths", *LENGTHS, *_CASES),
     "niah-multikey": ("--lengths", *LENGTHS, *_CASES),
@@ -45,14 +48,23 @@ SMOKE = {
             *(("--records-of", "768") if task.endswith(CONTROL) else ()),
         )
         for task in FLAGS
-        if task != "perplexity"
+        if task not in ("perplexity", "longppl")
     },
 }
 
 
-def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: list[str]) -> None:
-    """Write the results of every task to ``output/TASK``."""
+def score(
+    hf: str,
+    data: str,
+    output: str,
+    smoke: bool,
+    tasks: list[str],
+    rope: list[str],
+    key_tokens: str | None = None,
+) -> None:
+    """Write the results of every task to ``output/TASK``; those of longppl need key tokens."""
     from megatron_cream.evaluation.evaluate import settings_of
+    from megatron_cream.evaluation.longppl import score_longppl
     from megatron_cream.evaluation.open_model import open_model, open_prompt, validate_vocabulary
     from megatron_cream.evaluation.perplexity import score_perplexity
     from megatron_cream.evaluation.scoring import score_cases, validate_fit
@@ -61,17 +73,20 @@ def score(hf: str, data: str, output: str, smoke: bool, tasks: list[str], rope: 
     common += [] if smoke else ["--dtype", "bfloat16", "--batch-tokens", "65536"]
     model = None
     for name in tasks:
-        flags, task = (SMOKE if smoke else FLAGS)[name], name.removesuffix(CONTROL)
+        flags, task = list((SMOKE if smoke else FLAGS)[name]), name.removesuffix(CONTROL)
+        flags += ["--key-tokens", str(key_tokens)] if task == "longppl" else []
         folder = Path(output) / name
         if (folder / "result.json").is_file():
             continue
         settings = settings_of(make_parser("evaluate").parse_args([task, *common, *flags]))
         settings.validate()
-        prompt = None if task == "perplexity" else open_prompt(settings)
+        prompt = None if task in ("perplexity", "longppl") else open_prompt(settings)
         if prompt is not None:
             validate_fit(settings, prompt, task)
         model = model or open_model(settings)
-        if prompt is None:
+        if task == "longppl":
+            score_longppl(settings, model, str(folder))
+        elif prompt is None:
             score_perplexity(settings, model, str(folder))
         else:
             validate_vocabulary(prompt.tokenizer, model)
@@ -84,10 +99,12 @@ def main() -> int:
     for flag in ("--hf", "--data", "--output"):
         parser.add_argument(flag, required=True)
     parser.add_argument("--smoke", action="store_true", help="a few short cases")
-    parser.add_argument("--tasks", nargs="+", choices=FLAGS, default=list(FLAGS))
+    parser.add_argument("--tasks", nargs="+", choices=FLAGS)
+    parser.add_argument("--key-tokens", help="file of key tokens, for longppl")
     args, rope = parser.parse_known_args()
+    tasks = args.tasks or [task for task in FLAGS if args.key_tokens or task != "longppl"]
     with one_line_errors():
-        score(args.hf, args.data, args.output, args.smoke, args.tasks, rope)
+        score(args.hf, args.data, args.output, args.smoke, tasks, rope, args.key_tokens)
     return 0
 
 

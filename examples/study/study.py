@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     add("--hf", help="folder of the Hugging Face model")
     add("--text", nargs="+", help="files or folders of text to train on")
     add("--held-out", nargs="+", help="text to score perplexity on")
+    add("--key-tokens", help="of the held-out text, as score.py has it: LongPPL is scored as well")
     add("--work", type=Path, required=True, help="folder for data, checkpoints and logs")
     add("--results", type=Path, required=True, help="folder for the JSON files")
     titles = [variant.title for variant in VARIANTS]
@@ -259,10 +260,13 @@ class Study:
             factor = TARGET / WINDOW
             flags += ["--rope-interpolation", variant.rope, "--rope-factor", f"{factor:g}"]
         flags += ["--smoke"] if self.args.smoke else []
+        keys = self.args.key_tokens
+        flags += ["--key-tokens", keys] if keys else []
         # Two processes: while one makes cases on the CPU, the other has the GPU.
         halves = [
             ("perplexity", "longchat-lines", "kv-retrieval"),
             ("niah-multikey", "needle", "passkey", "longchat-lines-of-8K", "kv-retrieval-of-8K"),
+            *([("longppl",)] if keys else []),
         ]
         done = at_once(
             [

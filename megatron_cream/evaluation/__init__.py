@@ -8,7 +8,8 @@ forward     one forward pass over a context and the tails that continue it
 tasks       retrieval, tracking and counting tasks, by name
 haystacks   cases of an exact token length
 scoring     cases scored by one forward pass, without generation
-perplexity  sliding-window perplexity by context length and position
+perplexity  perplexity by context length and position: a sliding window, or one of each document
+longppl     LongPPL: perplexity of the tokens that only a long context tells, its key_tokens
 results     shares, perplexities, intervals and tables; store keeps them, result_files reads them
 compare     several runs in one table and picture
 ruler       RULER's thirteen tasks, case for case; a model answers them greedily; its figures

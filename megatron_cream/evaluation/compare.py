@@ -19,7 +19,7 @@ from megatron_cream.positions.plots import has_matplotlib
 _SAME = (
     *("task", "prompt", "shots", "seeds", "first_seed", "cases", "cases_file", "most_tokens"),
     *("samples", "ruler_tasks", "haystack_content", "qa_content", "words_content"),
-    *("data", "documents", "document_tokens", "stride"),
+    *("data", "documents", "document_tokens", "stride", "truncate", "key_tokens"),
 )
 
 

@@ -17,6 +17,8 @@ EXAMPLES = """
     megatron-cream evaluate needle --hf model/ --lengths 4K 8K 16K --output runs/eval/needle
     megatron-cream evaluate ruler --hf model/ --lengths 4K 8K 16K --haystack essays.json \\
         --qa squad.json hotpotqa.json --output runs/eval/ruler
+    megatron-cream evaluate longppl --hf model/ --judge longer/ --judge-short model/ \\
+        --data books/ --lengths 8K 16K 32K --save-key-tokens key.json --output runs/eval/longppl
     torchrun --nproc-per-node 4 -m megatron_cream evaluate kv-retrieval --checkpoint runs/cream \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --lengths 32K
     megatron-cream evaluate all --hf model/ --data books/ --lengths 1K 4K 16K --documents 4 \\
@@ -28,6 +30,7 @@ OUTPUT gets result.json, table.md and picture.png; a killed run continues when i
 
 HELP = {
     "perplexity": "by context length and position, sliding window",
+    "longppl": "perplexity of the tokens that only a long context tells, and of all",
     "passkey": "five digits in a repeated phrase, by depth",
     "needle": "a sentence in prose, by depth",
     "longchat-lines": "the number of one of many lines",
@@ -37,16 +40,19 @@ HELP = {
     "common-words": "ten most common words of a list",
     "frequent-words": "three most frequent invented words",
     "ruler": "RULER's own thirteen tasks, by generation: scores, averages, effective length",
-    "all": "every task but ruler; perplexity with --data",
+    "all": "every task but ruler and longppl; perplexity with --data",
 }
-# Fields that are flags of ruler alone, and of all tasks but ruler.
-_RULERS = frozenset(("haystack", "qa", "words", "samples", "threshold"))
-_OTHERS = frozenset(
-    (
-        *("batch_tokens", "cases", "seeds", "first_seed", "most_tokens", "cases_file", "shots"),
-        *("data", "documents", "skip_documents", "document_tokens", "stride"),
-    )
-)
+# Fields that are flags of ruler alone, of longppl alone, of all that scores documents, and of what
+# has cases.
+_RULER = frozenset(("haystack", "qa", "words", "samples", "threshold"))
+_LONGPPL = frozenset(("judge", "judge_short", "key_tokens", "save_key_tokens"))
+_WINDOWS = frozenset(("stride", "truncate"))
+_DOCUMENTS = frozenset(("data", "documents", "skip_documents", "document_tokens"))
+_CASES = frozenset(("cases", "seeds", "first_seed", "most_tokens", "cases_file", "shots"))
+_WITHOUT = {
+    "ruler": _CASES | _DOCUMENTS | _WINDOWS | _LONGPPL | {"batch_tokens"},
+    "longppl": _RULER | _CASES | _WINDOWS | {"prompt", "bos"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="task", required=True)
     for task, help_ in HELP.items():
         command = commands.add_parser(task, help=help_)
-        add_flags(command, EvaluationSettings, _OTHERS if task == "ruler" else _RULERS)
+        add_flags(command, EvaluationSettings, _WITHOUT.get(task, _RULER | _LONGPPL))
         add_rope_flags(command.add_argument)
         if task in ("all", "ruler"):
             names = _in_all() if task == "all" else RULER_TASKS
@@ -67,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _in_all() -> list[str]:
-    """Return the tasks that ``all`` runs; ruler generates, and has tasks of its own."""
-    return [name for name in HELP if name not in ("all", "ruler")]
+    """Return the tasks that ``all`` runs; ruler has tasks of its own, longppl lengths."""
+    return [name for name in HELP if name not in ("all", "ruler", "longppl")]
 
 
 def settings_of(args: argparse.Namespace) -> EvaluationSettings:

@@ -110,7 +110,7 @@ class EvaluationSettings:
     )
     tokenizer_model: str | None = flag_field("its file or folder", default=None)
     data: str | None = flag_field(
-        "for perplexity: indexed dataset without .bin and .idx, or text files", default=None
+        "documents to score: indexed dataset without .bin and .idx, or text files", default=None
     )
     documents: int = flag_field("documents to score", default=16, most=1_000_000)
     skip_documents: int = flag_field(
@@ -121,7 +121,7 @@ class EvaluationSettings:
     )
     document_tokens: int | None = flag_field(
         "tokens of each; shorter documents are passed over (default: twice the longest of "
-        "--lengths, and one)",
+        "--lengths, and one; of one window per document the longest)",
         default=None,
         type=int,
         most=_LONGEST,
@@ -131,6 +131,26 @@ class EvaluationSettings:
         default=None,
         type=int,
         most=_LONGEST,
+    )
+
+    truncate: bool = flag_field(
+        "score the first L tokens of each document in one window, for each L of --lengths, as "
+        "papers' tables do",
+        default=False,
+    )
+    judge: str | None = flag_field(
+        "Hugging Face folder of the model that says which tokens are key tokens", default=None
+    )
+    judge_short: str | None = flag_field(
+        "of another model for its short contexts: the base model, for instance (default: --judge)",
+        default=None,
+    )
+    key_tokens: str | None = flag_field(
+        "file of --save-key-tokens, in place of --judge", default=None
+    )
+    save_key_tokens: str | None = flag_field(
+        "file to keep the key tokens in, so that other models are measured on the same",
+        default=None,
     )
 
     haystack: str | None = flag_field(
@@ -169,8 +189,10 @@ class EvaluationSettings:
             self._validate_records()
         if self.cases_file is not None:
             self._validate_cases_file(self.cases_file)
-        if "perplexity" in self.tasks:
+        if {"perplexity", "longppl"} & set(self.tasks):
             self._validate_windows()
+        if "longppl" in self.tasks:
+            self._validate_longppl()
         if "ruler" in self.tasks:
             self._validate_ruler()
         self._validate_attention()
@@ -214,13 +236,23 @@ class EvaluationSettings:
 
     def _validate_windows(self) -> None:
         if self.data is None:
-            raise UserError("--data is missing: perplexity needs an indexed dataset or text")
+            raise UserError(f"--data is missing: {self.tasks[0]} needs an indexed dataset or text")
+        if self.stride is not None and self.truncates:
+            raise UserError(
+                f"--stride is {self.stride} with --truncate: it must be left out, there is one "
+                "window per document"
+            )
         if self.stride is not None and self.stride > self.lengths[0]:
             raise UserError(
                 f"--stride is {self.stride}: it must be at most the shortest of --lengths, "
                 f"{self.lengths[0]}, so that every token is scored"
             )
-        if self.tokens_per_document <= self.lengths[-1]:
+        if self.truncates and self.tokens_per_document < self.lengths[-1]:
+            raise UserError(
+                f"--document-tokens is {self.document_tokens}: it must be at least the longest of "
+                f"--lengths, {self.lengths[-1]}"
+            )
+        if not self.truncates and self.tokens_per_document <= self.lengths[-1]:
             raise UserError(
                 f"--document-tokens is {self.document_tokens}: it must be more than the longest "
                 f"of --lengths, {self.lengths[-1]}: the token after a window is its last target"
@@ -240,7 +272,18 @@ class EvaluationSettings:
     @property
     def tokens_per_document(self) -> int:
         """Tokens of each document that perplexity scores."""
-        return self.document_tokens or 2 * self.lengths[-1] + 1
+        longest = self.lengths[-1]
+        return self.document_tokens or (longest if self.truncates else 2 * longest + 1)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether there is one window per document; LongPPL is so defined."""
+        return self.truncate or "longppl" in self.tasks
+
+    def _validate_longppl(self) -> None:
+        from megatron_cream.evaluation.longppl import validate_flags
+
+        validate_flags(self)
 
     def _validate_attention(self) -> None:
         choice = attention_choice(self)

@@ -92,12 +92,12 @@ def result_header(settings: EvaluationSettings, model: ScoringModel, task: str) 
         "name": settings.name or Path(model.name).name,
         "model": model.name,
         "window": model.window,
-        "weights": _fingerprint(model.name),
+        "weights": hash_files(model.name),
         **model.settings,
     }
 
 
-def _fingerprint(path: str) -> str:
+def hash_files(path: str) -> str:
     """Return a hash of names, sizes and dates of a model's files.
 
     A run is not continued with other weights under the same name.

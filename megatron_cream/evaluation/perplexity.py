@@ -4,7 +4,8 @@
 All lengths score the same targets, so that two lengths differ by the context alone. (A window
 that is longer than it ought to be is then as visible as one that is too short; published scripts
 cap the window, count overlapping targets several times, or average over windows of different
-sizes.)
+sizes.) Or, with --truncate as papers' tables have it, one window has the first tokens of each
+document, and each length targets of its own.
 """
 
 from __future__ import annotations
@@ -41,12 +42,20 @@ class DocumentScore:
         document: which one.
         nll: summed negative log-likelihood of its targets, in nats, by bucket of ``buckets``.
         targets: their number, by bucket.
+        key_nll: of those that are key tokens alone, in nats, where it is known which are.
+        key_targets: their number.
     """
 
     length: int
     document: int
     nll: list[float]
     targets: list[int]
+    key_nll: float | None = None
+    key_targets: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what cases.jsonl has of it."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,20 @@ class ScoredWindow:
     scored: int
 
 
-def windows(tokens: int, length: int, stride: int) -> list[ScoredWindow]:
+def windows(tokens: int, length: int, stride: int | None) -> list[ScoredWindow]:
     """Cut a document of ``tokens`` tokens; each of its ``tokens - 1`` targets counts once.
 
     The first window scores all of its targets, each later one only those that are new. The last
-    one is moved back to end with the document, so that all have ``length`` inputs.
+    one is moved back to end with the document, so that all have ``length`` inputs. Without a
+    stride it is one window of the first ``length`` tokens, which has ``length - 1`` targets.
 
     Raises:
         UserError: a stride that skips targets, or a document too short for one window.
     """
+    if stride is None:
+        if not 2 <= length <= tokens:
+            raise UserError(f"a document of {tokens} tokens has no window of {length}")
+        return [ScoredWindow(0, length - 1, length - 1)]
     if not 1 <= stride <= length:
         raise UserError(f"--stride is {stride}: it must be from 1 to the length {length}")
     if tokens < length + 1:
@@ -84,31 +98,43 @@ def score_document(
     model: ScoringModel,
     tokens: np.ndarray,
     length: int,
-    stride: int,
+    stride: int | None,
     document: int = 0,
     batch_tokens: int = 8192,
     on_tokens: Callable[[int], None] = lambda tokens: None,
+    key: np.ndarray | None = None,
 ) -> DocumentScore:
     """Score a document with windows of ``length`` inputs at plain positions 0 .. length - 1.
 
     Args:
         tokens: ids ``[n]`` with n > length.
-        stride: tokens between windows, at most ``length``.
+        stride: tokens between windows, at most ``length``; None for the first ``length`` tokens
+            in one window.
         document: its number, for the record.
         batch_tokens: most input tokens in one forward pass.
         on_tokens: called with the number of input tokens of each finished pass.
+        key: bool ``[n]``, which tokens are key tokens; they are counted by themselves as well.
     """
     edges = buckets(length)
+    key_nll, key_targets = 0.0, 0
     nll, targets = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1, dtype=np.int64)
     batches = list(_batches(windows(len(tokens), length, stride), max(1, batch_tokens // length)))
     passes = (_pass(tokens, batch) for batch in batches)
     for batch, scores in zip(batches, model.run(passes), strict=True):
-        positions = np.arange(length - batch[0].scored, length)
+        inputs = batch[0].length
+        positions = np.arange(inputs - batch[0].scored, inputs)
         which = np.searchsorted(edges, positions, side="right") - 1
         nll += np.bincount(which, -scores.logprobs.numpy().sum(0), len(nll))
         targets += len(batch) * np.bincount(which, minlength=len(nll))
-        on_tokens(length * len(batch))
-    return DocumentScore(length, document, nll.tolist(), targets.tolist())
+        if key is not None:
+            chosen = np.stack([key[window.start + positions + 1] for window in batch])
+            key_nll -= float(scores.logprobs.numpy()[chosen].sum())
+            key_targets += int(chosen.sum())
+        on_tokens(inputs * len(batch))
+    found = DocumentScore(length, document, nll.tolist(), targets.tolist())
+    if key is None:
+        return found
+    return dataclasses.replace(found, key_nll=key_nll, key_targets=key_targets)
 
 
 def _batches(all_windows: list[ScoredWindow], size: int) -> Iterator[list[ScoredWindow]]:
@@ -144,39 +170,55 @@ def score_perplexity(
         documents: ids ``[tokens_per_document]`` each; those of --data unless given.
     """
     documents = documents or open_documents(settings, model)
-    header = result_header(settings, model, "perplexity") | {
-        "data": settings.data,
-        "documents": settings.documents,
-        "document_tokens": settings.tokens_per_document,
-        "stride": settings.stride,
-        "data_content": _content(documents),
-    }
+    header = result_header(settings, model, "perplexity") | document_settings(settings, documents)
     with ResultStore(folder, header, DOCUMENT_RECORDS, model.primary) as store:
         known: set[tuple[int, ...]] = {
             (length, i) for length in settings.lengths for i in range(len(documents))
         }
         store.validate_finished(set(settings.lengths), known)
-        _score_documents(settings, model, documents, store)
+        score_documents(settings, model, documents, store)
         result = header | perplexity_results(store.finished)
         store.finish(result)
     return result
 
 
-def _score_documents(
+def document_settings(settings: EvaluationSettings, documents: list[np.ndarray]) -> dict[str, Any]:
+    """Return what decides which targets are scored."""
+    return {
+        "data": settings.data,
+        "documents": settings.documents,
+        "document_tokens": settings.tokens_per_document,
+        "stride": settings.stride,
+        "truncate": settings.truncates or None,
+        "data_content": hash_documents(documents),
+    }
+
+
+def score_documents(
     settings: EvaluationSettings,
     model: ScoringModel,
     documents: list[np.ndarray],
     store: ResultStore,
+    keys: list[np.ndarray] | None = None,
 ) -> None:
-    strides = {length: settings.stride or max(1, length // 2) for length in settings.lengths}
+    """Score documents that the store does not have, at every length.
+
+    Args:
+        documents: ids ``[n]`` each.
+        keys: bool ``[n]`` each, which tokens are key tokens.
+    """
+    strides = {
+        length: None if settings.truncates else settings.stride or max(1, length // 2)
+        for length in settings.lengths
+    }
     tokens = settings.tokens_per_document
     works = {
         length: weigh_tokens(length * len(windows(tokens, length, stride)), length)
         for length, stride in strides.items()
     }
-    done = {DOCUMENT_RECORDS.identity(record) for record in store.finished}
+    done = {store.kind.identity(record) for record in store.finished}
     total = len(documents) * sum(works.values())
-    with progress_bar(settings.name or "perplexity", total, model.primary) as bar:
+    with progress_bar(settings.name or settings.tasks[0], total, model.primary) as bar:
         for length, stride in strides.items():
             model.set_length(length)
 
@@ -188,12 +230,13 @@ def _score_documents(
                     bar.update(works[length])
                     continue
                 found = score_document(
-                    model, document, length, stride, number, settings.batch_tokens, report
+                    *(model, document, length, stride, number, settings.batch_tokens, report),
+                    keys and keys[number],
                 )
-                store.add([dataclasses.asdict(found)])
+                store.add([found.record()])
 
 
-def _content(documents: list[np.ndarray]) -> str:
+def hash_documents(documents: list[np.ndarray]) -> str:
     """Hash the documents: a run is not continued with other ones under the same name."""
     found = hashlib.sha256()
     for document in documents:

@@ -3,6 +3,7 @@
 
 perplexity, one run      by length with intervals of the change; by position in the window
 perplexity, several      by length; ratio to the first run with intervals of paired documents
+longppl                  LongPPL and perplexity by length
 passkey, needle          heat map of depth and length, one per run
 tasks with places        by length with intervals; heat map of place and length, or lines by place
 other tasks              by length with intervals
@@ -92,6 +93,10 @@ def picture(results: Sequence[Result], window: str = "window {}") -> Figure:
     if task == "perplexity":
         figure = _figure(title, 8.6, 3.3)
         _draw_perplexity(figure, results, window)
+        return figure
+    if task == "longppl":
+        figure = _figure(title, 8.6, 3.3)
+        _draw_longppl(figure, results, window)
         return figure
     if task == "ruler":
         figure = _figure(title, *ruler_size(results))
@@ -261,6 +266,28 @@ def _draw_perplexity(figure: Figure, results: Sequence[Result], window: str) -> 
     else:
         _positions(right, results[0])
     name_lines(left, lines)
+
+
+def _draw_longppl(figure: Figure, results: Sequence[Result], window: str) -> None:
+    """Draw two panels by length: of key tokens, and of all tokens of the same documents."""
+    several = len(results) > 1
+    panels = {
+        "LongPPL: perplexity of key tokens": ("longppl", "longppl_low", "longppl_high"),
+        "perplexity of all tokens": ("perplexity", "low", "high"),
+    }
+    for axes, (words, keys) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        # Intervals over documents of several models would say that none differ: see the top.
+        shown = keys[:1] if several else keys
+        names = [result["name"] if several else "" for result in results]
+        lines = [
+            line_of(name, result["lengths"], "length", *shown)
+            for name, result in zip(names, results, strict=True)
+        ]
+        draw_lines(axes, lines)
+        style(axes, _CONTEXT, words + ("" if several else "\n(95 % intervals over documents)"))
+        _logarithmic(axes)
+        length_axis(axes, results, window)
+        name_lines(axes, lines)
 
 
 def _logarithmic(axes: Axes) -> None:

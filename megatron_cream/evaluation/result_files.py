@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.results import buckets
+from megatron_cream.evaluation.results import PER_DOCUMENT, buckets
 from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
 from megatron_cream.evaluation.ruler import metric
 from megatron_cream.evaluation.tasks import TASKS
@@ -122,6 +122,11 @@ DOCUMENT_RECORDS = ScoreFormat(
     {"length": _count, "document": _whole, "nll": _list_of(_number), "targets": _list_of(_whole)},
     _fits_buckets,
 )
+KEY_DOCUMENT_RECORDS = ScoreFormat(
+    DOCUMENT_RECORDS.key,
+    DOCUMENT_RECORDS.fields | {"key_nll": _number, "key_targets": _whole},
+    _fits_buckets,
+)
 
 
 def read_object(path: Path, flag: str) -> dict[str, Any]:
@@ -184,6 +189,11 @@ _PERPLEXITY_ROW: dict[str, ValueCheck] = {
     **{"high": _or_null(_number), "documents": _count, "targets": _count, "nll": _number},
     "document_nll": _list_of(_number),
 }
+_LONGPPL_ROW = _PERPLEXITY_ROW | {
+    **{"longppl": _number, "longppl_low": _or_null(_number), "longppl_high": _or_null(_number)},
+    **{"key_targets": _count, "document_key_nll": _list_of(_number)},
+    "document_key_targets": _list_of(_whole),
+}
 _POSITION_ROW: dict[str, ValueCheck] = {
     **{"length": _count, "from": _whole, "to": _count, "perplexity": _number, "targets": _count},
 }
@@ -222,8 +232,9 @@ def _wrong(result: dict[str, Any]) -> str | None:
     """Return what is missing or no such value."""
     if name := _wrong_field(result, _RESULT):
         return name
-    if result["task"] == "perplexity":
-        rows = {"lengths": _PERPLEXITY_ROW, "positions": _POSITION_ROW}
+    if result["task"] in PER_DOCUMENT:
+        row = _LONGPPL_ROW if result["task"] == "longppl" else _PERPLEXITY_ROW
+        rows = {"lengths": row, "positions": _POSITION_ROW}
     elif result["task"] == "ruler":
         rows = {"lengths": _RULER_ROW}
         if name := _wrong_field(result, _RULER_RESULT):
@@ -250,7 +261,7 @@ def _wrong_together(result: dict[str, Any]) -> str | None:
     rows = result["lengths"]
     if len({row["length"] for row in rows}) < len(rows):
         return "lengths (one is there twice)"
-    if result["task"] == "perplexity":
+    if result["task"] in PER_DOCUMENT:
         same = {n for row in rows for n in (row["documents"], len(row["document_nll"]))}
         return "document_nll" if len(same) > 1 else None
     if result["task"] == "ruler":

@@ -15,6 +15,9 @@ from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
 Records = list[dict[str, Any]]
 Result = dict[str, Any]
 
+PER_DOCUMENT = ("perplexity", "longppl")
+"""Tasks that score documents; the others have cases."""
+
 _NORMAL = 1.959964
 # Student's t at 97.5 % for 1 .. 30 degrees of freedom.
 _T = (
@@ -138,6 +141,38 @@ def perplexity_results(documents: Records) -> dict[str, Any]:
     }
 
 
+def longppl_results(documents: Records) -> dict[str, Any]:
+    """Return LongPPL by length beside what ``perplexity_results`` has.
+
+    Args:
+        documents: ``DocumentScore`` records with key tokens.
+    """
+    found = perplexity_results(documents)
+    groups = _by(documents, lambda d: d["length"])
+    found["lengths"] = [row | _key(own) for row, own in zip(found["lengths"], groups, strict=True)]
+    return found
+
+
+def _key(documents: Records) -> dict[str, Any]:
+    """Return LongPPL of one length, over the key tokens of all documents together.
+
+    Documents have unequal numbers of them: the interval is that of a ratio of two sums.
+    """
+    documents = sorted(documents, key=lambda d: d["document"])
+    nll = np.array([d["key_nll"] for d in documents])
+    targets = np.array([d["key_targets"] for d in documents])
+    mean = float(nll.sum() / targets.sum())
+    low, high = t_interval((mean + (nll - mean * targets) / targets.mean()).tolist())
+    return {
+        "longppl": perplexity_of(mean),
+        "longppl_low": perplexity_of(low) if not math.isnan(low) else None,
+        "longppl_high": perplexity_of(high) if not math.isnan(high) else None,
+        "key_targets": int(targets.sum()),
+        "document_key_nll": nll.tolist(),
+        "document_key_targets": targets.tolist(),
+    }
+
+
 def _perplexity(documents: Records) -> dict[str, Any]:
     documents = sorted(documents, key=lambda d: d["document"])
     nll = [sum(d["nll"]) for d in documents]
@@ -202,7 +237,7 @@ def table(result: Result) -> str:
     title = f"{result['task']}, {result['name']}, window {short(result['window'])}"
     if result["task"] == "ruler":
         return f"{title}\n\n{markdown(_ruler_rows(result))}{_notes([result])}{_ruler_notes(result)}"
-    rows = _perplexity_rows(result) if result["task"] == "perplexity" else _case_rows(result)
+    rows = _perplexity_rows(result) if result["task"] in PER_DOCUMENT else _case_rows(result)
     return f"{title}\n\n{markdown(rows)}{_notes([result])}"
 
 
@@ -260,12 +295,18 @@ def length_name(result: Result, length: int) -> str:
 
 
 def _perplexity_rows(result: Result) -> list[list[str]]:
-    rows = [["length", "perplexity", "95 % interval", "documents", "targets"]]
+    shown = [("perplexity", "targets", "perplexity", "low", "high", "targets")]
+    if result["task"] == "longppl":
+        keys = ("longppl", "longppl_low", "longppl_high", "key_targets")
+        shown.insert(0, ("LongPPL", "key tokens", *keys))
+    names = [word for name, *_ in shown for word in (name, "95 % interval")]
+    rows = [["length", *names, "documents", *(counted for _, counted, *_ in shown)]]
     for row in result["lengths"]:
-        interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-        counts = [str(row["documents"]), str(row["targets"])]
-        name = length_name(result, row["length"])
-        rows.append([name, f"{row['perplexity']:.3f}", interval, *counts])
+        cells = [length_name(result, row["length"])]
+        for _, _, value, low, high, _ in shown:
+            interval = "" if row[low] is None else f"{row[low]:.3f} to {row[high]:.3f}"
+            cells += [f"{row[value]:.3f}", interval]
+        rows.append([*cells, str(row["documents"]), *(str(row[count]) for *_, count in shown)])
     return rows
 
 
@@ -317,7 +358,7 @@ def lengths_of(results: Sequence[Result]) -> list[int]:
 
 def _counts(result: Result) -> str:
     """Return the number of cases or documents, by length where lengths differ in it."""
-    key = "documents" if result["task"] == "perplexity" else "cases"
+    key = "documents" if result["task"] in PER_DOCUMENT else "cases"
     counts = [row[key] for row in result["lengths"]]
     return ", ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
@@ -328,6 +369,8 @@ def _cells(result: Result, lengths: Sequence[int]) -> list[str]:
     for row in result["lengths"]:
         if result["task"] == "perplexity":
             cells[row["length"]] = f"{row['perplexity']:.2f}"
+        elif result["task"] == "longppl":
+            cells[row["length"]] = f"{row['longppl']:.2f} ({row['perplexity']:.2f})"
         elif result["task"] == "ruler":
             cells[row["length"]] = f"{row['average']:.1f}"
         else:

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel
+from megatron_cream.evaluation.longppl import score_longppl
 from megatron_cream.evaluation.open_model import (
     open_documents,
     open_model,
@@ -20,7 +21,7 @@ from megatron_cream.evaluation.open_model import (
 from megatron_cream.evaluation.perplexity import score_perplexity
 from megatron_cream.evaluation.pictures import draw_suite, note_missing_matplotlib
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.results import suite_table, table
+from megatron_cream.evaluation.results import PER_DOCUMENT, suite_table, table
 from megatron_cream.evaluation.ruler.answers import open_cases, score_ruler
 from megatron_cream.evaluation.scoring import score_cases, validate_fit
 from megatron_cream.evaluation.store import write_whole
@@ -42,11 +43,11 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
     Returns:
         one result per task, in order, as in result.json: ``lengths`` has a row per context length
         in tokens. Of perplexity that is ``perplexity``, and ``nll`` in nats per token with
-        ``document_nll`` ``[documents]``; of other tasks shares from 0 to 1, of exact answers
-        (``hit``), parts of answers (``items``) and tokens, with 95 % intervals (``hit_low``,
-        ``hit_high``), and the log-likelihood of the answer in nats (``logprob_per_token``); of
-        ruler ``scores`` by task and metric and their ``average``, from 0 to 100. Only the first
-        rank has them; others return no result.
+        ``document_nll`` ``[documents]``, and of longppl ``longppl`` too; of other tasks shares from
+        0 to 1, of exact answers (``hit``), parts of answers (``items``) and tokens, with 95 %
+        intervals (``hit_low``, ``hit_high``), and the log-likelihood of the answer in nats
+        (``logprob_per_token``); of ruler ``scores`` by task and metric and their ``average``, from
+        0 to 100. Only the first rank has them; others return no result.
 
     Raises:
         UserError: settings that do not go together, or a model, tokenizer or data that do not.
@@ -60,7 +61,7 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
     settings.validate()
     if settings.tasks == ["ruler"]:
         return _evaluate_ruler(settings)
-    cases = [task for task in settings.tasks if task != "perplexity"]
+    cases = [task for task in settings.tasks if task not in PER_DOCUMENT]
     prompt = open_prompt(settings) if cases else None
     lengths = set(settings.lengths)
     if prompt is not None:
@@ -111,6 +112,8 @@ def _score(
     folder = settings.output
     if folder and len(settings.tasks) > 1:
         folder = str(Path(folder) / task)
+    if task == "longppl":
+        return score_longppl(settings, model, folder)
     if prompt is None or task == "perplexity":
         return score_perplexity(settings, model, folder, documents)
     return score_cases(settings, model, prompt, task, folder)

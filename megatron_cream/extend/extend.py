@@ -13,7 +13,7 @@ from typing import Any
 from megatron_cream import ownership
 from megatron_cream.checkpoint.hf_files import find_hf_folder
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.evaluate import HELP
+from megatron_cream.evaluation.tasks import TASKS
 from megatron_cream.extend.commands import Commands
 from megatron_cream.extend.recipe import ExtendSettings, make_recipe
 from megatron_cream.extend.steps import run_step
@@ -96,7 +96,7 @@ def _validate(settings: ExtendSettings) -> None:
     for flag, value in (("--lr", settings.lr), ("--steps", settings.steps)):
         if value is not None and not value > 0:
             raise UserError(f"{flag} is {value}: it must be above 0")
-    unknown = set(settings.tasks) - (set(HELP) - {"all", "ruler"})
+    unknown = set(settings.tasks) - {*TASKS, "perplexity"}
     if unknown:
         raise UserError(f"--tasks has {', '.join(sorted(unknown))}: it must name tasks of evaluate")
     for path in (*settings.text, *settings.held_out):

@@ -36,6 +36,15 @@ def test_refuses_what_would_skip_targets(length, stride):
         windows(20, length, stride)
 
 
+@given(st.integers(2, 40), st.integers(0, 20))
+def test_without_a_stride_it_is_the_first_tokens_in_one_window(length, more):
+    """As both papers' first table has it: L tokens go in, L - 1 of them are targets."""
+    document = np.arange(length + more)
+    found = score_document(Copycat(length - 1), document, length, None)
+    assert sum(found.targets) == length - 1
+    assert sum(found.nll) == sum(range(1, length))
+
+
 class Copycat:
     """Log-probability of a target: minus its token id."""
 
@@ -87,6 +96,16 @@ def test_interval_is_over_documents():
     half = 4.303 * 1.0 / math.sqrt(3)
     assert row["low"] == pytest.approx(math.exp(3 - half))
     assert row["high"] == pytest.approx(math.exp(3 + half))
+
+
+def test_truncated_windows_need_documents_of_the_longest_length_only(small_hf):
+    asked = {"hf": small_hf, "data": "text", "lengths": [96, 200], "truncate": True}
+    arguments(**asked, document_tokens=200).validate()
+    assert arguments(**asked).tokens_per_document == 200
+    with pytest.raises(ValueError, match="--document-tokens is 199: it must be at least .* 200"):
+        arguments(**asked, document_tokens=199).validate()
+    with pytest.raises(ValueError, match="--stride is 8 with --truncate: it must be left out"):
+        arguments(**asked, stride=8).validate()
 
 
 @pytest.mark.usefixtures("cpu_megatron")
