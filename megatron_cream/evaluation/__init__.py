@@ -12,6 +12,7 @@ perplexity  perplexity by context length and position: a sliding window, or one 
 longppl     LongPPL: perplexity of the tokens that only a long context tells, its key_tokens
 results     shares, perplexities, intervals and tables; store keeps them, result_files reads them
 compare     several runs in one table and picture
+report      finished runs in one page (html_page), or in a model card
 ruler       RULER's thirteen tasks, case for case; a model answers them greedily; its figures
 generation  greedy decoding one case at a time, cached_generation several
 lm_eval     a model class for lm-eval

@@ -35,7 +35,7 @@ def compare(runs: Sequence[str], output: str | None) -> str:
     results = [read_result(run) for run in runs]
     for run, result in zip(runs, results, strict=True):
         _validate_same_cases(runs[0], results[0], run, result)
-    results = _with_different_names(runs, results)
+    results = with_different_names(runs, results)
     table = joined_table(results)
     if output is not None:
         _write(Path(output), results, table)
@@ -71,16 +71,20 @@ def _is_list(path: Path) -> bool:
 def _validate_same_cases(
     first: str, wanted: dict[str, Any], run: str, found: dict[str, Any]
 ) -> None:
-    for key in _SAME:
-        if wanted.get(key) != found.get(key):
-            raise UserError(
-                f"RUN {run} has {key} {found.get(key)}: {first} has {wanted.get(key)}; runs to "
-                "compare must have the same cases"
-            )
+    for key in different_settings(wanted, found)[:1]:
+        raise UserError(
+            f"RUN {run} has {key} {found.get(key)}: {first} has {wanted.get(key)}; runs to "
+            "compare must have the same cases"
+        )
 
 
-def _with_different_names(
-    runs: Sequence[str], results: list[dict[str, Any]]
+def different_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return which of the settings that decide the cases differ between two results."""
+    return [key for key in _SAME if one.get(key) != other.get(key)]
+
+
+def with_different_names(
+    runs: Sequence[str | Path], results: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Name runs by their folders where two models have the same name."""
     if len({result["name"] for result in results}) == len(results):

@@ -25,6 +25,8 @@ EXAMPLES = """
         --most-tokens 32K --output runs/eval/all
     megatron-cream evaluate compare runs/eval/base runs/eval/cream --output runs/eval/both
 
+    megatron-cream evaluate report runs/eval/* --output report.html
+
 OUTPUT gets result.json, table.md and picture.png; a killed run continues when it is started again.
 """
 
@@ -70,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = commands.add_parser("compare", help="several runs of one task in one picture")
     command.add_argument("runs", nargs="+", metavar="RUN", help="--output of a finished run")
     command.add_argument("--output", help="folder for the table and the picture")
+    command = commands.add_parser("report", help="finished runs in one page, or in a model card")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="--output of a finished run")
+    command.add_argument("--output", help="the page, a file that ends in .html")
+    command.add_argument("--title", help="of the page (default: the models' names)")
+    command.add_argument("--card", help="README.md of the model that the figures are put into")
 
 
 def _in_all() -> list[str]:
@@ -100,6 +107,11 @@ def run(args: argparse.Namespace) -> None:
         from megatron_cream.evaluation.compare import compare
 
         print(compare(args.runs, args.output))
+        return
+    if args.task == "report":
+        from megatron_cream.evaluation.report import run_report
+
+        print(run_report(args))
         return
     if getattr(args, "cases_file", None) is not None and args.lengths:
         print(

@@ -235,10 +235,15 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def table(result: Result) -> str:
     """Return the table of one run."""
     title = f"{result['task']}, {result['name']}, window {short(result['window'])}"
+    parts = [title, markdown(result_rows(result)), *notes([result])]
+    return "\n\n".join(parts + (_ruler_notes(result) if result["task"] == "ruler" else []))
+
+
+def result_rows(result: Result) -> list[list[str]]:
+    """Return the table of one run; its first row names the columns."""
     if result["task"] == "ruler":
-        return f"{title}\n\n{markdown(_ruler_rows(result))}{_notes([result])}{_ruler_notes(result)}"
-    rows = _perplexity_rows(result) if result["task"] in PER_DOCUMENT else _case_rows(result)
-    return f"{title}\n\n{markdown(rows)}{_notes([result])}"
+        return _ruler_rows(result)
+    return _perplexity_rows(result) if result["task"] in PER_DOCUMENT else _case_rows(result)
 
 
 def ruler_score(row: dict[str, Any], task: str) -> float:
@@ -257,7 +262,7 @@ def _ruler_rows(result: Result) -> list[list[str]]:
     return rows
 
 
-def _ruler_notes(result: Result) -> str:
+def _ruler_notes(result: Result) -> list[str]:
     """Return RULER's figures over lengths, and that fewer tasks are not RULER's average."""
     increasing, decreasing = (result[f"weighted_average_{way}creasing"] for way in ("in", "de"))
     length, threshold = _effective(result), f"{result['threshold']:g}"
@@ -270,7 +275,7 @@ def _ruler_notes(result: Result) -> str:
             f"{len(result['ruler_tasks'])} of RULER's {len(RULER_TASKS)} tasks: their averages and "
             "effective length do not stand beside those of all tasks"
         )
-    return "".join(f"\n\n{note}" for note in notes)
+    return notes
 
 
 def _effective(result: Result) -> str:
@@ -278,7 +283,7 @@ def _effective(result: Result) -> str:
     return "none" if length is None else short(length)
 
 
-def _notes(results: Sequence[Result]) -> str:
+def notes(results: Sequence[Result]) -> list[str]:
     """Return what readers of a table must know of its lengths and of its number of cases."""
     notes = []
     if any(row["length"] > result["window"] for result in results for row in result["lengths"]):
@@ -286,7 +291,7 @@ def _notes(results: Sequence[Result]) -> str:
     if limits := {result["most_tokens"] for result in results if result.get("most_tokens")}:
         most = " or ".join(short(limit) for limit in sorted(limits))
         notes.append(f"fewer cases at a length whose haystacks would exceed {most} tokens")
-    return "".join(f"\n\n{note}" for note in notes)
+    return notes
 
 
 def length_name(result: Result, length: int) -> str:
@@ -330,6 +335,11 @@ def percent(share: float) -> str:
 
 
 def joined_table(results: Sequence[Result]) -> str:
+    """Return ``joined_rows`` as text, with the task above it."""
+    return f"{results[0]['task']}\n\n{markdown(joined_rows(results))}"
+
+
+def joined_rows(results: Sequence[Result]) -> list[list[str]]:
     """Return one table of several runs of one task: a row per run, a column per length."""
     lengths = lengths_of(results)
     of_ruler = results[0]["task"] == "ruler"
@@ -337,7 +347,7 @@ def joined_table(results: Sequence[Result]) -> str:
     for result in results:
         effective = [_effective(result)] if of_ruler else []
         rows.append([result["name"], *_cells(result, lengths), *effective])
-    return f"{results[0]['task']}\n\n{markdown(rows)}"
+    return rows
 
 
 def suite_table(results: Sequence[Result]) -> str:
@@ -348,7 +358,7 @@ def suite_table(results: Sequence[Result]) -> str:
     lengths = lengths_of(results)
     rows = [["task", *(length_name(results[0], length) for length in lengths), "cases"]]
     rows += [[one["task"], *_cells(one, lengths), _counts(one)] for one in results]
-    return markdown(rows) + _notes(results)
+    return "\n\n".join([markdown(rows), *notes(results)])
 
 
 def lengths_of(results: Sequence[Result]) -> list[int]:

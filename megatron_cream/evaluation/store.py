@@ -7,9 +7,13 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import megatron_cream
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.result_files import ScoreFormat, read_object, read_records
 from megatron_cream.evaluation.results import table
@@ -155,7 +159,11 @@ class ResultStore:
                 file.write("".join(lines))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write results, table and, where matplotlib is installed, picture."""
+        """Write results, table and, where matplotlib is installed, picture.
+
+        ``result`` gets ``versions``, those of the packages that made it.
+        """
+        result["versions"] = _versions()
         if not self.primary:
             return
         write_whole(self.folder / RESULT_FILE, _json(result))
@@ -164,6 +172,15 @@ class ResultStore:
             from megatron_cream.evaluation.pictures import draw
 
             draw([result], self.folder / "picture.png")
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what decides figures, as far as it is installed."""
+    found = {"megatron_cream": megatron_cream.__version__, "python": platform.python_version()}
+    for package in ("megatron-core", "torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import megatron_cream
+from megatron_cream.evaluation.html_page import (
+    html_picture,
+    html_settings,
+    html_table,
+    make_page,
+    paragraph,
+)
 from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.results import markdown, percent, short
 from megatron_cream.evaluation.store import write_whole
@@ -26,19 +29,6 @@ _TITLES = {
     "longchat-lines": "The number of one of many lines, % found",
     "niah-multikey": "The number of one of several keys in prose, % found",
 }
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
-img {{ max-width: 100% }} pre {{ background: #f4f4f4; padding: .8rem; overflow-x: auto }}
-</style></head><body>
-<h1>{title}</h1><p>{recipe}</p>
-<h2>Before and after</h2>{table}<p>{note}</p>{pictures}
-<h2>Settings</h2><pre>{settings}</pre><p>megatron_cream {version}</p>
-</body></html>
-"""
 
 
 def write_report(
@@ -56,17 +46,19 @@ def write_report(
     pairs = {task: _read_pair(scores, task) for task in tasks}
     rows = _rows(pairs)
     output = Path(settings.output)
-    page = _PAGE.format(
-        title=html.escape(f"{output.name}: {recipe.window} to {recipe.target} tokens"),
-        recipe=html.escape(recipe.describe()),
-        table=_html_table(rows),
-        note=html.escape(_note(pairs)),
-        pictures="".join(_picture(task, results) for task, results in pairs.items()),
-        settings=html.escape(json.dumps(vars(settings), indent=2)),
-        version=megatron_cream.__version__,
-    )
+    pictures = [
+        f"<h3>{_title(task)}</h3>{html_picture(results, _title(task))}"
+        for task, results in pairs.items()
+        if has_matplotlib()
+    ]
+    body = [
+        *(paragraph(recipe.describe()), "<h2>Before and after</h2>", html_table(rows)),
+        *(paragraph(_note(pairs)), *pictures, "<h2>Settings</h2>", html_settings(vars(settings))),
+        paragraph(f"megatron_cream {megatron_cream.__version__}"),
+    ]
     report = output / "report.html"
-    write_whole(report, page.encode())
+    title = f"{output.name}: {recipe.window} to {recipe.target} tokens"
+    write_whole(report, make_page(title, "".join(body)).encode())
     _add_to_card(output / "README.md", f"{markdown(rows)}\n\n{_note(pairs)}")
     return report
 
@@ -108,27 +100,8 @@ def _note(pairs: dict[str, list[dict[str, Any]]]) -> str:
     return f"Before → after, by context length in tokens{cases}.{documents}"
 
 
-def _html_table(rows: list[list[str]]) -> str:
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(rows[0], 'th')}{''.join(line(row, 'td') for row in rows[1:])}</table>"
-
-
 def _title(task: str) -> str:
     return _TITLES.get(task, f"{task}, % right")
-
-
-def _picture(task: str, results: list[dict[str, Any]]) -> str:
-    if not has_matplotlib():
-        return ""
-    from megatron_cream.evaluation.pictures import picture
-
-    image = io.BytesIO()
-    picture(results).savefig(image, format="png", dpi=110)
-    data = base64.b64encode(image.getvalue()).decode()
-    title = html.escape(_title(task))
-    return f'<h3>{title}</h3><img alt="{title}" src="data:image/png;base64,{data}">'
 
 
 def _add_to_card(card: Path, text: str) -> None:
