@@ -234,7 +234,7 @@ def test_longer_than_the_window_is_said(tool, small_hf, capsys):
 def test_help_names_every_task(tool, capsys):
     from megatron_cream.evaluation.tasks import TASKS
 
-    assert set(HELP) == {*TASKS, "perplexity", "ruler", "all"}
+    assert set(HELP) == {*TASKS, "perplexity", "longppl", "ruler", "all"}
     with pytest.raises(SystemExit):
         tool.main(["--help"])
     printed = capsys.readouterr().out
