@@ -46,11 +46,17 @@ class Tuning:
         tp_overlap: --tp-comm-overlap: products run beside what tensor parallelism sends.
         fused_gradients: products of weight gradients add them up themselves, Megatron's default;
             it needs Apex.
+        gradient_bytes: per parameter, of the buffer that micro-batches are added up in: 4, or 2
+            with --grad-reduce-in-bf16.
+        optimizer_bytes: per parameter, master copy and the two moments of Adam, before they are
+            divided over the data and context parallel ranks.
     """
 
     fp8: bool = False
     tp_overlap: bool = False
     fused_gradients: bool = True
+    gradient_bytes: float = 4
+    optimizer_bytes: float = 12
 
 
 MEGATRON_DEFAULTS = Tuning()
@@ -67,6 +73,7 @@ class ParallelLayout:
             with tensor parallelism.
         first_layers, last_layers: layers of the first and last stage, where they are not even.
         recompute: layers keep their input alone and are run again in the backward pass.
+        recompute_layers: so many do, the first of each virtual stage; all of them where None.
         virtual: virtual stages per pipeline rank: its layers in as many pieces, interleaved.
     """
 
@@ -78,6 +85,7 @@ class ParallelLayout:
     last_layers: int | None = None
     recompute: bool = False
     virtual: int = 1
+    recompute_layers: int | None = None
 
     @property
     def gpus(self) -> int:
@@ -88,7 +96,21 @@ class ParallelLayout:
         context = f" CP{self.context}" if self.context > 1 else ""
         virtual = f" VP{self.virtual}" if self.virtual > 1 else ""
         sizes = f"TP{self.tensor} PP{self.pipeline}{virtual}{context} DP{self.data}"
-        return sizes + (", recompute" if self.recompute else "")
+        blocks = "" if self.recompute_layers is None else f" {self.recompute_layers}"
+        return sizes + (f", recompute{blocks}" if self.recompute else "")
+
+    @property
+    def telling_stages(self) -> list[int]:
+        """Stages one of which needs most: those after the second need no more than it does."""
+        return sorted({0, min(1, self.pipeline - 1), self.pipeline - 1})
+
+    def layers_of(self, stage: int, layers: int) -> int:
+        """Return how many of ``layers`` layers a stage has."""
+        uneven = {0: self.first_layers, self.pipeline - 1: self.last_layers}
+        given = [count for count in uneven.values() if count is not None]
+        own = uneven.get(stage)
+        middle = self.pipeline - len(given)
+        return (layers - sum(given)) // max(1, middle) if own is None else own
 
     def stages(self, layers: int) -> list[Sequence[int]]:
         """Return the layers of each pipeline stage, counted from 0, as Megatron splits them.
@@ -129,6 +151,12 @@ class ParallelLayout:
             ]
             for stage in range(self.pipeline)
         ]
+
+    def recomputed(self, layers: int) -> float:
+        """Return the share of a stage's ``layers`` that are run again in the backward pass."""
+        if not self.recompute or self.recompute_layers is None:
+            return float(self.recompute)
+        return min(1.0, self.recompute_layers * self.virtual / layers)
 
     def micro_batches(self, work: Workload) -> int:
         """Return how many micro-batches go through the pipeline in a step."""

@@ -206,7 +206,7 @@ _ROWS = (
         "moe_grouped_gemm use_te_activation_func fused_residual_rmsnorm", default=False, cpu=False
     ),
     *_each("bf16", estimated=True),
-    *_each("fp8", flag="--fp8-format", needs_gpu=True, meta=None, estimated=None),
+    *_each("fp8", flag="--fp8-format", needs_gpu=True, meta=None),
     *_each("fp8_param_gather", meta=False),
     *_each("recompute_granularity recompute_method", **_MEMORY),
     *_each("recompute_num_layers", range=COUNT, **_MEMORY),
@@ -221,6 +221,7 @@ _ROWS = (
     *_each("micro_batch_size", required="samples of one rank in one pass", range=COUNT),
     *_each("global_batch_size eval_micro_batch_size eval_global_batch_size", range=COUNT),
     *_each("use_distributed_optimizer", estimated=True),
+    *_each("use_precision_aware_optimizer", meta=False),
     *_each("num_distributed_optimizer_instances", range=COUNT, estimated=1),
     *_each("adam_beta1 adam_beta2", range=BELOW_ONE),
     *_each("lr", required="the largest learning rate", unless="skip_train", range=AMOUNT),

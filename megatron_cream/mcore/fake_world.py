@@ -96,8 +96,11 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
 
 
 def buildable(args: Namespace) -> Namespace:
-    """Return the arguments without what the local modules refuse."""
-    return Namespace(**{**vars(args), **values("meta")})
+    """Return the arguments without what the local modules and their optimizer refuse."""
+    import torch
+
+    moments = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32)
+    return Namespace(**{**vars(args), **values("meta"), **moments})
 
 
 def _validate_readable(args: Namespace) -> None:

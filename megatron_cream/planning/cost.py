@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
-from megatron_cream.planning.memory import layer_matrices, stage_parameters
+from megatron_cream.planning.memory import WEIGHT, largest_stage, layer_matrices
 from megatron_cream.planning.models import MODELS
 
 ATTENTION_SHARE = 0.50
@@ -196,15 +196,14 @@ def step_time(
         node: GPUs of a node.
     """
     batches = layout.micro_batches(work)
-    sent = exposed_seconds(shape, layout, work, gpu, node, tuning)
-    again = 4 / 3 if layout.recompute else 1.0
     stages = []
-    for stage, kernels in enumerate(kernel_seconds(shape, layout, work, gpu, mfu, tuning)):
-        layers = len(layout.stages(shape.layers)[stage])
-        busy = kernels + layers * sent[0] + sent[1]
-        stages.append((max(busy, layers * LAUNCH_SECONDS * again), busy, kernels))
+    for stage in layout.telling_stages:
+        kernels = kernel_seconds(shape, layout, work, gpu, mfu, tuning, stage)
+        busy = kernels + exposed_seconds(shape, layout, work, gpu, node, tuning, stage)
+        launches = LAUNCH_SECONDS * _layers_run(layout, layout.layers_of(stage, shape.layers))
+        stages.append((max(busy, launches), busy, kernels))
     longest, busy, kernels = max(stages)
-    replicas = replica_seconds(shape, layout, gpu, node)
+    replicas = replica_seconds(shape, layout, gpu, node, tuning)
     return StepTime(
         kernels=batches * kernels,
         bubble=(layout.pipeline - 1) / layout.virtual * longest,
@@ -214,6 +213,11 @@ def step_time(
     )
 
 
+def _layers_run(layout: ParallelLayout, layers: int) -> float:
+    """Return the layers of a stage; one that is run again counts a third more."""
+    return layers * (1 + layout.recomputed(layers) / 3)
+
+
 def kernel_seconds(
     shape: ModelShape,
     layout: ParallelLayout,
@@ -221,19 +225,19 @@ def kernel_seconds(
     gpu: Gpu,
     mfu: float,
     tuning: Tuning = MEGATRON_DEFAULTS,
-) -> list[float]:
-    """Return the seconds of a GPU's kernels for one micro-batch, for each stage."""
+    stage: int = 0,
+) -> float:
+    """Return the seconds of the kernels of a GPU of ``stage`` for one micro-batch."""
     tokens = work.seq_length * work.micro_batch / (layout.context * layout.tensor)
     rate = gpu.tflops * 1e12
     products = _product_flops(shape) / (rate * mfu * (FP8_SPEEDUP if tuning.fp8 else 1))
     attention = 6.0 * work.attended * shape.heads * shape.head_dim / (rate * ATTENTION_SHARE)
     layer = products + attention + layer_traffic(shape, tuning.fp8) / gpu.memory_rate
-    layer *= 4 / 3 if layout.recompute else 1.0
-    seconds = [len(layers) * layer for layers in layout.stages(shape.layers)]
-    # The output layer stays in bf16.
-    seconds[-1] += _head_flops(shape) / (rate * mfu)
-    seconds[-1] += LOGIT_BYTES * shape.vocabulary / gpu.memory_rate
-    return [s * tokens for s in seconds]
+    seconds = _layers_run(layout, layout.layers_of(stage, shape.layers)) * layer
+    if stage == layout.pipeline - 1:  # the output layer stays in bf16
+        seconds += _head_flops(shape) / (rate * mfu)
+        seconds += LOGIT_BYTES * shape.vocabulary / gpu.memory_rate
+    return seconds * tokens
 
 
 def exposed_seconds(
@@ -243,16 +247,19 @@ def exposed_seconds(
     gpu: Gpu,
     node: int = 8,
     tuning: Tuning = MEGATRON_DEFAULTS,
-) -> tuple[float, float]:
-    """Return what a GPU sends of activations per layer and per stage and nothing hides, in seconds.
+    stage: int = 0,
+) -> float:
+    """Return the seconds in which a GPU of ``stage`` sends activations of a micro-batch unhidden.
 
-    Both for one micro-batch. Ring algorithms: n ranks that gather or scatter B bytes send
+    Ring algorithms: n ranks that gather or scatter B bytes send
     (n - 1) / n of B each. Ranks are numbered tensor parallel first, then context, data and
     pipeline, as Megatron does.
     """
     tokens = work.seq_length * work.micro_batch / layout.context
     hidden = 2.0 * tokens * shape.hidden
-    tensor = _exposed_passes(layout, work, tuning) * hidden * (layout.tensor - 1) / layout.tensor
+    layers = layout.layers_of(stage, shape.layers)
+    passes = _exposed_passes(layout, work, tuning, layout.recomputed(layers))
+    tensor = passes * hidden * (layout.tensor - 1) / layout.tensor
     tensor /= _speed(gpu, layout.tensor, node)
     # Keys and values go round the ring, again in the backward pass, and their gradients with
     # them, beside the attention to those that are there already.
@@ -261,31 +268,38 @@ def exposed_seconds(
     attention = 6.0 * work.attended * shape.heads * shape.head_dim * tokens / layout.tensor
     attention /= gpu.tflops * 1e12 * ATTENTION_SHARE
     stages = 2 * hidden / layout.tensor / _speed(gpu, layout.gpus, node)
-    if layout.virtual > 1:
-        stages *= OVERLAP * layout.virtual
-    return tensor + max(0.0, ring - attention), stages if layout.pipeline > 1 else 0.0
+    stages *= OVERLAP * layout.virtual if layout.virtual > 1 else min(1, layout.pipeline - 1)
+    return layers * (tensor + max(0.0, ring - attention)) + stages
 
 
-def _exposed_passes(layout: ParallelLayout, work: Workload, tuning: Tuning) -> float:
+def _exposed_passes(
+    layout: ParallelLayout, work: Workload, tuning: Tuning, again: float
+) -> float:
     """Gathers and scatters of a micro-batch's activations in a layer that no kernel hides.
 
-    There are 4 forward, 4 backward, and 2 gathers more for the weights' gradients; recomputation
-    has the forward ones again. Megatron runs 4 of those backward beside a product. With
+    There are 4 forward, 4 backward, and 2 gathers more for the weights' gradients; the share
+    ``again`` of the layers has the forward ones once more. Megatron runs 4 of those backward beside a product. With
     --tp-comm-overlap all go in as many pieces as there are ranks, each but one beside a product;
     pieces of fewer than ``PIECE_TOKENS`` hide nothing more, because their products run slower.
     """
-    passes = 14 if layout.recompute else 10
+    passes = 10 + 4 * again
     if not tuning.tp_overlap:
         return passes - 4
     tokens = work.seq_length * work.micro_batch / layout.context
     return passes / max(1, min(layout.tensor, tokens / PIECE_TOKENS))
 
 
-def replica_seconds(shape: ModelShape, layout: ParallelLayout, gpu: Gpu, node: int = 8) -> float:
-    """Return the seconds in which a GPU scatters fp32 gradients and gathers bf16 weights."""
+def replica_seconds(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    gpu: Gpu,
+    node: int = 8,
+    tuning: Tuning = MEGATRON_DEFAULTS,
+) -> float:
+    """Return the seconds in which a GPU scatters gradients and gathers bf16 weights."""
     replicas = layout.context * layout.data
-    parameters = max(stage_parameters(shape, layout, s) for s in range(layout.pipeline))
-    sent = (4 + 2) * parameters * (replicas - 1) / replicas
+    parameters = largest_stage(shape, layout)
+    sent = (tuning.gradient_bytes + WEIGHT) * parameters * (replicas - 1) / replicas
     return sent / _ring_speed(gpu, layout.tensor, layout.tensor * replicas, node)
 
 
@@ -311,11 +325,12 @@ def _update(
 ) -> float:
     """Seconds in which weights and gradients go through the GPU's memory.
 
-    Bytes per parameter: each micro-batch's gradient is read (2) and added up in fp32 (8), unless
+    Bytes per parameter: each micro-batch's gradient is read (2) and added up (in fp32 8), unless
     its product does that; once a step their norm is taken (4), and of this rank's share gradient,
     copy and moments are read (16) and copy, moments and weight written (14).
     """
-    parameters = max(stage_parameters(shape, layout, s) for s in range(layout.pipeline))
-    share = 30 / (layout.data * layout.context)
-    each = 0 if tuning.fused_gradients else 10
-    return parameters * (each * batches + 4 + share) / gpu.memory_rate
+    parameters = largest_stage(shape, layout)
+    gradient = tuning.gradient_bytes
+    share = (gradient + 2 * tuning.optimizer_bytes + WEIGHT) / (layout.data * layout.context)
+    each = 0 if tuning.fused_gradients else WEIGHT + 2 * gradient
+    return parameters * (each * batches + gradient + share) / gpu.memory_rate

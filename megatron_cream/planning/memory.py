@@ -23,28 +23,14 @@ GIB = 2**30
 VOCAB_MULTIPLE = 128
 """Megatron's --make-vocab-size-divisible-by; it pads to that times the tensor parallel size."""
 
-WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
-"""Bytes per parameter: bf16; fp32; fp32 copy and the two moments of Adam."""
+WEIGHT = 2
+"""Bytes per parameter: bf16. Gradients and optimizer are as ``Tuning`` says."""
 
+SAVED = 14
+"""Bytes per parameter of a checkpoint: bf16 weight, fp32 copy and moments, however it keeps them."""
 
 FP8_COPIES = 2
-"""Bytes per parameter beside bf16: FP8 products of Hopper need a weight and its transpose."""
-
-
-@dataclass(frozen=True)
-class ParameterBytes:
-    """Bytes per parameter, by the variant of the optimizer.
-
-    Attributes:
-        gradient: in the buffer that micro-batches are added up in: 4, or 2 with
-            --grad-reduce-in-bf16.
-        optimizer: master copy and the two moments of Adam, before they are divided over the
-            data and context parallel ranks.
-    """
-
-    gradient: float = GRADIENT
-    optimizer: float = OPTIMIZER
-
+"""Bytes per parameter of a layer's products beside bf16: a weight and its transpose in FP8."""
 
 RESERVE_GIB = 5.0
 """Left free: CUDA context, NCCL's buffers, workspaces and the allocator's fragmentation.
@@ -95,7 +81,7 @@ def layer_norms(shape: ModelShape) -> int:
 
 def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
     """Return the parameters on each GPU of a pipeline stage; padding of the vocabulary counts."""
-    layers = len(layout.stages(shape.layers)[stage])
+    layers = layout.layers_of(stage, shape.layers)
     matrices = layers * layer_matrices(shape)
     norms = layers * layer_norms(shape)
     table = padded_vocab(shape, layout.tensor) * shape.hidden
@@ -104,6 +90,11 @@ def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> i
     # A tied output layer on another stage than the embedding is a copy of it.
     matrices += table if last and (not shape.tied or layout.pipeline > 1) else 0
     return matrices // layout.tensor + norms + (shape.hidden if last else 0)
+
+
+def largest_stage(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Return the parameters on each GPU of the stage that has most."""
+    return max(stage_parameters(shape, layout, stage) for stage in layout.telling_stages)
 
 
 def layer_activations(shape: ModelShape, tensor: int = 1, fp8: bool = False) -> float:
@@ -134,31 +125,30 @@ def stage_memory(
     work: Workload,
     stage: int,
     parameters: int | None = None,
-    each: ParameterBytes | None = None,
     tuning: Tuning = MEGATRON_DEFAULTS,
 ) -> StageMemory:
     """Return what a GPU of pipeline stage ``stage`` (from 0) needs under Megatron's schedules.
 
     Args:
         parameters: on that GPU, where they are known better than ``stage_parameters``.
-        each: bytes per parameter; those of fp32 gradients and fp32 Adam where not given.
     """
-    each = each or ParameterBytes()
     if parameters is None:
         parameters = stage_parameters(shape, layout, stage)
-    layers = len(layout.stages(shape.layers)[stage])
+    layers = layout.layers_of(stage, shape.layers)
     tokens = work.seq_length * work.micro_batch // layout.context
     in_flight = layout.in_flight(work, stage)
     whole = layer_activations(shape, layout.tensor, tuning.fp8)
-    kept = 2 * shape.hidden / layout.tensor if layout.recompute else whole
+    again = layout.recomputed(layers)
+    kept = again * 2 * shape.hidden / layout.tensor + (1 - again) * whole
     # Backward of a layer: gradients of what it kept, which recomputation makes first.
-    working = 2 * whole if layout.recompute else whole
+    working = 2 * whole if again else whole
     if stage == layout.pipeline - 1:
         working = max(working, output_activations(shape, layout.tensor))
+    copies = FP8_COPIES * layers * layer_matrices(shape) / layout.tensor if tuning.fp8 else 0
     return StageMemory(
-        weights=parameters * (WEIGHT + (FP8_COPIES if tuning.fp8 else 0)),
-        gradients=parameters * each.gradient,
-        optimizer=parameters * each.optimizer / (layout.data * layout.context),
+        weights=WEIGHT * parameters + copies,
+        gradients=parameters * tuning.gradient_bytes,
+        optimizer=parameters * tuning.optimizer_bytes / (layout.data * layout.context),
         activations=tokens * in_flight * layers * kept,
         working=tokens * working,
     )
@@ -169,6 +159,6 @@ def peak_memory(
 ) -> StageMemory:
     """Return the memory of the stage that needs most."""
     stages = (
-        stage_memory(shape, layout, work, stage, tuning=tuning) for stage in range(layout.pipeline)
+        stage_memory(shape, layout, work, stage, tuning=tuning) for stage in layout.telling_stages
     )
     return max(stages, key=lambda memory: memory.total)

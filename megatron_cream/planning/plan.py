@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.parallel_layout import Tuning, Workload
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, Tuning, Workload
 from megatron_cream.planning.cost import GPUS, Gpu, product_share
 from megatron_cream.planning.memory import RESERVE_GIB
 from megatron_cream.planning.models import BaseModel, find_model, hub_name, title_of
 from megatron_cream.planning.propose import Cluster, Plan, propose
 from megatron_cream.planning.published import CheckPublished
 from megatron_cream.planning.report import Comparison, plain_values, table
-from megatron_cream.planning.script import LaunchScript, found_flags, validate_script_path
+from megatron_cream.planning.script import (
+    BF16_GRADIENTS,
+    BF16_MOMENTS,
+    LaunchScript,
+    found_flags,
+    validate_script_path,
+)
 from megatron_cream.planning.script import argv as run_argv
 from megatron_cream.planning.script import script as bash
 
@@ -66,6 +72,10 @@ def _add_tuning(add: Callable[..., Any]) -> None:
     add("--fp8", action="store_true", help="FP8 products in the layers, one scale per tensor")
     overlap_help = "products run beside what tensor parallelism sends"
     add("--tp-comm-overlap", action="store_true", help=overlap_help)
+    gradients_help = "gradients are added up and sent in bf16"
+    add("--grad-reduce-in-bf16", action="store_true", help=gradients_help)
+    optimizer_help = "what bf16 weights lack of fp32 is kept, and moments in bf16"
+    add("--use-precision-aware-optimizer", action="store_true", help=optimizer_help)
     fusion_help = "Apex is missing: weight gradients are added up by a kernel of its own"
     add("--no-gradient-accumulation-fusion", action="store_true", help=fusion_help)
     published_help = "print the plans of published runs beside what was measured, and end"
@@ -168,12 +178,22 @@ def compare(args: argparse.Namespace) -> Comparison:
     _validate(args)
     shape, cluster = find_model(args.model), _cluster(args)
     _validate_target(shape, args)
-    tuning = Tuning(args.fp8, args.tp_comm_overlap, not args.no_gradient_accumulation_fusion)
+    tuning = _tuning(args)
     work = Workload(args.seq_length, args.global_batch_size, args.micro_batch_size or 1)
     short = propose(shape, cluster, work, _fixed(args), tuning, _micro_batches(args))
     full, why_not = _full_length(shape, cluster, args, tuning)
     steps = (args.target_length, args.train_iters)
     return Comparison(shape, cluster, short, full, why_not, *steps, tuning)
+
+
+def _tuning(args: argparse.Namespace) -> Tuning:
+    return Tuning(
+        args.fp8,
+        args.tp_comm_overlap,
+        not args.no_gradient_accumulation_fusion,
+        BF16_GRADIENTS if args.grad_reduce_in_bf16 else MEGATRON_DEFAULTS.gradient_bytes,
+        BF16_MOMENTS if args.use_precision_aware_optimizer else MEGATRON_DEFAULTS.optimizer_bytes,
+    )
 
 
 def launch_script(found: Comparison, args: argparse.Namespace, **more: Any) -> str:

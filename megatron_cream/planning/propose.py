@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -110,16 +111,31 @@ def _plans(
     fixed: dict[str, int] | None,
     tuning: Tuning,
 ) -> list[Plan]:
+    found = []
     speed = (cluster.gpu, cluster.mfu, cluster.gpus_per_node, tuning)
-    return [
-        Plan(
-            layout,
-            work,
-            peak_memory(shape, layout, work, tuning),
-            step_time(shape, layout, work, *speed),
-        )
-        for layout in layouts(shape, cluster.gpus, work, cluster.gpus_per_node, fixed)
-    ]
+    for layout in layouts(shape, cluster.gpus, work, cluster.gpus_per_node, fixed):
+        for one in (layout, _recompute_in_part(shape, cluster, layout, work, tuning)):
+            if one is not None:
+                memory = peak_memory(shape, one, work, tuning)
+                found.append(Plan(one, work, memory, step_time(shape, one, work, *speed)))
+    return found
+
+
+def _recompute_in_part(
+    shape: BaseModel, cluster: Cluster, layout: ParallelLayout, work: Workload, tuning: Tuning
+) -> ParallelLayout | None:
+    """Return ``layout`` with the fewest layers recomputed that fit, where it recomputes all."""
+
+    def fits(layers: int) -> bool:
+        some = replace(layout, recompute_layers=layers)
+        return peak_memory(shape, some, work, tuning).total <= cluster.memory * GIB
+
+    counts = (layout.layers_of(stage, shape.layers) for stage in layout.telling_stages)
+    layers = max(counts) // layout.virtual
+    if not layout.recompute or fits(0) or not fits(layers):
+        return None
+    fewest = bisect_left(range(layers), True, key=fits)
+    return replace(layout, recompute_layers=fewest) if fewest < layers else None
 
 
 def _nothing_divides(

@@ -73,6 +73,11 @@ def warm_up(iterations: int) -> int:
     return min(10, iterations // 2)
 
 
+BF16_GRADIENTS, BF16_MOMENTS = 2, 6
+"""Bytes per parameter: of the gradients' buffer; of what is left of an fp32 copy beside the bf16
+weight, and of two moments in bf16, which is the variant of the optimizer that is planned."""
+
+
 def layout_flags(layout: ParallelLayout, tuning: Tuning = MEGATRON_DEFAULTS) -> list[str]:
     """Return Megatron's flags for a layout; the data parallel size is what remains."""
     flags = ["--tensor-model-parallel-size", str(layout.tensor)]
@@ -91,8 +96,14 @@ def layout_flags(layout: ParallelLayout, tuning: Tuning = MEGATRON_DEFAULTS) -> 
     if layout.data * layout.context > 1:
         flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
     if layout.recompute:
-        flags += ["--recompute-granularity", "full", "--recompute-method", "uniform"]
-        flags += ["--recompute-num-layers", "1"]
+        method = "uniform" if layout.recompute_layers is None else "block"
+        flags += ["--recompute-granularity", "full", "--recompute-method", method]
+        flags += ["--recompute-num-layers", str(layout.recompute_layers or 1)]
+    if tuning.gradient_bytes == BF16_GRADIENTS:
+        flags += ["--grad-reduce-in-bf16"]
+    if tuning.optimizer_bytes == BF16_MOMENTS:
+        flags += ["--use-precision-aware-optimizer"]
+        flags += ["--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"]
     flags += [] if tuning.fused_gradients else ["--no-gradient-accumulation-fusion"]
     if tuning.fp8:
         flags += ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"]

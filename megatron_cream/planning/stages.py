@@ -14,8 +14,8 @@ from megatron_cream.errors import UserError
 from megatron_cream.mcore import fake_world
 from megatron_cream.mcore.argument_table import ARGUMENTS, flag_of, values
 from megatron_cream.mcore.fake_world import RankView, rank_view
-from megatron_cream.parallel_layout import ParallelLayout, Workload
-from megatron_cream.planning.memory import GIB, ParameterBytes, stage_memory
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
+from megatron_cream.planning.memory import GIB, stage_memory
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,8 @@ def stage_line(args: Namespace, view: RankView) -> str:
 
 
 def _stage_gib(args: Namespace, stage: int, parameters: int) -> float:
-    shape, layout = shape_from_args(args), layout_from_args(args)
-    each = parameter_bytes(args)
-    memory = stage_memory(shape, layout, workload_from_args(args), stage, parameters, each)
-    return memory.total / GIB
+    shape, layout, work = shape_from_args(args), layout_from_args(args), workload_from_args(args)
+    return stage_memory(shape, layout, work, stage, parameters, tuning_from_args(args)).total / GIB
 
 
 def _numbers(layers: tuple[int, ...]) -> str:
@@ -164,10 +162,10 @@ def why_not_estimated(args: Namespace) -> str | None:
             return f"{flag_of(name)} is {value}, estimates are for {wanted}"
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         return "--sequence-parallel is missing, estimates are for tensor parallelism with it"
-    if args.recompute_granularity == "full" and args.recompute_num_layers != 1:
+    if args.recompute_method == "uniform" and args.recompute_num_layers != 1:
         return f"--recompute-num-layers is {args.recompute_num_layers}, estimates are for 1"
-    if args.recompute_granularity == "full" and args.recompute_method != "uniform":
-        return f"--recompute-method is {args.recompute_method}, estimates are for uniform"
+    if args.fp8 and (args.fp8_param_gather or args.fp8_recipe not in ("tensorwise", "delayed")):
+        return "estimates of FP8 are for --fp8-recipe tensorwise without --fp8-param-gather"
     modules = set(args.recompute_modules or ()) - {"core_attn"}
     if args.recompute_granularity == "selective" and modules:
         return f"--recompute-modules is {' '.join(sorted(modules))}, estimates are for core_attn"
@@ -190,17 +188,23 @@ def _why_no_groups(args: Namespace) -> str | None:
     return None
 
 
-def parameter_bytes(args: Namespace) -> ParameterBytes:
-    """Return the bytes per parameter of the gradients' buffer and of the optimizer's state.
+def tuning_from_args(args: Namespace) -> Tuning:
+    """Return the options of speed and memory.
 
     The precision-aware optimizer keeps an fp32 master copy as the 16 bits that the bf16 weight
     lacks, and its moments as --exp-avg-dtype and --exp-avg-sq-dtype say.
     """
-    gradient = 2 if args.grad_reduce_in_bf16 else 4
-    if not args.use_precision_aware_optimizer:
-        return ParameterBytes(gradient)
-    moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
-    return ParameterBytes(gradient, _PRECISION_AWARE_COPY + moments)
+    optimizer = MEGATRON_DEFAULTS.optimizer_bytes
+    if args.use_precision_aware_optimizer:
+        moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+        optimizer = _PRECISION_AWARE_COPY + moments
+    return Tuning(
+        args.fp8 is not None,
+        args.tp_comm_overlap,
+        args.gradient_accumulation_fusion,
+        2 if args.grad_reduce_in_bf16 else 4,
+        optimizer,
+    )
 
 
 _PRECISION_AWARE_COPY = 2
@@ -222,6 +226,7 @@ def layout_from_args(args: Namespace) -> ParallelLayout:
         first_layers=args.decoder_first_pipeline_num_layers,
         last_layers=args.decoder_last_pipeline_num_layers,
         recompute=args.recompute_granularity == "full",
+        recompute_layers=args.recompute_num_layers if args.recompute_method == "block" else None,
         virtual=args.virtual_pipeline_model_parallel_size or 1,
     )
 

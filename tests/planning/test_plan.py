@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cream.parallel_layout import ParallelLayout, Workload
+from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload
 from megatron_cream.planning import stages
-from megatron_cream.planning.memory import GIB, ParameterBytes, stage_memory
+from megatron_cream.planning.memory import GIB, stage_memory
 from megatron_cream.planning.models import MODELS
 from megatron_cream.planning.report import _duration
 from megatron_cream.planning.script import argv, rope_flags, run_flags, script
-from megatron_cream.planning.stages import parameter_bytes
+from megatron_cream.planning.stages import tuning_from_args
 from megatron_cream.torchrun import ONE_NODE
 
 TOOL = Path(__file__).parents[2] / "tools" / "plan.py"
@@ -93,7 +93,11 @@ def test_options_change_the_plan(planned):
     layout = re.compile(r"^layout +(.*?)  ", re.M)
     assert layout.search(planned(*base, *whole))[1] == "TP1 PP1 DP8"
     less = planned(*base, *whole, "--gpu-memory", "60")
-    assert layout.search(less)[1] == "TP1 PP1 DP8, recompute"
+    assert re.fullmatch(r"TP1 PP1 DP8, recompute \d+", layout.search(less)[1])
+    assert "--recompute-method block --recompute-num-layers" in less
+    bytes_less = planned(*base, "--grad-reduce-in-bf16", "--use-precision-aware-optimizer")
+    for flag in ("--grad-reduce-in-bf16", "--use-precision-aware-optimizer --exp-avg-dtype bf16"):
+        assert flag in bytes_less
 
 
 def test_full_length_that_does_not_fit_leaves_the_rest(planned):
@@ -199,24 +203,27 @@ def test_bytes_per_parameter_follow_the_optimizer():
         use_precision_aware_optimizer=False,
         exp_avg_dtype=torch.float32,
         exp_avg_sq_dtype=torch.float32,
+        fp8=None,
+        tp_comm_overlap=False,
+        gradient_accumulation_fusion=True,
     )
-    assert parameter_bytes(args) == ParameterBytes(4, 12)
+    assert tuning_from_args(args) == Tuning()
     args.grad_reduce_in_bf16 = True
-    each = parameter_bytes(args)
+    less = tuning_from_args(args)
     layout, work = ParallelLayout(8, 4, 1, 2), Workload(4096, 32)
     gib = [
-        stage_memory(MODELS["llama-2-70b"], layout, work, 0, each=e).total / GIB
-        for e in (None, each)
+        stage_memory(MODELS["llama-2-70b"], layout, work, 0, tuning=t).total / GIB
+        for t in (Tuning(), less)
     ]
     assert gib == pytest.approx([34.9, 30.8], abs=0.06)
     args.use_precision_aware_optimizer = True
-    assert parameter_bytes(args) == ParameterBytes(2, 2 + 4 + 4)
+    assert tuning_from_args(args).optimizer_bytes == 2 + 4 + 4
     args.exp_avg_dtype, args.exp_avg_sq_dtype = torch.bfloat16, torch.uint8
-    assert parameter_bytes(args) == ParameterBytes(2, 2 + 2 + 1)
+    assert tuning_from_args(args) == Tuning(gradient_bytes=2, optimizer_bytes=2 + 2 + 1)
 
 
 def test_a_stage_line_has_the_memory_of_its_own_flags(monkeypatch):
-    monkeypatch.setattr(stages, "parameter_bytes", lambda args: ParameterBytes(2, 12))
+    monkeypatch.setattr(stages, "tuning_from_args", lambda args: Tuning(gradient_bytes=2))
     monkeypatch.setattr(stages, "shape_from_args", lambda args: MODELS["llama-2-70b"])
     monkeypatch.setattr(stages, "layout_from_args", lambda args: ParallelLayout(8, 4, 1, 2))
     monkeypatch.setattr(stages, "workload_from_args", lambda args: Workload(4096, 32))
@@ -261,6 +268,8 @@ def test_selective_recompute_of_other_modules_is_not_estimated(monkeypatch, modu
     args = Namespace(
         tensor_model_parallel_size=1,
         recompute_granularity="selective",
+        recompute_method=None,
+        fp8=None,
         recompute_modules=modules,
         virtual_pipeline_model_parallel_size=None,
     )

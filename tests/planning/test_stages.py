@@ -173,16 +173,24 @@ def test_checks_of_views():
         _check_copy([*VIEWS, dataclasses.replace(VIEWS[1], rank=3, parameters=7)])
 
 
+LESS_MEMORY = {"gradient_bytes": 2, "optimizer_bytes": 6}
+
+
 def test_options_of_speed_are_flags_that_megatron_takes():
     """Virtual stages, overlap and FP8 as the plan prints them, built rank by rank."""
     shape = dataclasses.replace(MODELS["llama-3-8b"], layers=8, hidden=256, ffn=512)
     shape = dataclasses.replace(shape, heads=8, groups=4, head_dim=32, vocabulary=1000)
     layout = ParallelLayout(2, 2, 1, 1, virtual=2)
-    tuning = Tuning(fp8=True, tp_overlap=True, fused_gradients=False)
+    tuning = Tuning(True, tp_overlap=True, fused_gradients=False, **LESS_MEMORY)
+    layout = dataclasses.replace(layout, recompute=True, recompute_layers=1)
     flags = argv(run_flags(shape, layout, CREAM, 262144, 1000, tuning))
     views, _, lines = forks.call(planning.views, flags, 4)
     assert {view.layers for view in views} == {(1, 2, 5, 6), (3, 4, 7, 8)}
-    assert "memory is not estimated: --fp8-format" in "\n".join(lines)
+    for stage in range(2):
+        gib = stage_memory(shape, layout, CREAM, stage, tuning=tuning).total / GIB
+        assert lines[stage].endswith(f"{gib:.1f} GiB"), "FP8, blocks and the optimizer's variant"
+    gathered = [*flags, "--fp8-param-gather"]
+    assert "without --fp8-param-gather" in "\n".join(forks.call(planning.views, gathered, 4)[2])
 
 
 def test_a_stage_with_virtual_stages_has_the_planned_memory():
