@@ -14,6 +14,7 @@
 #   METHOD, ROPE     cream, pose, randpos; yarn, linear (the papers'), ntk, clex ...
 #   NODES, NODE_RANK, GPUS_PER_NODE, HEAD, PORT
 #   STEPS            any of: import train export
+#   FP8              1: products of the layers in FP8 (not measured here yet)
 #
 # USR1 or TERM saves a checkpoint and ends in status 75: start the same command again to go on. An
 # import or export has SIGNAL_SECONDS to finish; after that it is stopped, to be made anew.
@@ -55,10 +56,12 @@ OUT=${OUT:-$(run_folder)}
 EXPORT=${EXPORT:-$OUT-hf}
 STEPS=${STEPS:-import train export}
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-200}
+IMPORT_PATIENCE=${IMPORT_PATIENCE:-600}
 
 NODES=${NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+GPU=${GPU:-h100} # which the dry run plans for
 HEAD=${HEAD:-localhost}
 PORT=${PORT:-29500}
 
@@ -68,6 +71,11 @@ ITERATIONS=${ITERATIONS:-1000}
 LR=${LR:-2e-5}
 WARMUP=${WARMUP:-10}
 SAVE_INTERVAL=${SAVE_INTERVAL:-100}
+SAVE_RETAIN_INTERVAL=${SAVE_RETAIN_INTERVAL:-}
+if [ -n "$SAVE_RETAIN_INTERVAL" ]; then # Megatron takes multiples alone
+    SAVE_RETAIN_INTERVAL=$(((SAVE_RETAIN_INTERVAL + SAVE_INTERVAL - 1) / SAVE_INTERVAL * SAVE_INTERVAL))
+fi
+CHECKPOINT_GB=${CHECKPOINT_GB:-0}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
 
 POSITION_ARGS=(--position-strategy "$METHOD" ${PLAIN_SHARE:+--plain-share "$PLAIN_SHARE"})
@@ -102,6 +110,7 @@ DATA_ARGS=(
 CHECKPOINT_ARGS=(
     --pretrained-checkpoint "$BASE" --save "$OUT" --load "$OUT"
     --save-interval "$SAVE_INTERVAL"
+    ${SAVE_RETAIN_INTERVAL:+--save-retain-interval "$SAVE_RETAIN_INTERVAL"}
     --eval-interval "${EVAL_INTERVAL:-100}" --eval-iters "${EVAL_ITERS:-4}"
 )
 
@@ -128,10 +137,10 @@ if [ -n "${WANDB_PROJECT:-}" ]; then
 fi
 
 # On by default in Megatron beside these: fused norms, RoPE, SwiGLU and attention.
-GPU_ARGS=(
-    --cross-entropy-loss-fusion --cross-entropy-fusion-impl native
-    --manual-gc --manual-gc-interval 100
-)
+GPU_ARGS=(--manual-gc --manual-gc-interval 100)
+LOSS_ARGS=(--cross-entropy-loss-fusion --cross-entropy-fusion-impl native)
+# Weights are gathered in bf16: gathered in FP8, the optimizer would start from rounded ones.
+if [ "${FP8:-0}" = 1 ]; then GPU_ARGS+=(--fp8-format hybrid --fp8-recipe tensorwise); fi
 
 say() { echo "$NAME: $*" >&2; }
 
@@ -145,7 +154,7 @@ all_args() {
     ALL_ARGS=(
         "${MODEL_ARGS[@]}" "${EXTENSION_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}"
         "${DATA_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${RESILIENCE_ARGS[@]}" "${LOGGING_ARGS[@]}"
-        "${GPU_ARGS[@]}" "$@"
+        "${GPU_ARGS[@]}" "${LOSS_ARGS[@]}" "$@"
     )
 }
 
@@ -157,6 +166,7 @@ extend() {
     set -- "${given[@]}"
     if [ -n "$dry_run" ]; then
         all_args "$@"
+        export GPU GPUS_PER_NODE
         WORLD_SIZE=$((NODES * GPUS_PER_NODE)) exec "$PYTHON" -m megatron_cream.dry_run "${ALL_ARGS[@]}"
     fi
     for step in $STEPS; do
@@ -169,10 +179,24 @@ extend() {
     if [[ ${ALL_STEPS:-$STEPS} == *train* && -z ${DATA:-} ]]; then
         fail "DATA is not set: it must be an indexed dataset (docs/data.md), without .bin"
     fi
+    [[ $STEPS != *train* ]] || enough_space
     for step in $STEPS; do
         if [ -n "$SIGNALLED" ]; then stop; fi
         "${step}_step" "$@"
     done
+}
+
+# Saves that are still to come, at most two of them where only the newest is kept. Where a file system
+# does not know its own limit (a quota, a bucket), df says more and nothing is refused.
+enough_space() {
+    local left folder=$OUT free
+    [ "$NODE_RANK" = 0 ] || return 0
+    left=$(((ITERATIONS - $(iteration) + SAVE_INTERVAL - 1) / SAVE_INTERVAL))
+    if [ -n "$SAVE_RETAIN_INTERVAL" ] && [ "$left" -gt 2 ]; then left=2; fi
+    while [ ! -e "$folder" ]; do folder=$(dirname "$folder"); done
+    free=$(($(df -Pk "$folder" | awk 'NR == 2 { print $4 }') * 1024 / 1000000000))
+    [ "$free" -ge $((left * CHECKPOINT_GB)) ] || fail "OUT is $OUT: $free GB are free there, it must have" \
+        "$((left * CHECKPOINT_GB)) for $left checkpoints of $CHECKPOINT_GB (fewer: SAVE_INTERVAL, SAVE_RETAIN_INTERVAL)"
 }
 
 # A launcher that may start the run again looks for STOPPED_FILE, and not at exit statuses, which
@@ -189,16 +213,39 @@ import_step() {
     if has_checkpoint "$BASE"; then
         say "$BASE is there: it is not imported again"
     elif [ "$NODE_RANK" = 0 ]; then
+        beat >/dev/null 2>&1 &
         convert import --hf "$HF" --output "$BASE"
     else
-        say "waiting for node 0 to import $HF to $BASE"
-        # The folder gets its name when it is whole.
-        until has_checkpoint "$BASE"; do
-            [ -z "$SIGNALLED" ] || stop
-            sleep 2 || true # it gets the signal as well
-        done
+        wait_for_import
     fi
     if [ -n "$SIGNALLED" ]; then stop; fi
+}
+
+# Says to the nodes that wait that the import is under way, as long as this shell lives and imports.
+beat() {
+    trap '' USR1
+    trap - TERM
+    mkdir -p "$(dirname "$BASE")"
+    while kill -0 $$ 2>/dev/null && ! has_checkpoint "$BASE"; do
+        date +%s >"$BASE.importing"
+        sleep 5
+    done
+    rm -f "$BASE.importing"
+}
+
+# The folder gets its name when it is whole. Clocks of nodes differ, so a beat is new when it is
+# another than the last one.
+wait_for_import() {
+    local last="" now since=$SECONDS
+    say "waiting for node 0 to import $HF to $BASE"
+    until has_checkpoint "$BASE"; do
+        [ -z "$SIGNALLED" ] || stop
+        now=$(cat "$BASE.importing" 2>/dev/null || true)
+        if [ "$now" != "$last" ]; then last=$now since=$SECONDS; fi
+        [ $((SECONDS - since)) -lt "$IMPORT_PATIENCE" ] ||
+            fail "BASE is $BASE: node 0 imports nothing to it since $IMPORT_PATIENCE seconds (IMPORT_PATIENCE)"
+        sleep 2 || true # it gets the signal as well
+    done
 }
 
 # Of Megatron's own: a tracker, or the file of a folder that is one checkpoint.
@@ -255,7 +302,7 @@ train_step() {
         say "$OUT has all $ITERATIONS iterations"
         return
     fi
-    apex_or_not
+    ask_machine
     all_args "$@"
     if [ "$NODES" = 1 ]; then
         launch_on_one_node "$GPUS_PER_NODE"
@@ -278,13 +325,35 @@ iteration() { cat "$OUT/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
 
 finished() { [ "$(iteration)" -ge "$ITERATIONS" ]; }
 
-# The output layer adds gradients up in a kernel of Apex, which NGC's images have.
-apex_or_not() {
-    if ! (trap "" USR1 && exec "$PYTHON" -c "import fused_weight_gradient_mlp_cuda") 2>/dev/null; then
+python_does() { (trap "" USR1 && exec "$PYTHON" -c "$1") 2>/dev/null; }
+
+# What a run can use of this machine; flags of the command line still come last.
+ask_machine() {
+    # The output layer adds gradients up in a kernel of Apex, which NGC's images have.
+    if ! python_does "import fused_weight_gradient_mlp_cuda"; then
         say "Apex's fused_weight_gradient_mlp_cuda is not installed: --no-gradient-accumulation-fusion"
         GPU_ARGS+=(--no-gradient-accumulation-fusion)
     fi
+    # Before 2.19 Transformer Engine's cross entropy was not one to train with.
+    if python_does "from megatron_cream.extras.te_cross_entropy import why_absent as why; exit(bool(why()))"; then
+        LOSS_ARGS=(--te-cross-entropy)
+    fi
+    # An async save hands tensors to another process, expandable ones by pidfd_getfd (number 438).
+    if [[ ${RESILIENCE_ARGS[*]} == *--async-save* && ${PYTORCH_CUDA_ALLOC_CONF:-} == *expandable_segments:True* ]] &&
+        ! python_does "$MAY_SHARE"; then
+        say "this system does not let processes share expandable segments: PYTORCH_CUDA_ALLOC_CONF is unset"
+        unset PYTORCH_CUDA_ALLOC_CONF
+    fi
 }
+
+MAY_SHARE='
+import ctypes, os
+theirs = os.open("/dev/null", os.O_RDONLY)
+child = os.fork()
+if not child:
+    call = ctypes.CDLL(None).syscall
+    os._exit(call(438, os.pidfd_open(os.getppid()), theirs, 0) < 0)
+exit(bool(os.waitpid(child, 0)[1]))'
 
 # torchrun gives its workers 30 s after a TERM. A checkpoint may take longer, so a signal goes past
 # it to the workers, which save one, and torchrun ends when they do. It may not have started them.

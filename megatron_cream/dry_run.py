@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a command before there is a cluster: its flags, stages, memory and positions.
+"""Checks a command before there is a cluster: its flags, stages, memory, time and positions.
 
     WORLD_SIZE=64 python -m megatron_cream.dry_run <the flags of megatron_cream.pretrain>
 
 Takes the flags of a run unchanged, on any machine, without its data and checkpoints. The number of
-GPUs comes from WORLD_SIZE, as torchrun sets it. Every script of examples/ does this on --dry-run.
+GPUs comes from WORLD_SIZE, as torchrun sets it, their kind from GPU (h100) and how many a node has
+from GPUS_PER_NODE (8). Every script of examples/ does this on --dry-run.
 
 Quicker than ``planning.stages.check_stages``, which builds every rank of a copy of the model: here
 the first, a middle and the last stage are built, by one rank each, and compared with the closed
@@ -27,6 +28,7 @@ from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.mcore import fake_world
 from megatron_cream.mcore.argument_table import rotary_dim
 from megatron_cream.mcore.fake_world import RankView, rank_view
+from megatron_cream.planning.expected import expected_lines
 from megatron_cream.planning.memory import stage_parameters
 from megatron_cream.planning.stages import (
     layout_from_args,
@@ -144,7 +146,7 @@ def lines(run: DryRun) -> list[str]:
         f"{args.world_size} GPUs: {layout}; a step of {args.global_batch_size} samples is {micro} "
         f"micro-batches of {args.micro_batch_size}, {args.train_iters} steps",
         *(stage_line(args, view) for view in run.views),
-        *([] if reason is None else [f"memory is not estimated: {reason}"]),
+        *(expected_lines(args) if reason is None else [f"nothing is estimated: {reason}"]),
         *_position_lines(run),
         f"RoPE by positions: {extension.describe_rope(rotary_dim(args))}",
         "dry run: flags, stages and positions are right; data and checkpoints were not looked at",

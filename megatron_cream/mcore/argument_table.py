@@ -200,6 +200,7 @@ _ROWS = (
         "gradient_accumulation_fusion",
         off="--no-gradient-accumulation-fusion",
         cpu=False,
+        meta=False,
         evaluated=False,
     ),
     *_each(

@@ -91,6 +91,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, ExtensionCon
             args.padded_vocab_size = calculate_padded_vocab_size(
                 args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
             )
+        args.gradient_accumulation_fusion = given.gradient_accumulation_fusion  # of the run itself
         validate_model_config(buildable(args))
     return args, extension
 

@@ -272,15 +272,14 @@ def exposed_seconds(
     return layers * (tensor + max(0.0, ring - attention)) + stages
 
 
-def _exposed_passes(
-    layout: ParallelLayout, work: Workload, tuning: Tuning, again: float
-) -> float:
+def _exposed_passes(layout: ParallelLayout, work: Workload, tuning: Tuning, again: float) -> float:
     """Gathers and scatters of a micro-batch's activations in a layer that no kernel hides.
 
     There are 4 forward, 4 backward, and 2 gathers more for the weights' gradients; the share
-    ``again`` of the layers has the forward ones once more. Megatron runs 4 of those backward beside a product. With
-    --tp-comm-overlap all go in as many pieces as there are ranks, each but one beside a product;
-    pieces of fewer than ``PIECE_TOKENS`` hide nothing more, because their products run slower.
+    ``again`` of the layers has the forward ones once more. Megatron runs 4 of those backward beside
+    a product. With --tp-comm-overlap all go in as many pieces as there are ranks, each but one
+    beside a product; pieces of fewer than ``PIECE_TOKENS`` hide nothing more, because their products
+    run slower.
     """
     passes = 10 + 4 * again
     if not tuning.tp_overlap:

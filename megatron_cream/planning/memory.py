@@ -27,7 +27,7 @@ WEIGHT = 2
 """Bytes per parameter: bf16. Gradients and optimizer are as ``Tuning`` says."""
 
 SAVED = 14
-"""Bytes per parameter of a checkpoint: bf16 weight, fp32 copy and moments, however it keeps them."""
+"""Bytes per parameter of a checkpoint: bf16 weight, fp32 copy and two moments."""
 
 FP8_COPIES = 2
 """Bytes per parameter of a layer's products beside bf16: a weight and its transpose in FP8."""

@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
         validate_script_path(args.script)
     found = compare(args)
     flags = found_flags(found)
-    command = bash(flags, args.gpus, args.gpus_per_node)
+    command = bash(flags, found.short.layout, args.gpus_per_node)
     print(table(found))
     print(f"\n{command}")
     if args.json:

@@ -62,7 +62,7 @@ class Plan:
         """Return the seconds of training on ``tokens`` tokens."""
         return tokens / self.work.tokens * self.step.total
 
-    def mfu(self, shape: BaseModel, cluster: Cluster) -> float:
+    def mfu(self, shape: ModelShape, cluster: Cluster) -> float:
         """Return the share of the cluster's peak that the whole step reaches."""
         flops = model_flops(shape, self.work.seq_length) * self.work.tokens
         return flops / (self.step.total * cluster.gpus * cluster.gpu.tflops * 1e12)

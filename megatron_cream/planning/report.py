@@ -86,8 +86,8 @@ def _column(found: Comparison, plan: Plan) -> dict[str, str]:
         "micro-batches per step": _micro_batches(plan),
         "memory per GPU, GiB": f"{memory.total / GIB:.1f}",
         **{f"  {name}": f"{size / GIB:.1f}" for name, size in dataclasses.asdict(memory).items()},
-        "step": _duration(step.total),
-        **{f"  {name}": _duration(s) for name, s in dataclasses.asdict(step).items()},
+        "step": duration(step.total),
+        **{f"  {name}": duration(s) for name, s in dataclasses.asdict(step).items()},
         "MFU of the step": f"{100 * plan.mfu(found.shape, found.cluster):.1f} %",
     }
 
@@ -101,14 +101,14 @@ def _runs(found: Comparison) -> list[str]:
     samples = found.iterations * found.short.work.global_batch
     lines = [
         f"CREAM to {found.target}, {found.iterations} steps, {samples} samples: "
-        f"{_tokens(found.tokens)}, {_duration(found.seconds)}"
+        f"{_tokens(found.tokens)}, {duration(found.seconds)}"
     ]
     if found.full is None:
         return [*lines, f"full length: {found.why_not}"]
     for what, tokens in (("samples", found.full_tokens), ("tokens", found.tokens)):
         seconds = found.full.seconds(tokens)
         lines.append(
-            f"full length, as many {what}: {_tokens(tokens)}, {_duration(seconds)}, "
+            f"full length, as many {what}: {_tokens(tokens)}, {duration(seconds)}, "
             f"{seconds / found.seconds:.1f} x"
         )
     return lines
@@ -118,8 +118,8 @@ def summary(found: Comparison) -> str:
     """Return the plan at N tokens in one line, without what it is compared with."""
     plan = found.short
     return (
-        f"{plan.layout}: {plan.memory.total / GIB:.1f} GiB per GPU, {_duration(plan.step.total)} "
-        f"per step, {found.iterations} steps in {_duration(found.seconds)}"
+        f"{plan.layout}: {plan.memory.total / GIB:.1f} GiB per GPU, {duration(plan.step.total)} "
+        f"per step, {found.iterations} steps in {duration(found.seconds)}"
     )
 
 
@@ -158,7 +158,8 @@ def _tokens(tokens: int) -> str:
     return f"{tokens / 1e9:.2f} B tokens" if tokens >= 1e9 else f"{tokens / 1e6:.1f} M tokens"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in the largest unit of which it has two."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

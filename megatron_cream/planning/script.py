@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
+from megatron_cream.planning.environment import environment_lines
+from megatron_cream.planning.memory import SAVED
 from megatron_cream.planning.models import BaseModel, megatron_flags
 from megatron_cream.planning.report import Comparison, summary
 from megatron_cream.torchrun import ONE_NODE
@@ -66,6 +68,25 @@ def found_flags(found: Comparison) -> dict[str, list[str]]:
     return run_flags(
         found.shape, plan.layout, plan.work, found.target, found.iterations, found.tuning
     )
+
+
+SAVE_RATE, MOST_SAVED = 2e9, 1e12
+"""Bytes per second that saves may ask of a file system, and bytes that a run may leave there.
+
+A script saves less often, and keeps its newest checkpoint alone, where it would ask for more.
+"""
+
+
+def saved_bytes(shape: BaseModel) -> int:
+    """Return the size of a checkpoint with the optimizer's state."""
+    return SAVED * shape.parameters
+
+
+def save_interval(found: Comparison) -> int:
+    """Return the iterations between saves: 100, or more where saves would come too fast."""
+    fastest = saved_bytes(found.shape) / SAVE_RATE / found.short.step.total
+    parts = (n for n in range(100, found.iterations) if found.iterations % n == 0 and n >= fastest)
+    return next(parts, found.iterations)
 
 
 def warm_up(iterations: int) -> int:
@@ -143,8 +164,9 @@ def argv(flags: dict[str, list[str]]) -> list[str]:
     return [flag for theme in flags.values() for flag in theme]
 
 
-def script(flags: dict[str, list[str]], gpus: int, gpus_per_node: int) -> str:
+def script(flags: dict[str, list[str]], layout: ParallelLayout, gpus_per_node: int) -> str:
     """Return bash that starts the run; the same on every node but for ``NODE``."""
+    gpus = layout.gpus
     nodes = -(-gpus // gpus_per_node)
     if nodes > 1:
         launch = f'--nnodes {nodes} --node-rank "$NODE" --nproc-per-node {gpus_per_node} '
@@ -160,7 +182,7 @@ def script(flags: dict[str, list[str]], gpus: int, gpus_per_node: int) -> str:
         [
             where,
             "# BASE: checkpoint to start from, DATA: indexed dataset, OUT: checkpoints of this run",
-            "export CUDA_DEVICE_MAX_CONNECTIONS=1",
+            *environment_lines(layout),
             f"LAUNCH=({launch})",
             *arrays,
             'torchrun "${LAUNCH[@]}" -m megatron_cream.pretrain \\',
@@ -218,6 +240,9 @@ class LaunchScript:
             "set -euo pipefail",
             "",
             *_variables(self, found, flags["ROPE"]),
+            "",
+            *environment_lines(found.short.layout),
+            "",
             f"# shellcheck source={os.path.relpath(common, path.parent)}",
             f'source "$(dirname "${{BASH_SOURCE[0]}}")/{os.path.relpath(common, path.parent)}"',
             "",
@@ -266,7 +291,10 @@ def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list
         "TARGET_LENGTH": str(found.target),
         "ORIGINAL_LENGTH": given["--original-length"],
         "VOCAB_SIZE": str(found.shape.vocabulary),
+        "CHECKPOINT_GB": f"{saved_bytes(found.shape) / 1e9:.0f}",
     }
+    save = save_interval(found)
+    keeps_all = saved_bytes(found.shape) * found.iterations / save < MOST_SAVED
     planned = {
         "METHOD": _position_flags(work.seq_length, found.target)[1],
         "ROPE": given.get("--rope-interpolation", ""),
@@ -277,6 +305,10 @@ def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list
         "GLOBAL_BATCH": str(work.global_batch),
         "ITERATIONS": str(found.iterations),
         "WARMUP": str(warm_up(found.iterations)),
+        "SAVE_INTERVAL": str(save),
+        # Kept are those of every so many iterations: the last, and the newest before it.
+        "SAVE_RETAIN_INTERVAL": "" if keeps_all else str(found.iterations),
+        "GPU": script.gpu,
         **script.variables,
     }
     changed = {name: value for name, value in planned.items() if value != COMMON_DEFAULTS[name]}
@@ -287,6 +319,7 @@ def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list
 COMMON_DEFAULTS = {
     **{"METHOD": "cream", "ROPE": "", "NODES": "1", "GPUS_PER_NODE": "8", "SEQ_LENGTH": "4096"},
     **{"MICRO_BATCH": "1", "GLOBAL_BATCH": "32", "ITERATIONS": "1000", "WARMUP": "10"},
+    **{"SAVE_INTERVAL": "100", "SAVE_RETAIN_INTERVAL": "", "GPU": "h100"},
 }
 """What ``examples/common.sh`` takes for variables that a script does not set."""
 

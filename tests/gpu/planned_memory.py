@@ -43,6 +43,7 @@ ROWS: list[tuple[str, int, ParallelLayout, Workload, Tuning]] = [
     ("llama-2-7b", 4, ParallelLayout(), WORK, APEXLESS),
     ("llama-2-7b", 4, ParallelLayout(), WORK, FP8),
     ("llama-2-7b", 8, ParallelLayout(recompute=True), WORK, APEXLESS),
+    ("llama-2-7b", 8, ParallelLayout(recompute=True, recompute_layers=4), WORK, APEXLESS),
     ("llama-3-8b", 4, ParallelLayout(), WORK, APEXLESS),
     ("llama-2-7b", 8, ParallelLayout(data=2), WORK, APEXLESS),
     ("llama-2-7b", 8, ParallelLayout(tensor=2), WORK, APEXLESS),

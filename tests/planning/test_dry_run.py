@@ -51,7 +51,7 @@ def test_it_prints_positions_of_the_samples_that_are_trained_first():
 
 def test_a_model_outside_the_estimates_says_why():
     lines = forks.call(planning.dry_run_lines, planned("--num-experts", "4"), 16)
-    assert "memory is not estimated: --num-experts is 4" in "\n".join(lines)
+    assert "nothing is estimated: --num-experts is 4" in "\n".join(lines)
 
 
 def test_what_is_wrong_is_found():

@@ -277,8 +277,7 @@ def test_fp8():
     """Products faster, head and attention as before; inputs of products of 1 byte; 2 copies."""
     gpu, work, layout = cost.GPUS["h100"], CREAM, ParallelLayout(1, 1, 1, 8)
     plain, fp8 = (
-        cost.kernel_seconds(LLAMA, layout, work, gpu, 0.6, Tuning(fp8=on))
-        for on in (False, True)
+        cost.kernel_seconds(LLAMA, layout, work, gpu, 0.6, Tuning(fp8=on)) for on in (False, True)
     )
     products = 32 * 6 * memory.layer_matrices(LLAMA) * 4096 / (0.6 * 989.4e12)
     # In and out of the four products, 4 bytes each.

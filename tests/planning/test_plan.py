@@ -18,7 +18,7 @@ from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload
 from megatron_cream.planning import stages
 from megatron_cream.planning.memory import GIB, stage_memory
 from megatron_cream.planning.models import MODELS
-from megatron_cream.planning.report import _duration
+from megatron_cream.planning.report import duration
 from megatron_cream.planning.script import argv, rope_flags, run_flags, script
 from megatron_cream.planning.stages import tuning_from_args
 from megatron_cream.torchrun import ONE_NODE
@@ -62,7 +62,7 @@ def test_table_and_file_say_the_same(planned, tmp_path):
     )
     for plan in (record["cream"], full):
         assert f"{plan['memory']['total'] / 2**30:.1f}" in out
-        assert _duration(plan["step"]["total"]) in out
+        assert duration(plan["step"]["total"]) in out
         parts = dict(plan["memory"])
         assert parts.pop("total") == pytest.approx(sum(parts.values()))
     assert record["command"] in out

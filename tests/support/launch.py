@@ -3,7 +3,9 @@
 
 As a script it is that stand-in: ``STUB_LOG`` names the file for its calls, ``STUB_REACHES`` the
 iteration that a training run gets to, ``STUB_FAILS`` its exit status, ``STUB_IMPORT_SECONDS`` how
-long an import takes, ``STUB_APEX`` says that Apex is there.
+long an import takes, ``STUB_HAS`` which of Apex (apex), Transformer Engine's cross entropy (te) and
+processes that may share memory of a GPU (share) are there, ``STUB_FREE_GB`` what df says is free,
+``STUB_IMPORT_FAILS`` the exit status of an import.
 """
 
 import json
@@ -28,7 +30,10 @@ def environment(folder, **variables):
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n')
     python.chmod(0o755)
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    disk = folder / "df"
+    disk.write_text('#!/bin/sh\necho\necho x 0 0 "$((${STUB_FREE_GB:-99999} * 976563))" 0% /\n')
+    disk.chmod(0o755)
+    kept = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
     places = {name: str(folder / name.lower()) for name in ("BASE", "OUT", "EXPORT")}
     stub = {"PYTHON": str(python), "STUB_LOG": str(folder / "calls")}
     return {**kept, **places, **stub, **variables}
@@ -75,10 +80,14 @@ def main(words):
     with open(os.environ["STUB_LOG"], "a") as log:
         log.write(json.dumps([words, os.environ.get("WORLD_SIZE")]) + "\n")
     if words[0] == "-c":
-        return 0 if os.environ.get("STUB_APEX") else 1
+        asked = {"fused_weight": "apex", "te_cross_entropy": "te", "pidfd_open": "share"}
+        [name] = [name for word, name in asked.items() if word in words[1]]
+        return 0 if name in os.environ.get("STUB_HAS", "") else 1
     given = flags(words)
     if words[0].endswith("convert_checkpoint.py"):
         time.sleep(float(os.environ.get("STUB_IMPORT_SECONDS", "0")))
+        if words[1] == "import" and "STUB_IMPORT_FAILS" in os.environ:
+            return int(os.environ["STUB_IMPORT_FAILS"])
         output = Path(given["--output"][0])
         output.mkdir(parents=True, exist_ok=True)
         (output / "latest_checkpointed_iteration.txt").write_text("release")

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Qwen2.5-7B to 256K on 8 H100, trained at 4096 tokens.
+#
+# megatron-cream plan qwen2.5-7b --gpus 8 --target-length 262144
+#   TP1 PP1 DP8: 73.7 GiB per GPU, 1.42 s per step, 1000 steps in 23.7 min
+#
+#   DATA=data/books examples/qwen2.5-7b/256k.sh
+set -euo pipefail
+
+NAME=qwen2.5-7b
+HF=${HF:-Qwen/Qwen2.5-7B}
+TARGET_LENGTH=262144
+ORIGINAL_LENGTH=32768
+VOCAB_SIZE=152064
+CHECKPOINT_GB=107
+SAVE_RETAIN_INTERVAL=${SAVE_RETAIN_INTERVAL:-1000}
+
+# Freed memory is joined again, so that none is lost to fragments.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+# Multicast buffers of NCCL would take memory of every GPU, and its links do not need them.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+# NCCL cannot register expandable segments; with CUDA graphs Megatron asks for this.
+export NCCL_GRAPH_REGISTER=${NCCL_GRAPH_REGISTER:-0}
+# Norms leave 16 multiprocessors to what is sent meanwhile.
+export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-16}
+# The same in the backward pass.
+export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
+# No layer sends: gradients and stages need not wait in one queue with products.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
+
+# shellcheck source=../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+MODEL_ARGS=(
+    --num-layers 28 --hidden-size 3584 --ffn-hidden-size 18944 --num-attention-heads 28
+    --group-query-attention --num-query-groups 4
+    --swiglu --normalization RMSNorm --norm-epsilon 1e-06 --disable-bias-linear --add-qkv-bias
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --position-embedding-type rope --rotary-base 1000000
+)
+
+PARALLEL_ARGS=(
+    --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --use-distributed-optimizer
+    --overlap-grad-reduce --overlap-param-gather
+)
+
+extend "$@"

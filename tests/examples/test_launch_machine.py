@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a launch script asks of its machine and sets for it, and how nodes wait for an import."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from support import launch
+
+from megatron_cream.parallel_layout import ParallelLayout
+from megatron_cream.planning.environment import environment
+
+SEVEN = launch.ROOT / "examples" / "llama-2-7b" / "32k.sh"
+SEVENTY = launch.ROOT / "examples" / "llama-2-70b" / "128k.sh"
+
+
+def train(folder, script=SEVEN, **variables):
+    """Words of the training command, and what the script said."""
+    done, calls = launch.run(script, folder, DATA="d", STEPS="train", **variables)
+    assert done.returncode == 0, done.stderr
+    return calls[-1][0], done.stderr
+
+
+@pytest.mark.parametrize("has", ["", "apex", "te", "apex te"])
+def test_kernels_that_are_there_decide_flags(has, tmp_path):
+    words, said = train(tmp_path, STUB_HAS=f"share {has}")
+    assert ("--no-gradient-accumulation-fusion" in words) == ("apex" not in has)
+    assert ("Apex's fused_weight_gradient_mlp_cuda" in said) == ("apex" not in has)
+    assert ("--te-cross-entropy" in words) == ("te" in has)
+    assert ("--cross-entropy-loss-fusion" in words) == ("te" not in has)
+
+
+def exported(script, folder, **variables):
+    """The environment that training gets, by a python that prints it."""
+    given = launch.environment(folder, DATA="d", STEPS="train", **variables)
+    python = folder / "printing"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exec "$REAL" "$@"\nenv\nexit 3\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(script)],
+        env={**given, "REAL": given["PYTHON"], "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 3, done.stderr
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+@pytest.mark.parametrize(
+    ("script", "layout"),
+    [(SEVEN, ParallelLayout(data=8)), (SEVENTY, ParallelLayout(4, 4, 1, 2, virtual=5))],
+)
+def test_a_script_exports_the_environment_of_its_layout(script, layout, tmp_path):
+    found = exported(script, tmp_path, STUB_HAS="share")
+    for setting in environment(layout):
+        assert found[setting.name] == setting.value
+        assert f"# {setting.reason}\n{setting.line}\n" in script.read_text()
+    assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == ("1" if layout.tensor > 1 else "8")
+    own = exported(script, tmp_path, NVTE_FWD_LAYERNORM_SM_MARGIN="8", STUB_HAS="share")
+    assert own["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "8", "what is set already is kept"
+
+
+def test_segments_do_not_expand_where_an_async_save_could_not_share_them(tmp_path):
+    assert "PYTORCH_CUDA_ALLOC_CONF" in exported(SEVEN, tmp_path, STUB_HAS="share")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in exported(SEVEN, tmp_path, STUB_HAS="")
+    assert "PYTORCH_CUDA_ALLOC_CONF" in exported(SEVEN, tmp_path, STUB_HAS="", ASYNC_SAVE="0")
+
+
+def test_the_question_whether_processes_may_share_is_answered():
+    """Status 0 or 1, and 1 where the system call is refused."""
+    text = (launch.ROOT / "examples" / "common.sh").read_text()
+    code = re.search(r"^MAY_SHARE='(.*?)'$", text, re.M | re.S)[1]
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert asked.returncode in (0, 1) and not asked.stderr
+    refused = code.replace("call(438", "call(-1")
+    assert subprocess.run([sys.executable, "-c", refused]).returncode == 1
+
+
+def test_one_gpu_and_no_sending():
+    assert [one.name for one in environment(ParallelLayout())] == ["PYTORCH_CUDA_ALLOC_CONF"]
+
+
+def test_fp8_is_one_variable(tmp_path):
+    words, _ = train(tmp_path, FP8="1")
+    flags = launch.flags(words)
+    assert flags["--fp8-format"] == ("hybrid",) and flags["--fp8-recipe"] == ("tensorwise",)
+    assert "--fp8-param-gather" not in flags, "the optimizer would start from rounded weights"
+    assert "--fp8-format" not in launch.flags(train(tmp_path, OUT=str(tmp_path / "b"))[0])
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "free", "needed"),
+    [
+        (SEVEN, {}, 942, 940),  # 10 of 94 GB
+        (SEVEN, {"SAVE_INTERVAL": "500"}, 200, 188),
+        (SEVENTY, {}, 1932, 1932),  # the newest and the one that is written
+        (SEVENTY, {"SAVE_RETAIN_INTERVAL": "200"}, 4830, 4830),
+    ],
+)
+def test_too_little_space_is_said_before_the_start(script, variables, free, needed, tmp_path):
+    variables = {**variables, "DATA": "d", "STEPS": "train"}
+    done, calls = launch.run(script, tmp_path, STUB_FREE_GB=str(needed - 1), **variables)
+    assert done.returncode == 2 and not calls
+    assert f"{needed - 1} GB are free there, it must have {needed} for" in done.stderr
+    done, _ = launch.run(script, tmp_path, STUB_FREE_GB=str(free), **variables)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_goes_on_needs_space_for_what_is_left(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "latest_checkpointed_iteration.txt").write_text("900")
+    train(tmp_path, STUB_FREE_GB="95")
+
+
+def test_retention_is_a_multiple_of_the_interval(tmp_path):
+    flags = launch.flags(train(tmp_path, SEVENTY, SAVE_INTERVAL="150")[0])
+    assert flags["--save-retain-interval"] == ("1050",)
+
+
+def test_a_node_stops_waiting_for_an_import_that_failed(tmp_path):
+    """Node 0 beats while it imports; nobody does after it failed."""
+    variables = {"DATA": "d", "NODES": "4", "STEPS": "import"}
+    waiting = {**variables, "NODE_RANK": "1", "IMPORT_PATIENCE": "3"}
+    environments = [
+        launch.environment(tmp_path, STUB_IMPORT_SECONDS="1", STUB_IMPORT_FAILS="5", **variables),
+        launch.environment(tmp_path, **waiting),
+    ]
+    nodes = [
+        subprocess.Popen(["bash", str(SEVENTY)], env=env, stderr=subprocess.PIPE, text=True)
+        for env in environments
+    ]
+    said = [node.communicate(timeout=60)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [5, 2]
+    assert "node 0 imports nothing to it since 3 seconds" in said[1]
+
+
+def test_a_node_waits_as_long_as_an_import_is_under_way(tmp_path):
+    variables = {"DATA": "d", "NODES": "4", "STEPS": "import"}
+    first = launch.environment(tmp_path, STUB_IMPORT_SECONDS="8", **variables)
+    node = subprocess.Popen(["bash", str(SEVENTY)], env=first, stderr=subprocess.DEVNULL)
+    done, _ = launch.run(SEVENTY, tmp_path, NODE_RANK="1", IMPORT_PATIENCE="7", **variables)
+    assert done.returncode == 0, done.stderr
+    assert node.wait(30) == 0
+    assert os.path.isdir(tmp_path / "base")
