@@ -179,20 +179,22 @@ extend() {
     if [[ ${ALL_STEPS:-$STEPS} == *train* && -z ${DATA:-} ]]; then
         fail "DATA is not set: it must be an indexed dataset (docs/data.md), without .bin"
     fi
-    [[ $STEPS != *train* ]] || enough_space
+    [[ ${ALL_STEPS:-$STEPS} != *train* ]] || enough_space
     for step in $STEPS; do
         if [ -n "$SIGNALLED" ]; then stop; fi
         "${step}_step" "$@"
     done
 }
 
-# Saves that are still to come, at most two of them where only the newest is kept. Where a file system
-# does not know its own limit (a quota, a bucket), df says more and nothing is refused.
+# For saves that are still to come: those that are retained, and one that is written. Where a file
+# system does not know its own limit (a quota, a bucket), df says more and nothing is refused.
 enough_space() {
-    local left folder=$OUT free
+    local left folder=$OUT free iterations retained
     [ "$NODE_RANK" = 0 ] || return 0
-    left=$(((ITERATIONS - $(iteration) + SAVE_INTERVAL - 1) / SAVE_INTERVAL))
-    if [ -n "$SAVE_RETAIN_INTERVAL" ] && [ "$left" -gt 2 ]; then left=2; fi
+    iterations=$((ITERATIONS - $(iteration)))
+    left=$(((iterations + SAVE_INTERVAL - 1) / SAVE_INTERVAL))
+    retained=$((iterations / ${SAVE_RETAIN_INTERVAL:-$SAVE_INTERVAL} + 1))
+    if [ "$left" -gt "$retained" ]; then left=$retained; fi
     while [ ! -e "$folder" ]; do folder=$(dirname "$folder"); done
     free=$(($(df -Pk "$folder" | awk 'NR == 2 { print $4 }') * 1024 / 1000000000))
     [ "$free" -ge $((left * CHECKPOINT_GB)) ] || fail "OUT is $OUT: $free GB are free there, it must have" \

@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # Any launch script on a Slurm cluster, one task per node, each of them torchrun.
 #
-#   DATA=/shared/books sbatch --nodes 8 examples/slurm/run.sh examples/llama-2-70b/128k.sh
+#   DATA=/shared/books sbatch --nodes 4 examples/slurm/run.sh examples/llama-2-70b/128k.sh
 #   CONTAINER=pyxis IMAGE=registry#megatron_cream:gpu MOUNTS=/shared:/shared sbatch ...
 #   CONTAINER=apptainer IMAGE=/shared/megatron_cream.sif MOUNTS=/shared:/shared sbatch ...
 #
 # Start it in the repository, on a file system that all nodes see; BASE and OUT have to be on one as
-# well. 5 minutes before the time is up, and where preemption sends the job's own signal
-# (PreemptParameters=send_user_signal), a checkpoint is saved and the job is put back into the queue.
+# well. submit.sh makes jobs of their own of import and export, which need no GPU. 5 minutes before
+# the time is up, and where preemption sends the job's own signal (PreemptParameters=send_user_signal),
+# a checkpoint is saved and the job is put back into the queue.
 # Try it first: examples/slurm/check.sh
 #SBATCH --job-name=megatron_cream
-#SBATCH --nodes=8
+#SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive

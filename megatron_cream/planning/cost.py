@@ -278,8 +278,8 @@ def _exposed_passes(layout: ParallelLayout, work: Workload, tuning: Tuning, agai
     There are 4 forward, 4 backward, and 2 gathers more for the weights' gradients; the share
     ``again`` of the layers has the forward ones once more. Megatron runs 4 of those backward beside
     a product. With --tp-comm-overlap all go in as many pieces as there are ranks, each but one
-    beside a product; pieces of fewer than ``PIECE_TOKENS`` hide nothing more, because their products
-    run slower.
+    beside a product; products of pieces of fewer than ``PIECE_TOKENS`` run slower, which gains
+    nothing.
     """
     passes = 10 + 4 * again
     if not tuning.tp_overlap:

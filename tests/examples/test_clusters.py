@@ -38,7 +38,7 @@ def test_a_pytorchjob_starts_the_same_pod_on_every_node(tmp_path):
     spec = load("kubernetes/pytorchjob.yaml")["spec"]["pytorchReplicaSpecs"]
     master, worker = spec["Master"], spec["Worker"]
     assert master["template"] == worker["template"]
-    assert master["replicas"] + worker["replicas"] == 8
+    assert master["replicas"] + worker["replicas"] == 4
     assert {master["restartPolicy"], worker["restartPolicy"]} == {"OnFailure"}, "status 75 as well"
     pod = master["template"]["spec"]
     [container] = pod["containers"]
@@ -67,7 +67,7 @@ def test_a_trainjob_starts_the_same_pod_on_every_node(tmp_path):
     mounted = {volume["name"] for volume in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     trainer = job["spec"]["trainer"]
-    assert trainer["numNodes"] == runtime["spec"]["mlPolicy"]["numNodes"] == 8
+    assert trainer["numNodes"] == runtime["spec"]["mlPolicy"]["numNodes"] == 4
     [gpus] = [each["value"] for each in trainer["env"] if each["name"] == "GPUS_PER_NODE"]
     assert int(gpus) == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
     shell = trainer["command"][2] + "; env | grep PET_"
@@ -113,12 +113,30 @@ def test_kubernetes_would_refuse_a_mistake(change, said):
     assert said in "\n".join(crds.errors(crd["schema"], job))
 
 
+def test_kubernetes_imports_and_exports_without_a_gpu():
+    """One manifest for both, for the run that the training manifests train and no more."""
+    text = (EXAMPLES / "kubernetes" / "convert.yaml").read_text()
+    trained = load("kubernetes/pytorchjob.yaml")["spec"]["pytorchReplicaSpecs"]["Master"]
+    [trainer] = trained["template"]["spec"]["containers"]
+    runs = {each["name"]: each.get("value") for each in trainer["env"]}
+    assert runs.pop("STEPS") == "train"
+    for step in ("import", "export"):
+        job = yaml.safe_load(text.replace("import-or-export", step))
+        assert job["metadata"]["name"] == f"llama-2-70b-128k-{step}"
+        [container] = job["spec"]["template"]["spec"]["containers"]
+        given = {each["name"]: each.get("value") for each in container["env"]}
+        assert given.pop("STEPS") == step
+        assert given.items() <= runs.items()
+        assert "nvidia.com/gpu" not in json.dumps(job)
+        assert container["command"][1] in trainer["command"][2]
+
+
 def test_a_sky_task_starts_the_script_of_its_environment(tmp_path):
     task = load("skypilot/run.yaml")
     assert (EXAMPLES.parent / task["envs"]["SCRIPT"]).is_file()
     assert task["secrets"] == {"HF_TOKEN": ""}, "--secret HF_TOKEN gives it"
     assert "uv venv --python 3.12" in task["setup"], "its images have an older Python"
-    assert task["num_nodes"] == 8 and task["resources"]["accelerators"] == "H100:8"
+    assert task["num_nodes"] == 4 and task["resources"]["accelerators"] == "H100:8"
     [store] = task["file_mounts"]
     places = [task["envs"][name] for name in ("DATA", "BASE", "OUT")]
     assert all(place.startswith(f"{store}/") for place in places)
@@ -268,6 +286,48 @@ def test_slurm_refuses_what_it_cannot_start(slurm):
     ]:
         done, _ = start(*arguments, **variables)
         assert done.returncode == 2 and said in done.stderr
+
+
+def submitted(tmp_path, *arguments, **variables):
+    """Words that submit.sh gives sbatch, job by job, with the step of each."""
+    log = tmp_path / "sbatch.log"
+    log.unlink(missing_ok=True)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        '#!/usr/bin/env bash\nprintf "%q " "$STEPS" "$@" >>"$LOG"; echo >>"$LOG"\n'
+        'echo "$(wc -l <"$LOG");cluster"\n'
+    )
+    sbatch.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "slurm" / "submit.sh"), *arguments],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), **variables},
+        capture_output=True,
+        text=True,
+    )
+    lines = log.read_text().splitlines() if log.exists() else []
+    return done, [shlex.split(line) for line in lines]
+
+
+def test_slurm_imports_trains_and_exports_in_jobs_of_their_own(tmp_path):
+    script = str(EXAMPLES / "llama-2-70b" / "128k.sh")
+    cpus = {"CPU_SBATCH": "--partition cpu", "GPU_SBATCH": "--partition gpu"}
+    done, jobs = submitted(tmp_path, script, "--account", "me", **cpus)
+    assert done.returncode == 0, done.stderr
+    assert [job[0] for job in jobs] == ["import", "train", "export"]
+    assert all(job[-2:] == [str(SLURM), script] and "me" in job for job in jobs)
+    assert all("--kill-on-invalid-dep=yes" in job for job in jobs), "what failed holds no queue"
+    flags = [launch.flags(job) for job in jobs]
+    assert [each["--nodes"] for each in flags] == [("1",), ("4",), ("1",)]
+    assert [each.get("--gpus-per-node") for each in flags] == [("0",), None, ("0",)]
+    assert [each["--partition"] for each in flags] == [("cpu",), ("gpu",), ("cpu",)]
+    waits = [each.get("--dependency") for each in flags]
+    assert waits == [None, ("afterok:1",), ("afterok:2",)]
+    assert flags[1]["--signal"] == ("B:USR1@603",), "120 s and 966 GB at 2 GB/s"
+    _, jobs = submitted(tmp_path, str(EXAMPLES / "llama-2-7b" / "32k.sh"), NODES="2")
+    train = launch.flags(jobs[1])
+    assert (train["--nodes"], train["--signal"]) == (("2",), ("B:USR1@300",))
+    done, jobs = submitted(tmp_path, "no/such.sh")
+    assert done.returncode == 2 and not jobs and "error: the first argument" in done.stderr
 
 
 def test_the_batch_script_asks_slurm_for_what_it_counts_on():

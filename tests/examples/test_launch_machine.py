@@ -98,6 +98,7 @@ def test_fp8_is_one_variable(tmp_path):
         (SEVEN, {"SAVE_INTERVAL": "500"}, 200, 188),
         (SEVENTY, {}, 1932, 1932),  # the newest and the one that is written
         (SEVENTY, {"SAVE_RETAIN_INTERVAL": "200"}, 4830, 4830),
+        (SEVENTY, {"SAVE_RETAIN_INTERVAL": "400"}, 2898, 2898),
     ],
 )
 def test_too_little_space_is_said_before_the_start(script, variables, free, needed, tmp_path):

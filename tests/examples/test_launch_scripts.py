@@ -24,7 +24,7 @@ QUOTE = re.compile(r"^# megatron-cream plan (.+)$", re.M)
 NAMES = [f"{path.parent.name}/{path.stem}" for path in launch.SCRIPTS]
 
 # What is a user's own, or not a plan's business: how a run is logged, saved and made fast.
-PLACES = {"--data-path", "--pretrained-checkpoint", "--save", "--load"}
+PLACES = {"--data-path", "--pretrained-checkpoint", "--save", "--load", "--save-interval"}
 BESIDE_THE_PLAN = {
     *("--exit-signal-handler", "--async-save", "--use-persistent-ckpt-worker", "--async-strategy"),
     *("--log-interval", "--log-throughput", "--tensorboard-dir", "--tensorboard-log-interval"),
@@ -82,7 +82,7 @@ def test_a_script_trains_with_the_planned_flags(script, tmp_path):
     mine, theirs = launch.flags(words), launch.flags(argv(flags))
     if "chat" in script.stem:
         theirs["--lr-warmup-iters"] = ("0",)  # the recipe for chat models has none
-    for flag in theirs.keys() - PLACES - {"--save-interval"}:
+    for flag in theirs.keys() - PLACES:
         assert mine.get(flag) == theirs[flag], flag
     retained = {"--save-retain-interval"} & mine.keys()
     assert mine.keys() - theirs.keys() == BESIDE_THE_PLAN | retained

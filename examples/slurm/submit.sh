@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Import, training and export of a launch script as three jobs, each after the one before: import and
+# export hold one node and no GPU. Further words are sbatch's own, for all three.
+#
+#   DATA=/shared/books examples/slurm/submit.sh examples/llama-2-70b/128k.sh --account me
+#   CPU_SBATCH="--partition cpu --mem 64G" GPU_SBATCH="--partition gpu" DATA=... examples/slurm/submit.sh ...
+#
+# Nodes are the script's own number unless NODES says another. Training is signalled early enough to save:
+# 2 minutes and the time of a checkpoint at SAVE_GBS (2) GB/s, at least 5 minutes. A job whose import
+# or training failed is cancelled.
+set -euo pipefail
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+SCRIPT=${1:-}
+if [ ! -f "$SCRIPT" ]; then
+    echo "error: the first argument is '$SCRIPT': it must be a launch script, examples/llama-2-70b/128k.sh say" >&2
+    exit 2
+fi
+shift
+
+# of NAME OTHERWISE: what the launch script says, as NAME=7 or NAME=${NAME:-7}.
+of() {
+    local value
+    value=$(sed -n "s/^$1=\(\${$1:-\)\{0,1\}\([0-9]*\)}\{0,1\}$/\2/p" "$SCRIPT")
+    echo "${value:-$2}"
+}
+NODES=${NODES:-$(of NODES 1)}
+LAST=$((120 + $(of CHECKPOINT_GB 0) / ${SAVE_GBS:-2}))
+if [ "$LAST" -lt 300 ]; then LAST=300; fi
+
+read -ra ON_CPUS <<<"${CPU_SBATCH:-}"
+read -ra ON_GPUS <<<"${GPU_SBATCH:-}"
+
+# job STEP WORDS...: its number; further steps wait for it to end well.
+job() {
+    local step=$1
+    shift
+    STEPS=$step sbatch --parsable --kill-on-invalid-dep=yes "$@" "$HERE/run.sh" "$SCRIPT" | cut -d';' -f1
+}
+ON_ONE=(--nodes 1 --gpus-per-node 0 ${ON_CPUS[@]+"${ON_CPUS[@]}"} "$@")
+ON_ALL=(--nodes "$NODES" --signal "B:USR1@$LAST" ${ON_GPUS[@]+"${ON_GPUS[@]}"} "$@")
+
+IMPORT=$(job import "${ON_ONE[@]}")
+TRAIN=$(job train --dependency "afterok:$IMPORT" "${ON_ALL[@]}")
+EXPORT=$(job export --dependency "afterok:$TRAIN" "${ON_ONE[@]}")
+echo "jobs: import $IMPORT, training $TRAIN on $NODES nodes, export $EXPORT; scancel $IMPORT $TRAIN $EXPORT ends them"
