@@ -139,8 +139,8 @@ fi
 # On by default in Megatron beside these: fused norms, RoPE, SwiGLU and attention.
 GPU_ARGS=(--manual-gc --manual-gc-interval 100)
 LOSS_ARGS=(--cross-entropy-loss-fusion --cross-entropy-fusion-impl native)
-# Weights are gathered in bf16: gathered in FP8, the optimizer would start from rounded ones.
-if [ "${FP8:-0}" = 1 ]; then GPU_ARGS+=(--fp8-format hybrid --fp8-recipe tensorwise); fi
+# With FP8=1. Weights are gathered in bf16: gathered in FP8, the optimizer would start from rounded ones.
+FP8_ARGS=(--fp8-format hybrid --fp8-recipe tensorwise)
 
 say() { echo "$NAME: $*" >&2; }
 
@@ -154,8 +154,10 @@ all_args() {
     ALL_ARGS=(
         "${MODEL_ARGS[@]}" "${EXTENSION_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}"
         "${DATA_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${RESILIENCE_ARGS[@]}" "${LOGGING_ARGS[@]}"
-        "${GPU_ARGS[@]}" "${LOSS_ARGS[@]}" "$@"
+        "${GPU_ARGS[@]}" "${LOSS_ARGS[@]}"
     )
+    if [ "${FP8:-0}" = 1 ]; then ALL_ARGS+=("${FP8_ARGS[@]}"); fi
+    ALL_ARGS+=("$@")
 }
 
 extend() {

@@ -48,4 +48,7 @@ PARALLEL_ARGS=(
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 
+# With FP8=1 its copies of the weights leave no room for gradients in fp32.
+FP8_ARGS+=(--grad-reduce-in-bf16)
+
 extend "$@"

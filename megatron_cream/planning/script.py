@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
 from megatron_cream.planning.environment import environment_lines
-from megatron_cream.planning.memory import SAVED
+from megatron_cream.planning.memory import GIB, SAVED, peak_memory
 from megatron_cream.planning.models import BaseModel, megatron_flags
 from megatron_cream.planning.report import Comparison, summary
 from megatron_cream.torchrun import ONE_NODE
@@ -250,6 +250,7 @@ class LaunchScript:
             "",
             *_array("PARALLEL_ARGS", flags["LAYOUT"]),
             "",
+            *_fp8_lines(found),
             'extend "$@"',
         ]
         return "\n".join(lines) + "\n"
@@ -260,6 +261,19 @@ class LaunchScript:
         where = f"{cluster.gpus} {self.gpu.upper()}"
         where += f", {nodes} nodes of {cluster.gpus_per_node}" if nodes > 1 else ""
         return f"{self.title} to {found.target // 1024}K on {where}, trained at {length} tokens."
+
+
+def _fp8_lines(found: Comparison) -> list[str]:
+    """Lines that FP8=1 needs beside its two flags, to fit the memory on the same layout."""
+    plan, tuning = found.short, replace(found.tuning, fp8=True)
+    needed = peak_memory(found.shape, plan.layout, plan.work, tuning).total
+    if tuning.gradient_bytes == BF16_GRADIENTS or needed <= found.cluster.memory * GIB:
+        return []
+    return [
+        "# With FP8=1 its copies of the weights leave no room for gradients in fp32.",
+        "FP8_ARGS+=(--grad-reduce-in-bf16)",
+        "",
+    ]
 
 
 def validate_script_path(path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launcher of evaluations: which pairs of checkpoint and length a job gets, and its commands."""
+"""The launcher of evaluations: which pairs of checkpoint and length a job gets, its commands."""
 
 import subprocess
 

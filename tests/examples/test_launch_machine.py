@@ -89,6 +89,8 @@ def test_fp8_is_one_variable(tmp_path):
     assert flags["--fp8-format"] == ("hybrid",) and flags["--fp8-recipe"] == ("tensorwise",)
     assert "--fp8-param-gather" not in flags, "the optimizer would start from rounded weights"
     assert "--fp8-format" not in launch.flags(train(tmp_path, OUT=str(tmp_path / "b"))[0])
+    words, _ = train(tmp_path, SEVENTY, FP8="1", OUT=str(tmp_path / "c"))
+    assert "--grad-reduce-in-bf16" in words, "or 70B would not fit with FP8's copies"
 
 
 @pytest.mark.parametrize(
