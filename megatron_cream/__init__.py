@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from megatron_cream.config import ExtensionConfig
     from megatron_cream.corpus.preprocess import preprocess
     from megatron_cream.corpus.settings import PreprocessConfig
+    from megatron_cream.evaluation.evaluate import evaluate
     from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
-    from megatron_cream.evaluation.run import evaluate
     from megatron_cream.planning.propose import propose
     from megatron_cream.positions import coverage, make_strategy
     from megatron_cream.rope import compose, hf_rope_fields, make_scaling, scaling_from_hf
@@ -78,7 +78,7 @@ _MODULES = {
     "corpus.preprocess": ("preprocess",),
     "corpus.settings": ("PreprocessConfig",),
     "evaluation.evaluation_settings": ("EvaluationSettings",),
-    "evaluation.run": ("evaluate",),
+    "evaluation.evaluate": ("evaluate",),
     "planning.propose": ("propose",),
     "positions": ("coverage", "make_strategy"),
     "rope": ("compose", "hf_rope_fields", "make_scaling", "scaling_from_hf"),

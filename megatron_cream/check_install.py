@@ -25,7 +25,7 @@ MODULES = (
     "megatron_cream.corpus.preprocess",
     "megatron_cream.planning.propose",
     "megatron_cream.checkpoint.iterations",
-    "megatron_cream.evaluation.tasks",
+    "megatron_cream.evaluation.evaluation_tasks",
     "megatron_cream.training.arguments",
 )
 PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine", "numpy")

@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cream.checkpoint.hf_config import config_fields
-from megatron_cream.checkpoint.hf_weights import HfWeights, ShardWriter, TensorPlan
-from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.hf_weights import HfWeights, TensorPlan, write_shards
+from megatron_cream.checkpoint.model_shape import ModelShape, config_fields
 
 _COPY = """
 import os, shutil, sys
@@ -72,13 +71,9 @@ def make_checkpoint(folder: Path, shape: ModelShape, window: int) -> int:
         for row, place in shape.places()
         for part in row.parts
     ]
-    writer = ShardWriter(folder, plans, 5_000_000_000)
     rng = np.random.default_rng(0)
-    for number, shard in enumerate(writer.shards):
-        with writer.shard(number) as file:
-            for plan in shard:
-                file.write(rng.integers(0, 0x4000, plan.nbytes // 2, np.uint16).view(np.uint8))
-    writer.write_index()
+    weights = (rng.integers(0, 0x4000, p.nbytes // 2, np.uint16).view(np.uint8) for p in plans)
+    write_shards(folder, plans, 5_000_000_000, weights)
     return sum(plan.nbytes for plan in plans)
 
 

@@ -63,19 +63,19 @@ def score(
     key_tokens: str | None = None,
 ) -> None:
     """Write the results of every task to ``output/TASK``; those of longppl need key tokens."""
-    from megatron_cream.evaluation.evaluate import settings_of
+    from megatron_cream.evaluation.evaluate import open_model, settings_of
     from megatron_cream.evaluation.longppl import score_longppl
-    from megatron_cream.evaluation.open_model import open_model, open_prompt, validate_vocabulary
-    from megatron_cream.evaluation.perplexity import score_perplexity
+    from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
+    from megatron_cream.evaluation.prompts import open_prompt, validate_vocabulary
     from megatron_cream.evaluation.scoring import score_cases, validate_fit
 
     common = ["--hf", hf, "--name", Path(output).parent.name, "--data", data, *rope]
     common += [] if smoke else ["--dtype", "bfloat16", "--batch-tokens", "65536"]
     model = None
     for name in tasks:
-        flags, task = list((SMOKE if smoke else FLAGS)[name]), name.removesuffix(CONTROL)
+        task, folder = name.removesuffix(CONTROL), Path(output) / name
+        flags = [*(SMOKE if smoke else FLAGS)[name], "--output", str(folder)]
         flags += ["--key-tokens", str(key_tokens)] if task == "longppl" else []
-        folder = Path(output) / name
         if (folder / "result.json").is_file():
             continue
         settings = settings_of(make_parser("evaluate").parse_args([task, *common, *flags]))
@@ -85,12 +85,12 @@ def score(
             validate_fit(settings, prompt, task)
         model = model or open_model(settings)
         if task == "longppl":
-            score_longppl(settings, model, str(folder))
+            score_longppl(settings, model)
         elif prompt is None:
-            score_perplexity(settings, model, str(folder))
+            score_perplexity(settings, model, open_documents(settings, model))
         else:
             validate_vocabulary(prompt.tokenizer, model)
-            score_cases(settings, model, prompt, task, str(folder))
+            score_cases(settings, model, prompt, task)
 
 
 def main() -> int:

@@ -4,7 +4,7 @@
 import_hf         Hugging Face to Megatron
 export_hf         Megatron to Hugging Face; ``extraction`` takes its tensors out of Megatron's
 weight_map        which Hugging Face tensors a Megatron tensor is made of, per family
-model_shape       what a model is, as Megatron's flags and arguments; ``hf_config`` as config.json
+model_shape       what a model is: as config.json, as Megatron's flags and its arguments
 hf_files          the files of a Hugging Face folder beside its weights
 hf_weights        its safetensors files
 model_card        README.md of an export, and which inference engines read it

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_cream.checkpoint.extraction import ExtractedTensor, plan_tensors, write_tensors
-from megatron_cream.checkpoint.hf_config import config_fields, shape_from_config, window_of
+from megatron_cream.checkpoint.extraction import plan_tensors, read_tensors
 from megatron_cream.checkpoint.hf_files import (
     TOKENIZER,
     find_hf_folder,
@@ -28,10 +27,16 @@ from megatron_cream.checkpoint.hf_files import (
     validate_export_output,
     validate_files,
 )
-from megatron_cream.checkpoint.hf_weights import ShardWriter
+from megatron_cream.checkpoint.hf_weights import write_shards
 from megatron_cream.checkpoint.iterations import require_arguments, require_checkpoint
 from megatron_cream.checkpoint.model_card import SourceModel, describe_engines, model_card
-from megatron_cream.checkpoint.model_shape import ModelShape, exportable_shape
+from megatron_cream.checkpoint.model_shape import (
+    ModelShape,
+    config_fields,
+    exportable_shape,
+    shape_from_config,
+    window_of,
+)
 from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
 from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
@@ -109,10 +114,14 @@ def export_checkpoint(
         shape = _validated_shape(args, config, source, stored)
         scaling = _exported_scaling(stored, extension, shape.head_dim)
         tensors = list(plan_tensors(stored, shape, dtype))
-        total = sum(tensor.plan.nbytes for tensor in tensors)
-        written = tensors[0].plan.dtype
-        with staged(place, total, reads) as folder:
-            _write_weights(folder, stored, tensors, shard_bytes, quiet)
+        plans = [tensor.plan for tensor in tensors]
+        total, written = sum(plan.nbytes for plan in plans), plans[0].dtype
+        with (
+            staged(place, total, reads) as folder,
+            tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar,
+            closing(read_tensors(stored, tensors)) as blocks,
+        ):
+            write_shards(folder, plans, shard_bytes, blocks, bar.update)
             _write_files(folder, source, config, shape, extension, scaling, written)
     return ExportedModel(shape, extension, written, total, scaling.to_hf()["rope_type"])
 
@@ -174,20 +183,6 @@ def _exported_scaling(
     scaling = extension.scaling(dim)
     trainer = trainer_of(scaling)
     return trainer.freeze_stored(scaling, stored) if trainer else scaling
-
-
-def _write_weights(
-    folder: Path,
-    stored: TorchDistTensors,
-    tensors: list[ExtractedTensor],
-    shard_bytes: int,
-    quiet: bool,
-) -> None:
-    """Write the weights as safetensors files, behind a bar of bytes."""
-    plans = [tensor.plan for tensor in tensors]
-    total = sum(plan.nbytes for plan in plans)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=quiet) as bar:
-        write_tensors(ShardWriter(folder, plans, shard_bytes), stored, tensors, bar.update)
 
 
 def _write_files(

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_cream.checkpoint.file_reader import read_ahead
-from megatron_cream.checkpoint.hf_weights import ShardWriter, TensorPlan
+from megatron_cream.checkpoint.hf_weights import TensorPlan
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
 from megatron_cream.checkpoint.weight_map import WeightRow, rows_of_part
@@ -109,34 +108,15 @@ def _validate_shape(
         )
 
 
-def write_tensors(
-    writer: ShardWriter,
-    stored: TorchDistTensors,
-    tensors: list[ExtractedTensor],
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Write all tensors into shards, reading one block ahead.
-
-    Args:
-        tensors: in the order of ``writer``'s plan.
-        on_bytes: called with the bytes of each block that was written.
-    """
+def read_tensors(
+    stored: TorchDistTensors, tensors: list[ExtractedTensor]
+) -> Generator[np.ndarray, None, None]:
+    """Yield the bytes of all tensors, block by block and in order, reading one block ahead."""
     largest = max(
         max(t.row_bytes, min(BLOCK_BYTES, t.row_bytes * t.plan.shape[0])) for t in tensors
     )
-    wanted = (
-        partial(_read, stored, tensor, block) for tensor in tensors for block in tensor.blocks()
-    )
-    remaining = iter(tensors)
-    with closing(read_ahead(wanted, largest)) as blocks:
-        for number, shard in enumerate(writer.shards):
-            with writer.shard(number) as file:
-                for _ in shard:
-                    for _ in next(remaining).blocks():
-                        data = next(blocks)
-                        file.write(data)
-                        on_bytes(data.nbytes)
-    writer.write_index()
+    blocks = ((tensor, block) for tensor in tensors for block in tensor.blocks())
+    return read_ahead((partial(_read, stored, *one) for one in blocks), largest)
 
 
 def _read(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -89,11 +88,12 @@ def read_ahead[Read](
         largest: bytes of the memory; there are two of it.
     """
     buffers = [np.empty(largest, np.uint8) for _ in range(2)]
-    ahead: deque[Future[Read]] = deque()
+    ahead: Future[Read] | None = None
     with ThreadPoolExecutor(1) as reader:
         for number, read in enumerate(reads):
-            ahead.append(reader.submit(read, buffers[number % 2]))
-            if len(ahead) > 1:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            following = reader.submit(read, buffers[number % 2])
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()

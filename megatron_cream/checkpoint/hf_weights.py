@@ -14,8 +14,7 @@ import os
 import re
 import reprlib
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -263,61 +262,45 @@ def cut_into_shards(tensors: list[TensorPlan], most_bytes: int) -> list[list[Ten
     return shards
 
 
-class ShardWriter:
-    """Writes planned tensors, in their order, into the files that transformers looks for.
+def write_shards(
+    folder: Path,
+    tensors: list[TensorPlan],
+    most_bytes: int,
+    blocks: Iterator[np.ndarray],
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Write planned tensors, in their order, into the files that transformers looks for.
 
     Args:
         folder: where the files go.
-        tensors: all tensors, in the order in which their bytes will be written.
+        tensors: in the order in which their bytes come.
         most_bytes: size of a file that is not exceeded, headers not counted.
+        blocks: contiguous uint8 memory; each is used before the next one is asked for, and none
+            has bytes of two tensors.
+        on_bytes: called with the bytes of each block that was written.
+
+    Raises:
+        RuntimeError: there are fewer bytes than planned.
     """
-
-    def __init__(self, folder: Path, tensors: list[TensorPlan], most_bytes: int) -> None:
-        self.folder = folder
-        self.shards = cut_into_shards(tensors, most_bytes)
-
-    @property
-    def names(self) -> list[str]:
-        """File names of the shards."""
-        if len(self.shards) == 1:
-            return [SINGLE]
-        total = len(self.shards)
-        return [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-
-    @contextmanager
-    def shard(self, number: int) -> Iterator[_Shard]:
-        """Open one shard for writing; on leaving it must be full, and is on the disk."""
-        path = self.folder / self.names[number]
-        with path.open("wb", buffering=0) as file:
-            shard = _Shard(file.fileno(), sum(t.nbytes for t in self.shards[number]))
-            _write(file.fileno(), memoryview(_header(self.shards[number])))
-            yield shard
-            if shard.left:
-                raise RuntimeError(f"{path}: {shard.left} bytes of its tensors were not written")
+    shards = cut_into_shards(tensors, most_bytes)
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    names = [SINGLE] if len(shards) == 1 else names
+    for name, shard in zip(names, shards, strict=True):
+        left = sum(tensor.nbytes for tensor in shard)
+        with (folder / name).open("wb", buffering=0) as file:
+            _write(file.fileno(), memoryview(_header(shard)))
+            while left > 0 and (block := next(blocks, None)) is not None:
+                _write(file.fileno(), memoryview(block))
+                left -= block.nbytes
+                on_bytes(block.nbytes)
+            if left:
+                raise RuntimeError(f"{folder / name}: {left} bytes of its tensors were not written")
             os.fsync(file.fileno())
-
-    def write_index(self) -> None:
-        """Write which shard has which tensor; nothing where there is one shard."""
-        if len(self.shards) == 1:
-            return
-        files = zip(self.names, self.shards, strict=True)
-        weight_map = {t.name: name for name, shard in files for t in shard}
-        total = sum(t.nbytes for shard in self.shards for t in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-class _Shard:
-    """An open file: takes the bytes of its tensors one after the other."""
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._descriptor = descriptor
-        self.left = size
-
-    def write(self, data: np.ndarray) -> None:
-        """Append contiguous uint8 ``data``."""
-        _write(self._descriptor, memoryview(data))
-        self.left -= data.nbytes
+    if len(shards) > 1:
+        where = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write(descriptor: int, view: memoryview) -> None:

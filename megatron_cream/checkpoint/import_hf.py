@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_cream.checkpoint.hf_config import shape_from_config, window_of
 from megatron_cream.checkpoint.hf_files import (
     HF_FOLDER,
     copy_hf_files,
@@ -27,7 +26,13 @@ from megatron_cream.checkpoint.hf_files import (
 )
 from megatron_cream.checkpoint.hf_weights import DTYPES, HfWeights, validate_weights
 from megatron_cream.checkpoint.iterations import RELEASE, TRACKER
-from megatron_cream.checkpoint.model_shape import ModelShape, kind_flags, size_flags
+from megatron_cream.checkpoint.model_shape import (
+    ModelShape,
+    kind_flags,
+    shape_from_config,
+    size_flags,
+    window_of,
+)
 from megatron_cream.checkpoint.torch_dist_io import TensorChunk, write_torch_dist
 from megatron_cream.checkpoint.weight_map import WeightRow, rows_in_order
 from megatron_cream.config import SETTINGS_KEY, ExtensionConfig, rope_settings

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
+from megatron_cream import __version__
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.rope import RopeScaling, hf_rope_fields
@@ -137,7 +137,7 @@ def model_card(
         else "",
         dtype=dtype,
         attention=f"| attention | to the last {shape.window} tokens |\n" if shape.window else "",
-        version=_version(),
+        version=__version__,
         engines=describe_engines(fields["rope_type"]),
     )
 
@@ -192,10 +192,3 @@ def _history(base: SourceModel | None, extension: ExtensionConfig) -> str:
         f"`{base.name}`, extended from {base.window} to {window} tokens with {how}, trained on "
         f"{extension.train_length} tokens at a time."
     )
-
-
-def _version() -> str:
-    try:
-        return version("megatron_cream")
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from megatron_cream.checkpoint.weight_map import FAMILIES, Family, WeightPart, WeightRow
 from megatron_cream.errors import UserError
+from megatron_cream.json_values import flag, integer, number
 from megatron_cream.mcore.argument_table import flag_of, values
 
 
@@ -120,7 +123,7 @@ def size_flags(shape: ModelShape) -> list[str]:
     if shape.experts:
         flags += ["--num-experts", shape.experts, "--moe-router-topk", shape.experts_per_token]
         flags += ["--moe-ffn-hidden-size", shape.ffn]
-    return [str(flag) for flag in flags]
+    return [str(word) for word in flags]
 
 
 def kind_flags(shape: ModelShape) -> list[str]:
@@ -144,7 +147,7 @@ def shape_from_arguments(args: Namespace, architecture: str | None = None) -> Mo
     experts = args.num_experts or None
     heads = args.num_attention_heads
     return ModelShape(
-        architecture=architecture or _architecture(args, window),
+        architecture=architecture or _architecture_of_arguments(args, window),
         layers=args.num_layers,
         hidden=args.hidden_size,
         ffn=(args.moe_ffn_hidden_size if experts else None) or args.ffn_hidden_size,
@@ -163,7 +166,7 @@ def shape_from_arguments(args: Namespace, architecture: str | None = None) -> Mo
     )
 
 
-def _architecture(args: Namespace, window: int | None) -> str:
+def _architecture_of_arguments(args: Namespace, window: int | None) -> str:
     if args.num_experts:
         return "MixtralForCausalLM"
     if args.qk_layernorm:
@@ -190,11 +193,11 @@ def exportable_shape(args: Namespace, architecture: str | None = None) -> ModelS
                 f"Hugging Face model of the families {tuple(FAMILIES)}"
             )
     shape = shape_from_arguments(args, architecture)
-    _validate_features(shape)
+    _validate_family(shape)
     return shape
 
 
-def _validate_features(shape: ModelShape) -> None:
+def _validate_family(shape: ModelShape) -> None:
     family, windowed = shape.family, shape.window is not None
     features = {
         "--qk-layernorm": (shape.qk_norm, family.qk_norm),
@@ -203,9 +206,177 @@ def _validate_features(shape: ModelShape) -> None:
         "--add-bias-linear": (shape.linear_bias, family.biases and shape.linear_bias),
         "--window-size": (windowed, family.windowed and windowed),
     }
-    for flag, (has, needs) in features.items():
+    for name, (has, needs) in features.items():
         if has != needs:
             raise UserError(
-                f"{flag} of the checkpoint is {'on' if has else 'off'}: a {shape.architecture} "
+                f"{name} of the checkpoint is {'on' if has else 'off'}: a {shape.architecture} "
                 f"needs it {'on' if needs else 'off'}"
             )
+
+
+MOST_MODULES = 100_000
+"""Most layers, and most experts per layer: more is no model, and would take days to list."""
+
+# Fields of ``ModelShape`` by their keys in config.json.
+_KEYS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "heads": "num_attention_heads",
+    "groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocabulary": "vocab_size",
+    "norm_epsilon": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "window": "sliding_window",
+}
+_NEEDED = ("layers", "hidden", "ffn", "heads", "vocabulary", "norm_epsilon")
+
+# What transformers takes where config.json says nothing.
+_ABSENT: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+
+
+def shape_from_config(config: dict[str, Any]) -> ModelShape:
+    """Read config.json.
+
+    Raises:
+        UserError: an architecture or a setting that is not supported, or a value that is
+            missing, of another type, or out of range.
+    """
+    architecture, family = _architecture_of_config(config)
+    config = _ABSENT.get(family.model_type, {}) | config
+    validate_values(config)
+    _validate_supported(config, family)
+    for field in (*_NEEDED, *(("experts", "experts_per_token") if family.experts else ())):
+        _validate_present(config, _KEYS[field])
+    found: dict[str, Any] = {field: config.get(key) for field, key in _KEYS.items()}
+    found["norm_epsilon"], found["tied"] = float(config["rms_norm_eps"]), bool(found["tied"])
+    found["groups"] = found["groups"] or found["heads"]
+    found["head_dim"] = found["head_dim"] or found["hidden"] // found["heads"]
+    if family.experts:
+        integer(config, "num_experts_per_tok", most=config["num_local_experts"])
+    else:
+        found["experts"] = found["experts_per_token"] = None
+    if not family.windowed:
+        found["window"] = None
+    _validate_heads(found["heads"], found["groups"], found["head_dim"])
+    biases = bool(family.biases and config.get("attention_bias"))
+    kinds = {"qkv_bias": family.qkv_bias or biases, "linear_bias": biases}
+    return ModelShape(architecture=architecture, **found, **kinds, qk_norm=family.qk_norm)
+
+
+def _validate_heads(heads: int, groups: int, head_dim: int) -> None:
+    if heads % groups:
+        raise UserError(
+            f"num_key_value_heads in config.json is {groups}: it must divide the {heads} "
+            "num_attention_heads"
+        )
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(
+            f"a head has {head_dim} dimensions by config.json (head_dim, or hidden_size / "
+            "num_attention_heads): it must be an even number of at least 2, which are turned in "
+            "pairs"
+        )
+
+
+_COUNTS = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "max_position_embeddings", "sliding_window", "num_experts_per_tok"),
+)
+_MODULES = ("num_hidden_layers", "num_local_experts")
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+
+
+def validate_values(config: dict[str, Any]) -> None:
+    """Check type and range of what config.json says of a model of one of ``FAMILIES``.
+
+    Raises:
+        UserError: a value of another type, or out of range.
+    """
+    for key in _COUNTS:
+        integer(config, key)
+    for key in _MODULES:
+        integer(config, key, most=MOST_MODULES)
+    for key in _SWITCHES:
+        flag(config, key)
+    if number(config, "rms_norm_eps", 0.5) >= 1:
+        raise UserError(
+            f"rms_norm_eps in config.json is {config['rms_norm_eps']}: it must be below 1"
+        )
+
+
+def window_of(config: dict[str, Any]) -> int:
+    """Return max_position_embeddings, in tokens.
+
+    Raises:
+        UserError: it is missing, of another type, or out of range.
+    """
+    _validate_present(config, "max_position_embeddings")
+    return integer(config, "max_position_embeddings", 0)
+
+
+def _architecture_of_config(config: dict[str, Any]) -> tuple[str, Family]:
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        raise UserError(
+            f"architectures in config.json is {reprlib.repr(named)}: it must be one of "
+            f"{tuple(FAMILIES)}"
+        )
+    family = FAMILIES[architecture]
+    if config.get("model_type", family.model_type) != family.model_type:
+        raise UserError(
+            f"model_type in config.json is {reprlib.repr(config['model_type'])}: "
+            f"architectures says {architecture}, whose type is {family.model_type!r}"
+        )
+    return architecture, family
+
+
+# Settings of config.json under which the model would not be the one that Megatron builds:
+# (key, values that are supported).
+_SUPPORTED = (
+    ("hidden_act", ("silu",)),
+    ("quantization_config", (None,)),
+    ("use_sliding_window", (None, False)),
+)
+
+
+def _validate_supported(config: dict[str, Any], family: Family) -> None:
+    for key, supported in _SUPPORTED:
+        value = config.get(key, supported[0])
+        if value not in supported:
+            raise UserError(
+                f"{key} in config.json is {reprlib.repr(value)}: it must be {supported[0]!r}"
+            )
+    biases = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if biases != (False, False) and not (family.biases and biases == (True, True)):
+        raise UserError(
+            f"attention_bias and mlp_bias in config.json are {biases[0]} and {biases[1]}: "
+            "Megatron has biases on all linear layers, on queries, keys and values alone (qwen2), "
+            "or on none"
+        )
+
+
+def _validate_present(config: dict[str, Any], key: str) -> None:
+    if config.get(key) is None:
+        raise UserError(f"{key} in config.json is missing: the model cannot be built without it")
+
+
+def config_fields(shape: ModelShape) -> dict[str, Any]:
+    """Return the fields of config.json that describe the model; inverse of shape_from_config."""
+    family, fields = shape.family, {key: getattr(shape, field) for field, key in _KEYS.items()}
+    if not family.experts:
+        del fields["num_local_experts"], fields["num_experts_per_tok"]
+    if not family.windowed:
+        del fields["sliding_window"]
+    if family.biases:
+        fields |= {"attention_bias": shape.linear_bias, "mlp_bias": shape.linear_bias}
+    named = {"architectures": [shape.architecture], "model_type": family.model_type}
+    return {**named, **fields, "hidden_act": "silu"}

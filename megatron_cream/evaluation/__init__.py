@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluates models on long text.
 
-evaluate    the command; its flags are evaluation_settings, validated
-run         ``evaluate()``: the tasks that are asked for on one model
-open_model  opens model, tokenizer, prompt and documents
+evaluate    the command, and ``evaluate()``; its flags are evaluation_settings, validated
+other_rope  another RoPE than a model's own, where the flags ask for one
+prompts     the tokenizer, and what a prompt puts around a task
 forward     one forward pass over a context and the tails that continue it
-tasks       retrieval, tracking and counting tasks, by name
+evaluation_tasks  retrieval, tracking and counting tasks, by name
 haystacks   cases of an exact token length
 scoring     cases scored by one forward pass, without generation
 perplexity  perplexity by context length and position: a sliding window, or one of each document
@@ -14,6 +14,6 @@ results     shares, perplexities, intervals and tables; store keeps them, result
 compare     several runs in one table and picture
 report      finished runs in one page (html_page), or in a model card
 ruler       RULER's thirteen tasks, case for case; a model answers them greedily; its figures
-generation  greedy decoding one case at a time, cached_generation several
+generation  greedy decoding by a Hugging Face model
 lm_eval     a model class for lm-eval
 """

@@ -48,9 +48,8 @@ def line_of(name: str, rows: Sequence[dict[str, Any]], *keys: str) -> ChartLine:
     return ChartLine(name, *columns)
 
 
-def style(axes: Axes, xlabel: str, ylabel: str, title: str = "") -> None:
+def style(axes: Axes, xlabel: str, ylabel: str) -> None:
     """Give axes thin spines, a pale horizontal grid and labels."""
-    axes.set_title(title, loc="left", fontsize=NORMAL, color=INK, pad=10)
     axes.set_xlabel(xlabel, fontsize=NORMAL, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=NORMAL, color=MUTED)
     axes.tick_params(which="both", colors=MUTED, labelsize=SMALL, length=3, width=0.6)

@@ -119,7 +119,7 @@ class Conversation:
         from transformers import AutoTokenizer, DynamicCache
 
         from megatron_cream.attention.methods import attention_choice
-        from megatron_cream.evaluation.open_model import open_model
+        from megatron_cream.evaluation.evaluate import open_model
 
         assert settings.hf is not None
         try:

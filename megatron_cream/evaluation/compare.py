@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.pictures import draw, note_missing_matplotlib
 from megatron_cream.evaluation.result_files import read_result
-from megatron_cream.evaluation.results import Result, joined_table
-from megatron_cream.evaluation.store import RESULT_FILE, SETTINGS_FILE, write_whole
-from megatron_cream.positions.plots import has_matplotlib
+from megatron_cream.evaluation.results import joined_table
+from megatron_cream.evaluation.store import (
+    RESULT_FILE,
+    SETTINGS_FILE,
+    note_missing_matplotlib,
+    write_table,
+    write_whole,
+)
 
 # What must be the same for runs to be compared; missing in a run of another kind of task.
 _SAME = (
@@ -38,17 +42,12 @@ def compare(runs: Sequence[str], output: str | None) -> str:
     results = with_different_names(runs, results)
     table = joined_table(results)
     if output is not None:
-        _write(Path(output), results, table)
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / RESULT_FILE, (json.dumps(results, indent=2) + "\n").encode())
+        write_table(folder, table, results)
+        note_missing_matplotlib()
     return table
-
-
-def _write(folder: Path, results: list[Result], table: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RESULT_FILE, (json.dumps(results, indent=2) + "\n").encode())
-    write_whole(folder / "table.md", (table + "\n").encode())
-    if has_matplotlib():
-        draw(results, folder / "picture.png")
-    note_missing_matplotlib()
 
 
 def _validate_folder(folder: Path) -> None:

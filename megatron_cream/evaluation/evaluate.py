@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``megatron-cream evaluate``: a sub-command per task, and one that compares."""
+"""The command ``megatron-cream evaluate``, and ``evaluate()``, which it runs.
+
+Modules that need torch are imported where they are used: ``--help`` and wrong flags need none.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from megatron_cream.attention.methods import attention_choice
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
+from megatron_cream.evaluation.other_rope import changed_extension, changed_fields
+from megatron_cream.evaluation.results import PER_DOCUMENT, format_results, suite_table
 from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
 from megatron_cream.options import add_flags
 from megatron_cream.rope.flags import add_rope_flags
+
+if TYPE_CHECKING:
+    from megatron_cream.evaluation.forward import ScoringModel
 
 EXAMPLES = """
     megatron-cream evaluate perplexity --checkpoint runs/cream --data data/validation \\
@@ -117,7 +129,124 @@ def run(args: argparse.Namespace) -> None:
         print(
             "note: --lengths is not used: the cases of --cases-file have their own", file=sys.stderr
         )
-    from megatron_cream.evaluation.run import evaluate, format_results
-
     if results := evaluate(settings_of(args)):
         print(format_results(results))
+
+
+def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
+    """Evaluate a checkpoint or a Hugging Face folder on long text.
+
+        evaluate(EvaluationSettings(["passkey", "needle"], hf="model/", lengths=[4096, 16384]))
+
+    With ``output`` every task has a folder: OUTPUT itself for one task, OUTPUT/TASK for several.
+    It gets result.json, table.md, picture.png and every finished case at once, so that a run that
+    was killed goes on where it was.
+
+    Args:
+        settings: tasks, the model, lengths in tokens, and where results go.
+
+    Returns:
+        one result per task, in order, as in result.json: ``lengths`` has a row per context length
+        in tokens. Of perplexity that is ``perplexity``, and ``nll`` in nats per token with
+        ``document_nll`` ``[documents]``, and of longppl ``longppl`` too; of other tasks shares from
+        0 to 1, of exact answers (``hit``), parts of answers (``items``) and tokens, with 95 %
+        intervals (``hit_low``, ``hit_high``), and the log-likelihood of the answer in nats
+        (``logprob_per_token``); of ruler ``scores`` by task and metric and their ``average``, from
+        0 to 100. Only the first rank has them; others return no result.
+
+    Raises:
+        UserError: settings that do not go together, or a model, tokenizer or data that do not.
+        OSError: a file that is missing, or a folder that another run writes to.
+        ImportError: transformers is not installed, or what a tokenizer needs.
+    """
+    if settings.cpu and settings.checkpoint is not None:
+        from megatron_cream.mcore import cpu
+
+        cpu.install()
+    settings.validate()
+    from megatron_cream.evaluation.longppl import score_longppl
+    from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
+    from megatron_cream.evaluation.prompts import open_prompt, validate_vocabulary
+    from megatron_cream.evaluation.ruler.answers import open_cases, score_ruler
+    from megatron_cream.evaluation.scoring import score_cases, validate_fit
+    from megatron_cream.evaluation.store import note_missing_matplotlib, write_table
+
+    # What can be refused without a model is refused before one is loaded.
+    lengths = set(settings.lengths)
+    has_cases = not set(settings.tasks) <= set(PER_DOCUMENT)
+    prompt = open_prompt(settings) if has_cases else None
+    ruler_cases = open_cases(settings, prompt) if prompt and "ruler" in settings.tasks else {}
+    for task in settings.tasks:
+        if prompt and task not in (*PER_DOCUMENT, "ruler"):
+            lengths.update(validate_fit(settings, prompt, task))
+    model = open_model(settings)
+    if prompt:
+        validate_vocabulary(prompt.tokenizer, model)
+    _note_longer_than_window(lengths, model)
+    documents = open_documents(settings, model) if "perplexity" in settings.tasks else []
+    results = []
+    for task in settings.tasks:
+        if task == "longppl":
+            results.append(score_longppl(settings, model))
+        elif prompt is None or task == "perplexity":
+            results.append(score_perplexity(settings, model, documents))
+        elif task == "ruler":
+            results.append(score_ruler(settings, model, prompt, ruler_cases))
+        else:
+            results.append(score_cases(settings, model, prompt, task))
+    if not model.primary:
+        return []
+    if settings.output:
+        if len(results) > 1:
+            write_table(Path(settings.output), suite_table(results), results)
+        note_missing_matplotlib()
+    return results
+
+
+def open_model(settings: EvaluationSettings) -> ScoringModel:
+    """Load the model of --checkpoint or --hf, with another RoPE or attention if flags ask for it.
+
+    Raises:
+        UserError, FileNotFoundError, ImportError: a model that cannot be scored.
+    """
+    if settings.hf is not None:
+        from megatron_cream.evaluation.hf_model import HuggingFaceModel
+
+        model: Any = HuggingFaceModel(settings.hf, settings.dtype, rope=changed_fields(settings))
+    else:
+        validate_gpu()
+        from megatron_cream.evaluation.megatron_model import MegatronModel
+
+        path = str(settings.checkpoint)
+        model = MegatronModel(path, changed_extension(settings), settings.layout)
+    if choice := attention_choice(settings):
+        longest = max(settings.lengths or [model.window])
+        sizes = choice.sizes(model.window, longest, model.dual_chunk)
+        model.attend_beyond_window(choice.bands(sizes), choice.flag)
+        model.settings["attention"] = {"name": choice.name, **sizes}
+    return model
+
+
+def validate_gpu(flag: str = "--cpu") -> None:
+    """Refuse a checkpoint on a machine with no GPU, unless the CPU stands in for it.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{flag} is not given, and this machine has no GPU that PyTorch sees: a Megatron "
+            f"checkpoint needs one, or {flag}"
+        )
+
+
+def _note_longer_than_window(lengths: set[int], model: ScoringModel) -> None:
+    longer = sorted(length for length in lengths if length > model.window)
+    if longer and model.primary:
+        print(
+            f"note: --lengths has {' '.join(map(str, longer))}: {model.name} was extended to "
+            f"{model.window} tokens",
+            file=sys.stderr,
+        )

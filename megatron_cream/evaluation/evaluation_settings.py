@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_cream.attention.methods import attention_choice, method_flag
 from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, flag_name, parse_length
+from megatron_cream.parallel_layout import ParallelLayout
 from megatron_cream.rope import SCALINGS
 
 _RANKS = "ranks that torchrun started for it"
@@ -213,7 +214,7 @@ class EvaluationSettings:
                     )
 
     def _validate_records(self) -> None:
-        from megatron_cream.evaluation.tasks import TASKS
+        from megatron_cream.evaluation.evaluation_tasks import TASKS
 
         able = [name for name, task in TASKS.items() if task.records]
         if self.cases_file is not None or not set(self.tasks) <= set(able):
@@ -223,7 +224,7 @@ class EvaluationSettings:
             )
 
     def _validate_cases_file(self, path: str) -> None:
-        from megatron_cream.evaluation.tasks.lines import read_cases, validate_has_published
+        from megatron_cream.evaluation.published_cases import read_cases, validate_has_published
 
         if self.most_tokens is not None:
             raise UserError(
@@ -269,6 +270,21 @@ class EvaluationSettings:
         if not 0 <= self.threshold <= 100:
             raise UserError(f"--threshold has {self.threshold}: it must be from 0 to 100")
 
+    def folder(self, task: str) -> Path | None:
+        """Return where a task's results go: OUTPUT itself for one task, OUTPUT/TASK for several."""
+        if self.output is None:
+            return None
+        return Path(self.output) / task if len(self.tasks) > 1 else Path(self.output)
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The ranks that a checkpoint is spread over."""
+        return ParallelLayout(
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.context_parallel_size,
+        )
+
     @property
     def tokens_per_document(self) -> int:
         """Tokens of each document that perplexity scores."""
@@ -294,14 +310,12 @@ class EvaluationSettings:
             )
 
     def _validate_model(self) -> None:
-        from megatron_cream.checkpoint.iterations import find_checkpoint
+        from megatron_cream.checkpoint.iterations import require_checkpoint
 
         if self.hf is not None and not (Path(self.hf) / "config.json").is_file():
             raise FileNotFoundError(f"--hf is {self.hf}: it must be a folder with a config.json")
-        if self.checkpoint is not None and find_checkpoint(self.checkpoint) is None:
-            raise FileNotFoundError(
-                f"--checkpoint is {self.checkpoint}: it must hold a torch_dist checkpoint"
-            )
+        if self.checkpoint is not None:
+            require_checkpoint(self.checkpoint)
 
     def _validate_output(self) -> None:
         """Check that several tasks do not write into another folder; for one the store does."""

@@ -106,9 +106,20 @@ class ScoringModel(Protocol):
     ) -> Iterator[np.ndarray]:
         """Yield what greedy decoding writes after each prompt ``[n]``, in order.
 
-        At most ``new_tokens`` tokens, without the one of ``stop`` that ends them.
+        At most ``new_tokens`` tokens, without the one of ``stop`` that ends them. A model without
+        a cache of its own runs a pass over all for each token: slow, and exact at any layout.
         """
-        ...
+        for prompt in prompts:
+            tokens = prompt.astype(np.int64)
+            while len(tokens) < len(prompt) + new_tokens:
+                last = torch.tensor([len(tokens) - 1])
+                one = ForwardPass(torch.from_numpy(tokens)[None], last, torch.zeros(1, 1).long())
+                (scores,) = self.run(iter([one]))
+                best = int(scores.best)
+                if best in stop:
+                    break
+                tokens = np.append(tokens, best)
+            yield tokens[len(prompt) :]
 
 
 @contextmanager

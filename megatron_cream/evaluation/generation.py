@@ -1,23 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes greedily, one case at a time: by transformers' ``generate``, or by whole passes.
+"""Decodes greedily with a model of transformers, several prompts at once with keys and values kept.
 
-``generated_hit`` scores the published way, for comparison with ``scoring``: LongChat's, Lost in the
-Middle's and the passkey scripts do this. ``cached_generation`` takes several cases at a time.
+Prompts are computed one after the other, each without padding, as if it stood alone. Their keys and
+values lie in one buffer per layer in which all prompts end together; then every step writes one
+token of each. Where a shorter prompt has nothing yet, nothing is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import Cache
 
-from megatron_cream.evaluation.forward import ForwardPass, ScoringModel
-from megatron_cream.evaluation.haystacks import HaystackCases
+from megatron_cream.evaluation.forward import seeing
 
-# Most new tokens in the published scripts.
-NEW_TOKENS = {"longchat-lines": 35, "kv-retrieval": 50, "passkey": 20}
+
+class BatchCache(Cache):
+    """Keys and values of b sequences, ``[b, g, longest + new, d]`` per layer.
+
+    Args:
+        lengths: tokens of each prompt.
+        new_tokens: most tokens that are written after each.
+
+    Attributes:
+        row: which prompt is being computed; None while tokens are written after all of them.
+        end: tokens that the longest sequence has by now.
+    """
+
+    def __init__(self, lengths: Sequence[int], new_tokens: int) -> None:
+        super().__init__(layers=[])
+        self.lengths, self.longest = lengths, max(lengths)
+        self.size = self.longest + new_tokens
+        self.row: int | None = None
+        self.end = self.longest
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep what is new; return keys and values ``[b, g, n, d]`` to attend to."""
+        new = (key_states, value_states)
+        if layer_idx not in self._kept:
+            # Zeros, since what is not seen is still multiplied, by 0.
+            keys, values = (
+                x.new_zeros(len(self.lengths), x.shape[1], self.size, x.shape[3]) for x in new
+            )
+            self._kept[layer_idx] = keys, values
+        kept = self._kept[layer_idx]
+        if self.row is not None:
+            place = slice(self.longest - self.lengths[self.row], self.longest)
+            for buffer, values in zip(kept, new, strict=True):
+                buffer[self.row, :, place] = values[0]
+            return new
+        for buffer, values in zip(kept, new, strict=True):
+            buffer[:, :, self.end] = values[:, :, 0]
+        return kept[0][:, :, : self.end + 1], kept[1][:, :, : self.end + 1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many tokens came before."""
+        return 0 if self.row is not None else self.end
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Return which tokens each sequence sees, bool ``[b, size]``; None if all see all."""
+        if min(self.lengths) == self.longest:
+            return None
+        starts = self.longest - torch.tensor(self.lengths, device=device)
+        return torch.arange(self.size, device=device) >= starts[:, None]
+
+
+@torch.inference_mode()
+def generate_batch(
+    module: Any,
+    prompts: Sequence[np.ndarray],
+    new_tokens: int,
+    stop: Sequence[int],
+    vocabulary: int,
+) -> list[np.ndarray]:
+    """Return what greedy decoding writes after each prompt, without the token that stops it.
+
+    Args:
+        module: a model whose attention is ``forward``'s.
+        prompts: int64 ``[n]`` each.
+        new_tokens: most tokens to write.
+        stop: tokens that end an answer.
+        vocabulary: tokens that count; logits after them are left out.
+    """
+    cache = BatchCache([len(prompt) for prompt in prompts], new_tokens)
+    device = module.device
+    ends = torch.tensor(list(stop), device=device)
+    head = module.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
+    try:
+        best = _read_prompts(module, cache, prompts, vocabulary)
+        written = [best]
+        done = torch.isin(best, ends)
+        positions = torch.tensor(cache.lengths, device=device)[:, None]
+        cache.row, mask = None, cache.mask(device)
+        while len(written) < new_tokens and not done.all():
+            with seeing(None if mask is None else mask[:, : cache.end + 1]):
+                best = _step(module, cache, best[:, None], positions, vocabulary)
+            written.append(best)
+            done |= torch.isin(best, ends)
+            positions = positions + 1
+            cache.end += 1
+    finally:
+        handle.remove()
+    rows = torch.stack(written, dim=1).cpu().numpy()
+    return [cut(row, stop) for row in rows]
+
+
+def _read_prompts(
+    module: Any, cache: BatchCache, prompts: Sequence[np.ndarray], vocabulary: int
+) -> Tensor:
+    """Fill the cache; return the first token ``[b]`` after each prompt."""
+    found = []
+    for cache.row, prompt in enumerate(prompts):
+        tokens = torch.from_numpy(prompt.astype(np.int64))[None].to(module.device)
+        positions = torch.arange(len(prompt), device=module.device)[None]
+        found.append(_step(module, cache, tokens, positions, vocabulary))
+    return torch.cat(found)
+
+
+def _step(
+    module: Any, cache: BatchCache, tokens: Tensor, positions: Tensor, vocabulary: int
+) -> Tensor:
+    """Return the most likely token ``[b]`` after ``tokens`` ``[b, n]``."""
+    made = module(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+    return made.logits[:, -1, :vocabulary].float().argmax(-1)
+
+
+def cut(written: np.ndarray, stop: Sequence[int]) -> np.ndarray:
+    """Return the tokens before the first one that stops."""
+    at = np.flatnonzero(np.isin(written, list(stop)))
+    return written[: at[0]] if len(at) else written
 
 
 @torch.inference_mode()
@@ -41,37 +160,3 @@ def generate_tokens(
         pad_token_id=0,
     )
     return made[0, len(prompt) :].cpu().numpy()
-
-
-def generated_hit(
-    module: Any, haystack: HaystackCases, index: int, new_tokens: int, eos: int | None = None
-) -> bool:
-    """Return whether greedy decoding writes the gold answer of one case of a haystack.
-
-    As many tokens as the answer has are read at least.
-    """
-    tail = haystack.tails[index]
-    whole = np.concatenate([haystack.context, tail.tokens])
-    size = len(tail.answer)
-    written = generate_tokens(module, whole[: len(whole) - size], max(new_tokens, size), eos)
-    return np.array_equal(written[:size], tail.answer)
-
-
-def generate_by_passes(
-    model: ScoringModel, prompts: Sequence[np.ndarray], new_tokens: int, stop: Sequence[int]
-) -> Iterator[np.ndarray]:
-    """Yield what greedy decoding writes after each prompt ``[n]``: a pass over all for each token.
-
-    That is slow, and exact at any layout of a model. See ``forward.ScoringModel.generate``.
-    """
-    for prompt in prompts:
-        tokens = prompt.astype(np.int64)
-        while len(tokens) < len(prompt) + new_tokens:
-            last = torch.tensor([len(tokens) - 1])
-            one = ForwardPass(torch.from_numpy(tokens)[None], last, torch.zeros(1, 1).long())
-            (scores,) = model.run(iter([one]))
-            best = int(scores.best)
-            if best in stop:
-                break
-            tokens = np.append(tokens, best)
-        yield tokens[len(prompt) :]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_cream.attention.bands import Bands
-from megatron_cream.checkpoint.hf_config import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.hf_files import read_config
 from megatron_cream.checkpoint.hf_weights import HfWeights
+from megatron_cream.checkpoint.model_shape import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.evaluation.beyond_window import BeyondWindow
@@ -30,7 +31,6 @@ from megatron_cream.evaluation.forward import (
 from megatron_cream.json_values import integer, naming, reason
 from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAME = "megatron_cream"
 _MOST_ROWS = 32  # prompts that are answered together; a killed run does so many again
 _CPU_CACHE = 2**31  # bytes
@@ -44,7 +44,7 @@ class HuggingFaceModel:
 
     Args:
         path: folder with config.json and weights.
-        dtype: a name of ``DTYPES``; as saved unless given.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; as saved unless given.
         device: where it runs; a GPU where there is one unless given.
         rope: fields of config.json that take the place of its own.
 
@@ -68,9 +68,8 @@ class HuggingFaceModel:
             raise FileNotFoundError(f"--hf is {path}: it must be a folder with a config.json")
         self.name = path
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.module = (
-            _load(path, DTYPES[dtype] if dtype else "auto", rope or {}).to(self.device).eval()
-        )
+        weights_type = getattr(torch, dtype) if dtype else "auto"
+        self.module = _load(path, weights_type, rope or {}).to(self.device).eval()
         config = self.module.config.get_text_config()
         for key in _AFTER_OUTPUT:
             if getattr(config, key, None) not in (None, 1.0):
@@ -125,8 +124,7 @@ class HuggingFaceModel:
         time, as many as there is memory for; where the model keeps its own attention, ``generate``
         itself is called for one at a time.
         """
-        from megatron_cream.evaluation.cached_generation import cut, generate_batch
-        from megatron_cream.evaluation.generation import generate_tokens
+        from megatron_cream.evaluation.generation import cut, generate_batch, generate_tokens
 
         if not self.shares_context:
             for prompt in prompts:
@@ -147,8 +145,7 @@ class HuggingFaceModel:
         count = max(1, min(_MOST_ROWS, _cache_tokens(self.module) // tokens))
         if _has_own_angles([len(prompt) for prompt in prompts], new_tokens, self.module.config):
             count = 1
-        for first in range(0, len(prompts), count):
-            yield prompts[first : first + count]
+        yield from batched(prompts, count)
 
     @torch.inference_mode()
     def _score(self, one: ForwardPass) -> PassScores:

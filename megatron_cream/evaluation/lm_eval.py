@@ -77,11 +77,8 @@ class MegatronCreamLM(TemplateLM):
             from megatron_cream.mcore.cpu import install
 
             install()
-        from megatron_cream.evaluation.open_model import (
-            open_tokenizer,
-            validate_gpu,
-            validate_vocabulary,
-        )
+        from megatron_cream.evaluation.evaluate import validate_gpu
+        from megatron_cream.evaluation.prompts import open_tokenizer, validate_vocabulary
 
         validate_gpu("cpu=true in --model_args")
         from megatron_cream.evaluation.megatron_model import MegatronModel

@@ -29,15 +29,15 @@ from megatron_cream.evaluation.key_tokens import (
     read_key_tokens,
     short_logprobs,
 )
-from megatron_cream.evaluation.open_model import hash_files, open_documents, result_header
 from megatron_cream.evaluation.perplexity import (
     document_settings,
     hash_documents,
+    open_documents,
     score_documents,
 )
 from megatron_cream.evaluation.result_files import KEY_DOCUMENT_RECORDS
 from megatron_cream.evaluation.results import longppl_results
-from megatron_cream.evaluation.store import ResultStore
+from megatron_cream.evaluation.store import hash_files, open_store
 
 
 def validate_flags(settings: EvaluationSettings) -> None:
@@ -68,9 +68,7 @@ def validate_flags(settings: EvaluationSettings) -> None:
             raise FileNotFoundError(f"{flag} is {value}: it must be a folder with a config.json")
 
 
-def score_longppl(
-    settings: EvaluationSettings, model: ScoringModel, folder: str | None = None
-) -> dict[str, Any]:
+def score_longppl(settings: EvaluationSettings, model: ScoringModel) -> dict[str, Any]:
     """Score documents at every length and return the results; write them if there is a folder.
 
     A run that was killed is continued: documents that the folder has are not scored again.
@@ -90,17 +88,10 @@ def score_longppl(
         if settings.save_key_tokens is not None and model.primary:
             kept.save(Path(settings.save_key_tokens))
     _validate_some(settings, kept)
-    header = result_header(settings, model, "longppl") | document_settings(settings, documents)
-    header |= {"key_tokens": kept.judge}
-    with ResultStore(folder, header, KEY_DOCUMENT_RECORDS, model.primary) as store:
-        known: set[tuple[int, ...]] = {
-            (length, i) for length in settings.lengths for i in range(len(documents))
-        }
-        store.validate_finished(set(settings.lengths), known)
+    decisive = document_settings(settings, documents) | {"key_tokens": kept.judge}
+    with open_store(settings, model, "longppl", decisive, KEY_DOCUMENT_RECORDS) as store:
         score_documents(settings, model, documents, store, kept.masks())
-        result = header | longppl_results(store.finished)
-        store.finish(result)
-    return result
+        return store.finish(longppl_results(store.finished))
 
 
 def _kept(settings: EvaluationSettings) -> KeyTokens | None:

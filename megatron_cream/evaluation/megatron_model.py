@@ -8,12 +8,11 @@ is, and answers to all ranks with one number and one token per prediction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import batched
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,15 +22,21 @@ from megatron_cream.checkpoint.loading import load_model
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.beyond_window import BeyondWindow
-from megatron_cream.evaluation.forward import ForwardPass, PassScores, attend, score_rows, tails
-from megatron_cream.evaluation.generation import generate_by_passes
+from megatron_cream.evaluation.forward import (
+    ForwardPass,
+    PassScores,
+    ScoringModel,
+    attend,
+    score_rows,
+    tails,
+)
 from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.mcore.pipeline_stage import PipelineStage
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
 from megatron_cream.rope.huggingface import claimed_window
 
 
-class MegatronModel:
+class MegatronModel(ScoringModel):
     """This rank's part of a checkpoint; see ``forward.ScoringModel``.
 
     Args:
@@ -100,18 +105,11 @@ class MegatronModel:
         """Set angles for sequences of ``length`` tokens."""
         self.stage.module.rotary_pos_emb.set_length(length)
 
-    def generate(
-        self, prompts: Sequence[np.ndarray], new_tokens: int, stop: Sequence[int]
-    ) -> Iterator[np.ndarray]:
-        """Yield what greedy decoding writes after each prompt ``[n]``, without a cache."""
-        return generate_by_passes(self, prompts, new_tokens, stop)
-
     @torch.inference_mode()
     def run(self, passes: Iterator[ForwardPass]) -> Iterator[PassScores]:
         """Answer passes in order; with pipeline stages, a few at a time so that all have work."""
         several = 1 if self.layout.pipeline == 1 else 2 * self.layout.pipeline
-        passes = iter(passes)
-        while some := list(islice(passes, several)):
+        for some in batched(passes, several):
             sends: list[Any] = []
             answers = [self._run_stage(one, sends) for one in some]
             for send in sends:

@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import batched, groupby, product
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_cream.corpus.input_files import find_inputs
+from megatron_cream.corpus.readers import read_documents as read_texts
+from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import (
@@ -27,10 +33,10 @@ from megatron_cream.evaluation.forward import (
     progress_bar,
     weigh_tokens,
 )
-from megatron_cream.evaluation.open_model import open_documents, result_header
+from megatron_cream.evaluation.prompts import open_tokenizer, validate_vocabulary
 from megatron_cream.evaluation.result_files import DOCUMENT_RECORDS
 from megatron_cream.evaluation.results import buckets, perplexity_results
-from megatron_cream.evaluation.store import ResultStore
+from megatron_cream.evaluation.store import ResultStore, open_store
 
 
 @dataclass(frozen=True)
@@ -137,18 +143,13 @@ def score_document(
     return dataclasses.replace(found, key_nll=key_nll, key_targets=key_targets)
 
 
-def _batches(all_windows: list[ScoredWindow], size: int) -> Iterator[list[ScoredWindow]]:
+def _batches(all_windows: list[ScoredWindow], size: int) -> Iterator[tuple[ScoredWindow, ...]]:
     """Yield windows that score as many targets each, up to ``size`` of them."""
-    batch: list[ScoredWindow] = []
-    for window in all_windows:
-        if batch and (len(batch) == size or batch[0].scored != window.scored):
-            yield batch
-            batch = []
-        batch.append(window)
-    yield batch
+    for _, same in groupby(all_windows, key=attrgetter("scored")):
+        yield from batched(same, size)
 
 
-def _pass(tokens: np.ndarray, batch: list[ScoredWindow]) -> ForwardPass:
+def _pass(tokens: np.ndarray, batch: Sequence[ScoredWindow]) -> ForwardPass:
     rows = np.stack([tokens[w.start : w.start + w.length + 1] for w in batch]).astype(np.int64)
     ids = torch.from_numpy(rows)
     length, scored = batch[0].length, batch[0].scored
@@ -159,27 +160,19 @@ def _pass(tokens: np.ndarray, batch: list[ScoredWindow]) -> ForwardPass:
 def score_perplexity(
     settings: EvaluationSettings,
     model: ScoringModel,
-    folder: str | None = None,
-    documents: list[np.ndarray] | None = None,
+    documents: list[np.ndarray],
 ) -> dict[str, Any]:
     """Score documents at every length and return the results; write them if there is a folder.
 
     A run that was killed is continued: documents that the folder has are not scored again.
 
     Args:
-        documents: ids ``[tokens_per_document]`` each; those of --data unless given.
+        documents: ids ``[tokens_per_document]`` each.
     """
-    documents = documents or open_documents(settings, model)
-    header = result_header(settings, model, "perplexity") | document_settings(settings, documents)
-    with ResultStore(folder, header, DOCUMENT_RECORDS, model.primary) as store:
-        known: set[tuple[int, ...]] = {
-            (length, i) for length in settings.lengths for i in range(len(documents))
-        }
-        store.validate_finished(set(settings.lengths), known)
+    decisive = document_settings(settings, documents)
+    with open_store(settings, model, "perplexity", decisive, DOCUMENT_RECORDS) as store:
         score_documents(settings, model, documents, store)
-        result = header | perplexity_results(store.finished)
-        store.finish(result)
-    return result
+        return store.finish(perplexity_results(store.finished))
 
 
 def document_settings(settings: EvaluationSettings, documents: list[np.ndarray]) -> dict[str, Any]:
@@ -207,6 +200,8 @@ def score_documents(
         documents: ids ``[n]`` each.
         keys: bool ``[n]`` each, which tokens are key tokens.
     """
+    known = product(settings.lengths, range(len(documents)))
+    store.validate_finished(set(settings.lengths), set(known))
     strides = {
         length: None if settings.truncates else settings.stride or max(1, length // 2)
         for length in settings.lengths
@@ -216,7 +211,7 @@ def score_documents(
         length: weigh_tokens(length * len(windows(tokens, length, stride)), length)
         for length, stride in strides.items()
     }
-    done = {store.kind.identity(record) for record in store.finished}
+    done = store.done
     total = len(documents) * sum(works.values())
     with progress_bar(settings.name or settings.tasks[0], total, model.primary) as bar:
         for length, stride in strides.items():
@@ -231,7 +226,7 @@ def score_documents(
                     continue
                 found = score_document(
                     *(model, document, length, stride, number, settings.batch_tokens, report),
-                    keys and keys[number],
+                    None if keys is None else keys[number],
                 )
                 store.add([found.record()])
 
@@ -242,3 +237,75 @@ def hash_documents(documents: list[np.ndarray]) -> str:
     for document in documents:
         found.update(document.astype("<i8").tobytes())
     return found.hexdigest()[:16]
+
+
+def open_documents(settings: EvaluationSettings, model: ScoringModel) -> list[np.ndarray]:
+    """Return ``documents`` documents ``[tokens_per_document]`` out of --data.
+
+    It is an indexed dataset, or text that the model's tokenizer encodes.
+
+    Raises:
+        UserError, FileNotFoundError: no such data, or too little of it, or not the model's tokens.
+    """
+    data, tokens = str(settings.data), settings.tokens_per_document
+    if Path(f"{data}.idx").exists() or not Path(data).exists():
+        skip = settings.skip_documents
+        documents = read_first_tokens(data, settings.documents, tokens, skip)
+    else:
+        documents = _encode_texts(settings, data, model, tokens)
+    if (lowest := min(int(document.min()) for document in documents)) < 0:
+        raise UserError(f"--data is {data}: it has token {lowest}, which is no token")
+    highest = max(int(document.max()) for document in documents)
+    if highest >= model.vocabulary:
+        raise UserError(
+            f"--data is {data}: it has token {highest}, the model's vocabulary has "
+            f"{model.vocabulary}; it must be written with the model's tokenizer"
+        )
+    return documents
+
+
+def read_first_tokens(prefix: str, count: int, tokens: int, skip: int = 0) -> list[np.ndarray]:
+    """Return the first ``tokens`` tokens of ``count`` documents that have as many.
+
+    The documents are spread evenly over those that are long enough, in order; the first ``skip`` of
+    the dataset are passed over.
+
+    Raises:
+        UserError: fewer than ``count`` documents are long enough.
+    """
+    index = read_index(prefix)
+    lengths = index.lengths[skip:]
+    eligible = skip + np.flatnonzero(lengths >= tokens)
+    if len(eligible) < count:
+        longest = int(lengths.max(initial=0))
+        raise _too_few_error(prefix, f"{len(eligible)} of its documents", tokens, longest, count)
+    chosen = eligible[np.linspace(0, len(eligible) - 1, count).round().astype(int)]
+    data = np.memmap(prefix + ".bin", mode="r", dtype=index.dtype)
+    starts = index.pointers[chosen] // index.dtype.itemsize
+    return [np.array(data[start : start + tokens]) for start in starts]
+
+
+def _encode_texts(
+    settings: EvaluationSettings, data: str, model: ScoringModel, tokens: int
+) -> list[np.ndarray]:
+    tokenizer, _ = open_tokenizer(settings)
+    validate_vocabulary(tokenizer, model)
+    documents: list[np.ndarray] = []
+    longest = 0
+    for path in find_inputs([data]).files:
+        for text in read_texts(path):
+            ids = tokenizer.encode([text[: 32 * tokens]])[0]
+            longest = max(longest, len(ids))
+            if len(ids) >= tokens:
+                documents.append(ids[:tokens])
+            if len(documents) == settings.documents:
+                return documents
+    found = f"{len(documents)} of its texts"
+    raise _too_few_error(data, found, tokens, longest, settings.documents)
+
+
+def _too_few_error(data: str, found: str, tokens: int, longest: int, asked: int) -> UserError:
+    return UserError(
+        f"--data is {data}: {found} have {tokens} tokens (the longest has {longest}), --documents "
+        f"asks for {asked}; take fewer or shorter ones (--document-tokens)"
+    )

@@ -18,7 +18,6 @@ of a model's to the first one's, or of a length's to the shortest one's.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +43,11 @@ from megatron_cream.evaluation.results import (
     Result,
     lengths_of,
     perplexity_of,
+    ruler_score,
     short,
     t_interval,
 )
-from megatron_cream.evaluation.ruler.drawing import draw_ruler, ruler_size
-from megatron_cream.positions.plots import has_matplotlib, require_matplotlib
+from megatron_cream.positions.plots import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +62,7 @@ _FAR = 8  # times the smallest perplexity, from which on even steps crowd at the
 
 
 def draw(results: Sequence[Result], path: str | Path, window: str = "window {}") -> None:
-    """Write the picture of one run, or of several of the same task, to ``path``.
+    """Write the picture of one run, several of one task, or several tasks of one model.
 
     Args:
         window: what is written beside the line at a model's window.
@@ -75,19 +74,10 @@ def draw(results: Sequence[Result], path: str | Path, window: str = "window {}")
     picture(results, window).savefig(path)
 
 
-def draw_suite(results: Sequence[Result], path: str | Path) -> None:
-    """Write the picture of all tasks of one model; perplexity, which is no share, is left out."""
-    shares = [result for result in results if result["task"] != "perplexity"]
-    lengths = lengths_of(shares)
-    names = [result["task"] for result in shares]
-    figure = _figure(f"{shares[0]['name']}: exact answers in %", 2.4 + 0.7 * len(lengths), 3.4)
-    cells = {(r["task"], row["length"]): row["hit"] for r in shares for row in r["lengths"]}
-    _draw_map(figure.subplots(), cells, dict(zip(names, names, strict=True)), shares)
-    figure.savefig(path)
-
-
 def picture(results: Sequence[Result], window: str = "window {}") -> Figure:
     """Return the figure that ``draw`` writes."""
+    if len({result["task"] for result in results}) > 1:
+        return _suite([result for result in results if result["task"] != "perplexity"])
     task = results[0]["task"]
     title = f"{task}: {results[0]['name']}" if len(results) == 1 else task
     if task == "perplexity":
@@ -99,15 +89,53 @@ def picture(results: Sequence[Result], window: str = "window {}") -> Figure:
         _draw_longppl(figure, results, window)
         return figure
     if task == "ruler":
-        figure = _figure(title, *ruler_size(results))
-        draw_ruler(figure, results)
-        return figure
+        return _ruler(title, results)
     if task in HEAT_MAPS:
         return _depths(title, results)
     if "places" in results[0]:
         return _lengths_and_places(_figure(title, 8.6, _height(results)), results)
     figure = _figure(title, 5, 3.3)
     _accuracy(figure.subplots(), results)
+    return figure
+
+
+def _ruler(title: str, results: Sequence[Result]) -> Figure:
+    """Draw the averages of all runs; beside them, of a single run, every task's scores."""
+    if len(results) > 1:
+        figure = _figure(title, 5, 3.3)
+        _averages(figure.subplots(), results)
+        return figure
+    tasks, rows = results[0]["ruler_tasks"], results[0]["lengths"]
+    figure = _figure(title, 7.2 + 0.4 * len(rows), 2.6 + 0.15 * len(tasks))
+    left, right = figure.subplots(1, 2)
+    _averages(left, results)
+    scores = {(task, row["length"]): ruler_score(row, task) / 100 for task in tasks for row in rows}
+    averages = {("average", row["length"]): row["average"] / 100 for row in rows}
+    _draw_map(right, scores | averages, {name: name for name in (*tasks, "average")}, results)
+    right.axhline(len(tasks), color=MUTED, linewidth=1.2)
+    return figure
+
+
+def _averages(axes: Axes, results: Sequence[Result]) -> None:
+    """Draw RULER's averages by length, with the threshold of effective use."""
+    for threshold in sorted({result["threshold"] for result in results}):
+        axes.axhline(threshold, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
+        axes.annotate(
+            f"{threshold:g}", (0, threshold), xycoords=("axes fraction", "data"), xytext=(2, 2),
+            textcoords="offset points", va="bottom", fontsize=SMALL, color=MUTED,
+        )  # fmt: skip
+    tasks = len(results[0]["ruler_tasks"])
+    axes.set_ylim(-3, 103)
+    words = f"average score of {tasks} task{'s' if tasks > 1 else ''}"
+    _scores_by_length(axes, results, words, "average")
+
+
+def _suite(results: Sequence[Result]) -> Figure:
+    """Return the figure of all tasks of one model but perplexity, which is no share."""
+    lengths = lengths_of(results)
+    figure = _figure(f"{results[0]['name']}: exact answers in %", 2.4 + 0.7 * len(lengths), 3.4)
+    cells = {(r["task"], row["length"]): row["hit"] for r in results for row in r["lengths"]}
+    _draw_map(figure.subplots(), cells, {r["task"]: r["task"] for r in results}, results)
     return figure
 
 
@@ -129,12 +157,16 @@ def _figure(title: str, width: float, height: float) -> Figure:
 
 
 def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
+    _percent_axis(axes)
+    _scores_by_length(axes, results, "exact answers (95 % intervals)", *_HITS)
+
+
+def _scores_by_length(axes: Axes, results: Sequence[Result], words: str, *keys: str) -> None:
     names = [result["name"] if len(results) > 1 else "" for result in results]
     pairs = zip(names, results, strict=True)
-    lines = [line_of(name, result["lengths"], "length", *_HITS) for name, result in pairs]
+    lines = [line_of(name, result["lengths"], "length", *keys) for name, result in pairs]
     draw_lines(axes, lines)
-    style(axes, _LENGTH, "exact answers (95 % intervals)")
-    _percent_axis(axes)
+    style(axes, _LENGTH, words)
     length_axis(axes, results)
     name_lines(axes, lines)
 
@@ -376,13 +408,3 @@ def _shades(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis_r"](0.15 + 0.8 * i / max(1, count - 1)) for i in range(count)]
-
-
-def note_missing_matplotlib() -> None:
-    """Print one line that there is no picture, where matplotlib is not installed."""
-    if not has_matplotlib():
-        print(
-            "note: no picture.png, a picture needs matplotlib: pip install matplotlib, and start "
-            "the same command again",
-            file=sys.stderr,
-        )

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts words around a task, a chat template for instance, and encodes text piece by piece."""
+"""The tokenizer of what is evaluated, and the words that it puts around a task.
+
+Text is encoded piece by piece; a chat template may stand around it.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_cream.corpus.tokenizers import Tokenizer
+from megatron_cream.checkpoint.hf_files import find_kept_files
+from megatron_cream.checkpoint.iterations import read_saved_arguments
+from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.errors import MissingPackageError, UserError
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
+
+if TYPE_CHECKING:
+    from megatron_cream.evaluation.forward import ScoringModel
 
 STYLES = ("base", "chat")
 _MARK = "MARK-OF-THE-CONTENT"
@@ -144,3 +154,73 @@ def _adds_bos(tokenizer: Tokenizer) -> bool:
     if tokenizer.bos is None:
         return False
     return getattr(tokenizer, "begins_with_bos", True)
+
+
+def open_tokenizer(settings: EvaluationSettings) -> tuple[Tokenizer, str | None]:
+    """Return the tokenizer, and the folder or file it came from.
+
+    Without --tokenizer-type it is the one in the Hugging Face folder, or the one that a trained
+    checkpoint says it was trained with, or, as in an export, the one that the import keeps which
+    the run goes back to.
+
+    Raises:
+        UserError, FileNotFoundError: none there, or one that cannot be read.
+    """
+    if settings.tokenizer_type is not None:
+        path = settings.tokenizer_model
+        return load_tokenizer(settings.tokenizer_type, path), path
+    if settings.hf:
+        return _tokenizer_in(Path(settings.hf), f"in {settings.hf}")
+    checkpoint = str(settings.checkpoint)
+    saved = read_saved_arguments(checkpoint)
+    kind, path = (getattr(saved, name, None) for name in ("tokenizer_type", "tokenizer_model"))
+    if kind in ("HuggingFaceTokenizer", "SentencePieceTokenizer") and path and Path(path).exists():
+        return load_tokenizer(kind, path), path
+    try:
+        kept = find_kept_files(checkpoint, saved) if saved is not None else None
+    except FileNotFoundError:
+        kept = None
+    return _tokenizer_in(kept, f"beside {checkpoint} or the import that it goes back to")
+
+
+def _tokenizer_in(folder: Path | None, where: str) -> tuple[Tokenizer, str]:
+    """Return the tokenizer in a Hugging Face folder.
+
+    Raises:
+        UserError: none there.
+    """
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        return load_tokenizer("HuggingFaceTokenizer", folder), str(folder)
+    if folder is not None and (model := folder / "tokenizer.model").is_file():
+        return load_tokenizer("SentencePieceTokenizer", model), str(model)
+    raise UserError(
+        f"--tokenizer-type is not given: there is no tokenizer.json or tokenizer.model {where}; "
+        "name the tokenizer as in tools/preprocess_data.py"
+    )
+
+
+def open_prompt(settings: EvaluationSettings) -> Prompt:
+    """Return the tokenizer in the asked style.
+
+    Raises:
+        UserError, FileNotFoundError: as ``open_tokenizer``, or no such style.
+    """
+    tokenizer, source = open_tokenizer(settings)
+    own_style = settings.tasks == ["ruler"] and settings.prompt != "chat"  # that of its cases
+    return Prompt(tokenizer, "base" if own_style else settings.prompt, settings.bos, source)
+
+
+def validate_vocabulary(tokenizer: Tokenizer, model: ScoringModel) -> None:
+    """Refuse a tokenizer that is not the model's, as far as their sizes tell.
+
+    A model may have some rows more than its tokenizer has tokens (Qwen's have), never fewer.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    most, size = model.vocabulary, tokenizer.vocab_size
+    if size > most or size < 0.9 * most - 1024:
+        raise UserError(
+            f"--tokenizer-model has {size} tokens, {model.name} has {most}: it must be the "
+            "tokenizer that the model was trained with"
+        )

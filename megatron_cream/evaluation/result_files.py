@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.results import PER_DOCUMENT, buckets
 from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
 from megatron_cream.evaluation.ruler import metric
-from megatron_cream.evaluation.tasks import TASKS
 
 ValueCheck = Callable[[Any], bool]
 _MOST = 2**53  # whole numbers that a float holds as well

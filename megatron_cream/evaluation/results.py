@@ -361,6 +361,12 @@ def suite_table(results: Sequence[Result]) -> str:
     return "\n\n".join([markdown(rows), *notes(results)])
 
 
+def format_results(results: Sequence[Result]) -> str:
+    """Return the table of every task of a model, and one of all if there are several."""
+    tables = [table(result) for result in results]
+    return "\n\n".join(tables + [suite_table(results)] * (len(results) > 1))
+
+
 def lengths_of(results: Sequence[Result]) -> list[int]:
     """Return the lengths of runs, shortest first."""
     return sorted({row["length"] for result in results for row in result["lengths"]})

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, batched
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
+from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.forward import (
     ForwardPass,
     PassScores,
@@ -28,13 +29,11 @@ from megatron_cream.evaluation.forward import (
     weigh_tokens,
 )
 from megatron_cream.evaluation.haystacks import CaseTail, HaystackBuilder, HaystackCases
-from megatron_cream.evaluation.open_model import result_header
 from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.published_cases import read_haystacks
 from megatron_cream.evaluation.result_files import CASE_RECORDS, NUMBER_CASE_RECORDS
 from megatron_cream.evaluation.results import case_results
-from megatron_cream.evaluation.store import ResultStore
-from megatron_cream.evaluation.tasks import TASKS
-from megatron_cream.evaluation.tasks.lines import read_haystacks
+from megatron_cream.evaluation.store import ResultStore, open_store
 
 _MOST_MASK = 2**26  # values of a tail mask
 _SHOT_SEED = 1_000_000  # far from the seeds of cases
@@ -78,8 +77,8 @@ class ScoringBatch:
         chosen: indices of the tails in each row.
     """
 
-    haystacks: list[HaystackCases]
-    chosen: list[int]
+    haystacks: Sequence[HaystackCases]
+    chosen: Sequence[int]
 
     @property
     def work(self) -> int:
@@ -96,24 +95,22 @@ class ScoringBatch:
 
 
 def score_cases(
-    settings: EvaluationSettings, model: ScoringModel, prompt: Prompt, task: str, folder: str | None
+    settings: EvaluationSettings, model: ScoringModel, prompt: Prompt, task: str
 ) -> dict[str, Any]:
     """Score one task and return its results; write them if there is a folder.
 
     A run that was killed is continued: cases that the folder has are not scored again.
     """
     kind = TASKS[task]
-    header = result_header(settings, model, task) | _case_settings(settings, prompt)
     haystacks = make_haystacks(settings, prompt, task)
     records = NUMBER_CASE_RECORDS if kind.number else CASE_RECORDS
-    with ResultStore(folder, header, records, model.primary) as store:
+    decisive = _case_settings(settings, prompt)
+    with open_store(settings, model, task, decisive, records) as store:
         batches = list(make_batches(haystacks, settings.batch_tokens, model.shares_context))
         known = {case for batch in batches for case in batch.cases()}
         store.validate_finished({one.length for one in haystacks}, known)
         _score_batches(model, task, prompt, batches, store)
-        result = header | case_results(store.finished, settings.cases, kind.number, kind.placed)
-        store.finish(result)
-    return result
+        return store.finish(case_results(store.finished, settings.cases, kind.number, kind.placed))
 
 
 def _case_settings(settings: EvaluationSettings, prompt: Prompt) -> dict[str, Any]:
@@ -138,7 +135,7 @@ def _case_settings(settings: EvaluationSettings, prompt: Prompt) -> dict[str, An
 def _score_batches(
     model: ScoringModel, task: str, prompt: Prompt, batches: list[ScoringBatch], store: ResultStore
 ) -> None:
-    done = {CASE_RECORDS.identity(record) for record in store.finished}
+    done = store.done
     left = [batch for batch in batches if any(case not in done for case in batch.cases())]
     with progress_bar(task, sum(batch.work for batch in batches), model.primary) as bar:
         bar.update(bar.total - sum(batch.work for batch in left))
@@ -240,11 +237,10 @@ def make_batches(
     for (context, tail, count), group in groups.items():
         length = context + tail
         most = max(1, min(_MOST_MASK // length, batch_tokens) // tail) if share else 1
-        for first in range(0, count, most):
-            chosen = list(range(first, min(first + most, count)))
+        for chosen in batched(range(count), most):
             rows = max(1, batch_tokens // (context + len(chosen) * tail))
-            for start in range(0, len(group), rows):
-                yield ScoringBatch(group[start : start + rows], chosen)
+            for some in batched(group, rows):
+                yield ScoringBatch(some, chosen)
 
 
 def make_pass(batch: ScoringBatch) -> ForwardPass:

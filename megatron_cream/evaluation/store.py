@@ -8,16 +8,23 @@ import hashlib
 import json
 import os
 import platform
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import megatron_cream
+from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.result_files import ScoreFormat, read_object, read_records
 from megatron_cream.evaluation.results import table
 from megatron_cream.positions.plots import has_matplotlib
+
+if TYPE_CHECKING:
+    from megatron_cream.evaluation.forward import ScoringModel
 
 SETTINGS_FILE, CASES_FILE, RESULT_FILE = "settings.json", "cases.jsonl", "result.json"
 _SEAL = "seal"  # key of a line of CASES_FILE: hash of the line and of the settings it was made with
@@ -137,6 +144,11 @@ class ResultStore:
         words = json.dumps(record, sort_keys=True).encode()
         return hashlib.sha256(self._decide + words).hexdigest()[:12]
 
+    @property
+    def done(self) -> set[tuple[Any, ...]]:
+        """The identities of the finished records."""
+        return set(map(self.kind.identity, self.finished))
+
     def validate_finished(self, lengths: set[int], known: set[tuple[Any, ...]]) -> None:
         """Refuse finished records of ``lengths`` that are not among those that the run makes.
 
@@ -158,20 +170,16 @@ class ResultStore:
             with open(self.folder / CASES_FILE, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write results, table and, where matplotlib is installed, picture.
+    def finish(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Return what was found, behind the settings; write it with its table and picture.
 
-        ``result`` gets ``versions``, those of the packages that made it.
+        Its ``versions`` are those of the packages that made it.
         """
-        result["versions"] = _versions()
-        if not self.primary:
-            return
-        write_whole(self.folder / RESULT_FILE, _json(result))
-        write_whole(self.folder / "table.md", (table(result) + "\n").encode())
-        if has_matplotlib():
-            from megatron_cream.evaluation.pictures import draw
-
-            draw([result], self.folder / "picture.png")
+        result = self.settings | found | {"versions": _versions()}
+        if self.primary:
+            write_whole(self.folder / RESULT_FILE, _json(result))
+            write_table(self.folder, table(result), [result])
+        return result
 
 
 def _versions() -> dict[str, str]:
@@ -190,6 +198,25 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
+def write_table(folder: Path, text: str, results: Sequence[dict[str, Any]]) -> None:
+    """Write a table of results and, where matplotlib is installed, their picture."""
+    write_whole(folder / "table.md", (text + "\n").encode())
+    if has_matplotlib():
+        from megatron_cream.evaluation.pictures import draw
+
+        draw(results, folder / "picture.png")
+
+
+def note_missing_matplotlib() -> None:
+    """Print one line that there is no picture, where matplotlib is not installed."""
+    if not has_matplotlib():
+        print(
+            "note: no picture.png, a picture needs matplotlib: pip install matplotlib, and start "
+            "the same command again",
+            file=sys.stderr,
+        )
+
+
 def _validate_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     added = [key for key in _LATER if key not in before]
     keys = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in added]
@@ -203,3 +230,40 @@ def _validate_same(before: dict[str, Any], now: dict[str, Any], folder: Path) ->
 
 def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def open_store(
+    settings: EvaluationSettings,
+    model: ScoringModel,
+    task: str,
+    own: dict[str, Any],
+    kind: ScoreFormat,
+) -> ResultStore:
+    """Return the store of a task's results, in its folder if there is one.
+
+    Args:
+        own: what decides the results beside the model. Not the lengths: a run may be continued
+            with more of them.
+    """
+    decisive = {
+        "task": task,
+        "name": settings.name or Path(model.name).name,
+        "model": model.name,
+        "window": model.window,
+        "weights": hash_files(model.name),
+        **model.settings,
+        **own,
+    }
+    return ResultStore(settings.folder(task), decisive, kind, model.primary)
+
+
+def hash_files(path: str) -> str:
+    """Return a hash of names, sizes and dates of a model's files.
+
+    A run is not continued with other weights under the same name.
+    """
+    root = Path(path)
+    folder = root if (root / "config.json").is_file() else find_checkpoint(path)
+    found = sorted((folder or root).glob("*"))
+    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found if p.is_file()]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

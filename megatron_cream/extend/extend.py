@@ -13,7 +13,7 @@ from typing import Any
 from megatron_cream import ownership
 from megatron_cream.checkpoint.hf_files import find_hf_folder
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.tasks import TASKS
+from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.extend.commands import Commands
 from megatron_cream.extend.recipe import ExtendSettings, make_recipe
 from megatron_cream.extend.steps import run_step

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint.hf_config import shape_from_config, window_of
-from megatron_cream.checkpoint.model_shape import ModelShape, kind_flags, size_flags
+from megatron_cream.checkpoint.model_shape import (
+    ModelShape,
+    kind_flags,
+    shape_from_config,
+    size_flags,
+    window_of,
+)
 from megatron_cream.checkpoint.weight_map import FAMILIES
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import naming, read_object

@@ -28,7 +28,7 @@ from support.runs import write_dataset
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.tasks.lines import read_cases
+from megatron_cream.evaluation.published_cases import read_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -208,7 +208,7 @@ def test_damaged_files_of_cases(small_hf, tmp_path, task, suffix, monkeypatch):
     import gzip
     import lzma
 
-    from megatron_cream.evaluation import run as module
+    from megatron_cream.evaluation import evaluate as module
 
     monkeypatch.setattr(module, "open_model", lambda args: pytest.skip.Exception("reached"))
     pack = {".xz": lzma.compress, ".gz": gzip.compress}.get(Path(suffix).suffix, bytes)
@@ -229,7 +229,7 @@ def attack_plain(seed, data):
 
 def prepared(asked):
     """All of a run up to the model."""
-    from megatron_cream.evaluation.open_model import open_prompt
+    from megatron_cream.evaluation.prompts import open_prompt
     from megatron_cream.evaluation.scoring import validate_fit
 
     args = arguments(**asked)
@@ -254,7 +254,8 @@ def data_files(folder):
 
 
 def test_damaged_data(small_hf, tmp_path):
-    from megatron_cream.evaluation.open_model import open_documents, open_model
+    from megatron_cream.evaluation.evaluate import open_model
+    from megatron_cream.evaluation.perplexity import open_documents
 
     model = open_model(arguments(hf=small_hf))
     for data, files in data_files(tmp_path):
@@ -330,7 +331,7 @@ def command_lines(tool, name, fill):
 
 @pytest.mark.parametrize("name", BASES)
 def test_wrong_command_lines(small_hf, tmp_path, monkeypatch, capsys, name):
-    from megatron_cream.evaluation import run as module
+    from megatron_cream.evaluation import evaluate as module
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("What is the pass key? " * 200)

@@ -15,16 +15,22 @@ from support import hf_models as models
 
 from megatron_cream import ownership
 from megatron_cream.checkpoint.export_hf import parse_bytes
-from megatron_cream.checkpoint.hf_config import shape_from_config
 from megatron_cream.checkpoint.hf_files import (
     find_hf_folder,
     list_other_files,
     read_config,
     read_source_name,
 )
-from megatron_cream.checkpoint.hf_weights import INDEX, SINGLE, HfWeights, ShardWriter, TensorPlan
+from megatron_cream.checkpoint.hf_weights import (
+    INDEX,
+    SINGLE,
+    HfWeights,
+    TensorPlan,
+    cut_into_shards,
+    write_shards,
+)
 from megatron_cream.checkpoint.model_card import SourceModel, model_card
-from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.model_shape import ModelShape, shape_from_config
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.ownership import staged, validate_output
@@ -174,21 +180,17 @@ def test_sizes_of_shards_that_are_none(text):
 def test_shards_are_filled_and_indexed(tmp_path):
     """By the sizes asked for: as few files as hold them in order, and a total of all bytes."""
     plans = [TensorPlan(f"t{n}", torch.float32, (n + 1, 3)) for n in range(9)]
-    writer = ShardWriter(tmp_path, plans, most_bytes=200)
-    sizes = [sum(plan.nbytes for plan in shard) for shard in writer.shards]
-    assert [plan for shard in writer.shards for plan in shard] == plans
+    shards = cut_into_shards(plans, 200)
+    sizes = [sum(plan.nbytes for plan in shard) for shard in shards]
+    assert [plan for shard in shards for plan in shard] == plans
     assert all(size <= 200 for size in sizes)
-    for shard, size in zip(writer.shards[1:], sizes, strict=False):
+    for shard, size in zip(shards[1:], sizes, strict=False):
         assert size + shard[0].nbytes > 200, "the next tensor would have fitted"
-    for number, shard in enumerate(writer.shards):
-        with writer.shard(number) as file:
-            for plan in shard:
-                file.write(np.full(plan.nbytes, number, np.uint8))
-    writer.write_index()
+    write_shards(tmp_path, plans, 200, (np.full(plan.nbytes, 7, np.uint8) for plan in plans))
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(sizes) == 4 * 3 * 45
-    for name in writer.names:
-        header = int.from_bytes((tmp_path / name).read_bytes()[:8], "little")
+    for path in tmp_path.glob("*.safetensors"):
+        header = int.from_bytes(path.read_bytes()[:8], "little")
         assert header % 8 == 0, "data is aligned, as readers that map it expect"
     assert HfWeights(tmp_path).tensors["t8"].shape == (9, 3)
 

@@ -24,9 +24,9 @@ from megatron_cream.data.indexed import (
 )
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import haystacks
+from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.haystacks import HaystackBuilder
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.tasks import TASKS
 from megatron_cream.positions import make_strategy, philox
 
 LENGTH = 2048

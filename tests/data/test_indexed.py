@@ -15,7 +15,7 @@ from megatron_cream.data.indexed import (
     write_index,
 )
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.open_model import read_first_tokens
+from megatron_cream.evaluation.perplexity import read_first_tokens
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 

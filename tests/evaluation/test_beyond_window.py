@@ -18,8 +18,8 @@ from support.dense_attention import (
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.evaluate import open_model
 from megatron_cream.evaluation.forward import ForwardPass
-from megatron_cream.evaluation.open_model import open_model
 from megatron_cream.rope import scaling_from_hf
 
 METHODS = {

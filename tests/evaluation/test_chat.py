@@ -49,7 +49,7 @@ def test_beyond_the_window_answers_are_those_of_evaluation(small_hf, capsys):
     """Decoding by transformers' cache and by ours, both with dual chunk attention."""
     from support.arguments import arguments
 
-    from megatron_cream.evaluation.open_model import open_model
+    from megatron_cream.evaluation.evaluate import open_model
 
     sizes = ["chunk_size=48", "local_size=8"]
     question = TEXT[:90]

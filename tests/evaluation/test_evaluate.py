@@ -15,7 +15,7 @@ from support.commands import exit_status
 from support.evaluation import run
 
 from megatron_cream.checkpoint import hf_files
-from megatron_cream.evaluation import open_model as models
+from megatron_cream.evaluation import evaluate, prompts
 
 ROOT = Path(__file__).parents[2]
 LINE = "line amber-oak: REGISTER_CONTENT is <67890>"
@@ -37,12 +37,12 @@ def tool():
 @pytest.fixture
 def unloaded(monkeypatch):
     """No model can be loaded: what is refused must be refused before."""
-    from megatron_cream.evaluation import hf_model, run
+    from megatron_cream.evaluation import hf_model
 
     def fail(*_):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(run, "open_model", fail)
+    monkeypatch.setattr(evaluate, "open_model", fail)
     monkeypatch.setattr(hf_model, "_load", fail)
 
 
@@ -97,7 +97,7 @@ def test_lengths_that_are_none(tool, capsys, word):
 
 
 def test_all_tasks_are_checked_before_the_first(small_hf, tmp_path, unloaded):
-    from megatron_cream.evaluation.tasks import TASKS
+    from megatron_cream.evaluation.evaluation_tasks import TASKS
 
     asked = {"tasks": list(TASKS), "hf": small_hf, "output": str(tmp_path / "run")}
     with pytest.raises(ValueError, match=r"--lengths has 900: [a-z-]+ needs at least"):
@@ -116,13 +116,14 @@ def test_more_is_asked_of_longer_common_words(small_hf, unloaded):
 
 def test_a_record_that_has_too_few_lines(small_hf):
     from megatron_cream.corpus.tokenizers import load_tokenizer
+    from megatron_cream.evaluation.evaluation_tasks import TASKS
     from megatron_cream.evaluation.haystacks import HaystackBuilder
     from megatron_cream.evaluation.prompts import Prompt
-    from megatron_cream.evaluation.tasks import TASKS, lines
+    from megatron_cream.evaluation.task_texts import longchat
 
     task = dataclasses.replace(TASKS["longchat-lines"], most=40)
     kit = HaystackBuilder(Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf)))
-    sizes = [kit._size(lines.longchat(3, 2, count)) for count in (39, 40)]
+    sizes = [kit._size(longchat(3, 2, count)) for count in (39, 40)]
     # 39 lines fit, though twice 32, which the search tries, are more than there are.
     assert task.make(kit, sum(sizes) // 2, 3, 2)[0].length == sum(sizes) // 2
     with pytest.raises(ValueError, match="--lengths has .*longchat-lines has no more than 40"):
@@ -207,7 +208,7 @@ def test_several_tasks_do_not_write_into_a_folder_of_something_else(small_hf, tm
 def test_a_checkpoint_without_gpu_or_flag(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--cpu is not given, and this machine has no GPU"):
-        models.open_model(arguments(checkpoint="run"))
+        evaluate.open_model(arguments(checkpoint="run"))
 
 
 def test_a_run_finds_the_tokenizer_of_the_import_it_began_from(small_hf, tmp_path, monkeypatch):
@@ -226,13 +227,13 @@ def test_a_run_finds_the_tokenizer_of_the_import_it_began_from(small_hf, tmp_pat
         str(runs[0]): Namespace(**null, pretrained_checkpoint=str(base)),
         str(runs[1]): Namespace(**null, pretrained_checkpoint=str(runs[0])),
     }
-    for module in (models, hf_files):
+    for module in (prompts, hf_files):
         monkeypatch.setattr(module, "read_saved_arguments", lambda path: saved[str(path)])
-    tokenizer, found = models.open_tokenizer(arguments(checkpoint=str(runs[1])))
+    tokenizer, found = prompts.open_tokenizer(arguments(checkpoint=str(runs[1])))
     assert (
         found == str(base / "hf")
-        and tokenizer.vocab_size == models.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
+        and tokenizer.vocab_size == prompts.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
     )
     (base / "hf" / "config.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer.json or tokenizer.model beside .*two or"):
-        models.open_tokenizer(arguments(checkpoint=str(runs[1])))
+        prompts.open_tokenizer(arguments(checkpoint=str(runs[1])))

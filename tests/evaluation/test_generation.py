@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from megatron_cream.evaluation import hf_model
-from megatron_cream.evaluation.generation import generate_by_passes
+from megatron_cream.evaluation.forward import ScoringModel
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
 
 NEW = 24
@@ -91,9 +91,9 @@ def test_passes_without_a_cache_write_the_same(model, small_hf):
     given = prompts()[:3]
     wrote = theirs(small_hf, given, 6)
     stop = [wrote[1][2]]
-    found = [tokens.tolist() for tokens in generate_by_passes(model, given, 6, [])]
+    found = [tokens.tolist() for tokens in ScoringModel.generate(model, given, 6, [])]
     assert found == wrote
-    (stopped,) = generate_by_passes(model, given[1:2], 6, stop)
+    (stopped,) = ScoringModel.generate(model, given[1:2], 6, stop)
     assert stopped.tolist() == wrote[1][: wrote[1].index(stop[0])]
 
 

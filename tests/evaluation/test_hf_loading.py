@@ -14,7 +14,7 @@ from support import hf_models as models
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
-from megatron_cream.evaluation.open_model import changed_fields
+from megatron_cream.evaluation.other_rope import changed_fields
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_config_that_is_none_is_named(source, text):
     (source / "config.json").write_text(text)
     refuses(source, r"config.json is not (a JSON object|JSON)")
     with pytest.raises(UserError, match=r"config.json is not (a JSON object|JSON)"):
-        changed_fields(asked(source), source)
+        changed_fields(asked(source))
 
 
 def asked(source):
@@ -101,10 +101,10 @@ def asked(source):
 
 
 def test_another_rope_of_a_broken_config_is_refused(source):
-    changed_fields(asked(source), source)
+    changed_fields(asked(source))
     models.edit_config(source, hidden_size="32", head_dim=None)
     with pytest.raises(UserError, match=f"{source}: hidden_size in config.json is '32'"):
-        changed_fields(asked(source), source)
+        changed_fields(asked(source))
 
 
 def test_damaged_weights_are_named(source):

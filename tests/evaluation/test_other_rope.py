@@ -12,7 +12,7 @@ from support.arguments import arguments
 from support.evaluation import run
 from transformers import AutoModelForCausalLM
 
-from megatron_cream.evaluation.open_model import open_model
+from megatron_cream.evaluation.evaluate import open_model
 from megatron_cream.evaluation.result_files import read_result
 
 # As a person writes them into config.json; the small model's window is 512 and theta 10000.
@@ -110,33 +110,33 @@ def checkpoint_of(tmp_path, **settings):
 @pytest.mark.parametrize("own", ["none", "linear", "yarn", "llama3"])
 @pytest.mark.parametrize("name", ["linear", "yarn", "ntk", "dynamic", "rope-theta"])
 def test_checkpoint_and_folder_claim_the_same_window(own, name, tmp_path, monkeypatch):
-    from megatron_cream.evaluation import open_model as models
+    from megatron_cream.evaluation import other_rope
     from megatron_cream.rope.huggingface import claimed_window
 
     factor = 1.0 if own == "none" else 8.0
     trained = {"rope_interpolation": own, "rope_factor": factor}
     original = 2048 if own == "none" else 256
     saved = checkpoint_of(tmp_path, original_length=original, **trained)
-    monkeypatch.setattr(models, "read_saved_arguments", lambda path: saved)
+    monkeypatch.setattr(other_rope, "read_saved_arguments", lambda path: saved)
     asked = {"rope_interpolation": name, "rope_factor": 4.0}
     asked |= {"rope_theta": 80000.0} if name == "rope-theta" else {}
-    found = models.changed_extension(arguments(checkpoint="run", **asked), "run")
-    fields = models.changed_fields(arguments(hf=str(tmp_path), **asked), tmp_path)
+    found = other_rope.changed_extension(arguments(checkpoint="run", **asked))
+    fields = other_rope.changed_fields(arguments(hf=str(tmp_path), **asked))
     claimed = claimed_window(found.rope_interpolation, found.original_length, found.target_length)
     assert claimed == fields["max_position_embeddings"]
     assert claimed == (original if name == "dynamic" else 4 * original)
 
 
 def test_positions_of_training_do_not_hinder_another_window(tmp_path, monkeypatch):
-    from megatron_cream.evaluation import open_model as models
+    from megatron_cream.evaluation import other_rope
 
     saved = checkpoint_of(
         tmp_path, original_length=256, train_length=1024, position_strategy="cream",
         position_options={"head_lengths": (500,)}, rope_interpolation="linear", rope_factor=8.0,
     )  # fmt: skip
-    monkeypatch.setattr(models, "read_saved_arguments", lambda path: saved)
+    monkeypatch.setattr(other_rope, "read_saved_arguments", lambda path: saved)
     asked = arguments(checkpoint="run", rope_interpolation="yarn", rope_factor=2.0)
-    assert models.changed_extension(asked, "run").target_length == 512
+    assert other_rope.changed_extension(asked).target_length == 512
 
 
 @pytest.mark.parametrize("factor", [float("inf"), 1e30, float("nan")])

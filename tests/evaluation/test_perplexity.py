@@ -112,7 +112,7 @@ def test_truncated_windows_need_documents_of_the_longest_length_only(small_hf):
 def test_checkpoint_of_any_layout(tmp_path, dataset, flags, initial):
     from support import ranks
 
-    from megatron_cream.evaluation.perplexity import score_perplexity
+    from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
 
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     save = ["--save", str(tmp_path / "out"), "--save-interval", "10"]
@@ -130,9 +130,10 @@ def test_checkpoint_of_any_layout(tmp_path, dataset, flags, initial):
     assert record["lengths"][0]["perplexity"] < 120
     # Another interpolation is another model.
     other = arguments(**asked, document_tokens=400, rope_factor=1.0)
-    from megatron_cream.evaluation.open_model import open_model
+    from megatron_cream.evaluation.evaluate import open_model
 
-    changed = score_perplexity(other, open_model(other))
+    model = open_model(other)
+    changed = score_perplexity(other, model, open_documents(other, model))
     assert changed["lengths"][0]["nll"] != record["lengths"][0]["nll"]
 
 

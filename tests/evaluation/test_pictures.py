@@ -11,7 +11,7 @@ from support.results import LENGTHS, perplexities_of, result_of
 
 from megatron_cream.evaluation.charts import apart
 from megatron_cream.evaluation.perplexity import buckets
-from megatron_cream.evaluation.pictures import change_line, draw_suite, picture, ratio_line
+from megatron_cream.evaluation.pictures import change_line, draw, picture, ratio_line
 
 
 def words(figure):
@@ -170,5 +170,5 @@ def test_a_map_of_many_places_is_taller():
 
 def test_picture_of_all_tasks(tmp_path):
     results = [perplexities_of("base", [3.0, 3.1]), result_of("needle"), result_of("common-words")]
-    draw_suite(results, tmp_path / "all.png")
+    draw(results, tmp_path / "all.png")
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_cream.evaluation.open_model import validate_vocabulary
+from megatron_cream.evaluation.prompts import validate_vocabulary
 from megatron_cream.evaluation.results import (
     case_results,
     effective_count,

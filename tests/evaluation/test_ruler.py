@@ -148,7 +148,7 @@ class TestLmEval:
     @pytest.mark.parametrize("task", list(ruler.NEEDLES))
     def test_needles(self, task, port, materials, monkeypatch):
         from megatron_cream.evaluation.ruler.cases import NeedleTexts
-        from megatron_cream.evaluation.ruler.fitting import CaseSampler
+        from megatron_cream.evaluation.ruler.sampler import CaseSampler
 
         theirs = port("prepare_niah")
         monkeypatch.setattr(theirs, "cached_sent_tokenize", given.cut)
@@ -184,8 +184,7 @@ class TestLmEval:
     @pytest.mark.parametrize("kind", ["squad", "hotpot"])
     def test_questions(self, kind, port, materials):
         from megatron_cream.evaluation.ruler.cases import choose_documents
-        from megatron_cream.evaluation.ruler.fitting import CaseSampler
-        from megatron_cream.evaluation.ruler.templates import DOCUMENT, fill
+        from megatron_cream.evaluation.ruler.sampler import DOCUMENT, CaseSampler, fill
 
         theirs, file = port("qa_utils"), getattr(materials, kind)
         qas = [
@@ -203,7 +202,7 @@ class TestLmEval:
 
     def test_chain(self, port):
         from megatron_cream.evaluation.ruler.cases import draw_chain
-        from megatron_cream.evaluation.ruler.fitting import CaseSampler
+        from megatron_cream.evaluation.ruler.sampler import CaseSampler
 
         theirs = port("vt_utils")
         random.seed(42)

@@ -15,13 +15,14 @@ from support.evaluation import run
 from transformers import AutoModelForCausalLM
 
 from megatron_cream import cli
+from megatron_cream.corpus.tokenizers import load_tokenizer
+from megatron_cream.evaluation import evaluate as evaluation
 from megatron_cream.evaluation import ruler
-from megatron_cream.evaluation import run as evaluation
 from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.open_model import load_tokenizer
+from megatron_cream.evaluation.prompts import open_prompt
 from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.ruler.answers import encode_case, open_cases, ruler_results
-from megatron_cream.evaluation.ruler.templates import FREQUENT
+from megatron_cream.evaluation.ruler.sampler import FREQUENT
 
 LENGTHS = [2600, 3000]
 TASKS = ["qa_1", "niah_single_1", "fwe"]
@@ -68,7 +69,8 @@ class Oracle:
 
     def __init__(self, settings, says):
         self.settings, self.asked, self.stops = {"dtype": "float32"}, [], set()
-        prompt, cases = open_cases(settings)
+        prompt = open_prompt(settings)
+        cases = open_cases(settings, prompt)
         self.tokenizer = prompt.tokenizer
         self._written = {
             encode_case(prompt, case).tobytes(): (says(*key, i, list(case.answers)), (*key, i))
@@ -226,7 +228,7 @@ def test_a_model_writes_what_generate_does(asked, with_bos, tmp_path):
     ]
     tokenizer = load_tokenizer("HuggingFaceTokenizer", with_bos)
     module = AutoModelForCausalLM.from_pretrained(with_bos)
-    _, cases = open_cases(settings)
+    cases = open_cases(settings, open_prompt(settings))
     for record, case in zip(records, cases[1100, "niah_single_1"], strict=True):
         read = [tokenizer.bos, *tokenizer.encode([case.prompt + case.prefix])[0]]
         assert len(read) - 1 + 128 == record["case_tokens"] <= 1100
@@ -254,7 +256,8 @@ def test_without_stop_tokens_the_tokenizers_ends_an_answer(asked, oracle):
 
 def test_prompts_of_chat_models(asked, with_bos, tmp_path):
     own = {"ruler_tasks": ["fwe"], "lengths": [1100], "samples": 1}
-    _, llama = open_cases(asked(prompt="meta-llama3", **own))
+    settings = asked(prompt="meta-llama3", **own)
+    llama = open_cases(settings, open_prompt(settings))
     before, after = ruler.MODEL_TEMPLATES["meta-llama3"].split("{task_template}")
     case = llama[1100, "fwe"][0]
     assert case.prompt.startswith(before) and case.prompt.endswith(after)
@@ -263,7 +266,9 @@ def test_prompts_of_chat_models(asked, with_bos, tmp_path):
     (tmp_path / "hf" / "chat_template.jinja").write_text(
         "{{ bos_token }}<u>{{ messages[0]['content'] }}</u><a>"
     )
-    prompt, chat = open_cases(asked(hf=str(tmp_path / "hf"), prompt="chat", bos=True, **own))
+    settings = asked(hf=str(tmp_path / "hf"), prompt="chat", bos=True, **own)
+    prompt = open_prompt(settings)
+    chat = open_cases(settings, prompt)
     case = chat[1100, "fwe"][0]
     bos = prompt.tokenizer.decode([prompt.tokenizer.bos])
     assert case.prompt.startswith(f"{bos}<u>") and case.prompt.endswith("</u><a>")

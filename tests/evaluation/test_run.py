@@ -201,18 +201,18 @@ def test_tokenizer_of_another_model(small_hf, tmp_path):
 
 
 def test_a_trained_checkpoint_names_its_tokenizer(small_hf, tmp_path, monkeypatch):
-    from megatron_cream.evaluation import open_model as models
+    from megatron_cream.evaluation import prompts
 
     words = arguments(checkpoint=str(tmp_path))
     saved = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=small_hf)
     (tmp_path / "metadata.json").write_text("{}")
-    monkeypatch.setattr(models, "read_saved_arguments", lambda path: saved)
-    tokenizer, source = models.open_tokenizer(words)
+    monkeypatch.setattr(prompts, "read_saved_arguments", lambda path: saved)
+    tokenizer, source = prompts.open_tokenizer(words)
     assert source == small_hf
-    assert tokenizer.vocab_size == models.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
+    assert tokenizer.vocab_size == prompts.open_tokenizer(arguments(hf=small_hf))[0].vocab_size
     saved.tokenizer_model = str(tmp_path / "gone")
     with pytest.raises(ValueError, match="--tokenizer-type is not given"):
-        models.open_tokenizer(words)
+        prompts.open_tokenizer(words)
 
 
 def test_data_of_another_tokenizer(small_hf, tmp_path):
@@ -232,7 +232,7 @@ def test_longer_than_the_window_is_said(tool, small_hf, capsys):
 
 
 def test_help_names_every_task(tool, capsys):
-    from megatron_cream.evaluation.tasks import TASKS
+    from megatron_cream.evaluation.evaluation_tasks import TASKS
 
     assert set(HELP) == {*TASKS, "perplexity", "longppl", "ruler", "all"}
     with pytest.raises(SystemExit):

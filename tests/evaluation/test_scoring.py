@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_cream.corpus.tokenizers import load_tokenizer
+from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.forward import ForwardPass, score_rows
 from megatron_cream.evaluation.generation import generate_tokens
 from megatron_cream.evaluation.haystacks import CaseTail, HaystackBuilder, HaystackCases
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
-from megatron_cream.evaluation.open_model import load_tokenizer
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
-from megatron_cream.evaluation.tasks import TASKS
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from megatron_cream.cli import main, make_parser
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import settings_of
-from megatron_cream.evaluation.open_model import read_first_tokens
+from megatron_cream.evaluation.perplexity import read_first_tokens
 from megatron_cream.extend import extend as module
 from megatron_cream.extend.commands import Commands
 from megatron_cream.extend.extend import extend

@@ -10,7 +10,7 @@ TEXT = "The pass key is 12345. line amber-lantern: REGISTER_CONTENT is <67890>\n
 
 def run(settings) -> str:
     """Evaluate and return what the command prints."""
-    from megatron_cream.evaluation.run import evaluate, format_results
+    from megatron_cream.evaluation.evaluate import evaluate, format_results
 
     results = evaluate(settings)
     return format_results(results) if results else ""

@@ -5,8 +5,8 @@ import itertools
 
 import numpy as np
 
+from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.results import buckets, case_results, perplexity_results
-from megatron_cream.evaluation.tasks import TASKS
 
 LENGTHS, WINDOW = (1024, 2048, 4096), 2048
 

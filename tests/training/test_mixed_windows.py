@@ -56,8 +56,7 @@ def test_exported_and_scored_alike_at_both_windows(tmp_path):
     """Import, train and export; folder and checkpoint then give the same scores, near and far."""
     from megatron_cream.checkpoint.export_hf import export_checkpoint
     from megatron_cream.checkpoint.import_hf import import_checkpoint
-    from megatron_cream.evaluation.open_model import open_model
-    from megatron_cream.evaluation.run import evaluate
+    from megatron_cream.evaluation.evaluate import evaluate, open_model
 
     source = write_small_hf(tmp_path / "hf")
     import_checkpoint(source, str(tmp_path / "import"), quiet=True)

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.ruler.cases import (
@@ -29,22 +31,25 @@ from megatron_cream.evaluation.ruler.cases import (
     make_questions,
     make_variables,
 )
-from megatron_cream.evaluation.ruler.fitting import CaseSampler, RulerCase
 from megatron_cream.evaluation.ruler.materials import (
     Materials,
-    QuestionSet,
     read_haystack,
     read_questions,
     read_words,
 )
-from megatron_cream.evaluation.ruler.templates import (
+from megatron_cream.evaluation.ruler.sampler import (
     COMMON,
     FREQUENT,
     MODEL_TEMPLATES,
     NIAH,
     QUESTIONS,
     VARIABLES,
+    CaseSampler,
+    RulerCase,
+    TaskWording,
 )
+
+__all__ = ["MODEL_TEMPLATES", "Materials", "read_haystack", "read_questions", "read_words"]
 
 NEEDLES = {
     "niah_single_1": NeedleKind("noise"),
@@ -56,25 +61,56 @@ NEEDLES = {
     "niah_multivalue": NeedleKind("essay", values=4),
     "niah_multiquery": NeedleKind("essay", queries=4),
 }
-_OTHERS = {
-    "vt": VARIABLES,
-    "cwe": COMMON,
-    "fwe": FREQUENT,
-    "qa_1": QUESTIONS,
-    "qa_2": QUESTIONS,
+
+
+@dataclass(frozen=True)
+class RulerTask:
+    """One of the thirteen tasks.
+
+    Attributes:
+        make: sampler, name, materials and number of cases to the cases.
+        wording: its sentences.
+        needs: the field of ``Materials`` that has to be given, or an empty string.
+    """
+
+    make: Callable[[CaseSampler, str, Materials, int], list[RulerCase]]
+    wording: TaskWording
+    needs: str = ""
+
+
+_TASKS = {
+    **{
+        name: RulerTask(
+            partial(make_needles, kind=kind), NIAH, "essay" if kind.haystack == "essay" else ""
+        )
+        for name, kind in NEEDLES.items()
+    },
+    "vt": RulerTask(make_variables, VARIABLES),
+    "cwe": RulerTask(make_common_words, COMMON),
+    "fwe": RulerTask(make_frequent_words, FREQUENT),
+    "qa_1": RulerTask(partial(make_questions, form="squad"), QUESTIONS, "squad"),
+    "qa_2": RulerTask(partial(make_questions, form="hotpot"), QUESTIONS, "hotpot"),
 }
-TASKS = (*NEEDLES, *_OTHERS)
+TASKS = tuple(_TASKS)
 """RULER's names, in its order."""
+
+_FILES = {
+    "essay": "--haystack FILE",
+    "squad": "--qa FILE in SQuAD's form",
+    "hotpot": "--qa FILE in HotpotQA's form",
+}
 
 
 def new_tokens(task: str) -> int:
     """Return how many tokens a model may write in answer."""
-    return _OTHERS.get(task, NIAH).new_tokens
+    return _TASKS[task].wording.new_tokens
 
 
 def available(materials: Materials) -> list[str]:
     """Return the tasks whose material is there."""
-    return [task for task in TASKS if _missing(task, materials) is None]
+    return [
+        name for name, task in _TASKS.items() if not task.needs or getattr(materials, task.needs)
+    ]
 
 
 def validate_material(task: str, materials: Materials) -> None:
@@ -85,21 +121,8 @@ def validate_material(task: str, materials: Materials) -> None:
     """
     if task not in TASKS:
         raise UserError(f"the task is {task!r}: it must be one of {', '.join(TASKS)}")
-    if (missing := _missing(task, materials)) is not None:
-        raise UserError(f"{task} needs {missing}")
-
-
-def _missing(task: str, materials: Materials) -> str | None:
-    """Return which flag's file a task lacks."""
-    if task in NEEDLES and NEEDLES[task].haystack == "essay" and not materials.essay:
-        return "--haystack FILE"
-    if task in ("qa_1", "qa_2") and _questions(task, materials) is None:
-        return f"--qa FILE in {'SQuAD' if task == 'qa_1' else 'HotpotQA'}'s form"
-    return None
-
-
-def _questions(task: str, materials: Materials) -> QuestionSet | None:
-    return materials.squad if task == "qa_1" else materials.hotpot
+    if task not in available(materials):
+        raise UserError(f"{task} needs {_FILES[_TASKS[task].needs]}")
 
 
 def make_cases(
@@ -131,17 +154,7 @@ def make_cases(
     if "{task_template}" not in model_template:
         raise UserError("the model's template has no {task_template}: the task stands there")
     sampler = CaseSampler(length, count, model_template, seed)
-    if task in NEEDLES:
-        return make_needles(sampler, task, NEEDLES[task], materials, cases)
-    if task == "vt":
-        return make_variables(sampler, task, cases)
-    if task == "cwe":
-        return make_common_words(sampler, task, materials, cases)
-    if task == "fwe":
-        return make_frequent_words(sampler, task, cases)
-    questions = _questions(task, materials)
-    assert questions is not None  # as ``_missing`` found
-    return make_questions(sampler, task, questions, cases)
+    return _TASKS[task].make(sampler, task, materials, cases)
 
 
 THRESHOLD = 85.6
@@ -207,29 +220,3 @@ def weighted_averages(averages: Mapping[int, float]) -> tuple[float, float]:
 def effective_length(averages: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
     """Return the longest length whose average is at least the threshold, None if there is none."""
     return max((n for n, value in averages.items() if value >= threshold), default=None)
-
-
-__all__ = [
-    "MODEL_TEMPLATES",
-    "TASKS",
-    "THRESHOLD",
-    "Materials",
-    "QuestionSet",
-    "RulerCase",
-    "available",
-    "average",
-    "effective_length",
-    "make_cases",
-    "mean_score",
-    "metric",
-    "new_tokens",
-    "read_haystack",
-    "read_questions",
-    "read_words",
-    "score",
-    "score_case",
-    "string_match_all",
-    "string_match_part",
-    "validate_material",
-    "weighted_averages",
-]

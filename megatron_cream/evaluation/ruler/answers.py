@@ -15,32 +15,29 @@ from megatron_cream.errors import UserError
 from megatron_cream.evaluation import ruler
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel, progress_bar, weigh_tokens
-from megatron_cream.evaluation.open_model import open_tokenizer, result_header
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.result_files import RULER_RECORDS
-from megatron_cream.evaluation.ruler.fitting import RulerCase
-from megatron_cream.evaluation.store import ResultStore
+from megatron_cream.evaluation.ruler.materials import QuestionSet
+from megatron_cream.evaluation.ruler.sampler import RulerCase
+from megatron_cream.evaluation.store import ResultStore, open_store
 
 RulerCases = dict[tuple[int, str], list[RulerCase]]
 """Length and task to its cases, by length and then in RULER's order of tasks."""
 
 
-def open_cases(settings: EvaluationSettings) -> tuple[Prompt, RulerCases]:
-    """Return the tokenizer in the asked style, and all cases of a run.
+def open_cases(settings: EvaluationSettings, prompt: Prompt) -> RulerCases:
+    """Return all cases of a run.
 
     Raises:
-        UserError, OSError: a file that a task needs is missing or of another form, a length is too
-            short for a task, or as ``open_tokenizer``.
+        UserError, OSError: a file that a task needs is missing or of another form, or a length is
+            too short for a task.
     """
     materials = read_materials(settings)
     tasks = _tasks(settings, materials)
-    tokenizer, source = open_tokenizer(settings)
-    style = "chat" if settings.prompt == "chat" else "base"
-    prompt = Prompt(tokenizer, style, settings.bos, source)
     template = ruler.MODEL_TEMPLATES.get(settings.prompt, prompt.model_template)
 
     def count(text: str) -> int:
-        return len(tokenizer.encode([text])[0])
+        return len(prompt.tokenizer.encode([text])[0])
 
     made: RulerCases = {}
     works = {length: weigh_tokens(length, length) for length in settings.lengths}
@@ -52,7 +49,7 @@ def open_cases(settings: EvaluationSettings) -> tuple[Prompt, RulerCases]:
                     task, length, settings.samples, count, materials, template
                 )
                 bar.update(works[length])
-    return prompt, made
+    return made
 
 
 def read_materials(settings: EvaluationSettings) -> ruler.Materials:
@@ -61,7 +58,7 @@ def read_materials(settings: EvaluationSettings) -> ruler.Materials:
     Raises:
         UserError, OSError: a file of another form, or two of --qa in the same.
     """
-    questions: dict[str, ruler.QuestionSet] = {}
+    questions: dict[str, QuestionSet] = {}
     for path in settings.qa or ():
         kind, found = ruler.read_questions(path)
         if kind in questions:
@@ -97,28 +94,32 @@ def score_ruler(
     A run that was killed is continued: cases that the folder has are not answered again.
     """
     tasks = list(dict.fromkeys(task for _, task in cases))
-    header = result_header(settings, model, "ruler") | _ruler_settings(settings, prompt, tasks)
-    with ResultStore(settings.output, header, RULER_RECORDS, model.primary) as store:
+    decisive = _ruler_settings(settings, prompt, tasks)
+    with open_store(settings, model, "ruler", decisive, RULER_RECORDS) as store:
         known = {(*key, index) for key in cases for index in range(settings.samples)}
         store.validate_finished(set(settings.lengths), known)
         _answer_cases(model, prompt, cases, store)
-        result = header | ruler_results(store.finished, tasks, settings.samples, settings.threshold)
-        store.finish(result)
-    return result
+        return store.finish(
+            ruler_results(store.finished, tasks, settings.samples, settings.threshold)
+        )
 
 
 def _ruler_settings(
     settings: EvaluationSettings, prompt: Prompt, tasks: list[str]
 ) -> dict[str, Any]:
     """Return what decides the cases of a run; a file by its content as well."""
-    files = {"haystack": settings.haystack, "qa": settings.qa, "words": settings.words}
+    files = {
+        "haystack": settings.haystack,
+        "qa": settings.qa and list(settings.qa),
+        "words": settings.words,
+    }
     return {
         "tokenizer": prompt.tokenizer.name,
         "prompt": settings.prompt,
         "bos": prompt.bos,
         "samples": settings.samples,
         "ruler_tasks": tasks,
-        **{name: list(given) if name == "qa" and given else given for name, given in files.items()},
+        **files,
         **{
             f"{name}_content": given and _content([given] if isinstance(given, str) else given)
             for name, given in files.items()
@@ -136,7 +137,7 @@ def _content(paths: Iterable[str]) -> str:
 def _answer_cases(
     model: ScoringModel, prompt: Prompt, cases: RulerCases, store: ResultStore
 ) -> None:
-    done = {RULER_RECORDS.identity(record) for record in store.finished}
+    done = store.done
     eod = prompt.tokenizer.eod
     stop = model.stop_tokens or (() if eod is None else (eod,))
     work = {length: weigh_tokens(length, length) for length, _ in cases}
@@ -149,8 +150,19 @@ def _answer_cases(
             prompts = [encode_case(prompt, own[i]) for i in left]
             answers = model.generate(prompts, ruler.new_tokens(task), stop)
             for index, tokens in zip(left, answers, strict=True):
-                written = _decode(prompt, tokens)
-                store.add([_record(length, task, index, own[index], tokens, written)])
+                # Rows of the output layer that only pad the vocabulary are no token of a text.
+                written = prompt.tokenizer.decode(tokens[tokens < prompt.tokenizer.vocab_size])
+                record = {
+                    "length": length,
+                    "task": task,
+                    "index": index,
+                    "score": ruler.score_case(task, written, own[index].answers),
+                    "written": written,
+                    "answers": list(own[index].answers),
+                    "written_tokens": len(tokens),
+                    "case_tokens": own[index].length,
+                }
+                store.add([record])
                 bar.update(work[length])
 
 
@@ -162,26 +174,6 @@ def encode_case(prompt: Prompt, case: RulerCase) -> np.ndarray:
     return tokens
 
 
-def _decode(prompt: Prompt, tokens: np.ndarray) -> str:
-    """Return a text; rows of the output layer that only pad the vocabulary are no token of it."""
-    return prompt.tokenizer.decode(tokens[tokens < prompt.tokenizer.vocab_size])
-
-
-def _record(
-    length: int, task: str, index: int, case: RulerCase, tokens: np.ndarray, written: str
-) -> dict[str, Any]:
-    return {
-        "length": length,
-        "task": task,
-        "index": index,
-        "score": ruler.score_case(task, written, case.answers),
-        "written": written,
-        "answers": list(case.answers),
-        "written_tokens": len(tokens),
-        "case_tokens": case.length,
-    }
-
-
 def ruler_results(
     records: list[dict[str, Any]], tasks: list[str], samples: int, threshold: float
 ) -> dict[str, Any]:
@@ -189,15 +181,16 @@ def ruler_results(
 
     A length counts where all of its cases are answered.
     """
-    scores: dict[int, dict[str, list[float]]] = {}
+    by_length: dict[int, dict[str, list[float]]] = {}
     for one in records:
-        scores.setdefault(one["length"], {}).setdefault(one["task"], []).append(one["score"])
-    whole = dict.fromkeys(tasks, samples)
-    rows = [
-        _row(length, {task: ruler.mean_score(scores[length][task]) for task in tasks}, samples)
-        for length in sorted(scores)
-        if {task: len(each) for task, each in scores[length].items()} == whole
-    ]
+        by_length.setdefault(one["length"], {}).setdefault(one["task"], []).append(one["score"])
+    rows: list[dict[str, Any]] = []
+    for length, found in sorted(by_length.items()):
+        if {task: len(each) for task, each in found.items()} == dict.fromkeys(tasks, samples):
+            scores = {task: ruler.mean_score(found[task]) for task in tasks}
+            row = {"length": length, "cases": samples, "average": ruler.average(scores)}
+            by_metric = {task: {ruler.metric(task): value} for task, value in scores.items()}
+            rows.append({**row, "scores": by_metric})
     averages = {row["length"]: row["average"] for row in rows}
     increasing, decreasing = ruler.weighted_averages(averages)
     return {
@@ -206,13 +199,4 @@ def ruler_results(
         "weighted_average_decreasing": decreasing,
         "threshold": threshold,
         "effective_length": ruler.effective_length(averages, threshold),
-    }
-
-
-def _row(length: int, scores: dict[str, float], samples: int) -> dict[str, Any]:
-    return {
-        "length": length,
-        "cases": samples,
-        "average": ruler.average(scores),
-        "scores": {task: {ruler.metric(task): value} for task, value in scores.items()},
     }

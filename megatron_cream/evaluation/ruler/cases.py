@@ -12,9 +12,8 @@ from functools import partial
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.ruler.fitting import CaseSampler, RulerCase, RulerText
 from megatron_cream.evaluation.ruler.materials import Materials, QuestionSet, RulerQuestion
-from megatron_cream.evaluation.ruler.templates import (
+from megatron_cream.evaluation.ruler.sampler import (
     COMMON,
     DOCUMENT,
     FREQUENT,
@@ -23,6 +22,9 @@ from megatron_cream.evaluation.ruler.templates import (
     NOISE,
     QUESTIONS,
     VARIABLES,
+    CaseSampler,
+    RulerCase,
+    RulerText,
     fill,
 )
 
@@ -64,7 +66,7 @@ class NeedleKind:
 
 
 def make_needles(
-    sampler: CaseSampler, task: str, kind: NeedleKind, materials: Materials, cases: int
+    sampler: CaseSampler, task: str, materials: Materials, cases: int, kind: NeedleKind
 ) -> list[RulerCase]:
     """Return the cases of a task that asks for needles."""
     texts = NeedleTexts(sampler, kind, materials)
@@ -142,7 +144,9 @@ class NeedleTexts:
         return fill(template, type_needle_v=kind, context=context, query=query)
 
 
-def make_variables(sampler: CaseSampler, task: str, cases: int) -> list[RulerCase]:
+def make_variables(
+    sampler: CaseSampler, task: str, materials: Materials, cases: int
+) -> list[RulerCase]:
     """Return cases of one chain of four hops in noise, after a worked example."""
     example = _example(sampler)
     step = 10 if sampler.length >= 4096 else 5
@@ -255,7 +259,9 @@ def _enough_words(words: list[str], materials: Materials, size: int, length: int
     return materials.more_words
 
 
-def make_frequent_words(sampler: CaseSampler, task: str, cases: int) -> list[RulerCase]:
+def make_frequent_words(
+    sampler: CaseSampler, task: str, materials: Materials, cases: int
+) -> list[RulerCase]:
     """Return cases of the three most frequent invented words."""
     too_short = f"--lengths has {sampler.length}: it is too short for {task}"
     most = sampler.length - FREQUENT.new_tokens
@@ -298,13 +304,17 @@ def _coded_words(sampler: CaseSampler, count: int) -> list[str]:
 
 
 def make_questions(
-    sampler: CaseSampler, task: str, questions: QuestionSet, cases: int
+    sampler: CaseSampler, task: str, materials: Materials, cases: int, form: str
 ) -> list[RulerCase]:
     """Return questions about documents among others; case i asks the i-th question of the file.
+
+    Args:
+        form: of the file, ``squad`` or ``hotpot``.
 
     Raises:
         UserError: the file has fewer questions.
     """
+    questions: QuestionSet = getattr(materials, form)
     if cases > len(questions.asked):
         raise UserError(
             f"--samples is {cases}: it must be at most {len(questions.asked)} for {task}, as many "

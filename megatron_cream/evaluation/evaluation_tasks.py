@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks by name: what a haystack of so many pieces says, and what is asked about it.
+"""Tasks by name; ``task_texts`` says what their haystacks read.
 
 passkey            five digits in a repeated phrase (Mohtashami and Jaggi, 2305.16300)
 needle             one sentence in prose, asked for word by word
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_cream.evaluation import task_texts
 from megatron_cream.evaluation.haystacks import (
     HaystackBuilder,
     HaystackCases,
@@ -25,9 +26,6 @@ from megatron_cream.evaluation.haystacks import (
     space_out,
     spread,
 )
-from megatron_cream.evaluation.tasks import counting, lines, needles
-
-__all__ = ["TASKS", "EvaluationTask"]
 
 DrawText = Callable[[int], HaystackText]
 """Number of pieces of a haystack's body to its text; a pure function."""
@@ -116,56 +114,56 @@ def _together(text: Callable[..., HaystackText]) -> Callable[[int, int, int], li
 _TASKS = (
     EvaluationTask(
         "passkey",
-        _at_depths(needles.passkey),
-        lambda seed: needles.passkey(seed, 0, 0.5, 2),
+        _at_depths(task_texts.passkey),
+        lambda seed: task_texts.passkey(seed, 0, 0.5, 2),
         number=True,
     ),
     EvaluationTask(
-        "needle", _at_depths(needles.needle), lambda seed: needles.needle(seed, 0, 0.5, 3)
+        "needle", _at_depths(task_texts.needle), lambda seed: task_texts.needle(seed, 0, 0.5, 3)
     ),
     EvaluationTask(
         "longchat-lines",
-        _together(lines.longchat),
-        lambda seed: lines.longchat(seed, 1, 3),
+        _together(task_texts.longchat),
+        lambda seed: task_texts.longchat(seed, 1, 3),
         number=True,
         records=True,
         least=None,
-        most=lines.MOST_LINES,
+        most=task_texts.MOST_LINES,
     ),
     EvaluationTask(
         "kv-retrieval",
-        _together(lines.key_values),
-        lambda seed: lines.key_values(seed, 1, 3),
+        _together(task_texts.key_values),
+        lambda seed: task_texts.key_values(seed, 1, 3),
         records=True,
         least=None,
-        most=lines.MOST_LINES,
+        most=task_texts.MOST_LINES,
     ),
     EvaluationTask(
         "niah-multikey",
-        _together(needles.multikey),
-        lambda seed: needles.multikey(seed, 1, 3, extra=1),
+        _together(task_texts.multikey),
+        lambda seed: task_texts.multikey(seed, 1, 3, extra=1),
         number=True,
     ),
     EvaluationTask(
         "variable-tracking",
-        _together(needles.variables),
-        lambda seed: needles.variables(seed, 1, 3),
+        _together(task_texts.variables),
+        lambda seed: task_texts.variables(seed, 1, 3),
     ),
     EvaluationTask(
         "common-words",
-        counting.common_texts,
-        lambda seed: counting.common(seed, 0, 2, (3, 1), 2),
+        task_texts.common_texts,
+        lambda seed: task_texts.common(seed, 0, 2, (3, 1), 2),
         placed=False,
-        harder_from=(counting.LONG,),
-        most=counting.MOST_COMMON,
+        harder_from=(task_texts.LONG,),
+        most=task_texts.MOST_COMMON,
     ),
     EvaluationTask(
         "frequent-words",
-        lambda length, seed, cases: [partial(counting.frequent, seed, i) for i in range(cases)],
-        lambda seed: counting.frequent(seed, 0, 40),
+        lambda length, seed, cases: [partial(task_texts.frequent, seed, i) for i in range(cases)],
+        lambda seed: task_texts.frequent(seed, 0, 40),
         placed=False,
         least=40,
-        most=counting.MOST_FREQUENT,
+        most=task_texts.MOST_FREQUENT,
     ),
 )
 TASKS: dict[str, EvaluationTask] = {task.name: task for task in _TASKS}

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of lines, drawn or as published: LongChat's lines, Lost in the Middle's key-value pairs.
+"""Reads published cases: LongChat's lines, Lost in the Middle's key-value pairs.
 
-A drawn haystack is asked for several of its lines, spread evenly from the first to the last. A
-published case has the length that it has; results are gathered under the longest case of a file.
+A published case has the length that it has; results are gathered under the longest case of a file.
 """
 
 from __future__ import annotations
@@ -10,14 +9,10 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-import uuid
 import zlib
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.haystacks import (
@@ -25,75 +20,12 @@ from megatron_cream.evaluation.haystacks import (
     HaystackCases,
     HaystackText,
     Question,
-    names,
-    rng,
     spread,
 )
+from megatron_cream.evaluation.task_texts import key_question
 
-MOST_LINES = 30000
-_LINES_INTRO = (
-    "Below is a record of lines. Each line has a name and a number, its REGISTER_CONTENT. "
-    "Remember the number of every line.\n\n"
-)
-_KV_INTRO = "Extract the value of the given key from the JSON object below.\n\nJSON data:\n"
-_PUBLISHED_KV_INTRO = (
-    "Extract the value corresponding to the specified key in the JSON object below."
-)
+_KV_INTRO = "Extract the value corresponding to the specified key in the JSON object below."
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-
-
-def longchat(seed: int, cases: int, count: int) -> HaystackText:
-    """Return lines ``line NAME: REGISTER_CONTENT is <NUMBER>``, as LongChat-Lines has them."""
-    pairs = _names_and_numbers(seed)[:count]
-    body = [f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in pairs]
-    return HaystackText(_LINES_INTRO, body, _questions(pairs, cases, _line_question))
-
-
-def key_values(seed: int, cases: int, count: int) -> HaystackText:
-    """Return a JSON object of UUIDs, as in Lost in the Middle (2307.03172)."""
-    pairs = _pairs_of_uuids(seed)[:count]
-    body = [f'"{key}": "{value}",\n ' for key, value in pairs]
-    body[0] = "{" + body[0]
-    body[-1] = body[-1].rstrip(" ,\n") + "}\n"
-    return HaystackText(_KV_INTRO, body, _questions(pairs, cases, _key_question))
-
-
-@lru_cache(maxsize=8)
-def _names_and_numbers(seed: int) -> tuple[tuple[str, str], ...]:
-    draw = rng("longchat-lines", seed)
-    numbers = draw.integers(10000, 100000, size=MOST_LINES)
-    return tuple(zip(names(draw, MOST_LINES), map(str, numbers), strict=True))
-
-
-@lru_cache(maxsize=8)
-def _pairs_of_uuids(seed: int) -> tuple[tuple[str, str], ...]:
-    draw = rng("kv-retrieval", seed)
-    return tuple((_uuid(draw), _uuid(draw)) for _ in range(MOST_LINES))
-
-
-def _uuid(draw: np.random.Generator) -> str:
-    return str(uuid.UUID(bytes=draw.bytes(16), version=4))
-
-
-def _questions(
-    pairs: Sequence[tuple[str, str]], cases: int, question: Callable[[str, str, float], Question]
-) -> list[Question]:
-    last = len(pairs) - 1
-    places = [round(place * last) for place in spread(cases)]
-    return [question(*pairs[i], i / max(1, last)) for i in places]
-
-
-def _line_question(name: str, number: str, where: float) -> Question:
-    return Question(
-        f"\nNow the record is over. What is the REGISTER_CONTENT in line {name}?",
-        f"\nThe REGISTER_CONTENT in line {name} is <",
-        (number,),
-        where,
-    )
-
-
-def _key_question(key: str, value: str, where: float) -> Question:
-    return Question(f'\nKey: "{key}"', '\nCorresponding value: "', (value,), where)
 
 
 def read_haystacks(
@@ -192,8 +124,8 @@ def _published_pairs(case: dict[str, Any], index: int, count: int) -> HaystackTe
     at = round(spread(count)[index] * len(pairs))
     pairs.insert(at, gold)
     lines = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
-    intro = f"{_PUBLISHED_KV_INTRO}\n\nJSON data:\n{{{lines}}}\n"
-    return HaystackText(intro, [], [_key_question(*gold, at / max(1, len(pairs) - 1))])
+    intro = f"{_KV_INTRO}\n\nJSON data:\n{{{lines}}}\n"
+    return HaystackText(intro, [], [key_question(*gold, at / max(1, len(pairs) - 1))])
 
 
 def _text(case: dict[str, Any], name: str) -> str:
