@@ -50,6 +50,8 @@ TE_LOSS = ("--te-cross-entropy",)
 UNFUSED = ("--no-rope-fusion",)
 OTHER_ANGLES = ("--rope-factor", "16")
 PACKED = ("--sample-unit", "packed-documents", "--micro-batch-size", "1")
+PLAIN = ("--plain-share", "0.5")
+MIXED = (*PLAIN, "--mixed-windows")
 CLEX = ("--rope-interpolation", "clex", "--position-strategy", "randpos")
 # Frequencies answer to rounding: at 1e-3 two orders of the same sums are 0.2 apart in ten steps.
 LOW = ("--lr", "1e-5", "--min-lr", "1e-6")
@@ -87,6 +89,14 @@ LAYOUTS = {
     "packed, CP2": Layout(2, (*PACKED, *CP2)),
     "packed, CP2, unfused RoPE": Layout(2, (*PACKED, *CP2, *UNFUSED)),
     "packed, other angles": Layout(1, (*PACKED, *OTHER_ANGLES), role="angles"),
+    "mixed windows, 1 GPU": Layout(1, MIXED, role="reference"),
+    "mixed windows, unfused RoPE": Layout(1, (*MIXED, *UNFUSED)),
+    "mixed windows, PP2, virtual stages": Layout(2, (*MIXED, *PP2, *VIRTUAL)),
+    "mixed windows, CP2": Layout(2, (*MIXED, *CP2)),
+    "mixed windows, all interpolated": Layout(1, PLAIN, role="angles"),
+    "packed mixed windows, 1 GPU": Layout(1, (*PACKED, *MIXED), role="reference"),
+    "packed mixed windows, CP2": Layout(2, (*PACKED, *MIXED, *CP2)),
+    "packed mixed windows, all interpolated": Layout(1, (*PACKED, *PLAIN), role="angles"),
     "CLEX, 1 GPU": _clex(1, role="reference"),
     "CLEX, 1 GPU, micro-batch 1": _clex(1, "--micro-batch-size", "1"),
     "CLEX, DP2, distributed optimizer": _clex(2, "--use-distributed-optimizer"),
