@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from results import record
-from variants import QUESTIONS, VARIANTS, Variant
+from variants import VARIANTS, Variant
 
 from megatron_cream import torchrun
 
@@ -117,14 +117,14 @@ class Study:
                 *("--output-prefix", work / "held-out"),
             ],
         }
-        kinds = {(v.questions, v.answers_only) for v in self.left if v.retrieval}
-        for questions, answers_only in kinds:
-            name = retrieval_set(questions, answers_only)
+        for variant in {v.documents: v for v in self.left if v.retrieval}.values():
+            name = variant.documents
             steps[f"{name}.idx"] = [
                 *(TOOLS / "make_retrieval_data.py", *tokenizer, *workers, "--length", str(WINDOW)),
                 *("--documents", str(32 if args.smoke else RETRIEVAL_DOCUMENTS)),
-                *("--questions", questions, "--haystack", *args.text),
-                *(["--answers-only"] if answers_only else []),
+                *("--questions", variant.questions, "--haystack", *args.text),
+                *("--tasks", variant.tasks),
+                *(["--answers-only"] if variant.answers_only else []),
                 *("--output-prefix", work / name),
             ]
         todo = {name: step for name, step in steps.items() if not (work / name).exists()}
@@ -216,7 +216,7 @@ class Study:
         data = [work / "text"]
         if variant.retrieval:
             share = variant.retrieval
-            retrieval = work / retrieval_set(variant.questions, variant.answers_only)
+            retrieval = work / variant.documents
             data = [f"{1 - share:g}", work / "text", f"{share:g}", retrieval]
         return [
             *("--use-checkpoint-args", "--position-embedding-type", "rope"),
@@ -290,12 +290,6 @@ class Study:
             "commit": os.environ.get("COMMIT") or commit(),
             "device": device(gpu),
         }
-
-
-def retrieval_set(questions: int, answers_only: bool) -> str:
-    """The name of the retrieval documents with at most so many questions per task."""
-    name = "retrieval" if questions == QUESTIONS else f"retrieval-{questions}"
-    return f"{name}-answers" if answers_only else name
 
 
 def at_once(calls: list[tuple[Any, ...]]) -> list[Any]:

@@ -23,6 +23,7 @@ class Variant:
         seed: of text, order and positions.
         questions: most questions of a task in the retrieval documents.
         answers_only: their loss is on the answers alone.
+        tasks: most tasks of a retrieval document.
     """
 
     name: str
@@ -33,6 +34,17 @@ class Variant:
     seed: int = 1
     questions: int = QUESTIONS
     answers_only: bool = False
+    tasks: int = 4
+
+    @property
+    def documents(self) -> str:
+        """Name of the retrieval documents that it reads."""
+        parts = [
+            *([] if self.questions == QUESTIONS else [str(self.questions)]),
+            *(["answers"] if self.answers_only else []),
+            *([] if self.tasks == 4 else [f"tasks-{self.tasks}"]),
+        ]
+        return "-".join(["retrieval", *parts])
 
     @property
     def title(self) -> str:
@@ -59,49 +71,48 @@ def _seeds(seed: int, *names: str) -> list[Variant]:
         for method, strategy in {"cream": "cream", "pose": "pose", "plain": "full"}.items():
             name = f"{method}-questions-64-retrieval-{share:.2f}"
             ways[name] = Variant(name, strategy, retrieval=share, seed=seed, questions=64)
-    for share in (0.15, 0.3, 0.5):
+    for name in ("scatter", "cream-relative"):
+        kind, title = name.split("-")[0], f"{name}-questions-64-retrieval-0.50"
+        flags = RELATIVE if name == "cream-relative" else ()
+        ways[title] = Variant(title, kind, "yarn", flags, retrieval=0.5, seed=seed, questions=64)
+    for share in (0.15, 0.3):
         name = f"cream-answers-only-{share:.2f}"
         more = {"retrieval": share, "questions": 64, "answers_only": True}
         ways[name] = Variant(name, "cream", seed=seed, **more)
-    ways |= {name: Variant(name, seed=seed, **MANY, **way) for name, way in WAYS.items()}
-    for strategy in ("cream", "scatter"):
-        for answers_only in (False, True):
-            kind = "-answers-only" if answers_only else ""
-            name = f"{strategy}{kind}-questions-256-retrieval-0.50"
-            more = {"retrieval": 0.5, "questions": 256, "answers_only": answers_only}
-            ways[name] = Variant(name, strategy, seed=seed, **more)
+    ways |= {name: Variant(name, seed=seed, **ANSWERS | way) for name, way in WAYS.items()}
     return [ways[name] for name in names]
 
 
 PLAIN = ("--plain-share", "0.25")
 RELATIVE = ("--cream-sigma-relative", "0.375")
-MANY: dict[str, Any] = {"retrieval": 0.5, "questions": 64}
-"""The documents of the ways below."""
 MIXED = ("--mixed-windows", "--plain-share")
+ANSWERS: dict[str, Any] = {"retrieval": 0.5, "questions": 64, "answers_only": True}
+"""Settings of all the following."""
 WAYS: dict[str, dict[str, Any]] = {
-    f"{name}-questions-64-retrieval-0.50": way
+    f"{name}-answers-only-0.50": way
     for name, way in {
+        "cream": {"method": "cream"},
+        "scatter": {"method": "scatter"},
         "cream-mixed-0.25": {"method": "cream", "flags": (*MIXED, "0.25")},
+        "cream-one-task": {"method": "cream", "tasks": 1},
+        # What extending costs within the old window: the same data, and the model as it was.
+        "never-extended": {"method": "full", "rope": "none"},
+        "scatter-one-task": {"method": "scatter", "tasks": 1},
+        "scatter-mixed-0.25": {"method": "scatter", "flags": (*MIXED, "0.25")},
+        "cream-questions-256": {"method": "cream", "questions": 256},
+        "plain": {"method": "full"},
+        "pose": {"method": "pose"},
         "cream-mixed-0.50": {"method": "cream", "flags": (*MIXED, "0.5")},
+        "cream-plain-0.25": {"method": "cream", "flags": PLAIN},
         # The factor that YaRN has at 4 times the window, within the old window, too.
         "cream-mixed-0.25-factor": {
             "method": "cream",
             "flags": (*MIXED, "0.25", "--rope-options", "attention_factor=1.1386"),
         },
-        "cream-plain-0.25": {"method": "cream", "flags": PLAIN},
-        "cream-relative": {"method": "cream", "flags": RELATIVE},
-        "scatter": {"method": "scatter"},
         "scatter-8": {"method": "scatter", "flags": ("--scatter-most-chunks", "8")},
-        "scatter-mixed-0.25": {"method": "scatter", "flags": (*MIXED, "0.25")},
-        # What extending costs within the old window: the same data, and the model as it was.
-        "never-extended": {"method": "full", "rope": "none"},
+        "scatter-one-task-questions-256": {"method": "scatter", "tasks": 1, "questions": 256},
     }.items()
 }
-EVEN_MORE_QUESTIONS = tuple(
-    f"{strategy}{kind}-questions-256-retrieval-0.50"
-    for strategy in ("cream", "scatter")
-    for kind in ("", "-answers-only")
-)
 MORE_DOCUMENTS = tuple(
     f"{method}-questions-64-retrieval-0.30" for method in ("cream", "pose", "plain")
 )
@@ -113,10 +124,11 @@ VARIANTS = [
     *_seeds(1, "cream", "plain", "pose", "cream-plain-0.25", "cream-relative"),
     *_seeds(1, "cream-questions-64"),
     *_seeds(1, *MORE_DOCUMENTS, "cream-questions-64-retrieval-0.50"),
-    *_seeds(1, *WAYS, *EVEN_MORE_QUESTIONS),
-    *_seeds(1, "cream-answers-only-0.15", "cream-answers-only-0.30", "cream-answers-only-0.50"),
+    *_seeds(1, "cream-answers-only-0.15", "cream-answers-only-0.30", *WAYS),
+    *_seeds(1, "scatter-questions-64-retrieval-0.50", "cream-relative-questions-64-retrieval-0.50"),
     *_seeds(2, *MORE_DOCUMENTS),
     *_seeds(2, "cream", "plain", "pose"),
+    *_seeds(2, *WAYS),
     *_seeds(1, "cope", "drope", "linear", "cream-no-retrieval", "cream-retrieval-0.30"),
     *_seeds(3, *MORE_DOCUMENTS),
     *_seeds(1, "pose-questions-64-retrieval-0.50", "plain-questions-64-retrieval-0.50"),

@@ -110,6 +110,14 @@ def test_more_questions_when_more_are_asked_for():
     assert max(few) <= 16 and np.mean(many) > 4 * np.mean(few)
 
 
+def test_one_task_fills_a_document_where_that_is_asked_for():
+    tokenizer = load_tokenizer("ByteLevelTokenizer")
+    one, some = (DocumentMaker(tokenizer, 4096, 3, tasks=most) for most in (1, 4))
+    counts = [[len(maker.task_texts(number)) for number in range(40)] for maker in (one, some)]
+    assert set(counts[0]) == {1} and set(counts[1]) == {1, 2, 3, 4}
+    assert np.mean([len(one.task_texts(number)[0]) for number in range(40)]) > 0.9 * 4096
+
+
 def test_answers_stand_anywhere():
     task = [tasks._records(philox.generator(seed, 0), 4000) for seed in range(150)]
     places = []
@@ -214,6 +222,7 @@ def test_needles_hide_in_the_text_that_is_given(tmp_path, tokenizer):
         ({"documents": 0}, "--documents 0: needs 1 to "),
         ({"workers": 0}, "--workers 0: needs 1 to 4096"),
         ({"questions": 0}, "--questions 0: needs 1 to "),
+        ({"tasks": 5}, "--tasks 5: needs 1 to 4"),
         ({"seed": -1}, "--seed -1: needs 0 to "),
         ({"engine": "slow"}, "--engine slow: needs one of auto, fast, reference"),
         ({"tokenizer_type": "HuggingFaceTokenizer"}, "--tokenizer-model"),

@@ -73,6 +73,7 @@ class RetrievalConfig:
         length: tokens of a document, end of document included: the trained window N.
         haystack: files and folders of text; none for sentences made here.
         questions: most questions of a task.
+        tasks: most tasks of a document; with 1 each is as long as a document can have it.
         answers_only: write ``PREFIX.mask``, by which answers are trained and nothing else is.
     """
 
@@ -90,6 +91,12 @@ class RetrievalConfig:
     )
     append_eod: bool = flag_field(**APPEND_EOD)
     questions: int = flag_field("most questions of a task", default=MOST_QUESTIONS, metavar="Q")
+    tasks: int = flag_field(
+        "most tasks of a document; with 1 it is one list or text that fills it",
+        default=4,
+        most=4,
+        metavar="K",
+    )
     answers_only: bool = flag_field("have a loss on the answers alone: PREFIX.mask", default=False)
     engine: str = flag_field(**ENGINE)
     workers: int = flag_field(**WORKERS)
@@ -144,7 +151,9 @@ def _maker(config: RetrievalConfig) -> DocumentMaker:
         raise UserError("--append-eod: the tokenizer has no token that ends a document")
     haystack = read_haystack(list(config.haystack)) if config.haystack else None
     eod = tokenizer.eod if config.append_eod else None
-    return DocumentMaker(tokenizer, config.length, config.seed, haystack, eod, config.questions)
+    return DocumentMaker(
+        tokenizer, config.length, config.seed, haystack, eod, config.questions, config.tasks
+    )
 
 
 def _choose_engine(
@@ -186,6 +195,7 @@ def _describe_settings(
         "length": config.length,
         "haystack": list(config.haystack),
         "questions": config.questions,
+        "tasks": config.tasks,
         "answers_only": config.answers_only,
         "tokenizer_type": config.tokenizer_type,
         "tokenizer_model": config.tokenizer_model,
@@ -259,6 +269,7 @@ class DocumentMaker:
         haystack: text of the user's.
         eod: token at the end of each, None for none.
         questions: most questions of a task.
+        tasks: most tasks of a document, 1 to 4.
 
     Raises:
         UserError: ``length`` is below ``SHORTEST``.
@@ -272,11 +283,12 @@ class DocumentMaker:
         haystack: Haystack | None = None,
         eod: int | None = None,
         questions: int = MOST_QUESTIONS,
+        tasks: int = 4,
     ) -> None:
         if length < SHORTEST:
             raise UserError(f"--length is {length}: it must be at least {SHORTEST} tokens")
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
-        self.haystack, self.eod, self.questions = haystack, eod, questions
+        self.haystack, self.eod, self.questions, self.tasks = haystack, eod, questions, tasks
         self._anchor = tokenizer.encode([_ANCHOR])[0]
 
     def make(self, number: int) -> np.ndarray:
@@ -302,7 +314,7 @@ class DocumentMaker:
         """Return the tasks of a document, and the generator that its filler is drawn from."""
         rng = philox.generator(self.seed, number, _STREAM)
         room = self.length - (self.eod is not None)
-        return rng, [self._fitted(rng, budget) for budget in _budgets(rng, room)]
+        return rng, [self._fitted(rng, budget) for budget in _budgets(rng, room, self.tasks)]
 
     def _joined(self, rng: Rng, parts: list[np.ndarray]) -> np.ndarray:
         end = [] if self.eod is None else [np.array([self.eod])]
@@ -379,9 +391,9 @@ class DocumentMaker:
         return tokens[len(tokens) - count :]
 
 
-def _budgets(rng: Rng, tokens: int) -> list[int]:
-    """Share tokens among one task, mostly, or up to four."""
-    most = min(4, tokens // _LEAST)
+def _budgets(rng: Rng, tokens: int, most: int) -> list[int]:
+    """Share tokens among one task, mostly, or up to ``most``, of at most four."""
+    most = min(most, tokens // _LEAST)
     count = min(most, int(rng.choice([1, 1, 1, 2, 2, 3, 4]))) if most > 1 else 1
     spare = tokens - count * _LEAST
     if count == 1:
