@@ -13,7 +13,7 @@ from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
 from megatron_cream.positions.mixtures import PlainShare, ScalePerSample, validate_share
 from megatron_cream.positions.strategy import strategy_class
 from megatron_cream.rope import SCALINGS, RopeScaling, compose, make_scaling
-from megatron_cream.rope.mixed import mix_windows
+from megatron_cream.rope.composed import mix_windows
 from megatron_cream.rope.scaling import scaling_class
 
 SETTINGS_KEY = "megatron_cream"
@@ -42,7 +42,7 @@ class ExtensionConfig:
         plain_share: probability that a training sample has plain positions instead.
         mixed_windows: whether samples (packed documents) whose positions all lie within
             ``original_length`` turn by the model's own RoPE, and only the others by the
-            interpolation; see ``rope.mixed``.
+            interpolation; see ``mix_windows``.
         rope_interpolation: a name of ``SCALINGS`` of ``megatron_cream.rope``.
         rope_factor: how many times longer RoPE becomes; T / original_length unless given.
         rotary_base: theta of the model before.
