@@ -66,11 +66,14 @@ def patch_pretrain(
 @patch(
     "megatron.training.training:training_log",
     needs=("iteration", "is_first_iteration"),
-    why="An iteration is over here and its number of samples known, which our scalars need; and "
+    why="An iteration is over here and its number of samples known, which our scalars and the "
+    "report of a step's time need; and "
     "the loss of a start's first iteration would be counted in the next line, too.",
 )
-def patch_training_log(own: Callable[..., Any], scalars: ScalarsAt | None) -> Callable[..., Any]:
-    """Have ``scalars`` written, if any, and the first iteration's loss counted once.
+def patch_training_log(
+    own: Callable[..., Any], scalars: ScalarsAt | None, report: Callable[[], str | None] | None
+) -> Callable[..., Any]:
+    """Have ``scalars`` written and lines of ``report`` printed, and the first loss counted once.
 
     Megatron prints the first iteration after every start besides those that --log-interval asks
     for, and keeps that one's loss for the next line. Where the two fall together (at
@@ -88,6 +91,9 @@ def patch_training_log(own: Callable[..., Any], scalars: ScalarsAt | None) -> Ca
         answer = own(loss_dict, total, rate, iteration, *rest, **more)
         if scalars is not None:
             _write(scalars, iteration)
+        line = report() if report is not None else None
+        if line:
+            print(line, flush=True)
         return answer
 
     return training_log

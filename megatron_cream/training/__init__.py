@@ -8,4 +8,5 @@ datasets     builds the datasets of a pipeline stage
 step         forward step and loss
 start_block  what is printed at start; with tokens_read
 scalars      ours in TensorBoard and Weights & Biases
+step_report  planned and measured step, after 20 iterations
 """

@@ -176,7 +176,7 @@ def _with_defaults(args: Namespace, defaults: dict[str, Any]) -> Namespace:
 
 
 def ready(args: Namespace, config: Any) -> None:
-    """Put our hooks and scalars into Megatron, and print on rank 0 what this run will do.
+    """Put our hooks, scalars and report into Megatron, and print on rank 0 what this run will do.
 
     The last thing before ``megatron.training.pretrain``.
     """
@@ -186,6 +186,7 @@ def ready(args: Namespace, config: Any) -> None:
     from megatron_cream.mcore.attention_rotation import patch_apply_rotary_pos_emb
     from megatron_cream.training.scalars import Scalars
     from megatron_cream.training.start_block import start_block
+    from megatron_cream.training.step_report import step_report
 
     extension = extension_of(args)
     trainer.patch_compile_helpers.apply()
@@ -194,7 +195,9 @@ def ready(args: Namespace, config: Any) -> None:
     trainer.patch_save.apply(checksums.forget, checksums.write_later)
     patch_apply_rotary_pos_emb.apply()
     logs = args.tensorboard_dir or args.wandb_project
-    trainer.patch_training_log.apply(Scalars(extension).at if logs else None)
+    scalars = Scalars(extension).at if logs else None
+    report = step_report(args) if args.rank == args.world_size - 1 else None
+    trainer.patch_training_log.apply(scalars, report.after_iteration if report else None)
     anew = starts_without_trained_rope(args)
     hooks.add_hooks(config, args, extension, trains_rope_anew=anew)
     if args.rank == 0:
