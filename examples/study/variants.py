@@ -71,48 +71,64 @@ def _seeds(seed: int, *names: str) -> list[Variant]:
         for method, strategy in {"cream": "cream", "pose": "pose", "plain": "full"}.items():
             name = f"{method}-questions-64-retrieval-{share:.2f}"
             ways[name] = Variant(name, strategy, retrieval=share, seed=seed, questions=64)
-    for name in ("scatter", "cream-relative"):
-        kind, title = name.split("-")[0], f"{name}-questions-64-retrieval-0.50"
-        flags = RELATIVE if name == "cream-relative" else ()
-        ways[title] = Variant(title, kind, "yarn", flags, retrieval=0.5, seed=seed, questions=64)
     for share in (0.15, 0.3):
         name = f"cream-answers-only-{share:.2f}"
         more = {"retrieval": share, "questions": 64, "answers_only": True}
         ways[name] = Variant(name, "cream", seed=seed, **more)
-    ways |= {name: Variant(name, seed=seed, **ANSWERS | way) for name, way in WAYS.items()}
+    for kind, documents in DOCUMENTS.items():
+        for way, settings in WAYS.items():
+            name = f"{way}-{kind}"
+            ways[name] = Variant(name, seed=seed, retrieval=0.5, **documents, **settings)
     return [ways[name] for name in names]
 
 
 PLAIN = ("--plain-share", "0.25")
 RELATIVE = ("--cream-sigma-relative", "0.375")
 MIXED = ("--mixed-windows", "--plain-share")
-ANSWERS: dict[str, Any] = {"retrieval": 0.5, "questions": 64, "answers_only": True}
-"""Settings of all the following."""
-WAYS: dict[str, dict[str, Any]] = {
-    f"{name}-answers-only-0.50": way
-    for name, way in {
-        "cream": {"method": "cream"},
-        "scatter": {"method": "scatter"},
-        "cream-mixed-0.25": {"method": "cream", "flags": (*MIXED, "0.25")},
-        "cream-one-task": {"method": "cream", "tasks": 1},
-        # What extending costs within the old window: the same data, and the model as it was.
-        "never-extended": {"method": "full", "rope": "none"},
-        "scatter-one-task": {"method": "scatter", "tasks": 1},
-        "scatter-mixed-0.25": {"method": "scatter", "flags": (*MIXED, "0.25")},
-        "cream-questions-256": {"method": "cream", "questions": 256},
-        "plain": {"method": "full"},
-        "pose": {"method": "pose"},
-        "cream-mixed-0.50": {"method": "cream", "flags": (*MIXED, "0.5")},
-        "cream-plain-0.25": {"method": "cream", "flags": PLAIN},
-        # The factor that YaRN has at 4 times the window, within the old window, too.
-        "cream-mixed-0.25-factor": {
-            "method": "cream",
-            "flags": (*MIXED, "0.25", "--rope-options", "attention_factor=1.1386"),
-        },
-        "scatter-8": {"method": "scatter", "flags": ("--scatter-most-chunks", "8")},
-        "scatter-one-task-questions-256": {"method": "scatter", "tasks": 1, "questions": 256},
-    }.items()
+DOCUMENTS: dict[str, dict[str, Any]] = {
+    "questions-64-retrieval-0.50": {"questions": 64},
+    "questions-256-retrieval-0.50": {"questions": 256},
+    "answers-only-0.50": {"questions": 64, "answers_only": True},
+    "answers-only-questions-256-retrieval-0.50": {"questions": 256, "answers_only": True},
+    "one-task-answers-only-0.50": {"questions": 64, "answers_only": True, "tasks": 1},
 }
+"""Kinds of retrieval documents, half of the samples each."""
+WAYS: dict[str, dict[str, Any]] = {
+    "cream": {"method": "cream"},
+    "plain": {"method": "full"},
+    "pose": {"method": "pose"},
+    "cream-relative": {"method": "cream", "flags": RELATIVE},
+    "cream-plain-0.25": {"method": "cream", "flags": PLAIN},
+    "cream-mixed-0.25": {"method": "cream", "flags": (*MIXED, "0.25")},
+    "cream-mixed-0.50": {"method": "cream", "flags": (*MIXED, "0.5")},
+    # The factor that YaRN has at 4 times the window, within the old window, too.
+    "cream-mixed-0.25-factor": {
+        "method": "cream",
+        "flags": (*MIXED, "0.25", "--rope-options", "attention_factor=1.1386"),
+    },
+    "scatter": {"method": "scatter"},
+    "scatter-8": {"method": "scatter", "flags": ("--scatter-most-chunks", "8")},
+    "scatter-mixed-0.25": {"method": "scatter", "flags": (*MIXED, "0.25")},
+    # What extending costs within the old window: the same data, and the model as it was.
+    "never-extended": {"method": "full", "rope": "none"},
+}
+"""Ways to train on one kind or another, under the name WAY-KIND."""
+ANSWERS = tuple(f"{way}-answers-only-0.50" for way in WAYS)
+OTHER_KINDS = tuple(
+    f"{way}-{kind}"
+    for kind in ("questions-256-retrieval-0.50", *list(DOCUMENTS)[3:])
+    for way in ("cream", "scatter")
+)
+EVERY_TOKEN = tuple(
+    f"{way}-questions-64-retrieval-0.50"
+    for way in (
+        "scatter",
+        "cream-relative",
+        "cream-mixed-0.25",
+        "cream-mixed-0.50",
+        "never-extended",
+    )
+)
 MORE_DOCUMENTS = tuple(
     f"{method}-questions-64-retrieval-0.30" for method in ("cream", "pose", "plain")
 )
@@ -124,11 +140,11 @@ VARIANTS = [
     *_seeds(1, "cream", "plain", "pose", "cream-plain-0.25", "cream-relative"),
     *_seeds(1, "cream-questions-64"),
     *_seeds(1, *MORE_DOCUMENTS, "cream-questions-64-retrieval-0.50"),
-    *_seeds(1, "cream-answers-only-0.15", "cream-answers-only-0.30", *WAYS),
-    *_seeds(1, "scatter-questions-64-retrieval-0.50", "cream-relative-questions-64-retrieval-0.50"),
+    *_seeds(1, "cream-answers-only-0.15", "cream-answers-only-0.30", *ANSWERS, *OTHER_KINDS),
+    *_seeds(1, *EVERY_TOKEN),
     *_seeds(2, *MORE_DOCUMENTS),
     *_seeds(2, "cream", "plain", "pose"),
-    *_seeds(2, *WAYS),
+    *_seeds(2, *ANSWERS),
     *_seeds(1, "cope", "drope", "linear", "cream-no-retrieval", "cream-retrieval-0.30"),
     *_seeds(3, *MORE_DOCUMENTS),
     *_seeds(1, "pose-questions-64-retrieval-0.50", "plain-questions-64-retrieval-0.50"),
