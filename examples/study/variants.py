@@ -89,7 +89,7 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
     "questions-64-retrieval-0.50": {"questions": 64},
     "questions-256-retrieval-0.50": {"questions": 256},
     "answers-only-0.50": {"questions": 64, "answers_only": True},
-    "answers-only-questions-256-retrieval-0.50": {"questions": 256, "answers_only": True},
+    "questions-256-answers-only-0.50": {"questions": 256, "answers_only": True},
     "one-task-answers-only-0.50": {"questions": 64, "answers_only": True, "tasks": 1},
 }
 """Kinds of retrieval documents, half of the samples each."""
