@@ -34,6 +34,15 @@ class AttentionChoice:
     name: str
     given: tuple[tuple[str, int], ...] = ()
 
+    @staticmethod
+    def read(name: str, words: Sequence[str]) -> AttentionChoice:
+        """Return the choice of a method with sizes ``KEY=N``.
+
+        Raises:
+            UserError: a size of another form.
+        """
+        return AttentionChoice(name, tuple(_sizes(name, words)))
+
     @property
     def flag(self) -> str:
         """The flag that asks for it."""
@@ -86,7 +95,7 @@ def attention_choice(settings: Any) -> AttentionChoice | None:
     if len(given) > 1:
         raise UserError(f"{' and '.join(map(flag_name, given))} are given: at most one can be")
     for name, words in given.items():
-        return AttentionChoice(name, tuple(_sizes(name, words)))
+        return AttentionChoice.read(name, words)
     return None
 
 

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_cream.attention.methods import AttentionChoice
 from megatron_cream.checkpoint.extraction import plan_tensors, read_tensors
 from megatron_cream.checkpoint.hf_files import (
     TOKENIZER,
@@ -77,6 +79,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     quiet: bool = False,
+    dual_chunk: Sequence[str] | None = None,
 ) -> ExportedModel:
     """Write the Hugging Face folder ``output`` of a Megatron checkpoint.
 
@@ -92,6 +95,8 @@ def export_checkpoint(
         dtype: type of the weights; by default the one they were saved in, bit for bit.
         shard_bytes: most bytes of one safetensors file.
         quiet: no progress bar.
+        dual_chunk: sizes in tokens, ``KEY=N``, of dual chunk attention that engines are to serve
+            it with; an empty list for the usual ones; None leaves config.json as it is.
 
     Returns:
         The shape of the model, its settings, the type and bytes of its weights, its rope_type.
@@ -113,6 +118,8 @@ def export_checkpoint(
     with closing(TorchDistTensors(iteration)) as stored:
         shape = _validated_shape(args, config, source, stored)
         scaling = _exported_scaling(stored, extension, shape.head_dim)
+        fields = hf_rope_fields(scaling, extension.target_length)
+        attention = {} if dual_chunk is None else _dual_chunk_fields(dual_chunk, fields, config)
         tensors = list(plan_tensors(stored, shape, dtype))
         plans = [tensor.plan for tensor in tensors]
         total, written = sum(plan.nbytes for plan in plans), plans[0].dtype
@@ -122,7 +129,7 @@ def export_checkpoint(
             closing(read_tensors(stored, tensors)) as blocks,
         ):
             write_shards(folder, plans, shard_bytes, blocks, bar.update)
-            _write_files(folder, source, config, shape, extension, scaling, written)
+            _write_files(folder, source, config, shape, extension, scaling, written, attention)
     return ExportedModel(shape, extension, written, total, scaling.to_hf()["rope_type"])
 
 
@@ -193,6 +200,7 @@ def _write_files(
     extension: ExtensionConfig,
     scaling: RopeScaling,
     dtype: torch.dtype,
+    attention: dict[str, Any],
 ) -> None:
     """Write config.json and the model card, and take over the rest from ``source``."""
     for path in list_other_files(source) if source else ():
@@ -201,7 +209,7 @@ def _write_files(
     if config:  # of the base model: what says the same in its own words stays
         fields = {key: fields[key] for key in ("sliding_window",) if key in fields}
     written = with_rope(config | fields, hf_rope_fields(scaling, extension.target_length))
-    written |= {"dtype": _TYPE_NAMES[dtype], "torch_dtype": _TYPE_NAMES[dtype]}
+    written |= attention | {"dtype": _TYPE_NAMES[dtype], "torch_dtype": _TYPE_NAMES[dtype]}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     _raise_tokenizer_length(folder, extension.target_length)
     base = (
@@ -209,6 +217,27 @@ def _write_files(
     )
     card = model_card(base, shape, extension, _TYPE_NAMES[dtype], scaling)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _dual_chunk_fields(
+    words: Sequence[str], fields: dict[str, Any], own: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what has SGLang serve a model with dual chunk attention.
+
+    Args:
+        words: sizes that were asked for.
+        fields: of RoPE, with the window.
+        own: config.json that the export takes over.
+
+    Raises:
+        UserError: sizes that do not go together.
+    """
+    choice = AttentionChoice.read("dual_chunk", words)
+    window = fields["max_position_embeddings"]
+    sizes = choice.sizes(window, window, own.get("dual_chunk_attention_config"))
+    choice.bands(sizes)
+    # Above 0, logits would be multiplied by a factor that grows with the text.
+    return {"dual_chunk_attention_config": {**sizes, "original_max_position_embeddings": 0}}
 
 
 def _raise_tokenizer_length(folder: Path, target_length: int) -> None:
@@ -242,6 +271,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hf", help="where config and tokenizer come from (default: the import it began with)")
     types = ("float32", "bfloat16", "float16")
     add("--dtype", choices=types, help="type of the weights (default: the one they have)")
+    add(
+        "--dual-chunk",
+        nargs="*",
+        metavar="KEY=N",
+        help="have SGLang serve it with dual chunk attention, chunk_size=N local_size=N in tokens "
+        "(docs/attention.md)",
+    )
     add("--max-shard-size", default="5GB", help="of a safetensors file, as 500MB or 5GB")
 
 
@@ -249,7 +285,9 @@ def run(args: argparse.Namespace) -> None:
     """Export what a command line names."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
     most = parse_bytes(args.max_shard_size)
-    exported = export_checkpoint(args.checkpoint, args.output, args.hf, dtype, most)
+    exported = export_checkpoint(
+        args.checkpoint, args.output, args.hf, dtype, most, dual_chunk=args.dual_chunk
+    )
     print(describe(exported, args.output))
 
 

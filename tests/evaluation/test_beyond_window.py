@@ -152,6 +152,27 @@ def test_mistakes_are_one_line(folder, tmp_path):
     refuses("without a sliding window; it is MistralForCausalLM", hf=slides, dual_chunk=[])
 
 
+def test_an_export_names_its_sizes_and_evaluation_takes_them(tmp_path, cpu_megatron):
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
+
+    folder = hf_models.make(tmp_path / "hf", "Qwen2, biases on q, k, v")
+    import_checkpoint(str(folder), str(tmp_path / "checkpoint"), quiet=True)
+    with pytest.raises(UserError, match="--dual-chunk: local_size is 60"):
+        export_checkpoint(str(tmp_path / "checkpoint"), str(tmp_path / "out"),
+                          dual_chunk=["local_size=60"])  # fmt: skip
+    export_checkpoint(str(tmp_path / "checkpoint"), str(tmp_path / "out"), quiet=True,
+                      dual_chunk=["local_size=16"])  # fmt: skip
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    sizes = {"chunk_size": 72, "local_size": 16}
+    assert written["dual_chunk_attention_config"] == {
+        **sizes,
+        "original_max_position_embeddings": 0,
+    }
+    again = open_model(arguments(hf=str(tmp_path / "out"), dual_chunk=[]))
+    assert again.settings["attention"] == {"name": "dual_chunk", **sizes}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_checkpoint_scores_as_its_export(name, tmp_path, cpu_megatron):
     from megatron_cream.checkpoint.import_hf import import_checkpoint
