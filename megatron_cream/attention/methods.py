@@ -76,6 +76,12 @@ class AttentionChoice:
         return found
 
 
+def saved_attention(args: Any) -> AttentionChoice | None:
+    """Return the dual chunk attention that a run trained with, by its saved arguments."""
+    words = getattr(args, "dual_chunk", None)
+    return None if words is None else AttentionChoice.read("dual_chunk", words)
+
+
 def method_flag(name: str, what: str) -> Any:
     """Declare the field of a command's settings that asks for a method."""
     keys = " ".join(f"{key}=N" for key in METHODS[name](8, 8))

@@ -96,7 +96,7 @@ def export_checkpoint(
         shard_bytes: most bytes of one safetensors file.
         quiet: no progress bar.
         dual_chunk: sizes in tokens, ``KEY=N``, of dual chunk attention that engines are to serve
-            it with; an empty list for the usual ones; None leaves config.json as it is.
+            it with; an empty list for the usual ones; those of training unless given.
 
     Returns:
         The shape of the model, its settings, the type and bytes of its weights, its rope_type.
@@ -119,7 +119,8 @@ def export_checkpoint(
         shape = _validated_shape(args, config, source, stored)
         scaling = _exported_scaling(stored, extension, shape.head_dim)
         fields = hf_rope_fields(scaling, extension.target_length)
-        attention = {} if dual_chunk is None else _dual_chunk_fields(dual_chunk, fields, config)
+        words = getattr(args, "dual_chunk", None) if dual_chunk is None else dual_chunk
+        attention = {} if words is None else _dual_chunk_fields(words, fields, config)
         tensors = list(plan_tensors(stored, shape, dtype))
         plans = [tensor.plan for tensor in tensors]
         total, written = sum(plan.nbytes for plan in plans), plans[0].dtype

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_cream.attention.methods import AttentionChoice, saved_attention
 from megatron_cream.checkpoint.doctor import validate_iteration
 from megatron_cream.checkpoint.iterations import require_arguments, require_checkpoint
 from megatron_cream.checkpoint.unpickling import only_listed_globals
@@ -26,11 +27,13 @@ class LoadedModel:
         module: called with ``input_ids``, ``position_ids`` ``[b, s]`` and optionally ``labels``.
         extension: the settings by which it rotates by position.
         args: Megatron's arguments, as saved.
+        attention: dual chunk attention that it was trained with.
     """
 
     module: torch.nn.Module
     extension: ExtensionConfig
     args: Namespace
+    attention: AttentionChoice | None = None
 
 
 def load_model(
@@ -65,10 +68,11 @@ def load_model(
     _validate_trained_rope(path, args, extension)
     args.hybrid_layer_pattern = without_stages(getattr(args, "hybrid_layer_pattern", None))
     initialize_ranks(layout)
+    attention = saved_attention(args)
     module = build_model(args, extension, layout)
     with only_listed_globals():  # .metadata was read with a list of its own before
         load_weights(module, folder)
-    return LoadedModel(module.eval(), extension, args)
+    return LoadedModel(module.eval(), extension, args, attention)
 
 
 def _validate_trained_rope(path: str, args: Namespace, extension: ExtensionConfig) -> None:

@@ -219,7 +219,7 @@ def open_model(settings: EvaluationSettings) -> ScoringModel:
 
         path = str(settings.checkpoint)
         model = MegatronModel(path, changed_extension(settings), settings.layout)
-    if choice := attention_choice(settings):
+    if choice := attention_choice(settings) or model.trained_attention:
         longest = max(settings.lengths or [model.window])
         sizes = choice.sizes(model.window, longest, model.dual_chunk)
         model.attend_beyond_window(choice.bands(sizes), choice.flag)

@@ -56,6 +56,7 @@ class HuggingFaceModel:
     """
 
     primary = True
+    trained_attention = None  # asked for by a flag; config.json has its sizes
 
     def __init__(
         self,

@@ -48,7 +48,6 @@ class MegatronModel(ScoringModel):
         FileNotFoundError, ValueError: as ``load_model``, and context parallelism without GPUs.
     """
 
-    dual_chunk = None  # a checkpoint says nothing of it
     stop_tokens: tuple[int, ...] = ()  # the tokenizer says which
 
     def __init__(
@@ -64,6 +63,8 @@ class MegatronModel(ScoringModel):
             )
         loaded = load_model(path, extension, layout)
         self.name, self.layout, self.extension = path, layout, loaded.extension
+        self.trained_attention = loaded.attention
+        self.dual_chunk = dict(loaded.attention.given) if loaded.attention else None
         self.stage = PipelineStage(loaded.module)
         self.window = claimed_window(
             self.extension.rope_interpolation,

@@ -2,6 +2,7 @@
 """Parts that a run can do without: each is asked at the same few places (``mcore.extra``).
 
 clex                CLEX: trained frequencies; a ``rope.scaling.ScalingTrainer``
+dual_chunk          --dual-chunk: training with dual chunk attention
 hybrid              HybridModel's patterns, and its layers without Transformer Engine
 inprocess_restart   --inprocess-restart, of the whole start of a run
 rotation            --rope-kernel: queries and keys turned by our Triton kernel

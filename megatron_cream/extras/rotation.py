@@ -40,6 +40,11 @@ class RopeKernel(Extra):
                 f"{FLAG} is {args.rope_kernel!r}: RoPE is not fused (--no-rope-fusion or --cpu), "
                 "so it must be left out"
             )
+        if args.rope_kernel and args.dual_chunk is not None:
+            raise UserError(
+                f"{FLAG} is {args.rope_kernel!r} with --dual-chunk: it must be left out, that "
+                "attention turns queries and keys itself"
+            )
         if args.rope_kernel == "triton" and extension.trained:
             raise UserError(
                 f"{FLAG} is 'triton': with --rope-interpolation {extension.rope_interpolation}, "
@@ -60,6 +65,8 @@ class RopeKernel(Extra):
 
 def rope_kernel(args: Namespace, extension: Any) -> str:
     """Return what turns queries and keys in this run, for the start block."""
+    if args.dual_chunk is not None:
+        return "dual chunk attention's own"
     if not args.apply_rope_fusion:
         return "unfused"
     able = find_spec("triton") is not None and not extension.trained

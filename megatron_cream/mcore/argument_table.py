@@ -213,6 +213,7 @@ _ROWS = (
     *_each("recompute_num_layers", range=COUNT, **_MEMORY),
     *_each("tp_comm_overlap", evaluated=False, meta=False),
     *_each("rope_kernel", evaluated="te"),
+    *_each("dual_chunk", evaluated=None),  # evaluation has an attention of its own
     *_each("te_cross_entropy", evaluated=False),  # logits are what is asked for
     *_each("perform_initialization", off="--no-initialization", meta=False),
     *_each("cuda_graph_impl", default="none", with_scales="the rotation of clex is not captured"),

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-_NAMES = ("hybrid", "te_cross_entropy", "rotation", "inprocess_restart")
+_NAMES = ("hybrid", "te_cross_entropy", "rotation", "dual_chunk", "inprocess_restart")
 
 
 class Extra:

@@ -91,7 +91,9 @@ def test_loss_and_gradients_are_those_of_the_unfused_model(name):
 
 
 def args(**given):
-    return Namespace(**{"rope_kernel": None, "apply_rope_fusion": True, **given})
+    return Namespace(
+        **{"rope_kernel": None, "dual_chunk": None, "apply_rope_fusion": True, **given}
+    )
 
 
 PLAIN, CLEX = (

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--dual-chunk: a step's loss and gradients are those of the dense softmax, and what is refused."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from support import forks
+from support.dense_attention import LOCAL, Q, dense, dual_chunk_distance
+
+from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
+from megatron_cream.extras import dual_chunk
+
+pytestmark = pytest.mark.usefixtures("cpu_megatron")
+
+TOKENS, VOCABULARY = 137, 64
+
+
+class DenseCore(torch.nn.Module):
+    def __init__(self, scaling, interleaved):
+        super().__init__()
+        self.scaling, self.interleaved = scaling, interleaved
+
+    def forward(self, query, key, value, *_, **__):
+        q, k, v = (x.transpose(0, 1).double() for x in (query, key, value))
+        out = dense(q, k, v, self.scaling, dual_chunk_distance, (TOKENS,), self.interleaved)
+        return out.transpose(0, 1).flatten(2).to(query.dtype)
+
+
+def step(exact, in_softmax, interleaved):
+    """Loss per token and gradients of one step, with the dense softmax or ours."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_cream.mcore.build_model import initialize_ranks
+    from megatron_cream.mcore.rotary import fold_attention_factor_into_softmax, install_rotary
+    from megatron_cream.rope import make_scaling
+
+    initialize_ranks()
+    torch.manual_seed(1)
+    config = TransformerConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2,
+        hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False,
+        init_method_std=0.1, use_cpu_initialization=True, rotary_interleaved=interleaved,
+    )  # fmt: skip
+    scaling = make_scaling("yarn", dim=16, base=100.0, factor=4.0, original_length=16)
+    if in_softmax:
+        assert fold_attention_factor_into_softmax(config, scaling)
+    spec = get_gpt_layer_local_spec()
+    model = GPTModel(config, spec, VOCABULARY, 256, position_embedding_type="rope")
+    install_rotary(model, scaling, attention_factor_in_softmax=in_softmax)
+    dual_chunk.use_dual_chunk(model, Q, LOCAL)
+    if exact:
+        for layer in model.decoder.layers:
+            layer.self_attention.core_attention = DenseCore(scaling, interleaved)
+    tokens = torch.randint(VOCABULARY, (2, TOKENS))
+    ids = torch.arange(TOKENS).expand(2, -1)
+    loss = model(input_ids=tokens, position_ids=ids, attention_mask=None, labels=tokens)
+    loss.mean().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [loss.detach().numpy(), *(g.numpy() for g in gradients)]
+
+
+def both(in_softmax, interleaved):
+    return step(True, in_softmax, interleaved), step(False, in_softmax, interleaved)
+
+
+@pytest.mark.parametrize(("in_softmax", "interleaved"), [(True, False), (False, True)])
+def test_a_step_is_that_of_the_dense_softmax(in_softmax, interleaved):
+    wanted, found = forks.call(both, in_softmax, interleaved)
+    assert len(wanted) == len(found) > 10
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(*map(torch.from_numpy, (one, other)), atol=1e-5, rtol=1e-3)
+
+
+def test_packed_documents_begin_anew():
+    config = Namespace(rotary_interleaved=False, softmax_scale=None, kv_channels=16)
+    from megatron_cream.rope import make_scaling
+
+    scaling = make_scaling("none", dim=16, base=100.0, factor=1.0, original_length=64)
+    core = dual_chunk.DualChunkCore(
+        config, scaling, {"chunk_size": Q, "local_size": LOCAL}, False
+    )  # fmt: skip
+    q, k, v = (torch.randn(160, heads, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 43, 44, 160], dtype=torch.int32)
+    packed = Namespace(cu_seqlens_q=ends, cu_seqlens_q_padded=None)
+    found = core(q, k, v, packed_seq_params=packed)
+    wanted = dense(q[None], k[None], v[None], scaling, dual_chunk_distance, (43, 1, 116))
+    torch.testing.assert_close(found, wanted[0].flatten(1), atol=1e-12, rtol=0)
+
+
+def args(**given):
+    plain = {
+        "dual_chunk": [], "context_parallel_size": 1, "attention_dropout": 0.0,
+        "window_size": None, "softmax_type": "vanilla", "hybrid_layer_pattern": None,
+    }  # fmt: skip
+    return Namespace(**plain | given)
+
+
+LONG = {"train_length": 16384, "target_length": 16384, "original_length": 4096, "rope_factor": 4.0}
+
+
+def test_sizes_by_the_window_that_rope_reaches():
+    config = Namespace(pre_wrap_hooks=[])
+    for name, sizes in (("none", [3072, 512]), ("linear", [12288, 2048])):
+        given, config.pre_wrap_hooks = args(), []
+        extension = ExtensionConfig(**LONG, rope_interpolation=name)
+        for _ in range(2):
+            dual_chunk.EXTRA.configure(config, given, extension)
+        assert given.dual_chunk == [f"chunk_size={sizes[0]}", f"local_size={sizes[1]}"]
+        assert len(config.pre_wrap_hooks) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"context_parallel_size": 2}, "--context-parallel-size is 2 with --dual-chunk: .* be 1"),
+        ({"attention_dropout": 0.1}, "--attention-dropout is 0.1 .* be 0.0"),
+        ({"window_size": (64, 0)}, "--window-size is .* left out"),
+        ({"dual_chunk": ["local_size=9000"]}, "--dual-chunk: local_size is 9000"),
+        ({"hybrid_layer_pattern": "*-"}, "--hybrid-layer-pattern"),
+    ],
+)
+def test_what_it_does_not_go_with(given, match):
+    extension = ExtensionConfig(**LONG, rope_interpolation="none")
+    dual_chunk.EXTRA.validate_flags(args(), extension)
+    with pytest.raises(UserError, match=match):
+        dual_chunk.EXTRA.validate_flags(args(**given), extension)
+
+
+def test_other_positions_are_refused():
+    extension = ExtensionConfig(96, 768, 96, position_strategy="cream", rope_interpolation="none")
+    with pytest.raises(UserError, match="--position-strategy is cream .* be full"):
+        dual_chunk.EXTRA.validate_flags(args(), extension)
