@@ -53,10 +53,10 @@ class DualChunk(Extra):
             if value != needed:
                 what = "left out" if needed is None else needed
                 raise UserError(f"{flag} is {value} with {FLAG}: it must be {what}{why}")
-        if extension.trained or args.hybrid_layer_pattern is not None:
+        if extension.trained or extension.mixed_windows or args.hybrid_layer_pattern is not None:
             raise UserError(
                 f"{FLAG} is given: it must be left out with --rope-interpolation clex, whose "
-                "frequencies are trained, and with --hybrid-layer-pattern"
+                "frequencies are trained, with --mixed-windows and with --hybrid-layer-pattern"
             )
 
     def configure(self, config: Any, args: Namespace, extension: Any) -> None:

@@ -5,11 +5,15 @@ from argparse import Namespace
 
 import pytest
 import torch
-from support import forks
+from support import forks, ranks
+from support.arguments import arguments
 from support.dense_attention import LOCAL, Q, dense, dual_chunk_distance
+from support.evaluation import write_small_hf
+from support.runs import write_dataset
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.forward import ForwardPass
 from megatron_cream.extras import dual_chunk
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
@@ -100,6 +104,37 @@ def args(**given):
 
 
 LONG = {"train_length": 16384, "target_length": 16384, "original_length": 4096, "rope_factor": 4.0}
+
+
+def test_a_run_says_so_and_evaluation_and_export_follow(tmp_path):
+    from megatron_cream.checkpoint.export_hf import export_checkpoint
+    from megatron_cream.checkpoint.import_hf import import_checkpoint
+    from megatron_cream.evaluation.evaluate import open_model
+
+    source = write_small_hf(tmp_path / "hf")
+    import_checkpoint(source, str(tmp_path / "import"), quiet=True)
+    text = write_dataset(tmp_path / "text", [2400] * 8, vocabulary=300)
+    run = ranks.train(tmp_path / "log", [
+        *("--pretrained-checkpoint", str(tmp_path / "import"), "--use-checkpoint-args"),
+        *("--save", str(tmp_path / "run"), "--data-path", text, "--split", "100,0,0"),
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", "384", "--num-workers", "0"),
+        *("--seq-length", "1024", "--original-length", "512", "--rope-interpolation", "none"),
+        *("--micro-batch-size", "1", "--global-batch-size", "2", "--save-interval", "1"),
+        *("--train-iters", "1", "--lr", "1e-3", "--eval-iters", "0", "--eval-interval", "9"),
+        *("--no-create-attention-mask-in-dataloader", "--attention-dropout", "0", "--dual-chunk"),
+    ])  # fmt: skip
+    assert run.lines("rope kernel")[0].endswith("dual chunk attention's own")
+    sizes = {"chunk_size": 384, "local_size": 64}
+    export_checkpoint(str(tmp_path / "run"), str(tmp_path / "out"), quiet=True)
+    tokens = torch.randint(3, 300, (1, 900), generator=torch.Generator().manual_seed(1))
+    one = ForwardPass(tokens, torch.arange(900), tokens.roll(1))
+    scores = []
+    for place, flags in (("run", {}), ("out", {"dual_chunk": []})):
+        kind = "checkpoint" if place == "run" else "hf"
+        model = open_model(arguments(**{kind: str(tmp_path / place)}, **flags))
+        assert model.settings["attention"] == {"name": "dual_chunk", **sizes}
+        scores.append(next(iter(model.run(iter([one])))).logprobs)
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
 
 
 def test_sizes_by_the_window_that_rope_reaches():
