@@ -23,6 +23,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 SMALL, NORMAL = 8, 9  # font sizes in points
 _NAME_HEIGHT = 11  # points from one line's name to the next
 _ASIDE = 3  # points between the intervals of two lines
+_FAR = 8  # times the smallest value, from which on even steps crowd at the upper end
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,19 @@ def mark_lengths(axes: Axes, lengths: Sequence[int], windows: Sequence[int], wor
                 xytext=(0, 3), textcoords="offset points", va="bottom", fontsize=SMALL,
                 color=MUTED, ha="left" if tokens < middle else "right",
             )  # fmt: skip
+
+
+def logarithmic_y(axes: Axes) -> None:
+    """Make y a logarithmic axis, named at a few round values whatever its range."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    near = high / low < _FAR
+    round_values = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]) if near else LogLocator(subs=(1, 2, 5))
+    axes.yaxis.set_major_locator(round_values)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def heat_map(axes: Axes, shares: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:

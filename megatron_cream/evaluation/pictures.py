@@ -34,6 +34,7 @@ from megatron_cream.evaluation.charts import (
     heat_map,
     length_axis,
     line_of,
+    logarithmic_y,
     mark_lengths,
     mark_window,
     name_lines,
@@ -58,7 +59,6 @@ _PAGE = 13  # inches; a wider picture is too small to read where a page shows it
 _HITS = ("hit", "hit_low", "hit_high")
 _LENGTH = "length of a case (tokens)"
 _CONTEXT = "context length (tokens)"
-_FAR = 8  # times the smallest perplexity, from which on even steps crowd at the upper end
 
 
 def draw(results: Sequence[Result], path: str | Path, window: str = "window {}") -> None:
@@ -127,7 +127,7 @@ def _averages(axes: Axes, results: Sequence[Result]) -> None:
     tasks = len(results[0]["ruler_tasks"])
     axes.set_ylim(-3, 103)
     words = f"average score of {tasks} task{'s' if tasks > 1 else ''}"
-    _scores_by_length(axes, results, words, "average")
+    _draw_by_length(axes, results, _lines_by_length(results, "average"), (_LENGTH, words))
 
 
 def _suite(results: Sequence[Result]) -> Figure:
@@ -158,16 +158,30 @@ def _figure(title: str, width: float, height: float) -> Figure:
 
 def _accuracy(axes: Axes, results: Sequence[Result]) -> None:
     _percent_axis(axes)
-    _scores_by_length(axes, results, "exact answers (95 % intervals)", *_HITS)
+    lines = _lines_by_length(results, *_HITS)
+    _draw_by_length(axes, results, lines, (_LENGTH, "exact answers (95 % intervals)"))
 
 
-def _scores_by_length(axes: Axes, results: Sequence[Result], words: str, *keys: str) -> None:
+def _lines_by_length(results: Sequence[Result], *keys: str) -> list[ChartLine]:
+    """Return a line per run of a value and its interval, named where there are several runs."""
     names = [result["name"] if len(results) > 1 else "" for result in results]
     pairs = zip(names, results, strict=True)
-    lines = [line_of(name, result["lengths"], "length", *keys) for name, result in pairs]
+    return [line_of(name, result["lengths"], "length", *keys) for name, result in pairs]
+
+
+def _draw_by_length(
+    axes: Axes,
+    results: Sequence[Result],
+    lines: Sequence[ChartLine],
+    labels: tuple[str, str],
+    window: str = "window {}",
+    logarithmic: bool = False,
+) -> None:
     draw_lines(axes, lines)
-    style(axes, _LENGTH, words)
-    length_axis(axes, results)
+    style(axes, *labels)
+    if logarithmic:
+        logarithmic_y(axes)
+    length_axis(axes, results, window)
     name_lines(axes, lines)
 
 
@@ -283,65 +297,30 @@ def _draw_perplexity(figure: Figure, results: Sequence[Result], window: str) -> 
         window: what is written beside the line at a model's window.
     """
     left, right = figure.subplots(1, 2)
-    several = len(results) > 1
-    if several:
-        lines = [line_of(r["name"], r["lengths"], "length", "perplexity") for r in results]
+    if len(results) > 1:
+        lines, words = _lines_by_length(results, "perplexity"), "perplexity"
+        ratios = [ratio_line(results[0], result) for result in results]
+        ratio = f"perplexity / {results[0]['name']}'s\n(95 % intervals, same documents)"
+        _draw_by_length(right, results, ratios, (_CONTEXT, ratio), window)
     else:
         lines = [change_line(results[0])]
-    draw_lines(left, lines)
-    change = f"\n(95 % intervals of the change from {short(int(lines[0].x[0]))})"
-    style(left, _CONTEXT, "perplexity" + ("" if several else change))
-    _logarithmic(left)
-    length_axis(left, results, window)
-    if several:
-        _ratios(right, results, window)
-    else:
+        first = short(int(lines[0].x[0]))
+        words = f"perplexity\n(95 % intervals of the change from {first})"
         _positions(right, results[0])
-    name_lines(left, lines)
+    _draw_by_length(left, results, lines, (_CONTEXT, words), window, logarithmic=True)
 
 
 def _draw_longppl(figure: Figure, results: Sequence[Result], window: str) -> None:
     """Draw two panels by length: of key tokens, and of all tokens of the same documents."""
-    several = len(results) > 1
     panels = {
         "LongPPL: perplexity of key tokens": ("longppl", "longppl_low", "longppl_high"),
         "perplexity of all tokens": ("perplexity", "low", "high"),
     }
     for axes, (words, keys) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         # Intervals over documents of several models would say that none differ: see the top.
-        shown = keys[:1] if several else keys
-        names = [result["name"] if several else "" for result in results]
-        lines = [
-            line_of(name, result["lengths"], "length", *shown)
-            for name, result in zip(names, results, strict=True)
-        ]
-        draw_lines(axes, lines)
-        style(axes, _CONTEXT, words + ("" if several else "\n(95 % intervals over documents)"))
-        _logarithmic(axes)
-        length_axis(axes, results, window)
-        name_lines(axes, lines)
-
-
-def _logarithmic(axes: Axes) -> None:
-    """Make y a logarithmic axis, named at a few round values whatever its range."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    near = high / low < _FAR
-    round_values = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]) if near else LogLocator(subs=(1, 2, 5))
-    axes.yaxis.set_major_locator(round_values)
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
-
-
-def _ratios(axes: Axes, results: Sequence[Result], window: str) -> None:
-    first = results[0]
-    lines = [ratio_line(first, result) for result in results]
-    draw_lines(axes, lines)
-    style(axes, _CONTEXT, f"perplexity / {first['name']}'s\n(95 % intervals, same documents)")
-    length_axis(axes, results, window)
-    name_lines(axes, lines)
+        lines = _lines_by_length(results, *(keys if len(results) == 1 else keys[:1]))
+        words += "\n(95 % intervals over documents)" if len(results) == 1 else ""
+        _draw_by_length(axes, results, lines, (_CONTEXT, words), window, logarithmic=True)
 
 
 def ratio_line(first: Result, result: Result) -> ChartLine:
@@ -395,7 +374,7 @@ def _positions(axes: Axes, result: Result) -> None:
     colors = _shades(len(lines))
     draw_lines(axes, lines, colors)
     style(axes, "position in the window (tokens)", "perplexity")
-    _logarithmic(axes)
+    logarithmic_y(axes)
     axes.margins(y=0.12)
     edges = sorted({row["to"] for row in result["positions"]})
     mark_lengths(axes, edges, [result["window"]], "window {}")
