@@ -120,7 +120,7 @@ COMMANDS = {
         environment=_NO_SPINNING,
     ),
     "chat": Command(
-        "megatron_cream.evaluation.chat",
+        "megatron_cream.evaluation.conversation",
         "Ask a Hugging Face model, about a book or paper if one is given.",
         environment=_NO_SPINNING,
     ),

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluates models on long text.
 
-evaluate    the command, and ``evaluate()``; its flags are evaluation_settings, validated
-other_rope  another RoPE than a model's own, where the flags ask for one
-prompts     the tokenizer, and what a prompt puts around a task
-forward     one forward pass over a context and the tails that continue it
-evaluation_tasks  retrieval, tracking and counting tasks, by name
-haystacks   cases of an exact token length
-scoring     cases scored by one forward pass, without generation
-perplexity  perplexity by context length and position: a sliding window, or one of each document
-longppl     LongPPL: perplexity of the tokens that only a long context tells, its key_tokens
-results     shares, perplexities, intervals and tables; store keeps them, result_files reads them
-compare     several runs in one table and picture
-report      finished runs in one page (html_page), or in a model card
-ruler       RULER's thirteen tasks, case for case; a model answers them greedily; its figures
-generation  greedy decoding by a Hugging Face model
-lm_eval     a model class for lm-eval
+evaluate          the command, and ``evaluate()``; its flags are evaluation_settings, validated
+hf_model          a Hugging Face folder as a model to score with; generation decodes with it
+megatron_model    a Megatron checkpoint as one, on any layout
+forward           one forward pass over a context and the tails that continue it
+other_rope        another RoPE than a model's own; long_attention, another attention
+prompts           the tokenizer, and what a prompt puts around a task
+evaluation_tasks  retrieval, tracking and counting tasks by name; task_texts says what they read
+haystacks         cases of an exact token length; published_cases, cases of others
+scoring           cases scored by one forward pass, without generation
+perplexity        by context length and position: a sliding window, or one of each document
+longppl           LongPPL: perplexity of the tokens that only a long context tells, its key_tokens
+ruler             RULER's thirteen tasks, case for case, answered greedily; its figures
+results           shares, perplexities, intervals and tables; store keeps them, result_files reads
+pictures          of results, by charts; compare has several runs in one table and picture
+results_page      finished runs in one page (html_page), or in a model card
+lm_eval           a model class for lm-eval
+conversation      the command ``megatron-cream chat``
 """

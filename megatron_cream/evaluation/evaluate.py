@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         print(compare(args.runs, args.output))
         return
     if args.task == "report":
-        from megatron_cream.evaluation.report import run_report
+        from megatron_cream.evaluation.results_page import run_report
 
         print(run_report(args))
         return

@@ -19,7 +19,6 @@ from megatron_cream.checkpoint.hf_weights import HfWeights
 from megatron_cream.checkpoint.model_shape import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError
-from megatron_cream.evaluation.beyond_window import BeyondWindow
 from megatron_cream.evaluation.forward import (
     ForwardPass,
     PassScores,
@@ -28,6 +27,7 @@ from megatron_cream.evaluation.forward import (
     score_rows,
     tails,
 )
+from megatron_cream.evaluation.long_attention import BeyondWindow
 from megatron_cream.json_values import integer, naming, reason
 from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
 

@@ -21,7 +21,6 @@ from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.checkpoint.loading import load_model
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.beyond_window import BeyondWindow
 from megatron_cream.evaluation.forward import (
     ForwardPass,
     PassScores,
@@ -30,6 +29,7 @@ from megatron_cream.evaluation.forward import (
     score_rows,
     tails,
 )
+from megatron_cream.evaluation.long_attention import BeyondWindow
 from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.mcore.pipeline_stage import PipelineStage
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout

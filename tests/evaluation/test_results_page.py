@@ -15,7 +15,7 @@ from support.results import perplexities_of, result_of
 from megatron_cream.cli import main
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import result_files
-from megatron_cream.evaluation.report import add_to_card, write_report
+from megatron_cream.evaluation.results_page import add_to_card, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

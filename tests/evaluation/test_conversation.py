@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_cream import cli
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.chat import read_text
+from megatron_cream.evaluation.conversation import read_text
 
 TEXT = "The old captain sailed north and his map was torn. " * 4
 
