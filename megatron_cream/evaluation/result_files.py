@@ -18,54 +18,59 @@ from megatron_cream.evaluation.results import PER_DOCUMENT, buckets
 from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
 from megatron_cream.evaluation.ruler import metric
 
-ValueCheck = Callable[[Any], bool]
+Check = Callable[[Any], str | None]
+"""A value to None where it is right; otherwise to the field of it that is wrong, "" for itself."""
+
 _MOST = 2**53  # whole numbers that a float holds as well
 
 
-def _whole(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
-def _count(value: Any) -> bool:
-    return _whole(value) and value > 0
-
-
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     """Return whether it is a number; of a broken model it may be NaN or infinite."""
-    return isinstance(value, float) or (isinstance(value, int) and _whole(abs(value)))
+    return isinstance(value, float) or (isinstance(value, int) and _is_whole(abs(value)))
 
 
-def _share(value: Any) -> bool:
-    return _number(value) and 0 <= value <= 1
+def _if(right: Callable[[Any], bool]) -> Check:
+    return lambda value: None if right(value) else ""
 
 
-def _hundred(value: Any) -> bool:
-    return _number(value) and 0 <= value <= 100
+def _up_to(most: float) -> Check:
+    return _if(lambda value: _is_number(value) and 0 <= value <= most)
 
 
-def _ruler_score(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_hundred, value.values()))
+_whole, _number, _share, _percent = _if(_is_whole), _if(_is_number), _up_to(1), _up_to(100)
+_count = _if(lambda value: _is_whole(value) and value > 0)
+_boolean = _if(lambda value: isinstance(value, bool))
+_text = _if(lambda value: isinstance(value, str))
+_ruler_task = _if(lambda value: value in RULER_TASKS)
 
 
-def _boolean(value: Any) -> bool:
-    return isinstance(value, bool)
+def _or_null(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
+def _list_of(check: Check, fewest: int = 1) -> Check:
+    def wrong(value: Any) -> str | None:
+        if not isinstance(value, list) or len(value) < fewest:
+            return ""
+        return next((found for entry in value if (found := check(entry)) is not None), None)
+
+    return wrong
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
+def _object(fields: dict[str, Check]) -> Check:
+    def wrong(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return ""
+        for name, check in fields.items():
+            if (found := check(value.get(name))) is not None:
+                return f"{found} in {name}" if found else name
+        return None
 
-
-def _or_null(check: ValueCheck) -> ValueCheck:
-    return lambda value: value is None or check(value)
-
-
-def _list_of(check: ValueCheck) -> ValueCheck:
-    """Return the check of a list with at least one entry, all of which pass ``check``."""
-    return lambda value: isinstance(value, list) and bool(value) and all(map(check, value))
+    return wrong
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,12 @@ class ScoreFormat:
     """
 
     key: tuple[str, ...]
-    fields: dict[str, ValueCheck]
+    fields: dict[str, Check]
     together: Callable[[dict[str, Any]], bool] = lambda record: True
 
     def is_right(self, record: Any) -> bool:
         """Return whether it is a score of this format."""
-        if not isinstance(record, dict) or _wrong_field(record, self.fields):
-            return False
-        return self.together(record)
+        return _object(self.fields)(record) is None and self.together(record)
 
     def identity(self, record: dict[str, Any]) -> tuple[Any, ...]:
         """Return which one it is."""
@@ -102,7 +105,7 @@ def _fits_buckets(record: dict[str, Any]) -> bool:
     return len(sizes) == 1 and sum(record["targets"]) > 0
 
 
-_CASE: dict[str, ValueCheck] = {
+_CASE: dict[str, Check] = {
     **{"length": _count, "seed": _whole, "haystack": _whole, "index": _whole, "where": _share},
     **{"hit": _boolean, "items": _share, "tokens": _share, "logprob": _number},
     "answer_tokens": _count,
@@ -112,8 +115,8 @@ NUMBER_CASE_RECORDS = ScoreFormat(CASE_RECORDS.key, _CASE | {"number": _boolean}
 RULER_RECORDS = ScoreFormat(
     ("length", "task", "index"),
     {
-        **{"length": _count, "task": lambda value: value in RULER_TASKS, "index": _whole},
-        **{"score": _share, "written": _text, "answers": _texts},
+        **{"length": _count, "task": _ruler_task, "index": _whole},
+        **{"score": _share, "written": _text, "answers": _list_of(_text, 0)},
         **{"written_tokens": _whole, "case_tokens": _count},
     },
 )
@@ -172,19 +175,19 @@ def read_records(path: Path, text: bytes, kind: ScoreFormat) -> list[dict[str, A
     return list(found.values())
 
 
-_RESULT: dict[str, ValueCheck] = {
+_RESULT: dict[str, Check] = {
     "task": _text,
     "name": _text,
     "window": _count,
     "most_tokens": _or_null(_count),
 }
-_CASE_ROW: dict[str, ValueCheck] = {
+_CASE_ROW: dict[str, Check] = {
     **{"length": _count, "cases": _count, "haystacks": _count, "answer_tokens": _or_null(_count)},
     **{"hit": _share, "hit_low": _share, "hit_high": _share, "number": _or_null(_share)},
     **{"items": _share, "tokens": _share, "logprob_per_token": _number},
 }
 _PLACE_ROW = _CASE_ROW | {"where": _share}
-_PERPLEXITY_ROW: dict[str, ValueCheck] = {
+_PERPLEXITY_ROW: dict[str, Check] = {
     **{"length": _count, "perplexity": _number, "low": _or_null(_number)},
     **{"high": _or_null(_number), "documents": _count, "targets": _count, "nll": _number},
     "document_nll": _list_of(_number),
@@ -194,18 +197,41 @@ _LONGPPL_ROW = _PERPLEXITY_ROW | {
     **{"key_targets": _count, "document_key_nll": _list_of(_number)},
     "document_key_targets": _list_of(_whole),
 }
-_POSITION_ROW: dict[str, ValueCheck] = {
+_POSITION_ROW: dict[str, Check] = {
     **{"length": _count, "from": _whole, "to": _count, "perplexity": _number, "targets": _count},
 }
-_RULER_RESULT: dict[str, ValueCheck] = {
-    **{"ruler_tasks": _list_of(lambda value: value in RULER_TASKS), "threshold": _hundred},
-    **{"weighted_average_increasing": _hundred, "weighted_average_decreasing": _hundred},
+_RULER_RESULT: dict[str, Check] = {
+    **{"ruler_tasks": _list_of(_ruler_task), "threshold": _percent},
+    **{"weighted_average_increasing": _percent, "weighted_average_decreasing": _percent},
     "effective_length": _or_null(_count),
 }
-_RULER_ROW: dict[str, ValueCheck] = {
-    **{"length": _count, "cases": _count, "average": _hundred},
-    "scores": lambda value: isinstance(value, dict) and all(map(_ruler_score, value.values())),
+_RULER_ROW: dict[str, Check] = {
+    **{"length": _count, "cases": _count, "average": _percent},
+    "scores": _if(
+        lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(by_metric, dict) for by_metric in value.values())
+            and all(_percent(score) is None for each in value.values() for score in each.values())
+        )
+    ),
 }
+
+
+def _rows(fields: dict[str, Check]) -> Check:
+    return _list_of(_object(fields))
+
+
+def _result_fields(task: str) -> dict[str, Check] | None:
+    """Return the checks of the result of a task, None where there is no such task."""
+    if task in PER_DOCUMENT:
+        row = _LONGPPL_ROW if task == "longppl" else _PERPLEXITY_ROW
+        return _RESULT | {"lengths": _rows(row), "positions": _rows(_POSITION_ROW)}
+    if task == "ruler":
+        return _RESULT | _RULER_RESULT | {"lengths": _rows(_RULER_ROW)}
+    if task not in TASKS:
+        return None
+    places = {"places": _rows(_PLACE_ROW)} if TASKS[task].placed else {}
+    return _RESULT | {"lengths": _rows(_CASE_ROW)} | places
 
 
 def read_result(folder: str | Path) -> dict[str, Any]:
@@ -230,30 +256,9 @@ def read_result(folder: str | Path) -> dict[str, Any]:
 
 def _wrong(result: dict[str, Any]) -> str | None:
     """Return what is missing or no such value."""
-    if name := _wrong_field(result, _RESULT):
-        return name
-    if result["task"] in PER_DOCUMENT:
-        row = _LONGPPL_ROW if result["task"] == "longppl" else _PERPLEXITY_ROW
-        rows = {"lengths": row, "positions": _POSITION_ROW}
-    elif result["task"] == "ruler":
-        rows = {"lengths": _RULER_ROW}
-        if name := _wrong_field(result, _RULER_RESULT):
-            return name
-    elif result["task"] not in TASKS:
-        return "task"
-    else:
-        rows = {"lengths": _CASE_ROW}
-        if TASKS[result["task"]].placed:
-            rows["places"] = _PLACE_ROW
-    wrong = (_wrong_rows(name, result.get(name), fields) for name, fields in rows.items())
-    return next(filter(None, wrong), None) or _wrong_together(result)
-
-
-def _wrong_rows(name: str, rows: Any, fields: dict[str, ValueCheck]) -> str | None:
-    if not _list_of(lambda row: isinstance(row, dict))(rows):
-        return name
-    field = next(filter(None, (_wrong_field(row, fields) for row in rows)), None)
-    return field and f"{field} in {name}"
+    task = result.get("task")
+    fields = _result_fields(task) if isinstance(task, str) else None
+    return "task" if fields is None else _object(fields)(result) or _wrong_together(result)
 
 
 def _wrong_together(result: dict[str, Any]) -> str | None:
@@ -269,7 +274,3 @@ def _wrong_together(result: dict[str, Any]) -> str | None:
         found = [{task: list(of_task) for task, of_task in row["scores"].items()} for row in rows]
         return None if found == wanted else "scores in lengths"
     return "number" if len({"number" in row for row in rows}) > 1 else None
-
-
-def _wrong_field(values: dict[str, Any], fields: dict[str, ValueCheck]) -> str | None:
-    return next((name for name, check in fields.items() if not check(values.get(name))), None)
