@@ -12,7 +12,7 @@ torch_dist_io     tensors of a Megatron checkpoint; ``torch_dist_table`` says wh
 unpickling        reads its pickles without running them
 file_reader       reads sections of files, one ahead
 iterations        the iterations of a run, and the arguments saved with one
-starting          what a run loads and where it saves, validated before it starts
+run_start         what a run loads and where it saves, validated before it starts
 doctor            damage; ``checksums`` of the files of a save
 loading           a model ready to evaluate                            (needs megatron)
 """

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import shlex
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cream.errors import UserError
@@ -99,41 +98,6 @@ def missing_tracker_error(root: Path) -> UserError | None:
 def _name_iterations(root: Path) -> str:
     names = [path.name for path in list_iterations(root)]
     return f"{len(names)} iterations" + (f", {names[0]} to {names[-1]}" if names else "")
-
-
-@dataclass(frozen=True)
-class RunStart:
-    """What a run takes its weights from.
-
-    Attributes:
-        flag: that named it, ``--load`` or ``--pretrained-checkpoint``.
-        root: its value.
-        folder: the iteration, whether it is there or not.
-    """
-
-    flag: str
-    root: Path
-    folder: Path
-
-
-def find_start(args: Namespace) -> RunStart | None:
-    """Return what Megatron's trainer will load with these arguments; None for random weights.
-
-    Raises:
-        UserError: a tracker file that names nothing.
-    """
-    load, pretrained = args.load, args.pretrained_checkpoint
-    if pretrained and not (load and (Path(load) / TRACKER).is_file()):
-        flag, root = "--pretrained-checkpoint", Path(pretrained)
-    elif load:
-        flag, root = "--load", Path(load)
-    else:
-        return None
-    name = read_tracker(root)
-    step = getattr(args, "ckpt_step", None)
-    if step and name != RELEASE:  # as Megatron has it
-        name = str(step)
-    return None if name is None else RunStart(flag, root, iteration_folder(root, name))
 
 
 def find_checkpoint(path: str) -> Path | None:

@@ -7,8 +7,13 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_cream.checkpoint.doctor import validate_iteration as check_whole
-from megatron_cream.checkpoint.iterations import RunStart, find_start, read_arguments
-from megatron_cream.checkpoint.starting import validate_same_model, validate_start
+from megatron_cream.checkpoint.iterations import read_arguments
+from megatron_cream.checkpoint.run_start import (
+    RunStart,
+    find_start,
+    validate_same_model,
+    validate_start,
+)
 from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import flag_of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validates what a run loads and where it saves, before it starts."""
+"""Finds what a run starts from, and validates that and where it saves, before it starts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,59 @@ import os
 import shlex
 import tempfile
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cream.checkpoint.doctor import validate_iteration
 from megatron_cream.checkpoint.iterations import (
     RELEASE,
     TRACKER,
-    find_start,
     is_iteration,
+    iteration_folder,
     iteration_number,
     list_iterations,
     missing_tracker_error,
     read_arguments,
+    read_tracker,
 )
 from megatron_cream.config import saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import flag_of, marked
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run takes its weights from.
+
+    Attributes:
+        flag: that named it, ``--load`` or ``--pretrained-checkpoint``.
+        root: its value.
+        folder: the iteration, whether it is there or not.
+    """
+
+    flag: str
+    root: Path
+    folder: Path
+
+
+def find_start(args: Namespace) -> RunStart | None:
+    """Return what Megatron's trainer will load with these arguments; None for random weights.
+
+    Raises:
+        UserError: a tracker file that names nothing.
+    """
+    load, pretrained = args.load, args.pretrained_checkpoint
+    if pretrained and not (load and (Path(load) / TRACKER).is_file()):
+        flag, root = "--pretrained-checkpoint", Path(pretrained)
+    elif load:
+        flag, root = "--load", Path(load)
+    else:
+        return None
+    name = read_tracker(root)
+    step = getattr(args, "ckpt_step", None)
+    if step and name != RELEASE:  # as Megatron has it
+        name = str(step)
+    return None if name is None else RunStart(flag, root, iteration_folder(root, name))
 
 
 def validate_start(args: Namespace) -> None:
