@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -195,6 +196,12 @@ def test_no_picture_is_said_and_nothing_else_lost(tool, small_hf, tmp_path, monk
     assert capsys.readouterr().err.splitlines()[-1].startswith("note: no picture.png")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"settings.json", "cases.jsonl", "result.json", "table.md"}
+
+
+def test_flags_and_help_need_no_torch():
+    code = "import sys, megatron_cream.evaluation.evaluate; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_several_tasks_do_not_write_into_a_folder_of_something_else(small_hf, tmp_path):
