@@ -77,20 +77,19 @@ class MegatronCreamLM(TemplateLM):
             from megatron_cream.mcore.cpu import install
 
             install()
-        from megatron_cream.evaluation.evaluate import validate_gpu
+        from megatron_cream.evaluation.evaluate import open_model, validate_gpu
         from megatron_cream.evaluation.prompts import open_tokenizer, validate_vocabulary
 
         validate_gpu("cpu=true in --model_args")
-        from megatron_cream.evaluation.megatron_model import MegatronModel
-        from megatron_cream.parallel_layout import ParallelLayout
-
-        self.model = MegatronModel(checkpoint, layout=ParallelLayout(tensor, pipeline))
         settings = EvaluationSettings(
             tasks=(),
-            checkpoint=checkpoint,
+            checkpoint=str(checkpoint),
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
             tokenizer_type=tokenizer_type,
             tokenizer_model=tokenizer_model,
         )
+        self.model = open_model(settings)
         self.tokens = open_tokenizer(settings)[0]
         validate_vocabulary(self.tokens, self.model)
         self.max_length = longest or self.model.window
