@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class Rotation:
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
         if back:
             sin = -sin
+        if positions.dim() == 1 and _takes_triton(x):
+            from megatron_cream.rope.rotation_kernel import turn
+
+            table = torch.cat((cos, sin), dim=-1)[:, None, None]
+            return turn(x.permute(2, 0, 1, 3), table, self.interleaved).permute(1, 2, 0, 3)
         rotated, rest = x.tensor_split([2 * len(self.inv_freq)], dim=-1)
         first, second = self._pairs(rotated.to(angles.dtype))
         turned = self._joined(first * cos - second * sin, second * cos + first * sin)
@@ -213,6 +219,15 @@ def _mirror(x: Tensor, mirrored: bool) -> Tensor:
 def _places(lengths: Sequence[int], device: torch.device) -> Tensor:
     """int64 ``[s]``: each token's place in its document."""
     return torch.cat([torch.arange(length, device=device) for length in lengths])
+
+
+def _takes_triton(x: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and x.dtype != torch.float64
+        and x.numel() < 2**31
+        and find_spec("triton") is not None
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -61,6 +61,18 @@ def rotate(q: Tensor, k: Tensor, tables: Tensor, interleaved: bool = False) -> t
     return turned
 
 
+def turn(x: Tensor, table: Tensor, interleaved: bool = False) -> Tensor:
+    """Return ``x`` ``[s, b, h, d]`` turned by ``[s, b or 1, 1, d_rot]``; it has no gradient.
+
+    x is strided as it comes, and has fewer than 2 ** 31 elements.
+    """
+    turned, nothing = x.new_empty(1, *x.shape), x[:, :, :0]
+    _launch_forward(
+        _separate(x), _separate(nothing), turned, nothing, table.unsqueeze(0), interleaved
+    )
+    return turned[0]
+
+
 def rotate_mixed(
     mixed: Tensor, tables: Tensor, queries_per_group: int, interleaved: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -68,6 +68,10 @@ def check(name, device, dtype):
     (own,) = torch.autograd.grad(loss + (v * 3).sum(), mixed)
     assert close(own, gradient.double(), dtype), name
     if turns == 1:
+        poisoned(device, dtype)
+        assert close(kernels.turn(q, tables[0], interleaved), wanted[0], dtype), name
+        heads_first = q.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)  # [b, h, s, d]
+        assert close(kernels.turn(heads_first, tables[0], interleaved), wanted[0], dtype), name
         check_mixed(mixed, tables[0], n, interleaved, wanted, v, weights, gradient, dtype)
 
 
