@@ -52,6 +52,10 @@ OTHER_ANGLES = ("--rope-factor", "16")
 PACKED = ("--sample-unit", "packed-documents", "--micro-batch-size", "1")
 PLAIN = ("--plain-share", "0.5")
 MIXED = (*PLAIN, "--mixed-windows")
+DUAL_CHUNK = (
+    *("--target-length", "512", "--original-length", "128", "--rope-interpolation", "none"),
+    *("--position-strategy", "full", "--dual-chunk"),
+)
 CLEX = ("--rope-interpolation", "clex", "--position-strategy", "randpos")
 # Frequencies answer to rounding: at 1e-3 two orders of the same sums are 0.2 apart in ten steps.
 LOW = ("--lr", "1e-5", "--min-lr", "1e-6")
@@ -68,6 +72,7 @@ STARTS = {
 }
 LAYOUTS = {
     "1 GPU": Layout(1, role="reference"),
+    "1 GPU, TE's RoPE kernel": Layout(1, ("--rope-kernel", "te")),
     "1 GPU, unfused RoPE": Layout(1, UNFUSED),
     "1 GPU, micro-batch 1": Layout(1, ("--micro-batch-size", "1")),
     "1 GPU, TE cross entropy": Layout(1, TE_LOSS),
@@ -97,6 +102,12 @@ LAYOUTS = {
     "packed mixed windows, 1 GPU": Layout(1, (*PACKED, *MIXED), role="reference"),
     "packed mixed windows, CP2": Layout(2, (*PACKED, *MIXED, *CP2)),
     "packed mixed windows, all interpolated": Layout(1, (*PACKED, *PLAIN), role="angles"),
+    "dual chunk, 1 GPU": Layout(1, DUAL_CHUNK, role="reference"),
+    "dual chunk, TP2, sequence parallel": Layout(2, (*DUAL_CHUNK, *TP2)),
+    "dual chunk, PP2, virtual stages": Layout(2, (*DUAL_CHUNK, *PP2, *VIRTUAL)),
+    "dual chunk, other sizes": Layout(1, (*DUAL_CHUNK, "chunk_size=32"), role="angles"),
+    "packed, dual chunk, 1 GPU": Layout(1, (*PACKED, *DUAL_CHUNK), role="reference"),
+    "packed, dual chunk, TP2": Layout(2, (*PACKED, *DUAL_CHUNK, *TP2)),
     "CLEX, 1 GPU": _clex(1, role="reference"),
     "CLEX, 1 GPU, micro-batch 1": _clex(1, "--micro-batch-size", "1"),
     "CLEX, DP2, distributed optimizer": _clex(2, "--use-distributed-optimizer"),
