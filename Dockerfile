@@ -25,7 +25,7 @@ CMD ["make", "demo"]
 
 # Python 3.12, and the image that Megatron-Core 0.19 is itself tested in.
 FROM nvcr.io/nvidia/pytorch:26.06-py3 AS gpu
-ENV CUDA_DEVICE_MAX_CONNECTIONS=1 PYTHONUNBUFFERED=1
+ENV PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 10001 cream \
     && install --directory --owner cream /workspace/megatron_cream /workspace/megatron_cream/runs
 WORKDIR /workspace/megatron_cream

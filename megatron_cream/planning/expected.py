@@ -57,7 +57,7 @@ def expected_lines(args: Namespace) -> list[str]:
         return lines
     saved = (WEIGHT if args.no_save_optim else SAVED) * shape_from_args(args).parameters / 1e9
     every = min(args.save_interval, steps)
-    kept = f"{-(-steps // every)} leave {-(-steps // every) * saved:,.0f} GB"
+    kept = f"all of the run have {-(-steps // every) * saved:,.0f} GB"
     if args.save_retain_interval:
         kept = f"those of every {args.save_retain_interval} steps and the newest are kept"
     rate = f"one every {every} steps is {saved / (every * step):.2f} GB/s"

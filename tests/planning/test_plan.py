@@ -144,7 +144,7 @@ def test_bad_input_is_one_line_and_status_2(tool, capsys, arguments, parts):
 @pytest.mark.parametrize("gpus", [8, 1024])
 def test_the_printed_script_gives_torchrun_the_planned_flags(tmp_path, gpus):
     flags = run_flags(MODELS["llama-2-70b"], LAYOUT, Workload(4096, 32), 262144, 1000)
-    text = script(flags, gpus, 8)
+    text = script(flags, LAYOUT if gpus == 1024 else ParallelLayout(8), 8)
     stub = 'torchrun() { printf "%s\\n" "$@"; }\n'
     paths = {"DATA": "/with space/data", "BASE": "/base", "OUT": "/out"}
     done = subprocess.run(
