@@ -61,7 +61,7 @@ IMPORT_PATIENCE=${IMPORT_PATIENCE:-600}
 NODES=${NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-GPU=${GPU:-h100} # which the dry run plans for
+GPU_KIND=${GPU_KIND:-h100} # which the dry run plans for
 HEAD=${HEAD:-localhost}
 PORT=${PORT:-29500}
 
@@ -168,7 +168,7 @@ extend() {
     set -- "${given[@]}"
     if [ -n "$dry_run" ]; then
         all_args "$@"
-        export GPU GPUS_PER_NODE
+        export GPU_KIND GPUS_PER_NODE
         WORLD_SIZE=$((NODES * GPUS_PER_NODE)) exec "$PYTHON" -m megatron_cream.dry_run "${ALL_ARGS[@]}"
     fi
     for step in $STEPS; do

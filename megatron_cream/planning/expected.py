@@ -20,14 +20,14 @@ from megatron_cream.planning.stages import (
 
 
 def machine() -> tuple[str, Gpu, int]:
-    """Return the kind of GPU that GPU names (h100 without it), and GPUS_PER_NODE (8).
+    """Return the kind of GPU that GPU_KIND names (h100 without it), and GPUS_PER_NODE (8).
 
     Raises:
         UserError: an unknown kind, or no number.
     """
-    name, node = os.environ.get("GPU", "h100"), os.environ.get("GPUS_PER_NODE", "8")
+    name, node = os.environ.get("GPU_KIND", "h100"), os.environ.get("GPUS_PER_NODE", "8")
     if name not in GPUS:
-        raise UserError(f"GPU is {name!r}: it must be one of {', '.join(GPUS)}")
+        raise UserError(f"GPU_KIND is {name!r}: it must be one of {', '.join(GPUS)}")
     if not node.isdecimal() or int(node) < 1:
         raise UserError(f"GPUS_PER_NODE is {node!r}: it must be the number of GPUs of a node")
     return name, GPUS[name], int(node)
@@ -47,7 +47,8 @@ def expected_lines(args: Namespace) -> list[str]:
     """Return time, MFU and checkpoints of a run for a person; its model must be estimated."""
     name, gpu, node = machine()
     plan, mfu = plan_of(args, gpu, node)
-    steps, step = args.train_iters, plan.step.total
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    step = plan.step.total
     time = f"{duration(step)} per step, MFU {100 * mfu:.1f} %, {steps} steps in "
     lines = [f"on {name} as planned: {time}{duration(steps * step)}"]
     needed, room = plan.memory.total / GIB, gpu.memory - RESERVE_GIB

@@ -322,7 +322,7 @@ def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list
         "SAVE_INTERVAL": str(save),
         # Kept are those of every so many iterations: the last, and the newest before it.
         "SAVE_RETAIN_INTERVAL": "" if keeps_all else str(found.iterations),
-        "GPU": script.gpu,
+        "GPU_KIND": script.gpu,
         **script.variables,
     }
     changed = {name: value for name, value in planned.items() if value != COMMON_DEFAULTS[name]}
@@ -333,7 +333,7 @@ def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list
 COMMON_DEFAULTS = {
     **{"METHOD": "cream", "ROPE": "", "NODES": "1", "GPUS_PER_NODE": "8", "SEQ_LENGTH": "4096"},
     **{"MICRO_BATCH": "1", "GLOBAL_BATCH": "32", "ITERATIONS": "1000", "WARMUP": "10"},
-    **{"SAVE_INTERVAL": "100", "SAVE_RETAIN_INTERVAL": "", "GPU": "h100"},
+    **{"SAVE_INTERVAL": "100", "SAVE_RETAIN_INTERVAL": "", "GPU_KIND": "h100"},
 }
 """What ``examples/common.sh`` takes for variables that a script does not set."""
 
