@@ -4,8 +4,8 @@
     WORLD_SIZE=64 python -m megatron_cream.dry_run <the flags of megatron_cream.pretrain>
 
 Takes the flags of a run unchanged, on any machine, without its data and checkpoints. The number of
-GPUs comes from WORLD_SIZE, as torchrun sets it, their kind from GPU_KIND (h100) and how many a node has
-from GPUS_PER_NODE (8). Every script of examples/ does this on --dry-run.
+GPUs comes from WORLD_SIZE, as torchrun sets it, their kind from GPU_KIND (h100) and how many a node
+has from GPUS_PER_NODE (8). Every script of examples/ does this on --dry-run.
 
 Quicker than ``planning.stages.check_stages``, which builds every rank of a copy of the model: here
 the first, a middle and the last stage are built, by one rank each, and compared with the closed

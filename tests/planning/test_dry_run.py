@@ -59,21 +59,22 @@ def test_a_model_outside_the_estimates_says_why():
 
 
 def test_it_says_what_a_run_and_its_checkpoints_take(monkeypatch):
-    """Time and MFU of the plan on that kind of GPU; 14 bytes per parameter, 2 without Adam's."""
-    monkeypatch.setenv("GPU_KIND", "h200")
+    """Time and MFU of the plan; 14 bytes per parameter, 2 without Adam's."""
     args = planned("--save-interval", "250", "--save-retain-interval", "500")
     said = "\n".join(forks.call(planning.dry_run_lines, args, 16))
-    gpu = GPUS["h200"]
+    gpu = GPUS["h100"]
     shape = dataclasses.replace(SMALL, vocabulary=1024)  # padded
     step = step_time(shape, LAYOUT, WORK, gpu, product_share()).total
     flops = model_flops(shape, 4096) * WORK.tokens
     mfu = 100 * flops / (step * 16 * gpu.tflops * 1e12)
-    assert f"on h200 as planned: {duration(step)} per step, MFU {mfu:.1f} %, 1000 steps in" in said
+    assert f"on h100 as planned: {duration(step)} per step, MFU {mfu:.1f} %, 1000 steps in" in said
     size = 14 * shape.parameters / 1e9
     assert f"every 250 steps is {size / (250 * step):.2f} GB/s; those of every 500 steps" in said
     weights = planned("--no-save-optim", "--micro-batch-size", "8")
     said = "\n".join(forks.call(planning.dry_run_lines, weights, 16))
     assert f"all of the run have {10 * 2 * shape.parameters / 1e9:,.0f} GB" in said
+    monkeypatch.setenv("GPU_KIND", "h200")
+    assert machine() == ("h200", GPUS["h200"], 8)
     monkeypatch.setenv("GPU_KIND", "b300")
     with pytest.raises(UserError, match="GPU_KIND is 'b300': it must be one of a100, h100, h200"):
         machine()
