@@ -112,7 +112,7 @@ def _check(args: Namespace, extension: ExtensionConfig, view: RankView, last: in
     shape, layout = shape_from_args(args), layout_from_args(args)
     layers = [index + 1 for index in layout.stages(shape.layers)[view.stage]]
     parameters = stage_parameters(shape, layout, view.stage)
-    parameters += _trained_frequencies(extension, rotary_dim(args))
+    parameters += layout.virtual * _trained_frequencies(extension, rotary_dim(args))
     if list(view.layers) != layers or view.parameters != parameters:
         raise UserError(
             f"stage {view.stage} has {view.parameters} parameters in layers {view.layers}: it "
@@ -121,7 +121,7 @@ def _check(args: Namespace, extension: ExtensionConfig, view: RankView, last: in
 
 
 def _trained_frequencies(extension: ExtensionConfig, dim: int) -> int:
-    """Parameters of RoPE's trained frequencies, a copy of which is on every stage."""
+    """Parameters of RoPE's trained frequencies, a copy of which every virtual stage has."""
     return extension.scaling(dim).trained_size
 
 

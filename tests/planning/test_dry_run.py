@@ -80,6 +80,14 @@ def test_it_says_what_a_run_and_its_checkpoints_take(monkeypatch):
         machine()
 
 
+def test_every_virtual_stage_has_the_trained_frequencies():
+    """CLEX's, beside the parameters of the closed forms: otherwise it would be refused."""
+    layout = ParallelLayout(1, 2, 1, 2, virtual=2)
+    flags = argv(run_flags(dataclasses.replace(SMALL, layers=8), layout, WORK, 262144, 1000))
+    clex = ["--position-strategy", "randpos", "--rope-interpolation", "clex"]
+    assert forks.call(planning.dry_run_lines, [*flags, *clex], 4)[-1].startswith("dry run: ")
+
+
 def test_what_is_wrong_is_found():
     with pytest.raises(ValueError, match=r"stage 0 has .* in layers \(1,\): it must have"):
         forks.call(planning.dry_run_with_layers_left_out, planned(), 16)
