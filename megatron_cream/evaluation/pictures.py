@@ -40,14 +40,8 @@ from megatron_cream.evaluation.charts import (
     name_lines,
     style,
 )
-from megatron_cream.evaluation.results import (
-    Result,
-    lengths_of,
-    perplexity_of,
-    ruler_score,
-    short,
-    t_interval,
-)
+from megatron_cream.evaluation.intervals import perplexity_interval, perplexity_of
+from megatron_cream.evaluation.results import Result, lengths_of, ruler_score, short
 from megatron_cream.positions.plots import require_matplotlib
 
 if TYPE_CHECKING:
@@ -351,10 +345,7 @@ def paired_ratio(own: list[float], other: list[float]) -> tuple[float, float | N
     """
     differences = [a - b for a, b in zip(own, other, strict=True)]
     ratio = perplexity_of(sum(differences) / len(differences))
-    low, high = t_interval(differences)
-    if math.isnan(low) or not any(differences):
-        return ratio, None, None
-    return ratio, perplexity_of(low), perplexity_of(high)
+    return ratio, *(perplexity_interval(differences) if any(differences) else (None, None))
 
 
 def _columns(ratios: Sequence[tuple[float | None, ...]], scale: float = 1) -> list[list[Any]]:

@@ -7,15 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from megatron_cream.evaluation.intervals import effective_count, t_interval, wilson
 from megatron_cream.evaluation.prompts import validate_vocabulary
-from megatron_cream.evaluation.results import (
-    case_results,
-    effective_count,
-    length_name,
-    perplexity_results,
-    t_interval,
-    wilson,
-)
+from megatron_cream.evaluation.results import case_results, length_name, perplexity_results
 from megatron_cream.evaluation.scoring import CaseScore, _record
 
 
