@@ -13,8 +13,8 @@ scoring           cases scored by one forward pass, without generation
 perplexity        by context length and position: a sliding window, or one of each document
 longppl           LongPPL: perplexity of the tokens that only a long context tells, its key_tokens
 ruler             RULER's thirteen tasks, case for case, answered greedily; its figures
-results           shares, perplexities and tables, by intervals; store keeps them, result_files reads
-pictures          of results, by charts; compare has several runs in one table and picture
+results           shares, perplexities and tables; store keeps them, result_files reads them
+intervals         95 % intervals of them; pictures draws them, by charts; compare several runs
 results_page      finished runs in one page (html_page), or in a model card
 lm_eval           a model class for lm-eval
 conversation      the command ``megatron-cream chat``
