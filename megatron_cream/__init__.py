@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from megatron_cream.checkpoint.import_hf import import_checkpoint
     from megatron_cream.checkpoint.loading import load_model
     from megatron_cream.config import ExtensionConfig
+    from megatron_cream.corpus.job import PreprocessConfig
     from megatron_cream.corpus.preprocess import preprocess
-    from megatron_cream.corpus.settings import PreprocessConfig
     from megatron_cream.evaluation.evaluate import evaluate
     from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
     from megatron_cream.planning.propose import propose
@@ -76,7 +76,7 @@ _MODULES = {
     "checkpoint.loading": ("load_model",),
     "config": ("ExtensionConfig",),
     "corpus.preprocess": ("preprocess",),
-    "corpus.settings": ("PreprocessConfig",),
+    "corpus.job": ("PreprocessConfig",),
     "evaluation.evaluation_settings": ("EvaluationSettings",),
     "evaluation.evaluate": ("evaluate",),
     "planning.propose": ("propose",),

@@ -210,7 +210,7 @@ def stand_in(args: argparse.Namespace) -> None:
                 ids.append(ours.eod)
                 lengths.append(len(ids))
                 out.write(np.array(ids, dtype=dtype).tobytes(order="C"))
-    from megatron_cream.data.indexed import write_index
+    from megatron_cream.corpus.assemble import write_index
 
     block = (np.array(lengths), np.ones(len(lengths), dtype=np.int64))
     write_index(args.stand_in + ".idx", np.dtype(dtype), [block], len(lengths), len(lengths))

@@ -1,138 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a dataset out of the parts of a job, or out of other datasets.
+"""Writes a dataset out of parts of a job, or of other datasets: all files of it.
 
-Tokens are copied by the kernel; the index is written anew.
+Tokens are copied by the kernel; the index is written anew. Megatron's own writer keeps a Python
+integer for every document, this one an array.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.encode import HASH_BYTES, EncodedPart, finished_parts
-from megatron_cream.corpus.inspection import (
-    DUPLICATES,
-    FINGERPRINT,
-    LISTED_ERRORS,
-    Counts,
-    Lengths,
-    write_metadata,
-)
-from megatron_cream.corpus.job import PreprocessJob
-from megatron_cream.corpus.readers import lines_before, place
-from megatron_cream.corpus.work_folder import WorkFolder
-from megatron_cream.data.indexed import write_index
-from megatron_cream.data.token_mask import MASK_SUFFIX
+from megatron_cream.corpus.inspection import count_lengths
+from megatron_cream.data.indexed import INDEX_HEADER, INDEX_MAGIC, TOKEN_DTYPES, read_index
+from megatron_cream.data.token_mask import MASK_SUFFIX, describe_mask
 from megatron_cream.errors import UserError
 
+FORMAT_VERSION = 1
+DUPLICATES = "duplicates"
+FINGERPRINT = "fingerprint"
+LISTED_ERRORS = 1000
+"""Bad records that are named one by one; all are counted."""
+
+HASH_BYTES = 16
 _BUCKET_BYTES = 256 << 20  # of memory, for hashes
 _HASHED_BYTES = 64  # with what sorting them takes
 _COPY_BYTES = 64 << 20
-
-
-def build_dataset(job: PreprocessJob, units: list[int], folder: WorkFolder) -> None:
-    """Make the files of the dataset, at ``folder.staged``, out of all parts of ``units``.
-
-    Raises:
-        UserError: a part is missing, a bad record is one too many, or no document is left.
-        OSError: they cannot be written.
-    """
-    config = job.config
-    parts = [part for unit in units for part in finished_parts(folder.path, unit, job.dtype)]
-    if len({part.unit for part in parts if part.metadata.next is None}) != len(units):
-        raise UserError(f"--output-prefix {job.prefix}: {folder.path} lost parts, start again")
-    counts = _count_left_out(job, parts)
-    segments = [_part_segment(job, part) for part in parts]
-    kept = first_copies(segments, str(folder.path)) if config.drop_duplicates else None
-    if kept is not None:
-        counts.add({DUPLICATES: int((~kept).sum())}, {})
-    lengths, documents = assemble(folder.staged, job.dtype, segments, kept, config.thresholds)
-    settings = {**job.metadata(), FINGERPRINT: job.fingerprint()}
-    if config.shard[1] > 1:
-        settings |= {
-            "shard": list(config.shard),
-            "job": job.digest(),
-            "thresholds": config.thresholds,
-            "drop_duplicates": config.drop_duplicates,
-        }
-        if kept is not None:
-            write_hashes(folder.staged + ".hashes", segments, kept)
-    elif not documents:
-        folder.remove()
-        raise UserError(_describe_nothing_left(job, counts))
-    write_metadata(folder.staged, settings, lengths, documents, counts)
-
-
-def _part_segment(job: PreprocessJob, part: EncodedPart) -> Segment:
-    head, tail = int(job.bos is not None), int(job.eod is not None)
-    most = None if job.config.drops_long else job.config.max_tokens
-    return Segment(
-        part.stem + ".bin",
-        part.metadata.documents,
-        lambda: split(part.lengths(), most, head, tail),
-        part.hashes,
-        part.stem + MASK_SUFFIX if part.metadata.masked else None,
-    )
-
-
-def _count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
-    """Add up what the parts left out, naming bad records by their line in the file.
-
-    Raises:
-        UserError: there is a bad record, and none is to be skipped.
-    """
-    counts = Counts({"shorter_than_min_tokens": 0, "longer_than_max_tokens": 0, DUPLICATES: 0})
-    for part in parts:
-        found = part.metadata
-        dropped = {"shorter_than_min_tokens": found.shorter, "longer_than_max_tokens": found.longer}
-        counts.add(dropped, found.errors)
-        counts.longest = max(counts.longest, found.longest)
-    counts.list_errors(_list_bad_records(job, parts))
-    if counts.errors and job.config.on_error == "fail":
-        raise UserError(": ".join(counts.listed[0]))
-    return counts
-
-
-def _list_bad_records(job: PreprocessJob, parts: list[EncodedPart]) -> list[list[str]]:
-    """Place and reason of the first bad records, counting the lines of each file once."""
-    every = [
-        (job.units[part.unit][bad[0]], *bad[1:]) for part in parts for bad in part.metadata.listed
-    ]
-    every = every[:LISTED_ERRORS]
-    starts: dict[str, set[int]] = {}
-    for span, *_ in every:
-        if span.start:
-            starts.setdefault(span.path, set()).add(span.start)
-    before = {
-        (path, start): lines
-        for path, found in starts.items()
-        for start, lines in zip(sorted(found), lines_before(path, sorted(found)), strict=True)
-    }
-    return [
-        [place(span, before.get((span.path, span.start), 0) + number), f"{kind}: {detail}"]
-        for span, number, kind, detail in every
-    ]
-
-
-def _describe_nothing_left(job: PreprocessJob, counts: Counts) -> str:
-    config = job.config
-    given = " ".join(config.input)
-    if not counts.longest:
-        bad = sum(counts.errors.values())
-        found = f" ({bad} bad records)" if bad else ""
-        return f"--input {given}: holds no text{found}, needs one document that is not empty"
-    short = counts.dropped["shorter_than_min_tokens"]
-    if short:
-        return (
-            f"--min-tokens {config.min_tokens}: none of the {short} documents is left, needs at "
-            f"most {counts.longest}, the tokens of the longest"
-        )
-    return f"--max-tokens {config.max_tokens}: all documents are longer, needs more, or to split"
-
+_LONGEST_SEQUENCE = np.iinfo(np.int32).max
 
 SequenceLengths = tuple[np.ndarray, np.ndarray]
 """int64 ``[sequences]``, tokens in each, and int64 ``[documents]``, how many sequences each has."""
@@ -252,8 +152,7 @@ def assemble(
     dtype: np.dtype,
     segments: Sequence[Segment],
     kept: np.ndarray | None,
-    thresholds: tuple[int, ...] = (),
-) -> tuple[Lengths, int]:
+) -> int:
     """Write ``staged.bin`` and ``staged.idx``, and ``staged.mask`` if a segment has a mask.
 
     Args:
@@ -261,25 +160,24 @@ def assemble(
         dtype: of the tokens in every segment.
         segments: in order.
         kept: bool ``[documents]`` of all segments; None for every document.
-        thresholds: lengths to count the sequences of.
 
     Returns:
-        The lengths of the sequences, and the number of documents.
+        The number of documents.
     """
-    counted, documents = Lengths(thresholds), 0
+    sequences = documents = 0
     with open(staged + ".bin", "wb") as out:
         for segment, keep in _with_kept(segments, kept):
             lengths, counts = segment.sequences()
             _copy_documents(segment.bin, out.fileno(), lengths, counts, keep, dtype.itemsize)
             lengths, counts = _kept_sequences(lengths, counts, keep)
-            counted.add(lengths)
+            sequences += len(lengths)
             documents += len(counts)
     if any(segment.mask for segment in segments):
         _write_mask(staged + MASK_SUFFIX, _with_kept(segments, kept))
     every = _with_kept(segments, kept)
     blocks = (_kept_sequences(*segment.sequences(), keep) for segment, keep in every)
-    write_index(staged + ".idx", dtype, blocks, counted.documents, documents)
-    return counted, documents
+    write_index(staged + ".idx", dtype, blocks, sequences, documents)
+    return documents
 
 
 def _write_mask(path: str, segments: Iterable[tuple[Segment, np.ndarray | None]]) -> None:
@@ -351,3 +249,109 @@ def _copy(file: int, out: int, offset: int, left: int, path: str) -> None:
             raise UserError(f"{path}: ends {left} bytes early")
         offset += done
         left -= done
+
+
+def write_index(
+    path: str | os.PathLike[str],
+    dtype: np.dtype,
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
+    sequences: int,
+    documents: int,
+) -> None:
+    """Write an ``.idx`` file, the bytes of Megatron's own builder, a block at a time.
+
+    Args:
+        path: the file.
+        dtype: of a token.
+        blocks: of documents: int32 ``[sequences]``, tokens in each, and int64 ``[documents]``, how
+            many sequences each document has.
+        sequences, documents: in all blocks.
+
+    Raises:
+        UserError: a sequence is too long for the format.
+    """
+    code = next(code for code, known in TOKEN_DTYPES.items() if dtype == known)
+    header = INDEX_HEADER.pack(INDEX_MAGIC, 1, code, sequences, documents + 1)
+    at = [len(header), len(header) + 4 * sequences, len(header) + 12 * sequences]
+    byte = sequence = 0
+    with open(path, "wb") as file:
+        file.write(header)
+        file.seek(at[2])
+        file.write(bytes(8))  # the first document begins at sequence 0
+        at[2] += 8
+        for lengths, counts in blocks:
+            if lengths.max(initial=0) > _LONGEST_SEQUENCE:
+                raise UserError(
+                    f"--max-tokens: a document has {lengths.max()} tokens and an index can hold "
+                    f"{_LONGEST_SEQUENCE}, needs a limit below that"
+                )
+            sizes = lengths.astype(np.int64) * dtype.itemsize
+            pointers = byte + np.cumsum(sizes) - sizes
+            ends = sequence + np.cumsum(counts, dtype=np.int64)
+            byte += int(sizes.sum())
+            sequence += len(lengths)
+            columns = (lengths.astype("<i4"), pointers.astype("<i8"), ends.astype("<i8"))
+            for i, column in enumerate(columns):
+                file.seek(at[i])
+                file.write(column.tobytes())
+                at[i] += column.nbytes
+
+
+@dataclass
+class Counts:
+    """What did not get into a dataset.
+
+    Attributes:
+        dropped: documents by reason.
+        errors: bad records by kind.
+        listed: file and line, and what is wrong with it, of the first bad records.
+        longest: tokens of the longest document, before eod and bos, kept or not.
+    """
+
+    dropped: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    listed: list[list[str]] = field(default_factory=list)
+    longest: int = 0
+
+    def add(self, dropped: dict[str, int], errors: dict[str, int]) -> None:
+        """Add the counts of a part or shard."""
+        for total, more in ((self.dropped, dropped), (self.errors, errors)):
+            for name, count in more.items():
+                total[name] = total.get(name, 0) + count
+
+    def list_errors(self, listed: list[list[str]]) -> None:
+        """Add named bad records as long as there is room."""
+        self.listed += listed[: LISTED_ERRORS - len(self.listed)]
+
+
+def write_metadata(
+    prefix: str, settings: dict[str, Any], counts: Counts, thresholds: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Write ``PREFIX.json`` beside the index of a new dataset; returns its content.
+
+    Args:
+        prefix: path of the dataset without suffix.
+        settings: of tokenizer and limits, as they stand in the file.
+        counts: what is not there.
+        thresholds: lengths to count the sequences of.
+    """
+    index = read_index(prefix, empty=True)
+    content = {
+        "format_version": FORMAT_VERSION,
+        **settings,
+        "documents": len(index.documents) - 1,
+        **count_lengths(index.lengths, thresholds),
+        "dropped": counts.dropped,
+        "errors": counts.errors,
+        "listed_errors": counts.listed,
+        **describe_mask(prefix),
+    }
+    Path(prefix + ".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+COUNTED_KEYS = frozenset(
+    {"format_version", "documents", "dropped", "errors", "listed_errors"}
+    | count_lengths(np.zeros(0, dtype=np.int32)).keys()
+)
+"""What every ``PREFIX.json`` has beside the settings."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.corpus.work_folder import temporary_name
 from megatron_cream.errors import UserError
 
 EXAMPLES = """
@@ -230,10 +230,9 @@ def render_files(
     _validate_output(path, inputs, overwrite)
     template = ChatTemplate(folder)
     # Under a name of its own, so that no file of the user's is taken for an unfinished one.
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    written = skipped = 0
+    partial, written, skipped = Path(temporary_name(output)), 0, 0
     try:
-        with open(handle, "w", encoding="utf-8") as out:
+        with open(partial, "x", encoding="utf-8") as out:
             for name in inputs:
                 with open(name, "rb") as lines:
                     found = read_conversations(lines, template, name, skip, assistant_only)
@@ -245,11 +244,10 @@ def render_files(
                         out.write(json.dumps(document, ensure_ascii=False) + "\n")
         if not written:
             raise UserError(f"--input: {skipped} conversations, and none that can be rendered")
-        os.chmod(partial, 0o666 & ~_umask())
         _validate_output(path, inputs, overwrite)
         os.replace(partial, path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return written, skipped
 
 
@@ -263,9 +261,3 @@ def _validate_output(path: Path, inputs: list[str], overwrite: bool) -> None:
         raise UserError(f"--output is {path}: it is a folder; it must be a file")
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"--output is {path}: it exists; give another name, or --overwrite")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

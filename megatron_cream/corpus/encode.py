@@ -11,33 +11,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from megatron_cream.corpus.assemble import HASH_BYTES, LISTED_ERRORS
 from megatron_cream.corpus.gigatoken import GigatokenTokenizer, excerpt
-from megatron_cream.corpus.inspection import LISTED_ERRORS
 from megatron_cream.corpus.job import PreprocessJob
-from megatron_cream.corpus.readers import lines_before, place, read_span
-from megatron_cream.corpus.records import BadRecord, Stretches, Text, TextRecord
-from megatron_cream.corpus.split_points import (
+from megatron_cream.corpus.long_text import (
     CUT_CHARACTERS,
     TextSplitter,
     encode_long,
     encode_pieces,
     find_text_splitter,
 )
+from megatron_cream.corpus.readers import InputSpan, lines_before, place, read_span
+from megatron_cream.corpus.records import BadRecord, Stretches, Text, TextRecord
 from megatron_cream.corpus.tokenizers import Tokenizer
+from megatron_cream.corpus.work_folder import sync_and_close, temporary_name, write_whole
 from megatron_cream.data.token_mask import MASK_SUFFIX
 from megatron_cream.errors import UserError
 
-HASH_BYTES = 16
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
 
@@ -78,47 +76,36 @@ class UnitEncoder:
                 from the reference's.
             OSError: a file that cannot be read or written.
         """
-        done = finished_parts(self.job.folder, unit, self.dtype)
+        job = self.job
+        done = finished_parts(job.folder, unit, self.dtype)
         start = done[-1].metadata.next if done else (0, 0, 0)
         if start is None:
-            self._on_bytes(self.job.unit_size(unit))
+            self._on_bytes(job.unit_size(unit))
             return
-        number = len(done)
+        first, offset, number = start
         with ExitStack() as stack:
-            part = stack.enter_context(_PartEncoder(self, unit, number))
-            for at, record in self._records(unit, start):
-                if part.characters >= self.job.config.part_bytes:
-                    part.finish(at)
-                    number += 1
-                    part = stack.enter_context(_PartEncoder(self, unit, number))
-                self._add(unit, part, at[0], record)
+            part = stack.enter_context(_PartWriter(self, unit, len(done)))
+            for i, span in enumerate(job.units[unit][first:], start=first):
+                for record in read_span(span, job.fields, offset, number, self._on_bytes):
+                    if part.characters >= job.config.part_bytes:
+                        part.finish((i, offset, number))
+                        part = stack.enter_context(_PartWriter(self, unit, part.number + 1))
+                    self._add(part, record, i, span)
+                    offset, number = record.offset, record.number
+                offset = number = 0
             part.finish(None)
 
-    def _records(self, unit: int, start: UnitPlace) -> Iterator[tuple[UnitPlace, TextRecord]]:
-        """Yield each record of a unit with its place, for a later start."""
-        first, offset, number = start
-        spans = self.job.units[unit]
-        for i in range(first, len(spans)):
-            for record in read_span(spans[i], self.job.fields, offset, number, self._on_bytes):
-                yield (i, offset, number), record
-                offset, number = record.offset, record.number
-            offset = number = 0
-
-    def _add(self, unit: int, part: _PartEncoder, span: int, record: TextRecord) -> None:
+    def _add(self, part: _PartWriter, record: TextRecord, i: int, span: InputSpan) -> None:
         try:
             if record.error is not None:
                 raise record.error
-            if record.trained is None:
-                part.add(record.text)
-            else:
-                part.add_masked(str(record.text), record.trained)
+            part.add(record.text, record.trained)
         except BadRecord as exc:
             if self.job.config.on_error == "skip":
-                part.count_error(span, record.number, exc)
+                part.count_error(i, record.number, exc)
                 return
-            found = self.job.units[unit][span]
-            before = lines_before(found.path, [found.start])[0] if found.start else 0
-            raise UserError(f"{place(found, before + record.number)}: {exc}") from exc
+            before = lines_before(span.path, [span.start])[0] if span.start else 0
+            raise UserError(f"{place(span, before + record.number)}: {exc}") from exc
 
 
 @dataclass
@@ -148,29 +135,29 @@ class PartMetadata:
     masked: bool = False
 
 
-class _PartEncoder:
+class _PartWriter:
     """One part in the making: documents wait until there are enough for one call."""
 
     def __init__(self, encoder: UnitEncoder, unit: int, number: int) -> None:
         job = encoder.job
-        self.characters = 0
+        self.number, self.characters = number, 0
         masked = job.config.mask_key is not None
         self._metadata = PartMetadata(hashed=job.config.drop_duplicates, masked=masked)
         self._config, self._encoder = job.config, encoder
         self._lengths: list[int] = []
         self._hashes: list[bytes] = []
         self._masks: list[bytes] = []
-        self._waiting: list[str] = []
+        self._waiting: list[tuple[str, Stretches | None]] = []
         self._waiting_characters = 0
         self._head = [] if job.bos is None else [np.array([job.bos])]
         self._tail = [] if job.eod is None else [np.array([job.eod])]
         self._longest = self._unusual = ""
         self._stem = _part_stem(job.folder, unit, number)
         # A worker that outlives its killed parent for a moment must not meet the next one's.
-        self._own = f"{self._stem}-{uuid.uuid4().hex}.tmp"
+        self._own = temporary_name(self._stem)
         self._file = open(self._own, "wb")  # noqa: SIM115, __exit__ and finish do
 
-    def __enter__(self) -> _PartEncoder:
+    def __enter__(self) -> _PartWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -178,30 +165,17 @@ class _PartEncoder:
         self._file.close()
         Path(self._own).unlink(missing_ok=True)
 
-    def add(self, text: Text) -> None:
+    def add(self, text: Text, trained: Stretches | None) -> None:
         """Encode a document, soon; one that comes in pieces at once."""
         if not isinstance(text, str):
             self._flush()
             self._stream(text)
             return
         self.characters += len(text)
-        self._waiting.append(text)
+        self._waiting.append((text, trained))
         self._waiting_characters += len(text)
         if self._waiting_characters >= _BATCH_CHARACTERS or len(self._waiting) >= _BATCH_DOCUMENTS:
             self._flush()
-
-    def add_masked(self, text: str, trained: Stretches) -> None:
-        """Encode a document of which some is trained: tokens that have a character of that."""
-        self.characters += len(text)
-        found = self._encoder.tokenizer.locate(text)
-        if not self._fits(len(found.ids)):
-            return
-        for ids in (*self._head, found.ids, *self._tail):
-            self._write_ids(ids)
-        mask = found.overlapping(trained).astype(np.uint8).tobytes()
-        self._masks.append(bytes(len(self._head)) + mask + bytes(len(self._tail)))
-        hashed = self._metadata.hashed
-        self._count(len(found.ids), _new_hash(text.encode()) if hashed else None)
 
     def count_error(self, span: int, number: int, error: BadRecord) -> None:
         """Count a bad record, and list one of the first."""
@@ -223,28 +197,29 @@ class _PartEncoder:
             tokenizer.verify(samples, tokenizer.encode(samples))
         self._metadata.documents = len(self._lengths)
         self._metadata.next = next_place
-        _sync_and_close(self._file)
+        sync_and_close(self._file)
         os.replace(self._own, self._stem + ".bin")
-        self._write(".len", np.array(self._lengths, dtype="<i8").tobytes())
+        write_whole(self._stem + ".len", np.array(self._lengths, dtype="<i8").tobytes())
         if self._metadata.hashed:
-            self._write(".hash", b"".join(self._hashes))
+            write_whole(self._stem + ".hash", b"".join(self._hashes))
         if self._metadata.masked:
-            self._write(MASK_SUFFIX, b"".join(self._masks))
-        self._write(".json", json.dumps(asdict(self._metadata)).encode())
-
-    def _write(self, suffix: str, data: bytes) -> None:
-        with open(self._own, "wb") as file:
-            file.write(data)
-            _sync_and_close(file)
-        os.replace(self._own, self._stem + suffix)
+            write_whole(self._stem + MASK_SUFFIX, b"".join(self._masks))
+        write_whole(self._stem + ".json", json.dumps(asdict(self._metadata)).encode())
 
     def _flush(self) -> None:
-        texts, self._waiting, self._waiting_characters = self._waiting, [], 0
+        waiting, self._waiting, self._waiting_characters = self._waiting, [], 0
+        texts = [text for text, _ in waiting]
+        located = [self._encoder.tokenizer.locate(t) for t in texts if self._metadata.masked]
+        encoded = [found.ids for found in located] or self._encode(texts)
         rows: list[np.ndarray] = []
-        for text, ids in zip(texts, self._encode(texts), strict=True):
-            if self._fits(len(ids)):
-                rows += [*self._head, ids, *self._tail]
-                self._count(len(ids), _new_hash(text.encode()) if self._metadata.hashed else None)
+        for i, ids in enumerate(encoded):
+            if not self._fits(len(ids)):
+                continue
+            rows += [*self._head, ids, *self._tail]
+            self._count(len(ids), _new_hash(texts[i].encode()) if self._metadata.hashed else None)
+            if located:
+                mask = located[i].overlapping(waiting[i][1] or ()).astype(np.uint8).tobytes()
+                self._masks.append(bytes(len(self._head)) + mask + bytes(len(self._tail)))
         if rows:
             # One conversion for many documents; ids are below the vocabulary, so they fit.
             self._file.write(np.concatenate(rows, dtype=self._encoder.dtype, casting="unsafe"))
@@ -317,13 +292,6 @@ class _PartEncoder:
 
 def _new_hash(data: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(data, digest_size=HASH_BYTES)
-
-
-def _sync_and_close(file: Any) -> None:
-    """A power cut must not leave metadata beside tokens that never reached the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the units of a job: in this process, in several, or as tasks of a Ray cluster.
+"""Runs the units of a job in several processes, or as tasks of a Ray cluster.
 
 Workers never import megatron. What they make is in the folder of parts, so nothing is sent back but
 the end of a unit. On a Ray cluster, input and output are named by path, so every node must see both
@@ -36,7 +36,7 @@ _RAY_AHEAD = 16  # units in flight beside two per CPU of the cluster
 _PIPE_BYTES = 1 << 16  # what Linux takes into a pipe that nobody reads
 
 
-def run_units(
+def run_in_pool(
     job: PreprocessJob,
     units: list[int],
     workers: int,
@@ -44,12 +44,12 @@ def run_units(
     tokenizer: Tokenizer | None = None,
     on_fork: Callable[[], object] = lambda: None,
 ) -> None:
-    """Make all parts of ``units``.
+    """Make all parts of ``units`` in some processes of this machine.
 
     Args:
         job: the job.
         units: which of its units.
-        workers: processes; one is this process itself.
+        workers: processes.
         on_bytes: called with bytes read from disk.
         tokenizer: the job's, where this process has it loaded already.
         on_fork: called in a forked worker, to release what only this process may hold.
@@ -58,23 +58,6 @@ def run_units(
         ValueError, OSError: what a unit raised (see ``UnitEncoder.run``); other units are stopped.
         ChildProcessError: a worker died.
     """
-    workers = min(workers, len(units))
-    if workers > 1:
-        _run_in_pool(job, units, workers, on_bytes, tokenizer, on_fork)
-        return
-    encoder = UnitEncoder(job, on_bytes, tokenizer)
-    for unit in units:
-        encoder.run(unit)
-
-
-def _run_in_pool(
-    job: PreprocessJob,
-    units: list[int],
-    workers: int,
-    on_bytes: Callable[[int], object],
-    tokenizer: Tokenizer | None,
-    on_fork: Callable[[], object],
-) -> None:
     method = choose_start_method()
     context = get_context(method)
     read, shown, todo = context.Value("q", 0), 0, iter(units)

@@ -31,6 +31,7 @@ _FOLDER_SUFFIXES = frozenset(
     {".jsonl", ".txt", ".md", ".rst", ".py", ".parquet", ".arrow", ".feather"}
 )
 _COMPRESSED_SUFFIXES = frozenset({".gz", ".xz", ".zst"})
+_PACKED_BYTES = 16 << 10  # of zstd at a time: they are expanded whole before any is handed out
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,24 @@ class TextInputs:
     files: tuple[Path, ...]
     skipped: int
     total_bytes: int
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file as it was when the job was planned; one that changes since is an error."""
+
+    path: str
+    format: str
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path, format: str) -> InputFile:
+        """Look at a file; standard input has no size."""
+        if path == STDIN:
+            return cls(str(path), format, 0, 0)
+        status = path.stat()
+        return cls(str(path), format, status.st_size, status.st_mtime_ns)
 
 
 def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
@@ -172,18 +191,21 @@ def open_stream(
     """
     with open(0 if path == STDIN else path, "rb", buffering=0) as raw:
         file = _CountedFile(raw, on_bytes)
-        compression = _suffixes(path)[1]
         try:
-            if compression == ".gz":
-                yield cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb"))
-            elif compression == ".xz":
-                yield cast(BinaryIO, lzma.LZMAFile(cast(Any, file), mode="rb"))  # noqa: SIM115
-            elif compression == ".zst":
-                yield io.BufferedReader(_ZstdFile(file, _import_zstandard(path)))
-            else:
-                yield io.BufferedReader(file, buffer_size=1 << 20)
+            yield io.BufferedReader(_expand(file, path), buffer_size=1 << 20)
         except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, _BrokenStream) as exc:
             raise UserError(f"{path}: byte {file.count}: broken compressed data ({exc})") from exc
+
+
+def _expand(file: _CountedFile, path: Path) -> Any:
+    compression = _suffixes(path)[1]
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=file, mode="rb")
+    if compression == ".xz":
+        return lzma.LZMAFile(cast(Any, file), mode="rb")
+    if compression == ".zst":
+        return _ChunkedFile(_expand_zstd(file, _import_zstandard(path)))
+    return file
 
 
 class _BrokenStream(Exception):
@@ -217,47 +239,38 @@ class _CountedFile(io.RawIOBase):
         return count
 
 
-class _ZstdFile(io.RawIOBase):
-    """Reads zstd frames one after another; a file that ends inside one is an error.
+def _expand_zstd(file: _CountedFile, zstandard: Any) -> Iterator[bytes]:
+    """Yield the content of zstd frames one after another; a file that ends inside one is an error.
 
     zstandard's own ``stream_reader`` (0.25) takes a file that was cut short for a whole one, which
     would drop the tail of a corpus in silence.
     """
+    new_frame, frame = zstandard.ZstdDecompressor().decompressobj, None
+    try:
+        while packed := file.read(_PACKED_BYTES):
+            while packed:
+                frame = frame or new_frame()
+                yield frame.decompress(packed)
+                packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as exc:
+        raise _BrokenStream(str(exc)) from exc
+    if frame is not None:
+        raise _BrokenStream("the file ends inside a zstd frame")
 
-    _PACKED_BYTES = 16 * 1024  # small, because so much is expanded whole before any is handed out
 
-    def __init__(self, file: _CountedFile, zstandard: Any) -> None:
-        self._file = file
-        self._error = zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._packed = b""
-        self._ready = memoryview(b"")
+class _ChunkedFile(io.RawIOBase):
+    """A raw file of what an iterator gives."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._ready = chunks, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._ready and self._fill():
-            pass
+        while not self._ready and (chunk := next(self._chunks, None)) is not None:
+            self._ready = memoryview(chunk)
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
-
-    def _fill(self) -> bool:
-        """Expand some more bytes; False at a clean end."""
-        packed = self._packed or self._file.read(self._PACKED_BYTES)
-        if not packed:
-            if self._frame is not None:
-                raise _BrokenStream("the file ends inside a zstd frame")
-            return False
-        self._frame = self._frame or self._new_frame()
-        try:
-            self._ready = memoryview(self._frame.decompress(packed))
-        except self._error as exc:
-            raise _BrokenStream(str(exc)) from exc
-        self._packed = self._frame.unused_data
-        if self._frame.eof:
-            self._frame = None
-        return True

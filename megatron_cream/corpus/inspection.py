@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describes datasets: their lengths, the content of `PREFIX.json`, a full check, their text."""
+"""Describes datasets: their lengths, what made them, a full check, their text."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,9 @@ from megatron_cream.data.indexed import (
     read_metadata,
     validate_metadata,
 )
-from megatron_cream.data.token_mask import check_mask, describe_mask, has_mask, trained_tokens
+from megatron_cream.data.token_mask import check_mask, has_mask, trained_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.options import validate_count
-
-FORMAT_VERSION = 1
-DUPLICATES = "duplicates"
-FINGERPRINT = "fingerprint"
-LISTED_ERRORS = 1000
-"""Bad records that are named one by one; all are counted."""
 
 EXAMPLES = """
     megatron-cream inspect data/train --seq-length 4096 --target-length 262144
@@ -68,48 +61,35 @@ def run(args: argparse.Namespace) -> None:
         print(check(args.prefix, args.vocab_size))
 
 
-@dataclass
-class Lengths:
-    """Counts of document lengths, one block of them at a time.
+def count_lengths(lengths: np.ndarray, thresholds: Sequence[int] = ()) -> dict[str, Any]:
+    """Return what ``PREFIX.json`` says of the lengths of a dataset.
 
-    Attributes:
-        documents, tokens, longest: of all documents.
-        bins: how many documents have 2**i to 2**(i + 1) - 1 tokens, i from 0; none has 0 tokens.
-        at_least: how many documents have at least so many tokens, for each asked for.
+    Args:
+        lengths: int32 ``[sequences]``, tokens in each, maybe a memory map; looked at in blocks.
+        thresholds: lengths to count the sequences of.
     """
-
-    thresholds: tuple[int, ...] = ()
-    documents: int = 0
-    tokens: int = 0
-    longest: int = 0
-    bins: np.ndarray = field(default_factory=lambda: np.zeros(63, dtype=np.int64))
-    at_least: dict[int, int] = field(default_factory=dict)
-
-    def add(self, lengths: np.ndarray) -> None:
-        """Count int64 ``[documents]`` tokens."""
-        if not len(lengths):
-            return
-        self.documents += len(lengths)
-        self.tokens += int(lengths.sum())
-        self.longest = max(self.longest, int(lengths.max()))
+    tokens, longest = 0, 0
+    bins = np.zeros(63, dtype=np.int64)  # of 2**i to 2**(i + 1) - 1 tokens; none has 0 tokens
+    at_least = dict.fromkeys(thresholds, 0)
+    for block in blocks(lengths):
+        tokens += int(block.sum())
+        longest = max(longest, int(block.max()))
         # The exponent of frexp is that of the power of two above; exact up to 2**53.
-        self.bins += np.bincount(np.frexp(lengths)[1] - 1, minlength=63)[:63]
-        for threshold in self.thresholds:
-            found = int((lengths >= threshold).sum())
-            self.at_least[threshold] = self.at_least.get(threshold, 0) + found
-
-    def histogram(self) -> dict[str, int]:
-        """Documents by the fewest tokens of their bin, up to the last bin that has any."""
-        last = np.flatnonzero(self.bins)
-        stop = int(last[-1]) + 1 if len(last) else 0
-        return {str(1 << i): int(self.bins[i]) for i in range(stop)}
-
-    def shares(self) -> dict[str, float]:
-        """The share of the documents of at least so many tokens, for each asked for."""
-        return {
-            str(threshold): self.at_least.get(threshold, 0) / max(self.documents, 1)
-            for threshold in self.thresholds
-        }
+        bins += np.bincount(np.frexp(block)[1] - 1, minlength=63)[:63]
+        for threshold in thresholds:
+            at_least[threshold] += int((block >= threshold).sum())
+    count = max(len(lengths), 1)
+    return {
+        "sequences": len(lengths),
+        "tokens": tokens,
+        "longest_document": longest,
+        "mean_document": tokens / count,
+        "median_document": median(lengths),
+        "documents_by_length": {
+            str(1 << i): int(found) for i, found in enumerate(np.trim_zeros(bins, "b"))
+        },
+        "share_at_least": {str(n): found / count for n, found in at_least.items()},
+    }
 
 
 def median(lengths: np.ndarray) -> float:
@@ -125,21 +105,13 @@ def median(lengths: np.ndarray) -> float:
 
 
 def draw_histogram(histogram: dict[str, int], width: int = 40) -> str:
-    """Return a bar for each bin of ``Lengths.histogram``."""
+    """Return a bar for each bin of ``documents_by_length``."""
     most = max(histogram.values(), default=0)
     lines = []
     for i, (fewest, count) in enumerate(histogram.items()):
         bar = "#" * -(-count * width // max(most, 1))
         lines.append(f"{fewest:>10} to {(2 << i) - 1:<10} {count:>10}  {bar}".rstrip())
     return "\n".join(lines)
-
-
-def measure(lengths: np.ndarray, thresholds: Sequence[int] = ()) -> Lengths:
-    """Count the lengths of an index."""
-    counted = Lengths(tuple(thresholds))
-    for block in blocks(lengths):
-        counted.add(block)
-    return counted
 
 
 def _nth(lengths: np.ndarray, n: int) -> int:
@@ -158,74 +130,64 @@ def _count_values(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return counts
 
 
-@dataclass
-class Counts:
-    """What did not get into a dataset.
+@dataclass(frozen=True)
+class PreprocessStats:
+    """What a job did. Lengths are in tokens as written, eod and bos included.
 
     Attributes:
-        dropped: documents by reason.
-        errors: bad records by kind.
-        listed: file and line, and what is wrong with it, of the first bad records.
-        longest: tokens of the longest document, before eod and bos, kept or not.
+        metadata: the content of `PREFIX.json`.
+        skipped_files: files of folders that were not taken.
+        input_bytes: read from disk.
+        seconds: this process took, without what was finished before it started.
+        files: that were written.
+        finished_before: whether this very job had been done by an earlier process.
     """
 
-    dropped: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, int] = field(default_factory=dict)
-    listed: list[list[str]] = field(default_factory=list)
-    longest: int = 0
+    metadata: dict[str, Any]
+    skipped_files: int
+    input_bytes: int
+    seconds: float
+    files: tuple[str, ...]
+    finished_before: bool = False
 
-    def add(self, dropped: dict[str, int], errors: dict[str, int]) -> None:
-        """Add the counts of a part or shard."""
-        for total, more in ((self.dropped, dropped), (self.errors, errors)):
-            for name, count in more.items():
-                total[name] = total.get(name, 0) + count
+    @property
+    def documents(self) -> int:
+        """Documents written."""
+        return self.metadata["documents"]
 
-    def list_errors(self, listed: list[list[str]]) -> None:
-        """Add named bad records as long as there is room."""
-        self.listed += listed[: LISTED_ERRORS - len(self.listed)]
+    @property
+    def tokens(self) -> int:
+        """Tokens written."""
+        return self.metadata["tokens"]
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document written."""
+        return self.metadata["longest_document"]
 
-def write_metadata(
-    prefix: str, settings: dict[str, Any], lengths: Lengths, documents: int, counts: Counts
-) -> dict[str, Any]:
-    """Write ``PREFIX.json`` beside the index of a new dataset; returns its content.
+    @property
+    def _speed(self) -> float:
+        return self.input_bytes / 1e6 / self.seconds
 
-    Args:
-        prefix: path of the dataset without suffix.
-        settings: of tokenizer and limits, as they stand in the file.
-        lengths: of the sequences as written.
-        documents: how many documents these are.
-        counts: what is not there.
-    """
-    middle = median(read_index(prefix, empty=True).lengths)
-    content = {
-        "format_version": FORMAT_VERSION,
-        **settings,
-        **_counted(lengths, documents, middle, counts),
-        **describe_mask(prefix),
-    }
-    Path(prefix + ".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return content
-
-
-def _counted(lengths: Lengths, documents: int, median: float, counts: Counts) -> dict[str, Any]:
-    return {
-        "documents": documents,
-        "sequences": lengths.documents,
-        "tokens": lengths.tokens,
-        "dropped": counts.dropped,
-        "errors": counts.errors,
-        "listed_errors": counts.listed,
-        "longest_document": lengths.longest,
-        "mean_document": lengths.tokens / max(lengths.documents, 1),
-        "median_document": median,
-        "documents_by_length": lengths.histogram(),
-        "share_at_least": lengths.shares(),
-    }
-
-
-COUNTED_KEYS = frozenset({"format_version", *_counted(Lengths(), 0, 0.0, Counts())})
-"""What every ``PREFIX.json`` has beside the settings."""
+    def summary(self) -> str:
+        """Lines for a person; MB/s is in bytes of input read, 10**6 to the MB."""
+        found = self.metadata
+        dropped = ", ".join(f"{count} {why}" for why, count in found["dropped"].items() if count)
+        errors = ", ".join(f"{count} {kind}" for kind, count in found["errors"].items())
+        shares = (f"{share:.1%} of {n}" for n, share in found["share_at_least"].items())
+        lines = [
+            f"documents: {found['documents']}",
+            f"tokens: {found['tokens']}",
+            f"dropped: {dropped.replace('_', ' ') or 'none'}",
+            f"bad records: {errors or 'none'}",
+            f"left out: {self.skipped_files} files of other kinds",
+            f"tokens per document: {_describe_mean(found)}",
+            draw_histogram(found["documents_by_length"]),
+            f"documents of at least so many tokens: {', '.join(shares)}",
+            "" if self.finished_before else f"speed: {self._speed:.2f} MB/s",
+            f"{'finished before' if self.finished_before else 'written'}: {' '.join(self.files)}",
+        ]
+        return "\n".join(line for line in lines if line and not line.endswith("tokens: "))
 
 
 def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
@@ -242,21 +204,26 @@ def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
     for flag, value in zip(("--seq-length", "--target-length"), thresholds, strict=False):
         validate_count(flag, value, fewest=1)
     index, metadata = _read(prefix)
-    found = measure(index.lengths, [n for n in thresholds if n is not None])
-    size = Path(prefix + ".bin").stat().st_size
+    found = count_lengths(index.lengths, [n for n in thresholds if n is not None])
+    tokens, size = found["tokens"], Path(prefix + ".bin").stat().st_size
     lines = [
         f"documents: {len(index.documents) - 1}",
-        f"sequences: {found.documents}",
-        f"tokens: {found.tokens}, {index.dtype}, {size} bytes",
-        f"tokens per sequence: mean {found.tokens / found.documents:.1f}, "
-        f"median {median(index.lengths):.1f}, longest {found.longest}",
-        draw_histogram(found.histogram()),
+        f"sequences: {found['sequences']}",
+        f"tokens: {tokens}, {index.dtype}, {size} bytes",
+        f"tokens per sequence: {_describe_mean(found)}",
+        draw_histogram(found["documents_by_length"]),
     ]
-    lines += [f"sequences of at least {n} tokens: {s:.1%}" for n, s in found.shares().items()]
-    if has_mask(prefix, found.tokens, metadata):
+    shares = found["share_at_least"].items()
+    lines += [f"sequences of at least {n} tokens: {share:.1%}" for n, share in shares]
+    if has_mask(prefix, tokens, metadata):
         trained = trained_tokens(prefix, metadata)
-        lines.append(f"loss on {trained} tokens, {trained / found.tokens:.1%}: {prefix}.mask")
+        lines.append(f"loss on {trained} tokens, {trained / tokens:.1%}: {prefix}.mask")
     return "\n".join(lines + _describe_metadata(metadata))
+
+
+def _describe_mean(found: dict[str, Any]) -> str:
+    mean, median = found["mean_document"], found["median_document"]
+    return f"mean {mean:.1f}, median {median:.1f}, longest {found['longest_document']}"
 
 
 def _read(prefix: str) -> tuple[DatasetIndex, dict[str, Any] | None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans a preprocessing job from its settings.
+"""The settings of ``preprocess``, some shared with other commands, and the job that they make.
 
 A job reads files. It is cut into *units* of work, each some *spans* of files, by bytes of input and
 never by workers or shards. A unit is written as one or several *parts*, in a row the dataset.
@@ -7,56 +7,195 @@ never by workers or shards. A unit is written as one or several *parts*, in a ro
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_cream import ownership
-from megatron_cream.corpus.gigatoken import GigatokenTokenizer
+from megatron_cream.corpus.gigatoken import ENGINES, GigatokenTokenizer
 from megatron_cream.corpus.input_files import (
     ARROW,
+    FORMATS,
     JSONL,
     PARQUET,
     STDIN,
+    InputFile,
     TextInputs,
     find_inputs,
     format_of,
-    is_compressed,
 )
-from megatron_cream.corpus.readers import InputSpan
+from megatron_cream.corpus.readers import InputSpan, cut_into_units, validate_columns
 from megatron_cream.corpus.records import Fields
-from megatron_cream.corpus.settings import PreprocessConfig
-from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
+from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import SUFFIXES, validate_prefix
-from megatron_cream.data.indexed import token_dtype
+from megatron_cream.data.indexed import MOST_SHARDS, token_dtype
 from megatron_cream.errors import UserError
+from megatron_cream.options import flag_field, validate_count, validate_fields
 
 _MOST_PARTS = 1_000_000
 
 
+def _parse_shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}, needs I/N as 0/8")
+    return int(index), int(count)
+
+
+_input, _tokens, _documents, _running = (
+    partial(flag_field, group=group) for group in ("input", "tokens", "documents", "running")
+)
+TOKENIZER_TYPE: dict[str, Any] = {"help": "how text becomes ids", "choices": tuple(TOKENIZERS)}
+TOKENIZER_MODEL: dict[str, Any] = {
+    "help": "tokenizer.json, its folder, or a .model file (default: none, for plain bytes)",
+    "default": None,
+    "metavar": "PATH",
+}
+APPEND_EOD: dict[str, Any] = {"help": "end each document with the eod token", "default": False}
+ENGINE: dict[str, Any] = {
+    "help": "auto takes gigatoken where exact",
+    "default": "auto",
+    "choices": ENGINES,
+}
+WORKERS: dict[str, Any] = {"help": "processes", "default": 1, "most": 4096, "metavar": "W"}
+OUTPUT_PREFIX: dict[str, Any] = {"help": "writes PREFIX.bin .idx .json", "metavar": "PREFIX"}
+OVERWRITE: dict[str, Any] = {"help": "replace the files of an earlier run", "default": False}
+_SHARE = "report the share of documents as long (default: not reported)"
+
+
 @dataclass(frozen=True)
-class InputFile:
-    """A file as it was when the job was planned; one that changes since is an error."""
+class PreprocessConfig:
+    """The settings of `preprocess`; each is a flag of ``megatron-cream preprocess``.
 
-    path: str
-    format: str
-    size: int
-    modified_ns: int
+    Attributes:
+        input: files, folders and patterns of text; ``-`` is standard input.
+        tokenizer_type: ``HuggingFaceTokenizer``, ``SentencePieceTokenizer`` or
+            ``ByteLevelTokenizer``.
+        output_prefix: path of the dataset without suffix.
+        tokenizer_model: path of the tokenizer's file or folder.
+        json_key: keys or columns that hold the text.
+        key_separator: put between the texts of several keys.
+        mask_key: key of the stretches of the text that are trained, pairs of characters as
+            ``[[0, 5], [9, 12]]``; makes ``PREFIX.mask``. None trains all.
+        input_format: ``jsonl``, ``text``, ``parquet`` or ``arrow``; None for what suffixes say.
+        append_eod, prepend_bos: whether those tokens are put around each document.
+        min_tokens, max_tokens: tokens of a document, before eod and bos.
+        long_documents: ``split`` or ``drop`` documents over ``max_tokens``.
+        drop_duplicates: whether exact copies of earlier documents are dropped.
+        on_error: ``fail`` at a bad record, or ``skip`` it.
+        seq_length, target_length: tokens; the share of documents as long is reported.
+        engine: ``auto``, ``fast`` (gigatoken) or ``reference``.
+        verify: documents to compare the fast tokenizer with the reference on; -1 for all.
+        workers: processes.
+        shard: which shard, from 0, of how many.
+        ray: address of a Ray cluster; None for this machine.
+        overwrite: whether the files of an earlier dataset are replaced.
+        restart: whether the parts of an unfinished job are discarded.
+        part_bytes: bytes of text per part: what a killed job does again, at most, per worker.
+            Never changes the result.
+    """
 
-    @classmethod
-    def of(cls, path: Path, format: str) -> InputFile:
-        """Look at a file; standard input has no size."""
-        if path == STDIN:
-            return cls(str(path), format, 0, 0)
-        status = path.stat()
-        return cls(str(path), format, status.st_size, status.st_mtime_ns)
+    input: tuple[str, ...] = _input("files, folders, globs, or -", many=True, metavar="PATH")
+    tokenizer_type: str = _tokens(**TOKENIZER_TYPE)
+    output_prefix: str = _running(**OUTPUT_PREFIX)
+    tokenizer_model: str | None = _tokens(**TOKENIZER_MODEL)
+    input_format: str | None = _input(
+        "of all files (default: by their suffixes)", default=None, choices=FORMATS
+    )
+    json_key: str | tuple[str, ...] = _input(
+        "of the text (default: text)", default=("text",), many=True, metavar="KEY"
+    )
+    key_separator: str = _input(
+        "between several keys' texts (default: an empty line)", default="\n\n", metavar="TEXT"
+    )
+    mask_key: str | None = _input(
+        "of the stretches of the text that are trained (default: all of it)",
+        default=None,
+        metavar="KEY",
+    )
+    on_error: str = _input("at a bad record", default="fail", choices=("fail", "skip"))
+    append_eod: bool = _tokens(**APPEND_EOD)
+    prepend_bos: bool = _tokens("begin each document with the bos token", default=False)
+    engine: str = _tokens(**ENGINE)
+    verify: int = _tokens("documents to compare gigatoken on", default=8, fewest=-1, metavar="N")
+    min_tokens: int = _documents("drop shorter documents", default=1, metavar="N")
+    max_tokens: int | None = _documents(
+        "split longer documents (default: no limit)", default=None, type=int, metavar="N"
+    )
+    long_documents: str = _documents(
+        "over --max-tokens", default="split", choices=("split", "drop")
+    )
+    drop_duplicates: bool = _documents("keep the first of equal documents", default=False)
+    seq_length: int | None = _documents(_SHARE, default=None, type=int, metavar="N")
+    target_length: int | None = _documents(_SHARE, default=None, type=int, metavar="T")
+    workers: int = _running(**WORKERS)
+    shard: tuple[int, int] = _running(
+        "part I of N (default: 0/1)", default=(0, 1), type=_parse_shard, metavar="I/N"
+    )
+    ray: str | None = _running(
+        "run on a Ray cluster: auto, local, ray://host:port (default: on this machine)",
+        default=None,
+        metavar="ADDRESS",
+    )
+    overwrite: bool = _running(**OVERWRITE)
+    restart: bool = _running("forget what an unfinished job has done", default=False)
+    part_bytes: int = _running(
+        "text per part of the work, which never changes the result",
+        default=64 << 20,
+        most=1 << 40,
+        metavar="BYTES",
+    )
+
+    @property
+    def thresholds(self) -> tuple[int, ...]:
+        """Lengths to count documents of."""
+        return tuple(n for n in (self.seq_length, self.target_length) if n is not None)
+
+    @property
+    def drops_long(self) -> bool:
+        """Whether documents over ``max_tokens`` are dropped, in place of split."""
+        return self.long_documents == "drop"
+
+    def validate(self) -> None:
+        """Check the settings, whatever the input is.
+
+        Raises:
+            UserError: naming the flag, the value and what it needs.
+        """
+        validate_fields(self)
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise UserError(
+                f"--max-tokens {self.max_tokens}: needs at least --min-tokens, {self.min_tokens}"
+            )
+        if self.drops_long and self.max_tokens is None:
+            raise UserError("--long-documents drop: needs --max-tokens")
+        index, count = self.shard
+        validate_count(f"--shard {index}/{count}: a count of", count, fewest=1, most=MOST_SHARDS)
+        if not 0 <= index < count:
+            raise UserError(f"--shard {index}/{count}: needs 0/{count} to {count - 1}/{count}")
+        if not self.json_key:
+            raise UserError("--json-key: needs at least one name")
+        if self.mask_key is not None and self.engine == "fast":
+            raise UserError(
+                "--engine fast: does not say where in a text its tokens stand, which --mask-key "
+                "needs; leave one out"
+            )
+        if str(STDIN) not in self.input:
+            return
+        if self.workers > 1 or self.ray is not None or count > 1:
+            raise UserError(
+                "--input -: standard input is read by one process, needs --workers 1 without "
+                "--shard and --ray"
+            )
+        if self.input_format in (PARQUET, ARROW):
+            raise UserError(f"--input -: cannot be {self.input_format}, needs jsonl or text")
 
 
 @dataclass(frozen=True)
@@ -184,19 +323,12 @@ class PreprocessJob:
 
     def unit_size(self, unit: int) -> int:
         """Bytes on disk that a unit reads."""
-        return sum(
-            self._sizes[span.path] if span.end is None else span.end - span.start
-            for span in self.units[unit]
-        )
+        return sum(span.size for span in self.units[unit])
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer that encodes this job, the fast one where it is to be."""
         reference = load_tokenizer(self.config.tokenizer_type, self.config.tokenizer_model)
         return GigatokenTokenizer(reference, self.config.verify < 0) if self.fast else reference
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        return {file.path: file.size for file in self.files}
 
 
 def _digest(settings: dict[str, Any]) -> str:
@@ -217,19 +349,18 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
     validate_prefix(prefix)
     tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
     _validate_special_tokens(config, tokenizer)
-    if config.tokenizer_model is not None:
-        where = f"--output-prefix {prefix}"
-        ownership.validate_outside(config.tokenizer_model, Path(prefix + ".parts"), where)
     inputs = find_inputs(config.input)
+    _validate_paths(config, prefix, inputs.files)
     _validate_part_bytes(config, inputs.total_bytes)
-    files = tuple(_look_at(path, config, prefix) for path in inputs.files)
+    formats = [format_of(path, config.input_format) for path in inputs.files]
+    files = tuple(map(InputFile.of, inputs.files, formats))
     content = getattr(tokenizer, "serialized", b"")
     content += json.dumps([tokenizer.name, tokenizer.eod, tokenizer.bos]).encode()
     job = PreprocessJob(
         config=config,
         prefix=prefix,
         files=files,
-        units=_cut_into_units(files, config.part_bytes),
+        units=cut_into_units(files, config.part_bytes),
         tokenizer_digest=hashlib.blake2b(content, digest_size=16).hexdigest(),
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod,
@@ -241,8 +372,6 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
                 f"--mask-key {config.mask_key}: {file.path} is {file.format}, needs jsonl"
             )
         if file.format in (PARQUET, ARROW):
-            from megatron_cream.corpus.columnar import validate_columns
-
             validate_columns(file.path, file.format, job.fields)
     return job, tokenizer, inputs
 
@@ -267,41 +396,13 @@ def _validate_part_bytes(config: PreprocessConfig, total_bytes: int) -> None:
         )
 
 
-def _look_at(path: Path, config: PreprocessConfig, prefix: str) -> InputFile:
-    """Return what an input is, once it is sure that the job will not write over it."""
-    if path != STDIN:
-        where = f"--output-prefix {prefix}"
-        if os.path.realpath(path) in {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}:
+def _validate_paths(config: PreprocessConfig, prefix: str, files: tuple[Path, ...]) -> None:
+    """Check that the job will not write over what it reads."""
+    where = f"--output-prefix {prefix}"
+    outputs = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
+    for path in (*files, config.tokenizer_model):
+        if path is None or path == STDIN:
+            continue
+        if os.path.realpath(path) in outputs:
             raise UserError(f"{where}: {path} is an input, needs another prefix")
         ownership.validate_outside(path, Path(prefix + ".parts"), where)
-    return InputFile.of(path, format_of(path, config.input_format))
-
-
-def _cut_into_units(
-    files: tuple[InputFile, ...], part_bytes: int
-) -> tuple[tuple[InputSpan, ...], ...]:
-    """Return units of at most ``part_bytes``, but for files that are read in one go.
-
-    Plain JSONL is cut at multiples of ``part_bytes``; a line belongs to where it begins.
-    """
-    units: list[tuple[InputSpan, ...]] = []
-    waiting: list[InputSpan] = []
-    room = part_bytes
-    for file in files:
-        for span, size in _cut_file(file, part_bytes):
-            if waiting and size > room:
-                units.append(tuple(waiting))
-                waiting, room = [], part_bytes
-            waiting.append(span)
-            room -= size
-    return (*units, tuple(waiting)) if waiting else tuple(units)
-
-
-def _cut_file(file: InputFile, part_bytes: int) -> Iterator[tuple[InputSpan, int]]:
-    path = Path(file.path)
-    if file.format != JSONL or is_compressed(path) or path == STDIN:
-        yield InputSpan(file.path, file.format), file.size
-        return
-    for start in range(0, max(file.size, 1), part_bytes):
-        end = min(start + part_bytes, file.size)
-        yield InputSpan(file.path, file.format, start, end), end - start

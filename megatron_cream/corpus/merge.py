@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from megatron_cream import ownership
-from megatron_cream.corpus.assemble import Segment, assemble, first_copies
-from megatron_cream.corpus.encode import HASH_BYTES
-from megatron_cream.corpus.inspection import (
+from megatron_cream.corpus.assemble import (
     COUNTED_KEYS,
     DUPLICATES,
     FINGERPRINT,
+    HASH_BYTES,
     Counts,
+    Segment,
+    assemble,
+    first_copies,
     write_metadata,
 )
 from megatron_cream.corpus.work_folder import (
@@ -217,19 +219,17 @@ def _write(datasets: list[InputDataset], staged: str) -> None:
     kept = first_copies(segments, os.path.dirname(staged)) if _have_hashes(datasets) else None
     described = [found.metadata for found in datasets if found.metadata]
     whole = len(described) == len(datasets)
-    thresholds = tuple(described[0].get("thresholds", ())) if whole else ()
-    lengths, documents = assemble(staged, datasets[0].index.dtype, segments, kept, thresholds)
-    if not documents:
+    if not assemble(staged, datasets[0].index.dtype, segments, kept):
         raise UserError("--input: the datasets hold no document together, needs one that does")
     if not whole:
         return
-    counts = Counts()
+    counts, thresholds = Counts(), described[0].get("thresholds", ())
     for found in described:
         counts.add(found["dropped"], found.get("errors", {}))
         counts.list_errors(found.get("listed_errors", []))
     if kept is not None:
         counts.add({DUPLICATES: int((~kept).sum())}, {})
-    write_metadata(staged, _common_settings(described), lengths, documents, counts)
+    write_metadata(staged, _common_settings(described), counts, thresholds)
 
 
 def _have_hashes(datasets: list[InputDataset]) -> bool:

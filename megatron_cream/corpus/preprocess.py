@@ -16,21 +16,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from megatron_cream.corpus.assemble import build_dataset
-from megatron_cream.corpus.executors import import_ray, run_on_ray, run_units, use_one_thread
+from megatron_cream.corpus.assemble import (
+    COUNTED_KEYS,
+    DUPLICATES,
+    FINGERPRINT,
+    LISTED_ERRORS,
+    Counts,
+    Segment,
+    assemble,
+    first_copies,
+    split,
+    write_hashes,
+    write_metadata,
+)
+from megatron_cream.corpus.encode import EncodedPart, UnitEncoder, finished_parts
+from megatron_cream.corpus.executors import import_ray, run_in_pool, run_on_ray, use_one_thread
 from megatron_cream.corpus.gigatoken import EXCERPT_CHARACTERS, choose_engine
-from megatron_cream.corpus.input_files import STDIN
-from megatron_cream.corpus.inspection import COUNTED_KEYS, FINGERPRINT, draw_histogram
-from megatron_cream.corpus.job import InputFile, PreprocessJob, plan_job
-from megatron_cream.corpus.readers import read_span
+from megatron_cream.corpus.input_files import STDIN, InputFile
+from megatron_cream.corpus.inspection import PreprocessStats
+from megatron_cream.corpus.job import PreprocessConfig, PreprocessJob, plan_job
+from megatron_cream.corpus.readers import lines_before, place, read_span
 from megatron_cream.corpus.records import BadRecord
-from megatron_cream.corpus.settings import PreprocessConfig
 from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.corpus.work_folder import (
     PREPROCESSING,
@@ -39,7 +50,7 @@ from megatron_cream.corpus.work_folder import (
     validate_absent,
 )
 from megatron_cream.data.indexed import read_index, read_metadata, validate_metadata
-from megatron_cream.data.token_mask import has_mask
+from megatron_cream.data.token_mask import MASK_SUFFIX, has_mask
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, read_flags
 
@@ -74,67 +85,6 @@ def run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("start again to continue") from None
     print(stats.summary())
-
-
-@dataclass(frozen=True)
-class PreprocessStats:
-    """What a job did. Lengths are in tokens as written, eod and bos included.
-
-    Attributes:
-        metadata: the content of `PREFIX.json`.
-        skipped_files: files of folders that were not taken.
-        input_bytes: read from disk.
-        seconds: this process took, without what was finished before it started.
-        files: that were written.
-        finished_before: whether this very job had been done by an earlier process.
-    """
-
-    metadata: dict[str, Any]
-    skipped_files: int
-    input_bytes: int
-    seconds: float
-    files: tuple[str, ...]
-    finished_before: bool = False
-
-    @property
-    def documents(self) -> int:
-        """Documents written."""
-        return self.metadata["documents"]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens written."""
-        return self.metadata["tokens"]
-
-    @property
-    def longest_document(self) -> int:
-        """Tokens of the longest document written."""
-        return self.metadata["longest_document"]
-
-    @property
-    def _speed(self) -> float:
-        return self.input_bytes / 1e6 / self.seconds
-
-    def summary(self) -> str:
-        """Lines for a person; MB/s is in bytes of input read, 10**6 to the MB."""
-        found = self.metadata
-        dropped = ", ".join(f"{count} {why}" for why, count in found["dropped"].items() if count)
-        errors = ", ".join(f"{count} {kind}" for kind, count in found["errors"].items())
-        shares = (f"{share:.1%} of {n}" for n, share in found["share_at_least"].items())
-        lines = [
-            f"documents: {found['documents']}",
-            f"tokens: {found['tokens']}",
-            f"dropped: {dropped.replace('_', ' ') or 'none'}",
-            f"bad records: {errors or 'none'}",
-            f"left out: {self.skipped_files} files of other kinds",
-            f"tokens per document: mean {found['mean_document']:.1f}, "
-            f"median {found['median_document']:.1f}, longest {found['longest_document']}",
-            draw_histogram(found["documents_by_length"]),
-            f"documents of at least so many tokens: {', '.join(shares)}",
-            "" if self.finished_before else f"speed: {self._speed:.2f} MB/s",
-            f"{'finished before' if self.finished_before else 'written'}: {' '.join(self.files)}",
-        ]
-        return "\n".join(line for line in lines if line and not line.endswith("tokens: "))
 
 
 def preprocess(
@@ -173,12 +123,165 @@ def preprocess(
         finished = _finished_before(folder, job)
         if not finished:
             validate_absent(job.prefix, config.overwrite)
-            _run_job(job, tokenizer, folder, progress, say)
+            _make_dataset(job, tokenizer, folder, progress, say)
         folder.remove()
     files = tuple(job.prefix + s for s in SUFFIXES if os.path.exists(job.prefix + s))
     found = read_metadata(job.prefix) or {}
     seconds = time.perf_counter() - started
     return PreprocessStats(found, inputs.skipped, inputs.total_bytes, seconds, files, finished)
+
+
+def _make_dataset(
+    job: PreprocessJob,
+    tokenizer: Tokenizer,
+    folder: WorkFolder,
+    progress: bool,
+    say: Callable[[str], object],
+) -> None:
+    """Encode what is not encoded yet, and put the parts together at the output's place."""
+    config = job.config
+    done = folder.claim(job.identity_of_shard(), restart=config.restart)
+    if done:
+        say(f"continuing with {done} finished parts in {folder.path}")
+    engine = config.engine if config.mask_key is None else "reference"  # locates its tokens
+    samples = sample_texts(job, config.verify)
+    chosen, reason = choose_engine(engine, tokenizer, samples, verify_all=config.verify < 0)
+    say(reason)
+    say(_describe_added_tokens(tokenizer, job))
+    job = replace(job, fast=chosen is not tokenizer)
+    units = job.own_units()
+    for unit in units if job.reads_stdin else ():
+        folder.drop_unit(unit)
+    total = sum(map(job.unit_size, units))
+    with _Bar(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        _encode_units(job, units, chosen, bar.update, folder)
+    for file in job.files:
+        if file != InputFile.of(Path(file.path), file.format):
+            raise UserError(
+                f"--input {file.path}: changed while it was read, needs to stay as it is; start "
+                "again with --restart"
+            )
+    build_dataset(job, units, folder)
+    folder.publish(config.overwrite)
+
+
+def _encode_units(
+    job: PreprocessJob,
+    units: list[int],
+    tokenizer: Tokenizer,
+    on_bytes: Callable[[int], object],
+    folder: WorkFolder,
+) -> None:
+    """Write all parts of ``units``: by a cluster, by several processes, or by this one."""
+    workers = min(job.config.workers, len(units))
+    if job.config.ray is not None:
+        run_on_ray(job, units, job.config.ray, on_bytes)
+    elif workers > 1:
+        run_in_pool(job, units, workers, on_bytes, tokenizer, folder.release)
+    else:
+        encoder = UnitEncoder(job, on_bytes, tokenizer)
+        for unit in units:
+            encoder.run(unit)
+
+
+def build_dataset(job: PreprocessJob, units: list[int], folder: WorkFolder) -> None:
+    """Make the files of the dataset, at ``folder.staged``, out of all parts of ``units``.
+
+    Raises:
+        UserError: a part is missing, a bad record is one too many, or no document is left.
+        OSError: they cannot be written.
+    """
+    config = job.config
+    parts = [part for unit in units for part in finished_parts(folder.path, unit, job.dtype)]
+    if len({part.unit for part in parts if part.metadata.next is None}) != len(units):
+        raise UserError(f"--output-prefix {job.prefix}: {folder.path} lost parts, start again")
+    counts = _count_left_out(job, parts)
+    segments = [_part_segment(job, part) for part in parts]
+    kept = first_copies(segments, str(folder.path)) if config.drop_duplicates else None
+    if kept is not None:
+        counts.add({DUPLICATES: int((~kept).sum())}, {})
+    documents = assemble(folder.staged, job.dtype, segments, kept)
+    settings = {**job.metadata(), FINGERPRINT: job.fingerprint()}
+    if config.shard[1] > 1:
+        settings |= {
+            "shard": list(config.shard),
+            "job": job.digest(),
+            "thresholds": config.thresholds,
+            "drop_duplicates": config.drop_duplicates,
+        }
+        if kept is not None:
+            write_hashes(folder.staged + ".hashes", segments, kept)
+    elif not documents:
+        folder.remove()
+        raise UserError(_describe_nothing_left(job, counts))
+    write_metadata(folder.staged, settings, counts, config.thresholds)
+
+
+def _part_segment(job: PreprocessJob, part: EncodedPart) -> Segment:
+    head, tail = int(job.bos is not None), int(job.eod is not None)
+    most = None if job.config.drops_long else job.config.max_tokens
+    return Segment(
+        part.stem + ".bin",
+        part.metadata.documents,
+        lambda: split(part.lengths(), most, head, tail),
+        part.hashes,
+        part.stem + MASK_SUFFIX if part.metadata.masked else None,
+    )
+
+
+def _count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
+    """Add up what the parts left out, naming bad records by their line in the file.
+
+    Raises:
+        UserError: there is a bad record, and none is to be skipped.
+    """
+    counts = Counts({"shorter_than_min_tokens": 0, "longer_than_max_tokens": 0, DUPLICATES: 0})
+    for part in parts:
+        found = part.metadata
+        dropped = {"shorter_than_min_tokens": found.shorter, "longer_than_max_tokens": found.longer}
+        counts.add(dropped, found.errors)
+        counts.longest = max(counts.longest, found.longest)
+    counts.list_errors(_list_bad_records(job, parts))
+    if counts.errors and job.config.on_error == "fail":
+        raise UserError(": ".join(counts.listed[0]))
+    return counts
+
+
+def _list_bad_records(job: PreprocessJob, parts: list[EncodedPart]) -> list[list[str]]:
+    """Place and reason of the first bad records, counting the lines of each file once."""
+    every = [
+        (job.units[part.unit][bad[0]], *bad[1:]) for part in parts for bad in part.metadata.listed
+    ]
+    every = every[:LISTED_ERRORS]
+    starts: dict[str, set[int]] = {}
+    for span, *_ in every:
+        if span.start:
+            starts.setdefault(span.path, set()).add(span.start)
+    before = {
+        (path, start): lines
+        for path, found in starts.items()
+        for start, lines in zip(sorted(found), lines_before(path, sorted(found)), strict=True)
+    }
+    return [
+        [place(span, before.get((span.path, span.start), 0) + number), f"{kind}: {detail}"]
+        for span, number, kind, detail in every
+    ]
+
+
+def _describe_nothing_left(job: PreprocessJob, counts: Counts) -> str:
+    config = job.config
+    given = " ".join(config.input)
+    if not counts.longest:
+        bad = sum(counts.errors.values())
+        found = f" ({bad} bad records)" if bad else ""
+        return f"--input {given}: holds no text{found}, needs one document that is not empty"
+    short = counts.dropped["shorter_than_min_tokens"]
+    if short:
+        return (
+            f"--min-tokens {config.min_tokens}: none of the {short} documents is left, needs at "
+            f"most {counts.longest}, the tokens of the longest"
+        )
+    return f"--max-tokens {config.max_tokens}: all documents are longer, needs more, or to split"
 
 
 def _finished_before(folder: WorkFolder, job: PreprocessJob) -> bool:
@@ -216,42 +319,6 @@ def _full_disk(folder: WorkFolder) -> Iterator[None]:
             f"--output-prefix {folder.prefix}: {os.strerror(exc.errno)}, needs room; start "
             f"again to continue with what is in {folder.path}"
         ) from exc
-
-
-def _run_job(
-    job: PreprocessJob,
-    tokenizer: Tokenizer,
-    folder: WorkFolder,
-    progress: bool,
-    say: Callable[[str], object],
-) -> None:
-    config = job.config
-    done = folder.claim(job.identity_of_shard(), restart=config.restart)
-    if done:
-        say(f"continuing with {done} finished parts in {folder.path}")
-    engine = config.engine if config.mask_key is None else "reference"  # locates its tokens
-    samples = sample_texts(job, config.verify)
-    chosen, reason = choose_engine(engine, tokenizer, samples, verify_all=config.verify < 0)
-    say(reason)
-    say(_describe_added_tokens(tokenizer, job))
-    job = replace(job, fast=chosen is not tokenizer)
-    units = job.own_units()
-    for unit in units if job.reads_stdin else ():
-        folder.drop_unit(unit)
-    total = sum(map(job.unit_size, units))
-    with _Bar(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-        if config.ray is None:
-            run_units(job, units, config.workers, bar.update, chosen, folder.release)
-        else:
-            run_on_ray(job, units, config.ray, bar.update)
-    for file in job.files:
-        if file != InputFile.of(Path(file.path), file.format):
-            raise UserError(
-                f"--input {file.path}: changed while it was read, needs to stay as it is; start "
-                "again with --restart"
-            )
-    build_dataset(job, units, folder)
-    folder.publish(config.overwrite)
 
 
 class _Bar(tqdm):

@@ -1,33 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the text of one record, a line of JSONL above all, or says what is wrong with it.
 
-A text is a string, or an iterator of pieces where the record is so long that its text should never
-be in memory at once: one character outside Latin-1 makes Python spend two or four bytes on each.
-The JSON of such a line is checked with its long strings left out; they are decoded piece by piece
-while they are tokenized.
+A text is a string, or an iterator of pieces where the record is very long (see ``long_text``).
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 orjson: Any = None
 with suppress(ImportError):
     import orjson
 
-LONG_BYTES = 32 << 20
-"""Lines and files longer than this are read in pieces."""
-
-PIECE_BYTES = 4 << 20
-
 Text = str | Iterator[str]
-Line = bytes | bytearray | memoryview
+Line = bytes | bytearray
 
 BROKEN_JSON = "broken JSON"
 NOT_AN_OBJECT = "not an object"
@@ -114,41 +104,32 @@ def parse(line: Line) -> Any:
             return orjson.loads(line)
         except orjson.JSONDecodeError:
             pass  # the standard library takes more (NaN, long integers) and says what is wrong
-    text = decode(line)
+    text = decode(line).removesuffix("\n")
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # as orjson, which checks every string
+        return value
+    except UnicodeEncodeError as exc:
+        detail = f"{exc.object[exc.start]!r} is half a surrogate pair"
+        raise BadRecord(SURROGATE, detail) from exc
     except (ValueError, RecursionError) as exc:
         if "\0" in text:
             raise BadRecord(NUL, f"byte {bytes(line).index(0)} is NUL") from exc
         detail = f"broken JSON ({exc}), needs one JSON object per line"
         raise BadRecord(BROKEN_JSON, detail) from exc
-    _validate_surrogates(value)
-    return value
 
 
-def text_of(line: Line, fields: Fields) -> Text:
-    """Return the text of one line of JSONL; the pieces of a long one may still raise.
+def read_line(line: Line, fields: Fields) -> tuple[str, Stretches | None]:
+    """Return the text of one line of JSONL, and which of it is trained, None for all of it.
 
     Raises:
-        BadRecord: the line is not an object with strings under ``fields``, or its text holds NUL
-            or half a surrogate pair, which no tokenizer takes.
+        BadRecord: the line is not an object with strings under ``fields``, its text holds NUL or
+            half a surrogate pair, which no tokenizer takes, or the stretches are not such.
     """
-    if len(line) > LONG_BYTES:
-        return stream_json_text(line, fields)
-    return join_text_fields(parse(line), fields)
-
-
-def masked_text_of(line: Line, fields: Fields) -> tuple[str, Stretches]:
-    """Return the text of one line of JSONL, and which of it is trained.
-
-    Raises:
-        BadRecord: as ``text_of``, or the stretches are not such, or the line is a very long one.
-    """
-    if len(line) > LONG_BYTES:
-        detail = f"a line of {len(line)} bytes cannot have a mask, needs at most {LONG_BYTES}"
-        raise BadRecord(BAD_MASK, detail)
     record = parse(line)
     text = join_text_fields(record, fields)
+    if fields.mask is None:
+        return text, None
     found = record.get(fields.mask)
     if not _are_stretches(found, len(text)):
         raise BadRecord(
@@ -176,10 +157,15 @@ def join_text_fields(record: Any, fields: Fields) -> str:
     Raises:
         BadRecord: it is not an object, has no string under one of them, or one holds NUL.
     """
-    return validate_text(fields.separator.join(_strings(record, fields)))
+    return validate_text(fields.separator.join(strings_of(record, fields)))
 
 
-def _strings(record: Any, fields: Fields) -> list[str]:
+def strings_of(record: Any, fields: Fields) -> list[str]:
+    """Return the strings under ``fields`` of a parsed record.
+
+    Raises:
+        BadRecord: it is not an object, or has no string under one of them.
+    """
     if not isinstance(record, dict):
         found = type(record).__name__
         raise BadRecord(NOT_AN_OBJECT, f"a {found}, needs one JSON object per line")
@@ -193,109 +179,3 @@ def _strings(record: Any, fields: Fields) -> list[str]:
             raise BadRecord(WRONG_TYPE, f"--json-key {name}: {found} there, needs a string")
         values.append(value)
     return values
-
-
-def _validate_surrogates(value: Any) -> None:
-    """The standard library takes half a pair anywhere; orjson does not."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack += [*item, *item.values()]
-        elif isinstance(item, list):
-            stack += item
-        elif isinstance(item, str) and not item.isascii():
-            try:
-                item.encode("utf-8")
-            except UnicodeEncodeError as exc:
-                detail = f"character {exc.start} is half a surrogate pair"
-                raise BadRecord(SURROGATE, detail) from exc
-
-
-# A string of JSON from quote to quote; possessive, or a long one would be remembered step by step.
-_STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
-_LONG_STRING_BYTES = 1 << 20
-# What is never cut: an escape, a pair of escapes that spell one character.
-_WHOLE = re.compile(
-    rb"(?:[^\\]++|\\u[dD][89abAB]..\\u....|\\u(?![dD][89abAB])....|\\[^u])*+", re.DOTALL
-)
-
-
-def stream_json_text(line: Line, fields: Fields) -> Iterator[str]:
-    """Yield the text of one long line of JSONL; together they are what ``text_of`` gives.
-
-    Raises:
-        BadRecord: as ``text_of``, at once or after some pieces.
-    """
-    spans: list[tuple[int, int]] = []
-
-    def shorten(found: re.Match[bytes]) -> bytes:
-        start, end = found.span(1)
-        if end - start < _LONG_STRING_BYTES:
-            return found.group()
-        spans.append((start, end))
-        return json.dumps(_placeholder(len(spans) - 1)).encode()
-
-    values = _strings(parse(_STRING.sub(shorten, line)), fields)
-    places = {_placeholder(i): span for i, span in enumerate(spans)}
-    for other in places.keys() - set(values):
-        for _ in _pieces(line, *places[other]):
-            pass
-    for i, value in enumerate(values):
-        if i:
-            yield fields.separator
-        if value in places:
-            yield from _pieces(line, *places[value])
-        else:
-            yield validate_text(value)
-
-
-def stream_plain_text(stream: BinaryIO, first: bytes) -> Iterator[str]:
-    """Yield the text of a plain file: ``first``, its first bytes, and what is left in ``stream``.
-
-    Raises:
-        BadRecord: it is not UTF-8, or holds NUL.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    data = first.removeprefix(codecs.BOM_UTF8)
-    start = len(first) - len(data)  # of what the decoder has not given out yet
-    while True:
-        waiting = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as exc:
-            detail = f"byte {start + exc.start}: not UTF-8 ({exc.reason})"
-            raise BadRecord(NOT_UTF8, detail) from exc
-        yield validate_text(text)
-        if not data:
-            return
-        start += waiting + len(data) - len(decoder.getstate()[0])
-        data = stream.read(PIECE_BYTES)
-
-
-def _placeholder(index: int) -> str:
-    return f"\0 long string {index}"  # a text with NUL is refused, so no text is taken for this
-
-
-def _pieces(line: Line, start: int, end: int) -> Iterator[str]:
-    view = memoryview(line)
-    while start < end:
-        window = view[start : min(start + PIECE_BYTES, end)]
-        size = len(window)
-        if start + size < end:
-            whole = _WHOLE.match(window)
-            size = (whole.end() if whole else 0) or size
-            while size > 1 and view[start + size] & 0xC0 == 0x80:
-                size -= 1
-        yield _unescaped(window[:size])
-        start += size
-
-
-def _unescaped(piece: memoryview) -> str:
-    try:
-        text = parse(b'"%b"' % bytes(piece))
-    except BadRecord as exc:
-        if exc.kind != BROKEN_JSON:
-            raise
-        raise BadRecord(BROKEN_JSON, f"broken JSON in a long string ({exc})") from exc
-    return validate_text(text)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from megatron_cream import ownership
 from megatron_cream.data.indexed import INDEX_MAGIC
@@ -149,7 +150,7 @@ class WorkFolder:
             ownership.empty(self.path, self.kind)
         elif not self.is_of(identity):
             self._raise_other_job(found, json.loads(json.dumps(identity)))
-        _write_whole(str(self.path / _JOB), json.dumps(identity).encode())
+        write_whole(str(self.path / _JOB), json.dumps(identity).encode())
         for pattern in (f"{_STAGED}.*", "*.tmp"):
             for left in self.path.glob(pattern):
                 left.unlink(missing_ok=True)
@@ -166,7 +167,7 @@ class WorkFolder:
             ownership.sync(self.staged + suffix)
         # Once more: another job may have written there since this one was checked.
         validate_absent(self.prefix, overwrite)
-        _write_whole(self.staged + _WHOLE, json.dumps(new).encode())
+        write_whole(self.staged + _WHOLE, json.dumps(new).encode())
         try:
             self.finish_publishing()
         except BaseException:
@@ -250,14 +251,29 @@ def _restore(staged: str, prefix: str, new: list[str]) -> None:
             os.rename(staged + ".old" + suffix, prefix + suffix)
 
 
-def _write_whole(path: str, data: bytes) -> None:
+def write_whole(path: str, data: bytes) -> None:
     """Write a file that is there with all of ``data`` or not at all, also after a power cut."""
-    with open(path + ".tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            sync_and_close(file)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     ownership.sync(os.path.dirname(path) or ".")
+
+
+def temporary_name(path: str) -> str:
+    """Return a name beside ``path`` that no other process takes; ``claim`` deletes what is left."""
+    return f"{path}-{uuid.uuid4().hex}.tmp"
+
+
+def sync_and_close(file: BinaryIO) -> None:
+    """Close a file once it is on the disk: a power cut must not leave a mark without its data."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def _short(value: Any) -> str:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads, checks and writes a Megatron indexed dataset and its metadata, without megatron.
+"""Reads and checks a Megatron indexed dataset and its metadata, without megatron.
 
 Megatron maps whatever it finds; a truncated or damaged file shows up as a crash, as zeros or as
 text of other documents in the loss, some thousand steps later. Checking all of an index takes two
-CPU seconds for a hundred million documents. Megatron's own writer keeps a Python integer for every
-document, this one an array.
+CPU seconds for a hundred million documents.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import os
 import reprlib
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from megatron_cream.errors import UserError
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _BLOCK = 1 << 20  # numbers of an index that are looked at together
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
-_DTYPES = {
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
+TOKEN_DTYPES = {
     1: np.uint8,
     2: np.int8,
     3: np.int16,
@@ -35,7 +34,6 @@ _DTYPES = {
     7: np.float32,
     8: np.uint16,
 }
-_LONGEST = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -74,52 +72,6 @@ def blocks(lengths: np.ndarray) -> Iterator[np.ndarray]:
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the dtype that Megatron's builder takes for a vocabulary."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
-
-
-def write_index(
-    path: str | os.PathLike[str],
-    dtype: np.dtype,
-    blocks: Iterable[tuple[np.ndarray, np.ndarray]],
-    sequences: int,
-    documents: int,
-) -> None:
-    """Write an ``.idx`` file, the bytes of Megatron's own builder, a block at a time.
-
-    Args:
-        path: the file.
-        dtype: of a token.
-        blocks: of documents: int32 ``[sequences]``, tokens in each, and int64 ``[documents]``, how
-            many sequences each document has.
-        sequences, documents: in all blocks.
-
-    Raises:
-        UserError: a sequence is too long for the format.
-    """
-    code = next(code for code, known in _DTYPES.items() if dtype == known)
-    header = _HEADER.pack(INDEX_MAGIC, 1, code, sequences, documents + 1)
-    at = [len(header), len(header) + 4 * sequences, len(header) + 12 * sequences]
-    byte = sequence = 0
-    with open(path, "wb") as file:
-        file.write(header)
-        file.seek(at[2])
-        file.write(bytes(8))  # the first document begins at sequence 0
-        at[2] += 8
-        for lengths, counts in blocks:
-            if lengths.max(initial=0) > _LONGEST:
-                raise UserError(
-                    f"--max-tokens: a document has {lengths.max()} tokens and an index can hold "
-                    f"{_LONGEST}, needs a limit below that"
-                )
-            sizes = lengths.astype(np.int64) * dtype.itemsize
-            pointers = byte + np.cumsum(sizes) - sizes
-            ends = sequence + np.cumsum(counts, dtype=np.int64)
-            byte += int(sizes.sum())
-            sequence += len(lengths)
-            columns = (lengths.astype("<i4"), pointers.astype("<i8"), ends.astype("<i8"))
-            for i, column in enumerate(columns):
-                file.seek(at[i])
-                file.write(column.tobytes())
-                at[i] += column.nbytes
 
 
 def read_index(prefix: str | os.PathLike[str], *, empty: bool = False) -> DatasetIndex:
@@ -162,7 +114,7 @@ def _map_index(prefix: str) -> DatasetIndex:
             )
     dtype, sequences, documents = _read_header(Path(prefix + ".idx"))
     buffer = np.memmap(prefix + ".idx", mode="r", dtype=np.uint8)
-    at = _HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * documents])
+    at = INDEX_HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * documents])
     lengths = buffer[at[0] : at[1]].view("<i4")
     pointers = buffer[at[1] : at[2]].view("<i8")
     borders = buffer[at[2] : at[3]].view("<i8")
@@ -173,19 +125,19 @@ def _read_header(idx: Path) -> tuple[np.dtype, int, int]:
     """Return dtype, number of sequences and of document borders, which fill the file."""
     size = idx.stat().st_size
     with idx.open("rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
+        header = file.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size:
         raise UserError(f"{idx} is truncated: it ends inside its header")
-    magic, version, code, sequences, documents = _HEADER.unpack(header)
+    magic, version, code, sequences, documents = INDEX_HEADER.unpack(header)
     if magic != INDEX_MAGIC or version != 1:
         raise UserError(f"{idx} is not a Megatron index (magic {magic!r}, version {version})")
-    dtype = np.dtype(_DTYPES.get(code, np.float64))
+    dtype = np.dtype(TOKEN_DTYPES.get(code, np.float64))
     if dtype.kind == "f":
         raise UserError(
             f"{idx} is damaged: its dtype code is {code}, needs that of an integer, the kind that "
             "token ids are"
         )
-    expected = _HEADER.size + 12 * sequences + 8 * documents
+    expected = INDEX_HEADER.size + 12 * sequences + 8 * documents
     if size < expected:
         raise UserError(f"{idx} is truncated: it has {size} bytes and needs {expected}")
     # Megatron adds a byte for each sequence where a dataset has more than text.

@@ -140,7 +140,7 @@ def forked(job, monkeypatch):
 
     def call(times=1):
         units = planned.own_units() * times
-        module.run_units(planned, units, 2, lambda count: None, tokenizer)
+        module.run_in_pool(planned, units, 2, lambda count: None, tokenizer)
 
     return call
 
@@ -186,7 +186,7 @@ def test_fresh_worker_that_dies_while_it_starts_is_not_waited_for(job, tmp_path,
     else:
         monkeypatch.setattr(sys, "argv", ["tool", *map(str, range(50_000))])
     with pytest.raises(ChildProcessError, match="a worker died, needs more memory or fewer"):
-        module.run_units(planned, units, 2, lambda count: None, tokenizer)
+        module.run_in_pool(planned, units, 2, lambda count: None, tokenizer)
     assert len(sys.argv) > 1 or long == "job"
 
 
@@ -209,20 +209,20 @@ def test_bytes_read_add_up_to_the_input(job):
     assert len(planned.units) > 2
     for _ in range(2):  # the second time every part is finished already
         counts = []
-        module.run_units(planned, planned.own_units(), 2, counts.append, tokenizer)
+        module.run_in_pool(planned, planned.own_units(), 2, counts.append, tokenizer)
         assert sum(counts) >= inputs.total_bytes
 
 
 KILLED = """
 import os, sys, time
-from megatron_cream.corpus import encode, executors, job, settings
+from megatron_cream.corpus import encode, executors, job
 def run(encoder, unit):
     open(os.path.join(sys.argv[1], f"{os.getpid()}.pid"), "w").close()
     time.sleep(600)
 encode.UnitEncoder.run, executors.choose_start_method = run, lambda: "fork"
-config = settings.PreprocessConfig((sys.argv[2],), "ByteLevelTokenizer", sys.argv[1] + "/o")
+config = job.PreprocessConfig((sys.argv[2],), "ByteLevelTokenizer", sys.argv[1] + "/o")
 planned, tokenizer, _ = job.plan_job(config)
-executors.run_units(planned, [0, 0], 2, lambda count: None, tokenizer)
+executors.run_in_pool(planned, [0, 0], 2, lambda count: None, tokenizer)
 """
 
 

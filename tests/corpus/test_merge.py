@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from megatron_cream.corpus import assemble
-from megatron_cream.corpus.assemble import first_copies, split
+from megatron_cream.corpus.assemble import first_copies, split, write_index
 from megatron_cream.corpus.encode import HASH_BYTES
 from megatron_cream.corpus.inspection import (
-    Lengths,
     check,
+    count_lengths,
     describe,
     document_text,
     draw_histogram,
@@ -24,7 +24,8 @@ from megatron_cream.corpus.inspection import (
 )
 from megatron_cream.corpus.job import plan_job
 from megatron_cream.corpus.merge import merge_datasets
-from megatron_cream.data.indexed import read_index, read_metadata, token_dtype, write_index
+from megatron_cream.data import indexed
+from megatron_cream.data.indexed import read_index, read_metadata, token_dtype
 
 PARTS = {"part_bytes": 200}
 
@@ -278,21 +279,21 @@ def test_damage_is_found(job, run, suffix, damage, message):
         check(job.output_prefix)
 
 
-def test_lengths_are_counted_in_blocks():
+def test_lengths_are_counted_in_blocks(monkeypatch):
+    monkeypatch.setattr(indexed, "_BLOCK", 150)
     rng = np.random.default_rng(0)
     for count in (1, 2, 999, 1000):
         lengths = rng.integers(1, 1 << 20, size=count).astype(np.int32)
-        counted = Lengths((100, 5000))
-        for block in np.array_split(lengths.astype(np.int64), 7):
-            counted.add(block)
+        counted = count_lengths(lengths, (100, 5000))
         edges = 2 ** np.arange(22)
         expected = np.histogram(lengths, edges)[0]
-        assert list(counted.histogram().values()) == np.trim_zeros(expected, "b").tolist()
-        assert counted.shares() == {str(n): (lengths >= n).mean() for n in (100, 5000)}
-        assert median(lengths) == np.median(lengths)
-    exact = Lengths((3,))
-    exact.add(np.array([2, 3, 4, 4]))
-    assert exact.shares() == {"3": 0.75}
+        histogram = list(counted["documents_by_length"].values())
+        assert histogram == np.trim_zeros(expected, "b").tolist()
+        shares = {str(n): (lengths >= n).mean() for n in (100, 5000)}
+        assert counted["share_at_least"] == shares
+        assert (counted["tokens"], counted["longest_document"]) == (lengths.sum(), lengths.max())
+        assert counted["median_document"] == median(lengths) == np.median(lengths)
+    assert count_lengths(np.array([2, 3, 4, 4]), (3,))["share_at_least"] == {"3": 0.75}
     assert median(np.array([], dtype=np.int32)) == 0
     picture = draw_histogram({"1": 2, "2": 0, "4": 1})
     assert picture.splitlines()[0].endswith(" " + "#" * 40)

@@ -157,7 +157,7 @@ def test_an_empty_input_is_not_the_current_folder(job, run, tmp_path, monkeypatc
 def test_a_finished_job_ends_well_and_is_not_done_again(job, run, outputs, monkeypatch):
     run(job, append_eod=True)
     before = outputs(job.output_prefix)
-    monkeypatch.setattr(module, "_run_job", killed)
+    monkeypatch.setattr(module, "_make_dataset", killed)
     for changes in ({}, {"workers": 2}, PARTS, {"restart": True}):
         stats = run(job, append_eod=True, **changes)
         assert stats.documents == 12
@@ -302,7 +302,7 @@ def test_a_merge_of_other_datasets_is_no_finished_job(job, run):
 
 
 def test_a_document_longer_than_an_index_can_say(tmp_path):
-    from megatron_cream.data.indexed import write_index
+    from megatron_cream.corpus.assemble import write_index
 
     lengths, counts = np.array([1 << 31]), np.array([1])
     with pytest.raises(UserError, match="a document has 2147483648 tokens and an index can hold"):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.corpus import readers, records
+from megatron_cream.corpus import long_text, readers, records
 from megatron_cream.corpus.readers import InputSpan, lines_before, read_span
-from megatron_cream.corpus.records import BadRecord, Fields, text_of
+from megatron_cream.corpus.records import BadRecord, Fields, read_line
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200)
 PARSERS = ["orjson", "json"]
@@ -47,21 +47,21 @@ def parser(request, monkeypatch):
 )
 def test_each_kind_of_bad_line(line, kind):
     with pytest.raises(BadRecord) as caught:
-        text_of(line, Fields())
+        read_line(line, Fields())
     assert caught.value.kind == kind
 
 
 @pytest.mark.usefixtures("parser")
 @pytest.mark.parametrize("value", ["NaN", "-Infinity", "1" * 400, "1e999", '"\\ud83c\\udf88"'])
 def test_what_the_standard_library_takes_is_taken(value):
-    assert text_of(b'{"n": %s, "text": "x"}' % value.encode(), Fields()) == "x"
+    assert read_line(b'{"n": %s, "text": "x"}' % value.encode(), Fields())[0] == "x"
 
 
 def test_several_fields_are_joined_in_the_order_asked_for():
     line = json.dumps({"body": "B", "title": "T", "n": 1}).encode()
-    assert text_of(line, Fields(("title", "body"), " / ")) == "T / B"
+    assert read_line(line, Fields(("title", "body"), " / "))[0] == "T / B"
     with pytest.raises(BadRecord, match="--json-key n: int there, needs a string"):
-        text_of(line, Fields(("title", "n")))
+        read_line(line, Fields(("title", "n")))
 
 
 @settings(max_examples=200, deadline=None)
@@ -72,9 +72,9 @@ def test_giant_lines_give_the_same_text(texts, escaped):
     ).encode()
     fields = Fields(("text", "a"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "PIECE_BYTES", 29)
-        patch.setattr(records, "_LONG_STRING_BYTES", 5)
-        pieces = list(records.stream_json_text(line, fields))
+        patch.setattr(long_text, "PIECE_BYTES", 29)
+        patch.setattr(long_text, "_LONG_STRING_BYTES", 5)
+        pieces = list(long_text.stream_json_text(line, fields))
     assert "".join(pieces) == "".join(texts) + "\n\n" + texts[0]
 
 
@@ -90,15 +90,15 @@ def test_giant_lines_give_the_same_text(texts, escaped):
 )
 @pytest.mark.parametrize("key", [b"text", b"other"])
 def test_giant_lines_are_checked_as_small_ones(monkeypatch, value, kind, key):
-    monkeypatch.setattr(records, "PIECE_BYTES", 29)
-    monkeypatch.setattr(records, "_LONG_STRING_BYTES", 5)
+    monkeypatch.setattr(long_text, "PIECE_BYTES", 29)
+    monkeypatch.setattr(long_text, "_LONG_STRING_BYTES", 5)
     line = b'{"%s": "%s", "text": "x"}' % (key, value)
     if key == b"text":
         line = b'{"other": 1, "text": "%s"}' % value
     if kind == records.NUL and key == b"other":
-        assert text_of(line, Fields()) == "x"  # NUL is refused in the text only
+        assert read_line(line, Fields())[0] == "x"  # NUL is refused in the text only
         return
-    for parse in (text_of, lambda *a: list(records.stream_json_text(*a))):
+    for parse in (read_line, lambda *a: list(long_text.stream_json_text(*a))):
         with pytest.raises(BadRecord) as caught:
             parse(line, Fields())
         assert caught.value.kind == kind
@@ -117,7 +117,6 @@ def test_pieces_of_any_size_give_every_line_once(tmp_path_factory, lines, size, 
     starts = list(range(0, len(data), size))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_BLOCK_BYTES", block)
-        patch.setattr(readers, "_AFTER_END_BYTES", block)
         before = lines_before(str(path), starts)
         found = [
             (record.text, first + record.number)
@@ -154,8 +153,8 @@ def test_reading_goes_on_from_any_record(tmp_path, name, pack):
 
 
 def test_long_files_come_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONG_BYTES", 1000)
-    monkeypatch.setattr(records, "PIECE_BYTES", 101)
+    monkeypatch.setattr(long_text, "LONG_BYTES", 1000)
+    monkeypatch.setattr(long_text, "PIECE_BYTES", 101)
     text = "\ufeff" + "κόσμε 🎈\r\n" * 300
     path = tmp_path / "a.txt"
 

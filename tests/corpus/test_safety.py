@@ -169,14 +169,14 @@ def test_lock_of_a_deleted_folder_is_not_taken(job, monkeypatch):
 def test_input_that_changes_meanwhile_is_an_error(job, run, monkeypatch):
     from megatron_cream.corpus import preprocess as module
 
-    true_run = module.run_units
+    true_encode = module._encode_units
 
-    def run_units(*arguments):
-        true_run(*arguments)
+    def encode_units(*arguments):
+        true_encode(*arguments)
         with open(job.input[0], "a") as file:
             file.write('{"text": "late"}\n')
 
-    monkeypatch.setattr(module, "run_units", run_units)
+    monkeypatch.setattr(module, "_encode_units", encode_units)
     with pytest.raises(ValueError, match=r"in\.jsonl: changed while it was read"):
         run(job)
     assert not os.path.exists(job.output_prefix + ".idx")

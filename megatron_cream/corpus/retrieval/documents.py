@@ -20,12 +20,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_cream.corpus.assemble import Counts, write_index, write_metadata
 from megatron_cream.corpus.executors import choose_start_method, use_one_thread
 from megatron_cream.corpus.gigatoken import GigatokenTokenizer, choose_engine
-from megatron_cream.corpus.inspection import Counts, measure, write_metadata
-from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS, Passage, RetrievalTask, draw_task
-from megatron_cream.corpus.retrieval.words import Haystack, Rng, prose, read_haystack
-from megatron_cream.corpus.settings import (
+from megatron_cream.corpus.job import (
     APPEND_EOD,
     ENGINE,
     OUTPUT_PREFIX,
@@ -34,6 +32,8 @@ from megatron_cream.corpus.settings import (
     TOKENIZER_TYPE,
     WORKERS,
 )
+from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS, Passage, RetrievalTask, draw_task
+from megatron_cream.corpus.retrieval.words import Haystack, Rng, prose, read_haystack
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import (
     RETRIEVAL,
@@ -41,7 +41,7 @@ from megatron_cream.corpus.work_folder import (
     validate_absent,
     validate_prefix,
 )
-from megatron_cream.data.indexed import token_dtype, write_index
+from megatron_cream.data.indexed import token_dtype
 from megatron_cream.data.token_mask import MASK_SUFFIX
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, flag_field, read_flags, validate_fields
@@ -182,8 +182,7 @@ def _write(
     ones = np.ones(config.documents, dtype=np.int64)
     write_index(staged + ".idx", dtype, [(lengths, ones)], config.documents, config.documents)
     settings = _describe_settings(config, maker.tokenizer, dtype)
-    left_out = Counts({}, longest=config.length)
-    return write_metadata(staged, settings, measure(lengths), config.documents, left_out)
+    return write_metadata(staged, settings, Counts())
 
 
 def _describe_settings(

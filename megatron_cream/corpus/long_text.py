@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds where to cut a long text so that the ids of its stretches in a row are those of the whole.
+"""Handles texts too long to be in memory whole: read in pieces, encoded stretch by stretch.
 
-Two kinds of tokenizers have such places. One that splits text into words first (a pre-tokenizer)
+One character outside Latin-1 makes Python spend two or four bytes on each. So the JSON of a long
+line is checked with its long strings left out; they are decoded while they are tokenized.
+
+A long text is cut so that the ids of its stretches in a row are those of the whole. Two kinds of
+tokenizers have such places. One that splits text into words first (a pre-tokenizer)
 never merges across words: the text is cut between two words, and each cut is tried on the real
 pre-tokenizer. One that marks word starts with U+2581 and knows a line end only as a byte never
 merges across a line end: the text is cut before it, and the mark that the tokenizer puts before
@@ -10,14 +14,120 @@ every text is taken off again. Tokenizers of neither kind get long texts whole.
 
 from __future__ import annotations
 
+import codecs
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_cream.corpus.records import (
+    BROKEN_JSON,
+    NOT_UTF8,
+    BadRecord,
+    Fields,
+    Line,
+    parse,
+    strings_of,
+    validate_text,
+)
 from megatron_cream.corpus.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+
+LONG_BYTES = 32 << 20
+"""Lines and files longer than this are read in pieces."""
+
+PIECE_BYTES = 4 << 20
+
+# A string of JSON from quote to quote; possessive, or a long one would be remembered step by step.
+_STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
+_LONG_STRING_BYTES = 1 << 20
+# What is never cut: an escape, a pair of escapes that spell one character.
+_WHOLE = re.compile(
+    rb"(?:[^\\]++|\\u[dD][89abAB]..\\u....|\\u(?![dD][89abAB])....|\\[^u])*+", re.DOTALL
+)
+
+
+def stream_json_text(line: Line, fields: Fields) -> Iterator[str]:
+    """Yield the text of one long line of JSONL; together they are what ``read_line`` gives.
+
+    Raises:
+        BadRecord: as ``read_line``, at once or after some pieces.
+    """
+    spans: list[tuple[int, int]] = []
+
+    def shorten(found: re.Match[bytes]) -> bytes:
+        start, end = found.span(1)
+        if end - start < _LONG_STRING_BYTES:
+            return found.group()
+        spans.append((start, end))
+        return json.dumps(_placeholder(len(spans) - 1)).encode()
+
+    values = strings_of(parse(_STRING.sub(shorten, line)), fields)
+    places = {_placeholder(i): span for i, span in enumerate(spans)}
+    for other in places.keys() - set(values):
+        for _ in _pieces(line, *places[other]):
+            pass
+    for i, value in enumerate(values):
+        if i:
+            yield fields.separator
+        if value in places:
+            yield from _pieces(line, *places[value])
+        else:
+            yield validate_text(value)
+
+
+def stream_plain_text(stream: BinaryIO, first: bytes) -> Iterator[str]:
+    """Yield the text of a plain file: ``first``, its first bytes, and what is left in ``stream``.
+
+    Raises:
+        BadRecord: it is not UTF-8, or holds NUL.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    data = first.removeprefix(codecs.BOM_UTF8)
+    start = len(first) - len(data)  # of what the decoder has not given out yet
+    while True:
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as exc:
+            detail = f"byte {start + exc.start}: not UTF-8 ({exc.reason})"
+            raise BadRecord(NOT_UTF8, detail) from exc
+        yield validate_text(text)
+        if not data:
+            return
+        start += waiting + len(data) - len(decoder.getstate()[0])
+        data = stream.read(PIECE_BYTES)
+
+
+def _placeholder(index: int) -> str:
+    return f"\0 long string {index}"  # a text with NUL is refused, so no text is taken for this
+
+
+def _pieces(line: Line, start: int, end: int) -> Iterator[str]:
+    view = memoryview(line)
+    while start < end:
+        window = view[start : min(start + PIECE_BYTES, end)]
+        size = len(window)
+        if start + size < end:
+            whole = _WHOLE.match(window)
+            size = (whole.end() if whole else 0) or size
+            while size > 1 and view[start + size] & 0xC0 == 0x80:
+                size -= 1
+        yield _unescaped(window[:size])
+        start += size
+
+
+def _unescaped(piece: memoryview) -> str:
+    try:
+        text = parse(b'"%b"' % bytes(piece))
+    except BadRecord as exc:
+        if exc.kind != BROKEN_JSON:
+            raise
+        raise BadRecord(BROKEN_JSON, f"broken JSON in a long string ({exc})") from exc
+    return validate_text(text)
+
 
 CUT_CHARACTERS = 1 << 20
 """Texts longer than this are encoded in stretches of about this size."""
