@@ -39,8 +39,6 @@ from megatron_cream.data.indexed import MOST_SHARDS, token_dtype
 from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, validate_count, validate_fields
 
-_MOST_PARTS = 1_000_000
-
 
 def _parse_shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
@@ -351,7 +349,6 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
     _validate_special_tokens(config, tokenizer)
     inputs = find_inputs(config.input)
     _validate_paths(config, prefix, inputs.files)
-    _validate_part_bytes(config, inputs.total_bytes)
     formats = [format_of(path, config.input_format) for path in inputs.files]
     files = tuple(map(InputFile.of, inputs.files, formats))
     content = getattr(tokenizer, "serialized", b"")
@@ -385,15 +382,6 @@ def _validate_special_tokens(config: PreprocessConfig, tokenizer: Tokenizer) -> 
         if asked and token is None:
             model = config.tokenizer_model or tokenizer.name
             raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
-
-
-def _validate_part_bytes(config: PreprocessConfig, total_bytes: int) -> None:
-    """Check that parts are not so small that their files would be too many for a folder."""
-    if total_bytes // config.part_bytes > _MOST_PARTS:
-        raise UserError(
-            f"--part-bytes {config.part_bytes}: cuts the input into more than {_MOST_PARTS} parts, "
-            f"needs {-(-total_bytes // _MOST_PARTS)} or more"
-        )
 
 
 def _validate_paths(config: PreprocessConfig, prefix: str, files: tuple[Path, ...]) -> None:

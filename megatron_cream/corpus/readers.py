@@ -36,6 +36,7 @@ from megatron_cream.corpus.records import (
 from megatron_cream.errors import UserError
 
 _BLOCK_BYTES = 4 << 20
+_MOST_PARTS = 1_000_000
 _BOM = b"\xef\xbb\xbf"
 _TABLE_BATCH_BYTES = 8 << 20
 _END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -68,7 +69,16 @@ def cut_into_units(
     """Return units of at most ``part_bytes``, but for files that are read in one go.
 
     Plain JSONL is cut at multiples of ``part_bytes``; a line belongs to where it begins.
+
+    Raises:
+        UserError: there would be too many for a folder of their files.
     """
+    total = sum(file.size for file in files)
+    if total // part_bytes > _MOST_PARTS:
+        raise UserError(
+            f"--part-bytes {part_bytes}: cuts the input into more than {_MOST_PARTS} parts, "
+            f"needs {-(-total // _MOST_PARTS)} or more"
+        )
     units: list[tuple[InputSpan, ...]] = []
     waiting: list[InputSpan] = []
     room = part_bytes
