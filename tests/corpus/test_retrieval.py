@@ -13,7 +13,6 @@ from megatron_cream.corpus.retrieval import (
     make_dataset,
     read_haystack,
     tasks,
-    wordings,
     words,
 )
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
@@ -78,9 +77,9 @@ def test_tasks_fill_their_documents(maker):
     assert np.mean(shares) > 0.8
 
 
-@pytest.mark.parametrize("name", list(wordings.RECORDS))
+@pytest.mark.parametrize("name", list(tasks.RECORDS))
 def test_every_question_asks_for_a_fact_that_stands_before_it(name, monkeypatch):
-    monkeypatch.setattr(tasks, "RECORDS", {name: wordings.RECORDS[name]})
+    monkeypatch.setattr(tasks, "RECORDS", {name: tasks.RECORDS[name]})
     monkeypatch.setattr(tasks, "KEYS", {"uuids": words.KEYS["uuids"]})
     monkeypatch.setattr(tasks, "VALUES", {"numbers": words.digits(9, 9)})
     key, value = (
@@ -157,9 +156,7 @@ def test_nothing_of_the_evaluation_stands_in_a_document(texts):
 
 @pytest.mark.parametrize("phrase", ["REGISTER_CONTENT", "special magic", "pass key", "museum"])
 def test_no_template_has_a_phrase_of_the_evaluation(phrase):
-    assert phrase not in repr(
-        (wordings.RECORDS, wordings.NEEDLES, wordings.PASSKEYS, wordings.REFRAINS)
-    )
+    assert phrase not in repr(words.WORDINGS)
 
 
 def test_a_number_without_a_key_is_never_as_long_as_a_passkey():
@@ -265,10 +262,10 @@ def answers_by_hand(text, number):
     return found
 
 
-@pytest.mark.parametrize("name", list(wordings.RECORDS))
+@pytest.mark.parametrize("name", list(tasks.RECORDS))
 def test_answers_alone_are_the_values_that_are_asked_for(name, monkeypatch):
     """A value of nine digits stands once in the records; the second time it is an answer."""
-    monkeypatch.setattr(tasks, "RECORDS", {name: wordings.RECORDS[name]})
+    monkeypatch.setattr(tasks, "RECORDS", {name: tasks.RECORDS[name]})
     monkeypatch.setattr(tasks, "KEYS", {"uuids": words.KEYS["uuids"]})
     monkeypatch.setattr(tasks, "VALUES", {"numbers": words.digits(9, 9)})
     monkeypatch.setattr(

@@ -3,31 +3,90 @@
 
 A task has a size, the number of records or of hundreds of characters; its text is a pure function
 of that, so that the size can be fitted to a number of tokens.
+
+Templates (``tables/wordings.json``) have ``{k}`` and ``{v}`` for key and value, ``{t}`` for what
+the values are ("access code"), ``{i}`` for the number of the record and ``{n}`` for a number that
+means nothing. A question is asked and answered; what stands before ``{v}`` in it is all that a
+model sees when it answers. None is a wording of ``megatron_cream.evaluation``, and some are near to
+each of its tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.retrieval.wordings import (
-    NEEDLES,
-    PASSKEYS,
-    RECORDS,
-    REFRAINS,
-    THINGS,
-    NeedleWording,
-    RecordFormat,
+from megatron_cream.corpus.retrieval.words import (
+    KEYS,
+    VALUES,
+    WORDINGS,
+    Haystack,
+    Rng,
+    passkeys,
+    prose,
 )
-from megatron_cream.corpus.retrieval.words import KEYS, VALUES, Haystack, Rng, passkeys, prose
 
 CHARACTERS = 100
 """Characters of a needle task's text that one more of its size stands for."""
 
 MOST_QUESTIONS = 64
 """Questions of a task, at most, unless another number is asked for."""
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """One way to write a list of records.
+
+    Attributes:
+        intros: what may stand before it; may be empty.
+        opening, record, closing: the list; ``closing`` takes the place of ``cut`` at its end.
+        cut: characters at the end of the last record that ``closing`` replaces.
+        questions: each a question and its answer.
+    """
+
+    intros: tuple[str, ...]
+    record: str
+    questions: tuple[str, ...]
+    opening: str = ""
+    closing: str = ""
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class NeedleWording:
+    """One way to hide facts in other text.
+
+    Attributes:
+        intros: what may stand before; may be empty.
+        needle: the fact, with a space before it.
+        questions: as in ``RecordFormat``.
+    """
+
+    intros: tuple[str, ...]
+    needle: str
+    questions: tuple[str, ...]
+
+
+def _read_questions(given: str | list[str]) -> tuple[str, ...]:
+    """Return templates that stand in an entry, or under their name in ``shared_questions``."""
+    return tuple(WORDINGS["shared_questions"][given] if isinstance(given, str) else given)
+
+
+def _read_templates(kind: Any, entry: dict[str, Any]) -> Any:
+    questions = _read_questions(entry["questions"])
+    return kind(**{**entry, "intros": tuple(entry["intros"]), "questions": questions})
+
+
+RECORDS: dict[str, RecordFormat] = {
+    name: _read_templates(RecordFormat, entry) for name, entry in WORDINGS["records"].items()
+}
+NEEDLES, PASSKEYS = (
+    tuple(_read_templates(NeedleWording, entry) for entry in WORDINGS[name])
+    for name in ("needles", "passkeys")
+)
 
 _MOST_NEEDLES = 24
 _SEGMENTS = 4
@@ -80,7 +139,7 @@ def draw_task(
 
 def _records(rng: Rng, tokens: int, questions: int = MOST_QUESTIONS) -> RetrievalTask:
     name = str(rng.choice(list(RECORDS)))
-    style, thing, most = RECORDS[name], str(rng.choice(THINGS)), max(4, tokens // 8)
+    style, thing, most = RECORDS[name], str(rng.choice(WORDINGS["things"])), max(4, tokens // 8)
     keys = KEYS[str(rng.choice(list(KEYS)))](rng, most)
     values = VALUES[str(rng.choice(list(VALUES)))](rng, most)
     numbers = rng.integers(1, 1000, size=most).tolist()
@@ -180,7 +239,7 @@ def _hidden(
     values: list[str],
     questions: int = MOST_QUESTIONS,
 ) -> RetrievalTask:
-    wording, thing = wordings[rng.integers(len(wordings))], str(rng.choice(THINGS))
+    wording, thing = wordings[rng.integers(len(wordings))], str(rng.choice(WORDINGS["things"]))
     needles = [wording.needle.format(k=k, v=v, t=thing) for k, v in zip(keys, values, strict=True)]
     most = max(1, tokens * 8 // CHARACTERS)
     filler = _filler(rng, most * CHARACTERS, haystack, refrain=wordings is PASSKEYS)
@@ -200,7 +259,7 @@ def _hidden(
 def _filler(rng: Rng, characters: int, haystack: Haystack | None, refrain: bool) -> str:
     kind = rng.random()
     if refrain and kind < 0.4:
-        sentence = str(rng.choice(REFRAINS))
+        sentence = str(rng.choice(WORDINGS["refrains"]))
         return (sentence * (1 + characters // len(sentence))).lstrip()[:characters]
     if haystack is None or kind < 0.6:
         return prose(rng, characters)[:characters]

@@ -8,10 +8,12 @@ key from here, or, where no key goes with it, has another number of digits than 
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,60 +21,15 @@ from megatron_cream.corpus.input_files import find_inputs
 from megatron_cream.corpus.readers import read_documents
 from megatron_cream.errors import UserError
 
+_TABLES = Path(__file__).with_name("tables")
+ADJECTIVES = (_TABLES / "adjectives.txt").read_text("utf-8").split()
+NOUNS = (_TABLES / "nouns.txt").read_text("utf-8").split()
+WORDINGS: dict[str, Any] = json.loads((_TABLES / "wordings.json").read_text("utf-8"))
+"""How things are said.
 
-def _phrases(text: str) -> list[str]:
-    return text.replace("\n", " ").strip().split(", ")
-
-
-_ADJECTIVES = """
-absent acrid agile aloof ample atomic azure barren blunt bouncy brittle bulky candid cheap civil
-classic coarse common complex concrete covert crooked curved damp dense digital distant double dry
-dual elastic elegant endless exact exotic famous feral festive final flexible formless frugal funny
-fuzzy general glossy granular handy harsh heavy hexagonal hollowed ideal immense inner intact
-inverse joint juicy knotted lateral lazier lenient level linear literal local logical loose magnetic
-main major metallic minor mobile modern moist mutual mystic native neutral next normal novel numeric
-oblique odd open outer oval pale parallel partial perfect pine-clad plural polar porous precise
-primal private prompt public pure radial random raw ready real remote ripe rigid round royalist
-rural scarce scenic sealed secret serial shallow simple single sleek slim solid sour spiral square
-stable-born static sticky stiff strong sudden tacit tangled tepid thick tidal tight total tough trim
-twin uneven unique unlit usual vacant valid vertical virtual vital volatile wavy weary whole woven
-zonal
+``things`` are what values can be; ``openings`` and ``verbs`` make sentences; ``refrains`` are
+filler. The others are templates (see ``tasks``): ``records`` by name, ``needles``, ``passkeys``.
 """
-ADJECTIVES = _ADJECTIVES.split()
-
-_NOUNS = """
-abacus adapter airport album alley almanac altar antenna archive armor atlas auction axle bagel
-balcony banjo banner bazaar bicycle biscuit blade boiler bonnet border bowl bracket brick broker
-bucketful bumper bus cable camera canal canvas capsule caravan cargo cart casket cave chalk channel
-charter chest chisel cipher circuit clamp clinic cloak coal cobbler coffee collar column console
-copper corner cork counter crane crate crystal cube cup deck depot desk dial diary dome door dragon
-dress drill dune dynamo echo elbow elevator ember emblem envelope fabric factory fan faucet file
-filter flag flask folder foundry frame freezer funnel furnace fuse galaxy garage gasket gauge gear
-geyser goblet gravel grid hallway hangar helmet hinge hook hotel hydrant igloo inkwell invoice
-jaguar jersey jigsaw junction keel kennel keyboard kiosk knot label laboratory ladle laser latch
-lawn ledger lens lever limousine locker loom magnet mallet manual mast medal meter mint modem
-monitor mosaic motor mug museum-hall napkin nebula nozzle number-plate nut oasis office onion opera
-orbit oxide package pallet panel parcel parsley pedal pepper phone pipe piston plank plaque pliers
-podium pole portal poster printer prism pulley pump puppet quarry quartz rack radar radio rail ranch
-razor reactor reservoir rifle rivet rod roof rope rotor router rudder ruler salad sample sandal
-satellite sausage scale scanner scissors screw sensor shelf shield shutter silo siren sketch sled
-socket sofa spade spindle sponge stairway stamp stapler steam stove strap studio subway suitcase
-syrup syringe tablet tanker target tavern taxi telescope terminal thermos thread tile toaster token
-torch tractor trailer transit tray tripod trophy trumpet tub turbine turret umbrella urn vacuum
-valve vault vehicle vessel video vine voucher waffle wardrobe warehouse washer wedge whistle wire
-wrench yacht yard zipper
-"""
-NOUNS = _NOUNS.split()
-
-_VERBS = _phrases("""
-was moved to, was measured beside, leaned against, came back from, was sold together with, stood in
-front of, was repainted after, had been compared with, was kept away from, replaced
-""")
-_OPENINGS = _phrases("""
-According to the file, As far as anyone knew, By the second week, For no clear reason, In the later
-report, On the third page, Several times a year, To nobody's surprise, Under the new rules, With
-some delay, At the end of the shift, Once more
-""")
 _SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in "lnrsk"]
 _PASSKEY_DIGITS = 5
 UUID_VERSIONS = "13578"
@@ -199,10 +156,10 @@ def prose(rng: Rng, characters: int) -> str:
     while size < characters:
         count = 1 + (characters - size) // 60
         subjects, objects = _pairs(rng, count, "the {} {}"), _pairs(rng, count, "a {} {}")
-        openings = rng.integers(len(_OPENINGS), size=count).tolist()
-        verbs = rng.integers(len(_VERBS), size=count).tolist()
+        openings = rng.integers(len(WORDINGS["openings"]), size=count).tolist()
+        verbs = rng.integers(len(WORDINGS["verbs"]), size=count).tolist()
         for i, j, a, b in zip(openings, verbs, subjects, objects, strict=True):
-            sentences.append(f"{_OPENINGS[i]} {a} {_VERBS[j]} {b}.")
+            sentences.append(f"{WORDINGS['openings'][i]} {a} {WORDINGS['verbs'][j]} {b}.")
             size += len(sentences[-1]) + 1
     return " ".join(sentences)
 
