@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.corpus.assemble import HASH_BYTES, LISTED_ERRORS
+from megatron_cream.corpus.assemble import DUPLICATES, HASH_BYTES, LISTED_ERRORS, Counts
 from megatron_cream.corpus.gigatoken import GigatokenTokenizer, excerpt
 from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.corpus.long_text import (
@@ -154,8 +154,8 @@ class _PartWriter:
         self._longest = self._unusual = ""
         self._stem = _part_stem(job.folder, unit, number)
         # A worker that outlives its killed parent for a moment must not meet the next one's.
-        self._own = temporary_name(self._stem)
-        self._file = open(self._own, "wb")  # noqa: SIM115, __exit__ and finish do
+        self._temporary = temporary_name(self._stem)
+        self._file = open(self._temporary, "wb")  # noqa: SIM115, __exit__ and finish do
 
     def __enter__(self) -> _PartWriter:
         return self
@@ -163,7 +163,7 @@ class _PartWriter:
     def __exit__(self, *exc: object) -> None:
         """Close the file; without ``finish`` before, what it holds is gone."""
         self._file.close()
-        Path(self._own).unlink(missing_ok=True)
+        Path(self._temporary).unlink(missing_ok=True)
 
     def add(self, text: Text, trained: Stretches | None) -> None:
         """Encode a document, soon; one that comes in pieces at once."""
@@ -198,7 +198,7 @@ class _PartWriter:
         self._metadata.documents = len(self._lengths)
         self._metadata.next = next_place
         sync_and_close(self._file)
-        os.replace(self._own, self._stem + ".bin")
+        os.replace(self._temporary, self._stem + ".bin")
         write_whole(self._stem + ".len", np.array(self._lengths, dtype="<i8").tobytes())
         if self._metadata.hashed:
             write_whole(self._stem + ".hash", b"".join(self._hashes))
@@ -343,3 +343,42 @@ def _read_part(stem: str, unit: int, dtype: np.dtype) -> EncodedPart | None:
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return EncodedPart(stem, unit, found)
+
+
+def count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
+    """Add up what the parts left out, naming bad records by their line in the file.
+
+    Raises:
+        UserError: there is a bad record, and none is to be skipped.
+    """
+    counts = Counts({"shorter_than_min_tokens": 0, "longer_than_max_tokens": 0, DUPLICATES: 0})
+    for part in parts:
+        found = part.metadata
+        dropped = {"shorter_than_min_tokens": found.shorter, "longer_than_max_tokens": found.longer}
+        counts.add(dropped, found.errors)
+        counts.longest = max(counts.longest, found.longest)
+    counts.list_errors(_list_bad_records(job, parts))
+    if counts.errors and job.config.on_error == "fail":
+        raise UserError(": ".join(counts.listed[0]))
+    return counts
+
+
+def _list_bad_records(job: PreprocessJob, parts: list[EncodedPart]) -> list[list[str]]:
+    """Place and reason of the first bad records, counting the lines of each file once."""
+    every = [
+        (job.units[part.unit][bad[0]], *bad[1:]) for part in parts for bad in part.metadata.listed
+    ]
+    every = every[:LISTED_ERRORS]
+    starts: dict[str, set[int]] = {}
+    for span, *_ in every:
+        if span.start:
+            starts.setdefault(span.path, set()).add(span.start)
+    before = {
+        (path, start): lines
+        for path, found in starts.items()
+        for start, lines in zip(sorted(found), lines_before(path, sorted(found)), strict=True)
+    }
+    return [
+        [place(span, before.get((span.path, span.start), 0) + number), f"{kind}: {detail}"]
+        for span, number, kind, detail in every
+    ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,23 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream import ownership
 from megatron_cream.corpus.gigatoken import ENGINES, GigatokenTokenizer
 from megatron_cream.corpus.input_files import (
     ARROW,
     FORMATS,
-    JSONL,
     PARQUET,
     STDIN,
     InputFile,
-    TextInputs,
-    find_inputs,
-    format_of,
 )
-from megatron_cream.corpus.readers import InputSpan, cut_into_units, validate_columns
+from megatron_cream.corpus.readers import InputSpan
 from megatron_cream.corpus.records import Fields
 from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
-from megatron_cream.corpus.work_folder import SUFFIXES, validate_prefix
 from megatron_cream.data.indexed import MOST_SHARDS, token_dtype
 from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, validate_count, validate_fields
@@ -332,65 +325,3 @@ class PreprocessJob:
 def _digest(settings: dict[str, Any]) -> str:
     text = json.dumps(settings, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextInputs]:
-    """Return the job that the settings ask for, its tokenizer and what it reads.
-
-    Raises:
-        UserError: a setting that cannot work.
-        FileNotFoundError: an input, a model or a folder that is not there.
-    """
-    config.validate()
-    index, count = config.shard
-    prefix = config.output_prefix + (f"-{index:05d}-of-{count:05d}" if count > 1 else "")
-    validate_prefix(prefix)
-    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    _validate_special_tokens(config, tokenizer)
-    inputs = find_inputs(config.input)
-    _validate_paths(config, prefix, inputs.files)
-    formats = [format_of(path, config.input_format) for path in inputs.files]
-    files = tuple(map(InputFile.of, inputs.files, formats))
-    content = getattr(tokenizer, "serialized", b"")
-    content += json.dumps([tokenizer.name, tokenizer.eod, tokenizer.bos]).encode()
-    job = PreprocessJob(
-        config=config,
-        prefix=prefix,
-        files=files,
-        units=cut_into_units(files, config.part_bytes),
-        tokenizer_digest=hashlib.blake2b(content, digest_size=16).hexdigest(),
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod,
-        bos_id=tokenizer.bos,
-    )
-    for file in files:
-        if config.mask_key is not None and file.format != JSONL:
-            raise UserError(
-                f"--mask-key {config.mask_key}: {file.path} is {file.format}, needs jsonl"
-            )
-        if file.format in (PARQUET, ARROW):
-            validate_columns(file.path, file.format, job.fields)
-    return job, tokenizer, inputs
-
-
-def _validate_special_tokens(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
-    wanted = (
-        ("--append-eod", config.append_eod, "an end of document", tokenizer.eod),
-        ("--prepend-bos", config.prepend_bos, "a beginning of sequence", tokenizer.bos),
-    )
-    for flag, asked, kind, token in wanted:
-        if asked and token is None:
-            model = config.tokenizer_model or tokenizer.name
-            raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
-
-
-def _validate_paths(config: PreprocessConfig, prefix: str, files: tuple[Path, ...]) -> None:
-    """Check that the job will not write over what it reads."""
-    where = f"--output-prefix {prefix}"
-    outputs = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
-    for path in (*files, config.tokenizer_model):
-        if path is None or path == STDIN:
-            continue
-        if os.path.realpath(path) in outputs:
-            raise UserError(f"{where}: {path} is an input, needs another prefix")
-        ownership.validate_outside(path, Path(prefix + ".parts"), where)

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_cream.corpus.records import (
+    BAD_MASK,
     BROKEN_JSON,
     NOT_UTF8,
     BadRecord,
@@ -55,6 +56,11 @@ def stream_json_text(line: Line, fields: Fields) -> Iterator[str]:
     Raises:
         BadRecord: as ``read_line``, at once or after some pieces.
     """
+    if fields.mask is not None:
+        raise BadRecord(
+            BAD_MASK,
+            f"a line of {len(line)} bytes cannot have a mask, needs at most {LONG_BYTES}",
+        )
     spans: list[tuple[int, int]] = []
 
     def shorten(found: re.Match[bytes]) -> bytes:

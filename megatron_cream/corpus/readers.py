@@ -23,10 +23,10 @@ from megatron_cream.corpus.input_files import (
     open_stream,
 )
 from megatron_cream.corpus.records import (
-    BAD_MASK,
     BadRecord,
     Fields,
     Line,
+    Text,
     TextRecord,
     decode,
     join_text_fields,
@@ -149,24 +149,18 @@ def _read_jsonl(
         number += 1
         if number == 1 and not span.start:
             line = line.removeprefix(_BOM)
-        if line and not line.isspace():
-            yield _read_json(line, fields, number, at - span.start)
-
-
-def _read_json(line: Line, fields: Fields, number: int, offset: int) -> TextRecord:
-    try:
-        if len(line) <= long_text.LONG_BYTES:
-            text, trained = read_line(line, fields)
-            return TextRecord(text, None, number, offset, trained)
-        if fields.mask is not None:
-            raise BadRecord(
-                BAD_MASK,
-                f"a line of {len(line)} bytes cannot have a mask, needs at most "
-                f"{long_text.LONG_BYTES}",
-            )
-        return TextRecord(long_text.stream_json_text(line, fields), None, number, offset)
-    except BadRecord as exc:
-        return TextRecord("", exc, number, offset)
+        if not line or line.isspace():
+            continue
+        text: Text = ""
+        trained = error = None
+        try:
+            if len(line) > long_text.LONG_BYTES:
+                text = long_text.stream_json_text(line, fields)
+            else:
+                text, trained = read_line(line, fields)
+        except BadRecord as exc:
+            error = exc
+        yield TextRecord(text, error, number, at - span.start, trained)
 
 
 def _go_to(stream: BinaryIO, offset: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -316,6 +317,13 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None = Non
     if not tokenizer_model:
         raise UserError(f"--tokenizer-model (not given): {tokenizer_type} needs a path")
     return TOKENIZERS[tokenizer_type](tokenizer_model)
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """Return a name for the content of a tokenizer, wherever its files are."""
+    content = getattr(tokenizer, "serialized", b"")
+    content += json.dumps([tokenizer.name, tokenizer.eod, tokenizer.bos]).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 END_OF_TEXT = "<|endoftext|>"

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_cream.corpus import encode
 from megatron_cream.corpus import executors as module
-from megatron_cream.corpus.job import plan_job
+from megatron_cream.corpus.preprocess import plan_job
 from megatron_cream.corpus.tokenizers import train_bpe
 from megatron_cream.errors import UserError
 
@@ -215,13 +215,13 @@ def test_bytes_read_add_up_to_the_input(job):
 
 KILLED = """
 import os, sys, time
-from megatron_cream.corpus import encode, executors, job
+from megatron_cream.corpus import encode, executors, preprocess
 def run(encoder, unit):
     open(os.path.join(sys.argv[1], f"{os.getpid()}.pid"), "w").close()
     time.sleep(600)
 encode.UnitEncoder.run, executors.choose_start_method = run, lambda: "fork"
-config = job.PreprocessConfig((sys.argv[2],), "ByteLevelTokenizer", sys.argv[1] + "/o")
-planned, tokenizer, _ = job.plan_job(config)
+config = preprocess.PreprocessConfig((sys.argv[2],), "ByteLevelTokenizer", sys.argv[1] + "/o")
+planned, tokenizer, _ = preprocess.plan_job(config)
 executors.run_in_pool(planned, [0, 0], 2, lambda count: None, tokenizer)
 """
 

@@ -21,9 +21,8 @@ from megatron_cream.corpus.gigatoken import (
     GigatokenUnsupported,
     choose_engine,
 )
-from megatron_cream.corpus.job import plan_job
 from megatron_cream.corpus.long_text import encode_pieces, find_text_splitter
-from megatron_cream.corpus.preprocess import sample_texts
+from megatron_cream.corpus.preprocess import plan_job, sample_texts
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
 
 pytest.importorskip("gigatoken")

@@ -22,8 +22,8 @@ from megatron_cream.corpus.inspection import (
     draw_histogram,
     median,
 )
-from megatron_cream.corpus.job import plan_job
 from megatron_cream.corpus.merge import merge_datasets
+from megatron_cream.corpus.preprocess import plan_job
 from megatron_cream.data import indexed
 from megatron_cream.data.indexed import read_index, read_metadata, token_dtype
 

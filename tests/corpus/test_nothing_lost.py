@@ -310,7 +310,7 @@ def test_a_document_longer_than_an_index_can_say(tmp_path):
 
 
 def test_standard_input_is_never_finished_before(job):
-    from megatron_cream.corpus.job import plan_job
+    from megatron_cream.corpus.preprocess import plan_job
 
     planned = plan_job(replace(job, input=("-",)))[0]
     assert planned.fingerprint() is None
