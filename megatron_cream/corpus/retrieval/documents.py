@@ -138,7 +138,10 @@ def make_dataset(
         folder.finish_publishing()
         validate_absent(config.output_prefix, config.overwrite)
         maker = _maker(config)
-        _choose_engine(config, maker, say)
+        # Exact also on what is made here, or the reference.
+        samples = [text for number in range(2) for text in maker.task_texts(number)]
+        maker.tokenizer, reason = choose_engine(config.engine, maker.tokenizer, samples)
+        say(reason)
         made = _write(config, maker, folder.staged, progress)
         folder.publish(config.overwrite)
         folder.remove()
@@ -154,15 +157,6 @@ def _maker(config: RetrievalConfig) -> DocumentMaker:
     return DocumentMaker(
         tokenizer, config.length, config.seed, haystack, eod, config.questions, config.tasks
     )
-
-
-def _choose_engine(
-    config: RetrievalConfig, maker: DocumentMaker, say: Callable[[str], object]
-) -> None:
-    """Have ``maker`` use the fast tokenizer where it is exact, also on what is made here."""
-    samples = [text for number in range(2) for text in maker.task_texts(number)]
-    maker.tokenizer, reason = choose_engine(config.engine, maker.tokenizer, samples)
-    say(reason)
 
 
 def _write(
