@@ -35,7 +35,7 @@ from megatron_cream.corpus.records import (
 )
 from megatron_cream.errors import UserError
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 256 << 10
 _MOST_PARTS = 1_000_000
 _BOM = b"\xef\xbb\xbf"
 _TABLE_BATCH_BYTES = 8 << 20
@@ -147,8 +147,8 @@ def _read_jsonl(
     while at < stop and (line := _whole_line(stream)):
         at += len(line)
         number += 1
-        if number == 1 and not span.start:
-            line = line.removeprefix(_BOM)
+        if number == 1 and not span.start and line.startswith(_BOM):
+            line = line[len(_BOM) :]
         if not line or line.isspace():
             continue
         text: Text = ""
