@@ -49,6 +49,7 @@ from megatron_cream.corpus.input_files import (
 )
 from megatron_cream.corpus.inspection import PreprocessStats
 from megatron_cream.corpus.job import PreprocessConfig, PreprocessJob
+from megatron_cream.corpus.merge import InputDataset
 from megatron_cream.corpus.readers import cut_into_units, read_span, validate_columns
 from megatron_cream.corpus.records import BadRecord
 from megatron_cream.corpus.tokenizers import Tokenizer, digest, load_tokenizer
@@ -59,8 +60,8 @@ from megatron_cream.corpus.work_folder import (
     validate_absent,
     validate_prefix,
 )
-from megatron_cream.data.indexed import read_index, read_metadata, validate_metadata
-from megatron_cream.data.token_mask import MASK_SUFFIX, has_mask
+from megatron_cream.data.indexed import read_metadata
+from megatron_cream.data.token_mask import MASK_SUFFIX
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, read_flags
 
@@ -325,17 +326,12 @@ def _finished_before(folder: WorkFolder, job: PreprocessJob) -> bool:
 def is_dataset_of(job: PreprocessJob) -> bool:
     """Return whether the files at the job's prefix are what it makes: all there, and whole."""
     try:
-        found, wanted = read_metadata(job.prefix) or {}, job.fingerprint()
-        if wanted is None or found.get(FINGERPRINT) != wanted or not set(found) >= COUNTED_KEYS:
-            return False
-        if tuple(found.get("shard", (0, 1))) != job.config.shard:
-            return False
-        index = read_index(job.prefix, empty=True)
-        validate_metadata(index, found)
-        has_mask(job.prefix, int(index.lengths.sum(dtype="int64")), found)
+        found, wanted = InputDataset.read(job.prefix).metadata, job.fingerprint()
     except (UserError, FileNotFoundError):
         return False
-    return True
+    if wanted is None or found.get(FINGERPRINT) != wanted or not set(found) >= COUNTED_KEYS:
+        return False
+    return tuple(found.get("shard", (0, 1))) == job.config.shard
 
 
 @contextmanager
