@@ -176,6 +176,12 @@ def _merge(out: Tensor, lse: Tensor, group: Sequence[Tile], outputs: list[TileAt
     if len(group) == 1:
         out[:, :, first:end], lse[:, :, first:end] = outputs[0].out, outputs[0].lse
         return
+    if _takes_triton(out) and all(tile.rows == (first, end) for tile in group):
+        from megatron_cream.attention.merge_kernel import merge
+
+        parts = [found.out for found in outputs], [found.lse for found in outputs]
+        merge(*parts, out[:, :, first:end], lse[:, :, first:end])
+        return
     total = torch.full_like(lse[:, :, first:end], -torch.inf)
     for tile, output in zip(group, outputs, strict=True):
         rows = slice(tile.rows[0] - first, tile.rows[1] - first)
