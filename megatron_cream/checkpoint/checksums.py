@@ -87,7 +87,7 @@ def _text(content: dict[str, Any]) -> str:
     return json.dumps({**content, "of_this": own}, indent=1) + "\n"
 
 
-def forget(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove what an earlier save into the same folder wrote: its files are about to change."""
     for path in folder.glob(_PATTERN):
         if re.search(rf'"made_by": "{_MARK}"', path.read_text(errors="replace")):

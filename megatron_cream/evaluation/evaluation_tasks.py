@@ -23,8 +23,8 @@ from megatron_cream.evaluation.haystacks import (
     HaystackBuilder,
     HaystackCases,
     HaystackText,
+    even_places,
     space_out,
-    spread,
 )
 
 DrawText = Callable[[int], HaystackText]
@@ -101,7 +101,7 @@ def _at_depths(text: Callable[..., HaystackText]) -> Callable[[int, int, int], l
     """Return the ``texts`` of a task with a haystack for each depth."""
 
     def texts(length: int, seed: int, cases: int) -> list[DrawText]:
-        return [partial(text, seed, case, depth) for case, depth in enumerate(spread(cases))]
+        return [partial(text, seed, case, depth) for case, depth in enumerate(even_places(cases))]
 
     return texts
 

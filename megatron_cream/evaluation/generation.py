@@ -110,7 +110,7 @@ def generate_batch(
     finally:
         handle.remove()
     rows = torch.stack(written, dim=1).cpu().numpy()
-    return [cut(row, stop) for row in rows]
+    return [before_stop(row, stop) for row in rows]
 
 
 def _read_prompts(
@@ -133,7 +133,7 @@ def _step(
     return made.logits[:, -1, :vocabulary].float().argmax(-1)
 
 
-def cut(written: np.ndarray, stop: Sequence[int]) -> np.ndarray:
+def before_stop(written: np.ndarray, stop: Sequence[int]) -> np.ndarray:
     """Return the tokens before the first one that stops."""
     at = np.flatnonzero(np.isin(written, list(stop)))
     return written[: at[0]] if len(at) else written

@@ -155,7 +155,7 @@ def space_out(text: HaystackText, seed: int, count: int) -> HaystackText:
     return HaystackText(text.intro, body, text.questions)
 
 
-def spread(count: int) -> list[float]:
+def even_places(count: int) -> list[float]:
     """Return ``count`` places from 0 to 1, both included; the middle for one."""
     return [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
 

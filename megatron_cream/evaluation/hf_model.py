@@ -125,11 +125,15 @@ class HuggingFaceModel:
         time, as many as there is memory for; where the model keeps its own attention, ``generate``
         itself is called for one at a time.
         """
-        from megatron_cream.evaluation.generation import cut, generate_batch, generate_tokens
+        from megatron_cream.evaluation.generation import (
+            before_stop,
+            generate_batch,
+            generate_tokens,
+        )
 
         if not self.shares_context:
             for prompt in prompts:
-                yield cut(
+                yield before_stop(
                     generate_tokens(self.module, prompt, new_tokens, list(stop) or None), stop
                 )
             return

@@ -20,7 +20,7 @@ from megatron_cream.evaluation.haystacks import (
     HaystackCases,
     HaystackText,
     Question,
-    spread,
+    even_places,
 )
 from megatron_cream.evaluation.task_texts import key_question
 
@@ -121,7 +121,7 @@ def _published_pairs(case: dict[str, Any], index: int, count: int) -> HaystackTe
     if gold not in pairs:
         raise ValueError("its ordered_kv_records must have its key and value")
     pairs.remove(gold)
-    at = round(spread(count)[index] * len(pairs))
+    at = round(even_places(count)[index] * len(pairs))
     pairs.insert(at, gold)
     lines = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
     intro = f"{_KV_INTRO}\n\nJSON data:\n{{{lines}}}\n"

@@ -203,11 +203,11 @@ def _draw(
         )
         if not kind.placed:  # each case is a haystack, and none of them is needed for the others
             groups = ([one] for group in groups for one in group)
-        made += affordable(groups, settings.most_tokens)
+        made += take_within(groups, settings.most_tokens)
     return made
 
 
-def affordable(groups: Iterable[list[HaystackCases]], most: int | None) -> list[HaystackCases]:
+def take_within(groups: Iterable[list[HaystackCases]], most: int | None) -> list[HaystackCases]:
     """Return the first groups of haystacks that together have at most ``most`` tokens.
 
     The first group is always among them; None stands for no limit. Groups beyond the limit are

@@ -23,10 +23,10 @@ from megatron_cream.evaluation.haystacks import (
     NOUNS,
     HaystackText,
     Question,
+    even_places,
     names,
     rng,
     sentences,
-    spread,
 )
 
 _PASSKEY_INTRO = (
@@ -77,7 +77,7 @@ def multikey(seed: int, cases: int, count: int, extra: int = 2) -> HaystackText:
     draw = rng("niah-multikey", seed)
     keys = names(draw, cases + extra)
     numbers = [str(n) for n in draw.integers(1000000, 10000000, size=len(keys))]
-    depths = spread(cases) + [float(depth) for depth in draw.random(extra)]
+    depths = even_places(cases) + [float(depth) for depth in draw.random(extra)]
     cues = [f" The special magic number for {key} is:" for key in keys]
     texts = [f"{cue} {number}." for cue, number in zip(cues, numbers, strict=True)]
     questions = [f"\nWhat is the special magic number for {key}?" for key in keys]
@@ -172,7 +172,7 @@ def _questions(
     pairs: Sequence[tuple[str, str]], cases: int, question: Callable[[str, str, float], Question]
 ) -> list[Question]:
     last = len(pairs) - 1
-    places = [round(place * last) for place in spread(cases)]
+    places = [round(place * last) for place in even_places(cases)]
     return [question(*pairs[i], i / max(1, last)) for i in places]
 
 

@@ -192,7 +192,7 @@ def ready(args: Namespace, config: Any) -> None:
     trainer.patch_compile_helpers.apply()
     if args.cpu:
         trainer.patch_results_queue.apply()
-    trainer.patch_save.apply(checksums.forget, checksums.write_later)
+    trainer.patch_save.apply(checksums.remove, checksums.write_later)
     patch_apply_rotary_pos_emb.apply()
     logs = args.tensorboard_dir or args.wandb_project
     scalars = Scalars(extension).at if logs else None

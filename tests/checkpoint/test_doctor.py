@@ -141,7 +141,7 @@ def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr(dist_checkpointing, "save", lambda *_, **__: Request())
     for _ in range(2):  # idempotent
-        patch_save.apply(checksums.forget, checksums.write_later)
+        patch_save.apply(checksums.remove, checksums.write_later)
     dist_checkpointing.save({}, str(tmp_path), async_sharded_save=True)
     (tmp_path / "__0_0.distcp").write_bytes(b"data")
     checksums.wait()

@@ -17,7 +17,7 @@ from megatron_cream.evaluation.compare import compare
 from megatron_cream.evaluation.evaluate import HELP
 from megatron_cream.evaluation.haystacks import HaystackCases
 from megatron_cream.evaluation.result_files import CASE_RECORDS, read_result
-from megatron_cream.evaluation.scoring import affordable
+from megatron_cream.evaluation.scoring import take_within
 from megatron_cream.evaluation.store import ResultStore
 from megatron_cream.options import parse_length
 
@@ -141,7 +141,7 @@ def test_affordable_haystacks(most, taken):
             made.append(number)
             yield [HaystackCases([], [], 25, number)] * 2
 
-    assert len(affordable(groups(), most)) == 2 * taken
+    assert len(take_within(groups(), most)) == 2 * taken
     assert len(made) <= taken + 1  # what will not be scored is not made
 
 
