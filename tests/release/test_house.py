@@ -16,7 +16,7 @@ SPEC = importlib.util.spec_from_file_location("architecture", ROOT / "docs/hooks
 PICTURE = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(PICTURE)
 TREES = {path: ast.parse(path.read_text()) for path in CODE}
-MOST_MODULES = 172
+MOST_MODULES = 186
 MOST_LINES, MOST_LINES_OF_FUNCTION = 400, 50
 pytestmark = pytest.mark.repository
 
