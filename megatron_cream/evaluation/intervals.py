@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""95 % intervals of shares, means and perplexities, over cases that share a haystack or not."""
+"""Computes 95 % intervals of shares and of perplexities, over cases that may share a haystack."""
 
 from __future__ import annotations
 
