@@ -183,7 +183,7 @@ def compare(args: argparse.Namespace) -> Comparison:
     short = propose(shape, cluster, work, _fixed(args), tuning, _micro_batches(args))
     full, why_not = _full_length(shape, cluster, args, tuning)
     steps = (args.target_length, args.train_iters)
-    return Comparison(shape, cluster, short, full, why_not, *steps, tuning)
+    return Comparison(shape, cluster, short, full, why_not, *steps, tuning, _fixed(args))
 
 
 def _tuning(args: argparse.Namespace) -> Tuning:

@@ -262,6 +262,18 @@ def test_full_length_that_is_as_fast_is_said(planned):
     assert seen == {True, False}
 
 
+def test_a_faster_layout_that_gradients_in_bf16_leave_room_for_is_said(planned):
+    words = ["llama-3-8b", "--gpus", "8", "--target-length", "32768"]
+    out = planned(*words)
+    said = re.search(
+        r"note: --grad-reduce-in-bf16 would leave room for (.+): (\S+ s) per step", out
+    )
+    lighter = planned(*words, "--grad-reduce-in-bf16")
+    assert f"layout                  {said[1]} " in lighter and f" {said[2]} " in lighter
+    assert "note: --grad-reduce-in-bf16" not in lighter
+    assert "note: --grad-reduce-in-bf16" not in planned("llama-2-7b", *words[1:]), "no other layout"
+
+
 @pytest.mark.parametrize("modules", [None, ["core_attn"], ["core_attn", "mlp"]])
 def test_selective_recompute_of_other_modules_is_not_estimated(monkeypatch, modules):
     monkeypatch.setattr(stages, "values", lambda fact: {})
