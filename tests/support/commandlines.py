@@ -204,6 +204,7 @@ def check_export(words: list[str], elided: bool) -> None:
 PROGRAMS: dict[str, Callable[[list[str], bool], None]] = {
     **{"python": check_python, "torchrun": check_torchrun, "make": check_make, "pip": check_pip},
     **{"docker": check_docker, "sbatch": check_files, "sky": check_files, "kubectl": check_files},
+    **{"sed": check_files},
     **{"pytest": check_pytest, "export": check_export, "megatron-cream": check_tool},
 }
 
