@@ -21,6 +21,7 @@ PAGES = {
     **dict.fromkeys(("preprocess", "merge", "inspect", "render-chat", "retrieval-data"), "data"),
     **dict.fromkeys(("import", "export", "doctor"), "checkpoints"),
     **{"positions": "positions", "plan": "planning", "evaluate": "evaluation"},
+    "chat": "evaluation",
     **{"check-install": "install", "extend": "extend"},
 }
 FORMATS = ("", "g", ".3f")  # of a number in a help text
