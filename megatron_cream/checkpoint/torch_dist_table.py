@@ -114,9 +114,10 @@ def read_table(folder: Path) -> CheckpointTable:
 def _read_table(folder: Path, *_: int) -> CheckpointTable:
     path = folder / METADATA
     metadata = unpickle_metadata(path)
-    wrong = next(_wrong(metadata), None)
-    if wrong is not None:
-        raise UserError(f"{path} is damaged: {wrong}")
+    try:
+        _validate(metadata)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     entries = metadata.state_dict_metadata
     table = CheckpointTable(
         folder,
@@ -164,58 +165,58 @@ def _record_keys(table: CheckpointTable) -> Iterator[RecordKey]:
         yield name, ()
 
 
-def _wrong(metadata: Any) -> Iterator[str]:
-    """Yield what does not fit together: a damaged pickle may still be read to its end."""
+def _validate(metadata: Any) -> None:
+    """Refuse what does not fit together: a damaged pickle may still be read to its end.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
     entries = getattr(metadata, "state_dict_metadata", None)
     stored = getattr(metadata, "storage_data", None)
     if not (isinstance(metadata, Metadata) and isinstance(entries, dict)):
-        yield "it is no table of a checkpoint"
-    elif not isinstance(stored, dict):
-        yield "it has no records"
-    else:
-        for key, entry in entries.items():
-            if not isinstance(key, str):
-                yield f"{key!r} is no name"
-            elif isinstance(entry, TensorStorageMetadata):
-                yield from _wrong_tensor(key, entry)
-            elif not isinstance(entry, BytesStorageMetadata):
-                yield f"{key} is neither a tensor nor an object"
-        for index, info in stored.items():
-            yield from _wrong_record(index, info, entries)
+        raise ValueError("it is no table of a checkpoint")
+    if not isinstance(stored, dict):
+        raise ValueError("it has no records")
+    for key, entry in entries.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{key!r} is no name")
+        if isinstance(entry, TensorStorageMetadata):
+            _validate_tensor(key, entry)
+        elif not isinstance(entry, BytesStorageMetadata):
+            raise ValueError(f"{key} is neither a tensor nor an object")
+    for index, info in stored.items():
+        _validate_record(index, info, entries)
 
 
-def _wrong_tensor(key: str, entry: TensorStorageMetadata) -> Iterator[str]:
+def _validate_tensor(key: str, entry: TensorStorageMetadata) -> None:
     size: Any = getattr(entry, "size", None)
     chunks: Any = getattr(entry, "chunks", None)
     dtype = getattr(getattr(entry, "properties", None), "dtype", None)
     if not (_sizes(size) and isinstance(chunks, list) and isinstance(dtype, torch.dtype)):
-        yield f"{key} has no size or type"
-        return
+        raise ValueError(f"{key} has no size or type")
     for chunk in chunks:
         at: Any = getattr(chunk, "offsets", None)
         by: Any = getattr(chunk, "sizes", None)
         fits = _sizes(at) and _sizes(by) and len(at) == len(by) == len(size)
         if not fits or any(o + n > s for o, n, s in zip(at, by, size, strict=True)):
-            yield f"{key} has a chunk outside its size {list(size)}"
-            return
+            raise ValueError(f"{key} has a chunk outside its size {list(size)}")
     # Only buffers of an optimizer have gaps.
     covered = sum(prod(chunk.sizes) for chunk in chunks)
     if covered != prod(size) and not key.startswith("optimizer."):
-        yield f"{key} has {covered} elements in its chunks, by its size {prod(size)}"
+        raise ValueError(f"{key} has {covered} elements in its chunks, by its size {prod(size)}")
 
 
-def _wrong_record(index: Any, info: Any, entries: dict[str, Any]) -> Iterator[str]:
+def _validate_record(index: Any, info: Any, entries: dict[str, Any]) -> None:
     key, at = getattr(index, "fqn", None), getattr(index, "offset", None)
     known = isinstance(key, str) and key in entries and (at is None or _sizes(at))
     if not (isinstance(index, MetadataIndex) and known):
-        yield f"it has a record of {key!r}, which it does not know"
-        return
+        raise ValueError(f"it has a record of {key!r}, which it does not know")
     name = getattr(info, "relative_path", None)
     # A name with a folder in it would have another file read than one of the checkpoint.
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-        yield f"{key} is in the file {name!r}, which must be one in its folder"
-    elif "\0" in name or not _sizes([getattr(info, "offset", None), getattr(info, "length", None)]):
-        yield f"{key} has no place in {name!r}"
+        raise ValueError(f"{key} is in the file {name!r}, which must be one in its folder")
+    if "\0" in name or not _sizes([getattr(info, "offset", None), getattr(info, "length", None)]):
+        raise ValueError(f"{key} has no place in {name!r}")
 
 
 def _sizes(values: Any) -> bool:
