@@ -24,7 +24,7 @@ import numpy as np
 from megatron_cream.errors import UserError
 
 _LONG_BYTES = 1 << 14
-_SAMPLED = 256  # places of an array that its checksum is of
+_SAMPLED = 64  # places of an array that its checksum is of
 _PLACE_BYTES = 64
 _SUM_BYTES = 4
 
@@ -70,7 +70,7 @@ class ArrayCache:
     """Arrays in files of a folder, made by the first process that asks and mapped by all.
 
     A file is named by a hash of all that decides its array, so that an old one is not found. It is
-    renamed to that name when it is whole, and ends with a checksum of 256 places: one that is
+    renamed to that name when it is whole, and ends with a checksum of 64 places: one that is
     damaged is made anew.
 
     Attributes:
