@@ -43,11 +43,11 @@ For data parallelism and interleaved stages. Calibrated on Llama-2-7B, FP8, on 8
 has 4 micro-batches, beside the same model with 16.
 """
 
-LAUNCH_SECONDS = 3.1e-3
-"""Host's time to launch one layer, forward and backward, of one micro-batch.
+RING_LAUNCHES = 0.46
+"""What each further rank of a context ring adds to the host's launches of a layer, as a share.
 
-From Llama-2-7B at TP8, reported to take 80 % longer than its kernels, 1.7 ms per layer. No row of
-``published.json`` reaches it: the shortest has 6.8 ms per layer.
+From 8 layers of Llama-2-7B at CP2 on two H200s: twice the tokens take 1.26 times as long there, so
+that it is not kernels that the shorter step waits for; 10.5 ms per layer to 7.2 at TP2.
 """
 
 PIECE_TOKENS = 1024
@@ -68,6 +68,9 @@ class Gpu:
         node_gbs: GB/s to the GPUs of its node, one way.
         network_gbs: GB/s to other nodes, one way.
         fp8: it multiplies in FP8.
+        launch_ms: its host's time to launch one layer, forward and backward, of one micro-batch.
+            3.1 ms are those of Llama-2-7B at TP8, reported to take 80 % longer than its kernels,
+            1.7 ms per layer; the shortest published row has 6.8 ms per layer.
     """
 
     memory: float
@@ -76,6 +79,7 @@ class Gpu:
     node_gbs: float
     network_gbs: float
     fp8: bool = True
+    launch_ms: float = 3.1
 
     @property
     def memory_rate(self) -> float:
@@ -200,7 +204,8 @@ def step_time(
     for stage in layout.telling_stages:
         kernels = kernel_seconds(shape, layout, work, gpu, mfu, tuning, stage)
         busy = kernels + exposed_seconds(shape, layout, work, gpu, node, tuning, stage)
-        launches = LAUNCH_SECONDS * _layers_run(layout, layout.layers_of(stage, shape.layers))
+        launches = _layers_run(layout, layout.layers_of(stage, shape.layers)) * gpu.launch_ms / 1e3
+        launches *= 1 + RING_LAUNCHES * (layout.context - 1)
         stages.append((max(busy, launches), busy, kernels))
     longest, busy, kernels = max(stages)
     replicas = replica_seconds(shape, layout, gpu, node, tuning)

@@ -111,6 +111,13 @@ def _add_machine(add: Callable[..., Any]) -> None:
         help=f"per GPU to other nodes, one way (default: that of --gpu, {_figures('network_gbs')})",
     )
     add(
+        "--launch-ms",
+        type=_amount,
+        metavar="MS",
+        help="host's time to launch a layer of a micro-batch (default: that of --gpu, "
+        f"{_figures('launch_ms')})",
+    )
+    add(
         "--mfu",
         type=_amount,
         metavar="SHARE",
@@ -271,6 +278,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
         node_gbs=known.node_gbs,
         network_gbs=args.network_bandwidth or known.network_gbs,
         fp8=known.fp8,
+        launch_ms=args.launch_ms or known.launch_ms,
     )
     return Cluster(args.gpus, gpu, memory, args.mfu, args.gpus_per_node)
 

@@ -29,6 +29,7 @@ class PublishedRun:
 
     Attributes:
         document: tokens of a document in a packed sample, or None where attention spans samples.
+        launch_ms: of its machine's host, where that was measured.
         measured: tokens per second per GPU.
         missed: why the plan is further away than ``TOLERANCE``, or None where it is not.
     """
@@ -42,13 +43,15 @@ class PublishedRun:
     measured: float
     source: str
     missed: str | None
+    launch_ms: float | None = None
 
     @property
     def planned(self) -> float:
         """Tokens per second per GPU by the plan."""
-        step = step_time(
-            self.shape, self.layout, self.work, GPUS[self.gpu], product_share(), 8, self.tuning
-        )
+        gpu = GPUS[self.gpu]
+        if self.launch_ms is not None:
+            gpu = replace(gpu, launch_ms=self.launch_ms)
+        step = step_time(self.shape, self.layout, self.work, gpu, product_share(), 8, self.tuning)
         return self.work.tokens / self.layout.gpus / step.total
 
     @property
@@ -78,6 +81,7 @@ def _run(row: dict[str, Any]) -> PublishedRun:
         row["tokens_per_second_per_gpu"],
         row["source"],
         row["missed"],
+        row.get("launch_ms"),
     )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs planned layouts on one and two GPUs and prints what was planned next to what happened.
 
-    python tests/gpu/planned_memory.py [--only WORDS] [--gpus N] [--profile]
+    python tests/gpu/planned_memory.py [--only WORDS] [--gpus N] [--launch-ms 7.2] [--profile]
 
 Each run is Megatron's trainer on the flags that tools/plan.py prints, on some of a model's layers.
 Memory is what PyTorch had allocated at the peak on the fullest GPU; a step is the median without
@@ -118,9 +118,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="part of a row's model and layout")
     parser.add_argument("--gpus", type=int, help="rows of so many GPUs")
+    parser.add_argument("--launch-ms", type=float, default=GPUS["h200"].launch_ms)
     parser.add_argument("--profile", action="store_true", help="run each again, profiled")
     args = parser.parse_args()
-    gpu = GPUS["h200"]
+    gpu = dataclasses.replace(GPUS["h200"], launch_ms=args.launch_ms)
     print("| model | layers | layout | tokens | GiB planned | measured | s planned | measured |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

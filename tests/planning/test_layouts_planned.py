@@ -269,6 +269,11 @@ def test_a_step_is_no_shorter_than_its_launches():
     assert again.kernels + again.communication + again.launches == pytest.approx(
         8 * 32 * 3.1e-3 * 4 / 3
     )
+    slow = dataclasses.replace(gpu, launch_ms=7.2)
+    ring = cost.step_time(LLAMA, ParallelLayout(8, 1, 3), Workload(4098, 8), slow, 0.6)
+    waits = ring.kernels + ring.communication + ring.launches
+    exposed = cost.OVERLAP * cost.replica_seconds(LLAMA, ParallelLayout(8, 1, 3), slow)
+    assert waits - exposed == pytest.approx(8 * 32 * 7.2e-3 * (1 + 2 * 0.46))
     larger = cost.step_time(LLAMA, ParallelLayout(8), Workload(4096, 8, 4), gpu, 0.6)
     assert larger.launches == 0 and larger.total < few.total
 
