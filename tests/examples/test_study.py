@@ -123,6 +123,16 @@ def test_the_documented_differences_are_those_of_the_results(study):
         assert shown in page
 
 
+def test_the_documented_tables_of_rivals_and_price_are_those_of_the_results(study):
+    from results import difference, price, rivals
+
+    page = (STUDY.parents[1] / "docs" / "study.md").read_text("utf-8")
+    assert rivals(STUDY / "results") in page and price(STUDY / "results") in page
+    name = "{}-answers-only-0.50"
+    shown = difference(STUDY / "results", name.format("scatter"), name.format("cream"))
+    assert shown in page
+
+
 def test_differences_have_the_interval_of_their_cases_and_seeds(study, tmp_path):
     from results import difference
 
