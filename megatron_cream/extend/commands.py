@@ -122,10 +122,12 @@ class Commands:
         # Twice their share of the samples: none is read again, whatever the blend draws.
         count = max(1, round(2 * settings.retrieval_share * self.recipe.samples))
         # Facts are hidden in the training text, unless some of it is to be measured on.
-        haystack = ["--haystack", *settings.text] if settings.held_out else []
+        more = ["--haystack", *settings.text] if settings.held_out else []
+        if settings.retrieval_loss == "answers":
+            more.append("--answers-only")
         command = [
             *(sys.executable, "-m", "megatron_cream", "retrieval-data", *self.tokenizer),
-            *("--length", str(self.recipe.window), "--documents", str(count), *haystack),
+            *("--length", str(self.recipe.window), "--documents", str(count), *more),
             *("--workers", str(settings.workers), "--output-prefix", str(prefix)),
         ]
         return RecipeStep("retrieval-documents", prefix.with_name("retrieval.idx"), command)
@@ -143,7 +145,7 @@ class Commands:
             *("--seq-length", str(recipe.window)),
             *("--max-position-embeddings", str(recipe.window)),
             *("--target-length", str(recipe.target)),
-            *("--position-strategy", settings.position_strategy),
+            *("--position-strategy", recipe.strategy),
             *("--rope-interpolation", settings.rope_interpolation),
             *("--data-path", *data, "--split", self._split()),
             "--no-create-attention-mask-in-dataloader",

@@ -66,8 +66,10 @@ class ExtendSettings:
         "kind of GPU to plan for (default: this machine's)", default=None, choices=tuple(GPUS)
     )
     cpu: bool = flag_field("train on the CPU: for trying things out", default=False)
-    position_strategy: str = flag_field(
-        "of the far samples", default="cream", choices=tuple(STRATEGIES)
+    position_strategy: str | None = flag_field(
+        "of the far samples (default: scatter, from a billion parameters on cream)",
+        default=None,
+        choices=tuple(STRATEGIES),
     )
     rope_interpolation: str = flag_field(
         "of the angles",
@@ -75,7 +77,12 @@ class ExtendSettings:
         choices=tuple(name for name, one in SCALINGS.items() if not one.evaluation_only),
     )
     retrieval_share: float = flag_field(
-        "share of the samples that are retrieval documents", default=0.3, type=float
+        "share of the samples that are retrieval documents", default=0.5, type=float
+    )
+    retrieval_loss: str = flag_field(
+        "tokens of retrieval documents that have a loss",
+        default="answers",
+        choices=("answers", "all"),
     )
     steps: int | None = flag_field(
         "optimizer steps (default: 130, from a billion parameters on 1000)", default=None, type=int
@@ -130,6 +137,7 @@ class Recipe:
     Attributes:
         window: tokens of a sample, N.
         target: tokens of the window that the model gets, T.
+        strategy: positions of the far samples.
         steps: optimizer steps.
         global_batch: samples per step.
         micro_batch: samples per forward pass.
@@ -141,6 +149,7 @@ class Recipe:
 
     window: int
     target: int
+    strategy: str
     steps: int
     global_batch: int
     micro_batch: int
@@ -167,8 +176,9 @@ class Recipe:
     def describe(self) -> str:
         """Return the recipe in a line."""
         return (
-            f"{self.window} to {self.target} tokens, {self.steps} steps of {self.global_batch} x "
-            f"{self.window} tokens, learning rate {self.learning_rate:g}, {self._where()}"
+            f"{self.window} to {self.target} tokens by {self.strategy}, {self.steps} steps of "
+            f"{self.global_batch} x {self.window} tokens, learning rate {self.learning_rate:g}, "
+            f"{self._where()}"
         )
 
     def _where(self) -> str:
@@ -194,16 +204,18 @@ def make_recipe(settings: ExtendSettings, model: BaseModel) -> Recipe:
     batch = settings.global_batch_size or max(1, STEP_TOKENS // window)
     steps = settings.steps or (130 if small else 1000)
     rate = settings.lr or (4e-4 if small else 2e-5)
-    target = settings.target_length
+    # The short recipe is measured (docs/study.md), the long one is that of CREAM's paper.
+    strategy = settings.position_strategy or ("scatter" if small else "cream")
+    schedule = (window, settings.target_length, strategy, steps, batch)
     if settings.cpu:
         processes = settings.gpus or 1
         share = batch // processes
         fitting = (n for n in range(_LARGEST_MICRO_BATCH, 1, -1) if share % n == 0)
         micro = settings.micro_batch_size or next(fitting, 1)
-        return Recipe(window, target, steps, batch, micro, rate, processes, None)
+        return Recipe(*schedule, micro, rate, processes, None)
     gpus, gpu = _find_gpus(settings)
     plan = _choose_plan(settings, model, window, batch, gpus, gpu)
-    return Recipe(window, target, steps, batch, plan.work.micro_batch, rate, gpus, plan)
+    return Recipe(*schedule, plan.work.micro_batch, rate, gpus, plan)
 
 
 def _validate_lengths(target: int, window: int, model: BaseModel) -> None:

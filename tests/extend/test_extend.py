@@ -27,7 +27,7 @@ def settings(**changes):
 
 def test_the_recipe_is_that_of_the_study_for_a_small_model():
     recipe = make_recipe(settings(), MODELS["smollm2-135m"])
-    assert (recipe.window, recipe.target) == (8192, 32768)
+    assert (recipe.window, recipe.target, recipe.strategy) == (8192, 32768, "scatter")
     assert recipe.steps * recipe.global_batch * recipe.window == 130 * 131072
     assert (recipe.micro_batch, recipe.learning_rate) == (8, 4e-4)
     assert recipe.lengths == [4096, 8192, 16384, 32768]
@@ -36,6 +36,7 @@ def test_the_recipe_is_that_of_the_study_for_a_small_model():
 def test_a_large_model_takes_the_paper_s_recipe_and_a_layout_that_fits():
     recipe = make_recipe(settings(gpus=8, target_length=65536), MODELS["llama-2-7b"])
     assert (recipe.window, recipe.steps, recipe.learning_rate) == (4096, 1000, 2e-5)
+    assert recipe.strategy == "cream"
     assert recipe.global_batch == 32 and recipe.layout.gpus == 8
     assert recipe.global_batch % (recipe.micro_batch * recipe.layout.data) == 0
 
