@@ -18,6 +18,11 @@ if [ ! -f "$SCRIPT" ]; then
     exit 2
 fi
 shift
+# Not known to the import alone, and hours later it would be missed.
+if [ -z "${DATA:-}" ] && ! grep -q '^DATA=' "$SCRIPT"; then
+    echo "error: DATA is not set: it must be an indexed dataset (docs/data.md), without .bin" >&2
+    exit 2
+fi
 
 # of NAME OTHERWISE: what the launch script says, as NAME=7 or NAME=${NAME:-7}.
 of() {

@@ -300,7 +300,7 @@ def submitted(tmp_path, *arguments, **variables):
     sbatch.chmod(0o755)
     done = subprocess.run(
         ["bash", str(EXAMPLES / "slurm" / "submit.sh"), *arguments],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), **variables},
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "DATA": "d", **variables},
         capture_output=True,
         text=True,
     )
@@ -328,6 +328,8 @@ def test_slurm_imports_trains_and_exports_in_jobs_of_their_own(tmp_path):
     assert train["--nodes"] == ("2",) and train["--signal"][0] == "B:USR1@300"
     done, jobs = submitted(tmp_path, "no/such.sh")
     assert done.returncode == 2 and not jobs and "error: the first argument" in done.stderr
+    done, jobs = submitted(tmp_path, script, DATA="")
+    assert done.returncode == 2 and not jobs and "error: DATA is not set" in done.stderr
 
 
 def test_the_batch_script_asks_slurm_for_what_it_counts_on():
