@@ -9,6 +9,7 @@ is, and answers to all ranks with one number and one token per prediction.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import batched
 from typing import Any
@@ -128,17 +129,8 @@ class MegatronModel(ScoringModel):
             sends.append(stage.send(self._hidden(own, one)))
             return None
         seen: list[tuple[Tensor, Tensor | None]] = []
-
-        def keep_all_make_one(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-            seen.append((args[0], kwargs.get("weight")))
-            return (args[0][-1:], *args[1:]), kwargs
-
-        layer = stage.module.output_layer
-        handle = layer.register_forward_pre_hook(keep_all_make_one, with_kwargs=True)
-        try:
+        with output_input(stage.module, seen):
             self._hidden(own, one)
-        finally:
-            handle.remove()
         ((hidden, weight),) = seen
         kept = hidden[own.kept.to(hidden.device)].transpose(0, 1)  # [b, rows here, h]
         found = self._score(kept, weight, own.targets.to(kept.device))
@@ -179,6 +171,27 @@ class MegatronModel(ScoringModel):
         for values in answer:
             self.stage.broadcast_from_last(values)
         return PassScores(*(values.cpu() for values in answer))
+
+
+@contextmanager
+def output_input(module: Any, seen: list[tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    """Put what the output layer is given, and its weight, into ``seen``; it computes one row.
+
+    On a stage without an output layer nothing happens.
+    """
+
+    def keep_all_make_one(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        seen.append((args[0], kwargs.get("weight")))
+        return (args[0][-1:], *args[1:]), kwargs
+
+    if not module.post_process:
+        yield
+        return
+    handle = module.output_layer.register_forward_pre_hook(keep_all_make_one, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class ContextShard:

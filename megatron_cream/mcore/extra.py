@@ -8,7 +8,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-_NAMES = ("hybrid", "te_cross_entropy", "rotation", "dual_chunk", "inprocess_restart")
+_NAMES = (
+    *("hybrid", "te_cross_entropy", "rotation", "dual_chunk", "inprocess_restart"),
+    "long_validation",
+)
 
 
 class Extra:

@@ -9,6 +9,8 @@ called with, and attention rotates by them (``attention_rotation``).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +72,16 @@ class PositionRotaryEmbedding(RotaryEmbedding):
         if self.scaling.varies_with_length:
             self.scaling = self.scaling.at_length(length)
             self.inv_freq = _inv_freq(self.scaling, self.inv_freq.device)
+
+    @contextmanager
+    def as_served(self) -> Iterator[None]:
+        """Turn all samples of a step by the length that is set, and afterwards as before."""
+        before = self.scaling, self.inv_freq, self._near_inv_freq
+        self._near_inv_freq = None
+        try:
+            yield
+        finally:
+            self.scaling, self.inv_freq, self._near_inv_freq = before
 
     def mix_windows(self) -> None:
         """Have every training step turn near samples as sequences of the original window.

@@ -105,12 +105,38 @@ def _write(scalars: ScalarsAt, iteration: int) -> None:
     args, writer, wandb = get_args(), get_tensorboard_writer(), get_wandb_writer()
     if (writer is None and wandb is None) or iteration % args.tensorboard_log_interval:
         return
-    values = scalars(args.consumed_train_samples)
+    write_scalars(scalars(args.consumed_train_samples), iteration)
+
+
+def write_scalars(values: dict[str, float], iteration: int) -> None:
+    """Write to TensorBoard and Weights & Biases, on the rank that has them."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
     for name, value in values.items():
         if writer is not None:
             writer.add_scalar(name, value, iteration)
     if wandb is not None:
         wandb.log(values, iteration)
+
+
+@patch(
+    "megatron.training.training:checkpoint_and_decide_exit",
+    needs=("model", "iteration"),
+    why="The one function that has the model and the optimizer after every iteration; Megatron's "
+    "own validation is tied to the trained length.",
+)
+def patch_checkpoint_and_decide_exit(
+    own: Callable[..., bool], after_iteration: Callable[..., None]
+) -> Callable[..., bool]:
+    """Have ``after_iteration`` called with the same arguments before a checkpoint is due."""
+
+    @functools.wraps(own)
+    def checkpoint_and_decide_exit(*args: Any, **kwargs: Any) -> bool:
+        after_iteration(*args, **kwargs)
+        return own(*args, **kwargs)
+
+    return checkpoint_and_decide_exit
 
 
 @patch(

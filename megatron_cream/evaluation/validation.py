@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validates a model at long lengths while it trains; ``extras.long_validation`` has the flags.
+
+At each length, the first tokens of held-out documents in one window (perplexity, LongPPL where key
+tokens are given), and a few cases of a retrieval task, all at plain positions. Figures go to the
+log, TensorBoard and Weights & Biases.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_cream.corpus.tokenizers import load_tokenizer
+from megatron_cream.errors import UserError
+from megatron_cream.evaluation.forward import ForwardPass, PassScores
+from megatron_cream.evaluation.haystacks import HaystackBuilder
+from megatron_cream.evaluation.key_tokens import SHORT, KeyTokens, read_key_tokens
+from megatron_cream.evaluation.open_model import read_first_tokens
+from megatron_cream.evaluation.perplexity import hash_documents
+from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.results import perplexity_of, short
+from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
+from megatron_cream.evaluation.store import write_whole
+from megatron_cream.evaluation.tasks import TASKS
+
+BEST, BEST_FILE = "best", "best.json"
+"""Folder in --save of the best checkpoint, and the file in it that says which and why."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One pass, and what its answer adds to the figures of its length.
+
+    Attributes:
+        one: the pass, ``[1, n]``.
+        of_document: whether it is of a document; else of a case.
+        read: returns four sums: of a document nats and targets, nats and number of key tokens; of
+            a case exact answers, cases, nats and tokens of the gold answer.
+    """
+
+    one: ForwardPass
+    of_document: bool
+    read: Callable[[PassScores], list[float]]
+
+
+def metric_names(args: Namespace) -> list[str]:
+    """Return the names of all figures of a run, as --keep-best has them."""
+    names = []
+    for length in sorted(set(args.validate_lengths)):
+        kinds = ["perplexity"]
+        kinds += ["longppl"] if args.validate_key_tokens and length > SHORT else []
+        if args.validate_cases:
+            kinds += [args.validate_task, f"{args.validate_task}-log-likelihood"]
+        names += [f"{kind}-{short(length)}" for kind in kinds]
+    return names
+
+
+def validate_inputs(args: Namespace) -> None:
+    """Check dataset, tokenizer, task and key tokens before a GPU is asked for.
+
+    Raises:
+        UserError, OSError: naming the flag or the file.
+    """
+    for length, questions in _make_questions(args).items():
+        highest = max(int(question.one.tokens.max()) for question in questions)
+        vocabulary = args.vocab_size or args.padded_vocab_size
+        if vocabulary is not None and highest >= vocabulary:
+            raise UserError(
+                f"--validate-data is {args.validate_data}: at {length} tokens it has token "
+                f"{highest}, --vocab-size is {vocabulary}"
+            )
+
+
+def _make_questions(args: Namespace) -> dict[int, list[Question]]:
+    """Return all passes by length."""
+    lengths = sorted(set(args.validate_lengths))
+    kept = None
+    if args.validate_key_tokens is not None:
+        kept = read_key_tokens(Path(args.validate_key_tokens), "--validate-key-tokens")
+    documents = _documents(args, kept, lengths[-1])
+    masks = kept.masks() if kept is not None else [None] * len(documents)
+    made: dict[int, list[Question]] = {}
+    for length in lengths:
+        made[length] = [
+            _ask_document(document[:length], None if mask is None else mask[:length])
+            for document, mask in zip(documents, masks, strict=True)
+        ]
+    if args.validate_cases:
+        for length, questions in _cases(args, lengths).items():
+            made[length] += questions
+    return made
+
+
+def _documents(args: Namespace, kept: KeyTokens | None, longest: int) -> list[np.ndarray]:
+    tokens = longest if kept is None else kept.document_tokens
+    if tokens < longest:
+        raise UserError(
+            f"--validate-lengths has {longest}: --validate-key-tokens is of documents of {tokens} "
+            "tokens; it must be at most that"
+        )
+    try:
+        documents = read_first_tokens(args.validate_data, args.validate_documents, tokens)
+    except UserError as error:
+        words = str(error).replace("--document-tokens", "--validate-lengths")
+        raise UserError(
+            words.replace("--data is", "--validate-data is").replace(
+                "--documents asks", "--validate-documents asks"
+            )
+        ) from None
+    if kept is not None and hash_documents(documents) != kept.data_content:
+        raise UserError(
+            f"--validate-key-tokens is {args.validate_key_tokens}: it is of other documents than "
+            f"the {len(documents)} of --validate-data"
+        )
+    return documents
+
+
+def _ask_document(tokens: np.ndarray, key: np.ndarray | None) -> Question:
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+
+    def read(scores: PassScores) -> list[float]:
+        nats = -scores.logprobs[0].numpy()
+        chosen = np.zeros(len(nats), dtype=bool) if key is None else key[1:]
+        return [nats.sum(), len(nats), nats[chosen].sum(), chosen.sum()]
+
+    rows = torch.arange(len(tokens) - 1)
+    return Question(ForwardPass(ids[:, :-1], rows, ids[:, 1:]), True, read)
+
+
+def _cases(args: Namespace, lengths: list[int]) -> dict[int, list[Question]]:
+    if args.validate_task not in TASKS:
+        raise UserError(
+            f"--validate-task is {args.validate_task}: it must be one of {', '.join(TASKS)}"
+        )
+    if args.tokenizer_type not in ("HuggingFaceTokenizer", "SentencePieceTokenizer"):
+        raise UserError(
+            f"--validate-cases is {args.validate_cases} with --tokenizer-type "
+            f"{args.tokenizer_type}: cases are text; it must be 0, or the tokenizer one of text"
+        )
+    tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    prompt = Prompt(tokenizer, folder=args.tokenizer_model)
+    task, builder = TASKS[args.validate_task], HaystackBuilder(prompt, [])
+    made = {}
+    for length in lengths:
+        haystacks = task.make(builder, length, 0, args.validate_cases)
+        batches = make_batches(haystacks, 1, share=False)  # one case per pass
+        made[length] = [_ask_case(batch) for batch in batches]
+    return made
+
+
+def _ask_case(batch: Any) -> Question:
+    def read(scores: PassScores) -> list[float]:
+        (case,) = read_scores(batch, scores)
+        return [float(case.hit), 1.0, case.logprob, case.answer_tokens]
+
+    return Question(make_pass(batch), False, read)
+
+
+class Validation:
+    """What a run does every --validate-interval iterations, and at its end.
+
+    Args:
+        args: Megatron's, with our flags.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self._questions: dict[int, list[Question]] | None = None
+
+    def after_iteration(
+        self,
+        model: list[Any],
+        optimizer: Any,
+        opt_param_scheduler: Any,
+        iteration: int,
+        operations: float,
+        *_: Any,
+    ) -> None:
+        """Validate if it is time; the arguments are those of ``checkpoint_and_decide_exit``."""
+        if iteration % self.args.validate_interval and iteration != self.args.train_iters:
+            return
+        from megatron.training import get_timers
+        from megatron.training.training import save_checkpoint_and_time
+
+        get_timers()("interval-time").stop()
+        begin = time.perf_counter()
+        values = self._measure(model)
+        _tell(values, iteration, time.perf_counter() - begin)
+        get_timers()("interval-time", log_level=0).start(barrier=True)
+        if self.args.keep_best is not None and self._is_best(values):
+            with _weights_alone_to(self.args, self._folder):
+                save_checkpoint_and_time(
+                    iteration, model, optimizer, opt_param_scheduler, operations, {}
+                )
+            self._note_best(values, iteration)
+
+    def _measure(self, model: list[Any]) -> dict[str, float]:
+        """Return all figures by name, on every rank."""
+        if self._questions is None:
+            self._questions = _make_questions(self.args)
+        found = {}
+        with _as_served(self.args, model) as rotaries:
+            for length, questions in self._questions.items():
+                for rotary in rotaries:
+                    rotary.set_length(length)
+                sums = _ask(self.args, model, length, questions)
+                found |= self._figures(length, questions, sums)
+        return found
+
+    def _figures(
+        self, length: int, questions: list[Question], sums: np.ndarray
+    ) -> dict[str, float]:
+        of_document = np.array([question.of_document for question in questions])
+        nats, targets, key_nats, keys = sums[of_document].sum(0)
+        name, task = short(length), self.args.validate_task
+        found = {f"perplexity-{name}": perplexity_of(nats / targets)}
+        if self.args.validate_key_tokens is not None and length > SHORT:
+            found[f"longppl-{name}"] = perplexity_of(key_nats / keys) if keys else math.nan
+        if not of_document.all():
+            hits, cases, logprob, tokens = sums[~of_document].sum(0)
+            found[f"{task}-{name}"] = hits / cases
+            found[f"{task}-log-likelihood-{name}"] = logprob / tokens
+        return {name: float(value) for name, value in found.items()}
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.save) / BEST
+
+    def _is_best(self, values: dict[str, float]) -> bool:
+        """Return whether the metric is better than before, also before an earlier stop."""
+        metric = self.args.keep_best
+        before = _read_best(self._folder)
+        # Every rank has read the file before the first one may write it.
+        torch.distributed.barrier()
+        if before is None or before["metric"] != metric:
+            return not math.isnan(values[metric])
+        if metric.startswith(("perplexity", "longppl")):
+            return values[metric] < before["value"]
+        return values[metric] > before["value"]
+
+    def _note_best(self, values: dict[str, float], iteration: int) -> None:
+        """Write which checkpoint is the best, and remove the one that was."""
+        if torch.distributed.get_rank() == 0:
+            before = _read_best(self._folder)
+            metric = self.args.keep_best
+            kept = {"metric": metric, "value": values[metric], "iteration": iteration}
+            text = json.dumps(kept | {"figures": values}, indent=2) + "\n"
+            write_whole(self._folder / BEST_FILE, text.encode())
+            # The one that the file named, and nothing else: the rest may be a user's.
+            if before is not None and before["iteration"] != iteration:
+                shutil.rmtree(self._folder / f"iter_{before['iteration']:07d}", ignore_errors=True)
+        torch.distributed.barrier()
+
+
+def _read_best(folder: Path) -> dict[str, Any] | None:
+    path = folder / BEST_FILE
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+@contextmanager
+def _weights_alone_to(args: Namespace, folder: Path) -> Iterator[None]:
+    """Have checkpoints saved in ``folder`` without the optimizer: to export, not to go on from."""
+    changes = {"save": str(folder), "no_save_optim": True, "no_save_rng": True, "async_save": False}
+    before = {name: getattr(args, name) for name in changes}
+    vars(args).update(changes)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+def _tell(values: dict[str, float], iteration: int, seconds: float) -> None:
+    from megatron.training.utils import print_rank_last
+
+    from megatron_cream.mcore.trainer import write_scalars
+
+    words = " | ".join(f"{name}: {value:.6g}" for name, value in values.items())
+    print_rank_last(f" validation after iteration {iteration} | {words} | {seconds:.1f} s")
+    write_scalars({f"validation/{name}": value for name, value in values.items()}, iteration)
+
+
+def _ask(args: Namespace, model: list[Any], length: int, questions: list[Question]) -> np.ndarray:
+    """Return the sums of every question ``[questions, 4]``, on every rank."""
+    from megatron.core import mpu
+
+    from megatron_cream.evaluation.scheduled import length_step, pad_pass, run_scheduled
+
+    step, rank = length_step(), mpu.get_data_parallel_rank()
+    ranks, stages = mpu.get_data_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size()
+    own = list(range(rank, len(questions), ranks))
+    # Every rank takes part in as many passes; what one has too few of is asked once more.
+    most = -(-len(questions) // ranks)
+    most = -(-most // stages) * stages
+    asked = own + [0] * (most - len(own))
+    tokens = -(-length // step) * step
+    passes = [pad_pass(questions[index].one, step) for index in asked]
+    assert all(one.tokens.shape[1] == tokens for one in passes)
+    vocabulary = args.vocab_size or args.padded_vocab_size
+    answers = run_scheduled(model, passes, vocabulary)
+    device = next(model[0].parameters()).device
+    sums = torch.zeros(len(questions), 4, dtype=torch.float64, device=device)
+    first = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
+    if answers and first:
+        for index, scores in zip(own, answers, strict=False):
+            sums[index] = torch.tensor(questions[index].read(scores), dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return sums.cpu().numpy()
+
+
+@contextmanager
+def _as_served(args: Namespace, model: list[Any]) -> Iterator[list[Any]]:
+    """Gather weights that an overlapped optimizer has not yet; yield the chunks' rotaries.
+
+    Their lengths may be set: afterwards they turn as in training again.
+    """
+    from megatron.core.utils import unwrap_model
+    from megatron.training import training
+
+    overlaps = training.should_disable_forward_pre_hook(args)
+    if overlaps:
+        training.disable_forward_pre_hook(model)
+    try:
+        with ExitStack() as stack:
+            rotaries = [unwrap_model(chunk).rotary_pos_emb for chunk in model]
+            for rotary in rotaries:
+                stack.enter_context(rotary.as_served())
+            yield rotaries
+    finally:
+        if overlaps:
+            training.enable_forward_pre_hook(model)

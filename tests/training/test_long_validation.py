@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation while training measures what evaluation of the checkpoint does, at any layout."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import calls, ranks, recorder
+from support.arguments import arguments
+from support.evaluation import VOCABULARY, write_small_hf
+
+from megatron_cream.evaluation.forward import PassScores
+from megatron_cream.evaluation.open_model import open_model, open_prompt
+from megatron_cream.evaluation.perplexity import score_perplexity
+from megatron_cream.evaluation.scoring import score_cases
+from megatron_cream.evaluation.validation import _ask_document
+
+pytestmark = pytest.mark.usefixtures("cpu_megatron")
+
+LENGTHS = (96, 400)
+ASKED = ("--validate-lengths", "96", "--validate-data", "held-out")
+
+
+def train(folder, words):
+    """Train on two ranks; returns the figures of each validation, and the log of the last rank."""
+    board = ["--tensorboard-dir", str(folder / "board")]
+    calls.call(folder, recorder.train, 2, [*words, *board], str(folder / "scalars"))
+    found = {}
+    for line in (folder / "scalars").read_text().splitlines():
+        _, name, value, iteration = json.loads(line)
+        if name.startswith("validation/"):
+            found.setdefault(iteration, {})[name.removeprefix("validation/")] = value
+    return found, (folder / "rank1.log").read_text()
+
+
+def asked(dataset, *more):
+    return [
+        *("--validate-lengths", *map(str, LENGTHS), "--validate-data", dataset),
+        *("--validate-interval", "4", "--validate-documents", "3", *more),
+    ]
+
+
+def perplexities(checkpoint, dataset):
+    settings = arguments(
+        checkpoint=str(checkpoint), data=dataset, lengths=LENGTHS, documents=3, truncate=True
+    )
+    rows = score_perplexity(settings, open_model(settings))["lengths"]
+    return {f"perplexity-{row['length']}": row["perplexity"] for row in rows}
+
+
+LAYOUTS = {
+    "tensor": ["--tensor-model-parallel-size", "2"],
+    "virtual stages": [
+        *("--pipeline-model-parallel-size", "2"),
+        *("--num-layers-per-virtual-pipeline-stage", "1"),
+    ],
+    "data": [],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_measures_what_evaluation_does(tmp_path, dataset, flags, initial, layout):
+    save = tmp_path / "out"
+    words = [*flags, *LAYOUTS[layout], "--pretrained-checkpoint", initial, "--save", str(save)]
+    words += ["--save-interval", "10"]
+    words += asked(dataset, "--validate-cases", "0", "--keep-best", "perplexity-400")
+    found, log = train(tmp_path, words)
+    assert sorted(found) == [4, 8, 10]
+    assert found[10] == pytest.approx(perplexities(save, dataset), rel=1e-4)
+    shown = f"{found[8]['perplexity-96']:.6g} | perplexity-400: {found[8]['perplexity-400']:.6g}"
+    assert f" validation after iteration 8 | perplexity-96: {shown} | " in log
+    # The best one is a checkpoint of its own, and the only one there.
+    best = json.loads((save / "best" / "best.json").read_text())
+    assert best["value"] == min(values["perplexity-400"] for values in found.values())
+    assert best["figures"] == found[best["iteration"]]
+    assert perplexities(save / "best", dataset) == pytest.approx(best["figures"], rel=1e-4)
+    kept = [path.name for path in (save / "best").glob("iter_*")]
+    assert kept == [f"iter_{best['iteration']:07d}"]
+
+
+def test_training_goes_on_as_without_it(tmp_path, dataset, flags, initial):
+    """No loss differs in a bit: weights, dropout's state and the angles of training stay."""
+    words = [*flags, "--pretrained-checkpoint", initial, "--attention-dropout", "0.1"]
+    plain = ranks.train(tmp_path / "plain", words)
+    validated = ranks.train(tmp_path / "ours", [*words, *asked(dataset, "--validate-cases", "0")])
+    assert validated.losses == plain.losses
+
+
+def test_cases_are_those_of_evaluation(tmp_path, dataset, flags):
+    tokenizer = write_small_hf(tmp_path / "hf")
+    at = flags.index("NullTokenizer")
+    words = [*flags[: at - 1], *flags[at + 3 :], "--tokenizer-type", "HuggingFaceTokenizer"]
+    words += [
+        "--tokenizer-model",
+        tokenizer,
+        "--vocab-size",
+        str(VOCABULARY),
+        "--tensor-model-parallel-size",
+        "2",
+    ]
+    words += ["--save", str(tmp_path / "out"), "--save-interval", "10"]
+    words += asked(dataset, "--validate-task", "passkey", "--validate-cases", "3")
+    words[words.index("96", words.index("--validate-lengths"))] = "640"
+    found, _ = train(tmp_path, words)
+    settings = arguments(
+        tasks=["passkey"], checkpoint=str(tmp_path / "out"), lengths=[640], cases=3, seeds=1
+    )
+    prompt = open_prompt(settings)
+    (row,) = score_cases(settings, open_model(settings), prompt, "passkey", None)["lengths"]
+    wanted = row["logprob_per_token"]
+    assert found[10]["passkey-log-likelihood-640"] == pytest.approx(wanted, rel=1e-4)
+    assert found[10]["passkey-640"] == row["hit"]
+
+
+def test_key_tokens_are_summed_apart():
+    tokens, key = np.arange(10), np.zeros(10, dtype=bool)
+    key[[4, 7]] = True
+    question = _ask_document(tokens, key)
+    scores = PassScores(-torch.arange(1, 10.0)[None].double(), None)
+    assert question.read(scores) == [45, 9, 4 + 7, 2]
+
+
+WITHOUT_CASES = ("--validate-cases", "0")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--keep-best", "perplexity-32K"], "--keep-best is perplexity-32K: it needs --validate-l"),
+        (["--validate-lengths", "96"], "--validate-data is missing"),
+        ([*ASKED, "--keep-best", "loss"], "--keep-best is loss: it must be one of perplexity-96,"),
+        ([*ASKED, "--validate-interval", "0"], "--validate-interval is 0: it must be at least 1"),
+        ([*ASKED, "--keep-best", "perplexity-96"], "--keep-best is perplexity-96: it needs --save"),
+        ([*ASKED, *WITHOUT_CASES], "held-out"),
+        ([*ASKED, "--validate-data", "DATA"], "--validate-cases is 4 with --tokenizer-type NullTo"),
+        (
+            [*ASKED, "--validate-data", "DATA", "--validate-task", "x"],
+            "--validate-task is x: it must be one of passkey,",
+        ),
+        (
+            [*ASKED, *WITHOUT_CASES, "--validate-data", "DATA", "--validate-lengths", "9000"],
+            "of its documents have 9000 tokens",
+        ),
+        (
+            [*ASKED, *WITHOUT_CASES, "--validate-data", "DATA", "--vocab-size", "50"],
+            "token",
+        ),
+    ],
+)
+def test_wrong_flags(refused, dataset, more, message):
+    assert message in refused(*(dataset if word == "DATA" else word for word in more))
