@@ -91,15 +91,9 @@ def test_cases_are_those_of_evaluation(tmp_path, dataset, flags):
     tokenizer = write_small_hf(tmp_path / "hf")
     at = flags.index("NullTokenizer")
     words = [*flags[: at - 1], *flags[at + 3 :], "--tokenizer-type", "HuggingFaceTokenizer"]
-    words += [
-        "--tokenizer-model",
-        tokenizer,
-        "--vocab-size",
-        str(VOCABULARY),
-        "--tensor-model-parallel-size",
-        "2",
-    ]
-    words += ["--save", str(tmp_path / "out"), "--save-interval", "10"]
+    words += ["--tokenizer-model", tokenizer, "--padded-vocab-size", str(VOCABULARY)]
+    words += ["--tensor-model-parallel-size", "2", "--save", str(tmp_path / "out")]
+    words += ["--save-interval", "10"]
     words += asked(dataset, "--validate-task", "passkey", "--validate-cases", "3")
     words[words.index("96", words.index("--validate-lengths"))] = "640"
     found, _ = train(tmp_path, words)
