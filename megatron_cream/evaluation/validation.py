@@ -24,16 +24,16 @@ import torch
 
 from megatron_cream.corpus.tokenizers import load_tokenizer
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.forward import ForwardPass, PassScores
 from megatron_cream.evaluation.haystacks import HaystackBuilder
+from megatron_cream.evaluation.intervals import perplexity_of
 from megatron_cream.evaluation.key_tokens import SHORT, KeyTokens, read_key_tokens
-from megatron_cream.evaluation.open_model import read_first_tokens
-from megatron_cream.evaluation.perplexity import hash_documents
+from megatron_cream.evaluation.perplexity import hash_documents, read_first_tokens
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.results import perplexity_of, short
+from megatron_cream.evaluation.results import short
 from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
 from megatron_cream.evaluation.store import write_whole
-from megatron_cream.evaluation.tasks import TASKS
 
 BEST, BEST_FILE = "best", "best.json"
 """Folder in --save of the best checkpoint, and the file in it that says which and why."""

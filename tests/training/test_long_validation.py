@@ -10,9 +10,10 @@ from support import calls, ranks, recorder
 from support.arguments import arguments
 from support.evaluation import VOCABULARY, write_small_hf
 
+from megatron_cream.evaluation.evaluate import open_model
 from megatron_cream.evaluation.forward import PassScores
-from megatron_cream.evaluation.open_model import open_model, open_prompt
 from megatron_cream.evaluation.perplexity import score_perplexity
+from megatron_cream.evaluation.prompts import open_prompt
 from megatron_cream.evaluation.scoring import score_cases
 from megatron_cream.evaluation.validation import _ask_document
 
