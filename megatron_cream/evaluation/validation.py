@@ -210,7 +210,7 @@ class Validation:
         """Return all figures by name, on every rank."""
         if self._questions is None:
             self._questions = _make_questions(self.args)
-        found = {}
+        found: dict[str, float] = {}
         with _as_served(self.args, model) as rotaries:
             for length, questions in self._questions.items():
                 for rotary in rotaries:

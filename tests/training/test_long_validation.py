@@ -12,7 +12,7 @@ from support.evaluation import VOCABULARY, write_small_hf
 
 from megatron_cream.evaluation.evaluate import open_model
 from megatron_cream.evaluation.forward import PassScores
-from megatron_cream.evaluation.perplexity import score_perplexity
+from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
 from megatron_cream.evaluation.prompts import open_prompt
 from megatron_cream.evaluation.scoring import score_cases
 from megatron_cream.evaluation.validation import _ask_document
@@ -46,7 +46,9 @@ def perplexities(checkpoint, dataset):
     settings = arguments(
         checkpoint=str(checkpoint), data=dataset, lengths=LENGTHS, documents=3, truncate=True
     )
-    rows = score_perplexity(settings, open_model(settings))["lengths"]
+    model = open_model(settings)
+    documents = open_documents(settings, model)
+    rows = score_perplexity(settings, model, documents)["lengths"]
     return {f"perplexity-{row['length']}": row["perplexity"] for row in rows}
 
 
@@ -102,7 +104,7 @@ def test_cases_are_those_of_evaluation(tmp_path, dataset, flags):
         tasks=["passkey"], checkpoint=str(tmp_path / "out"), lengths=[640], cases=3, seeds=1
     )
     prompt = open_prompt(settings)
-    (row,) = score_cases(settings, open_model(settings), prompt, "passkey", None)["lengths"]
+    (row,) = score_cases(settings, open_model(settings), prompt, "passkey")["lengths"]
     wanted = row["logprob_per_token"]
     assert found[10]["passkey-log-likelihood-640"] == pytest.approx(wanted, rel=1e-4)
     assert found[10]["passkey-640"] == row["hit"]
