@@ -8,9 +8,10 @@ import gzip
 import io
 import lzma
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -41,12 +42,17 @@ class TextInputs:
     Attributes:
         files: every file to read; folders and patterns are already expanded, sorted by path.
         skipped: how many files in the folders were of a kind that folders do not take.
-        total_bytes: size of all files on disk (compressed size of compressed ones).
+        statuses: what the system says of each; None for standard input.
     """
 
     files: tuple[Path, ...]
     skipped: int
-    total_bytes: int
+    statuses: tuple[os.stat_result | None, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files on disk (compressed size of compressed ones)."""
+        return sum(status.st_size for status in self.statuses if status is not None)
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,10 @@ class InputFile:
     modified_ns: int
 
     @classmethod
-    def of(cls, path: Path, format: str) -> InputFile:
-        """Look at a file; standard input has no size."""
-        if path == STDIN:
+    def of(cls, path: Path, format: str, status: os.stat_result | None) -> InputFile:
+        """Keep what the system says of a file; standard input, None, has no size."""
+        if status is None:
             return cls(str(path), format, 0, 0)
-        status = path.stat()
         return cls(str(path), format, status.st_size, status.st_mtime_ns)
 
 
@@ -101,7 +106,7 @@ def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
         )
     if files.count(STDIN) > 1:
         raise UserError("--input - -: standard input can be read once only")
-    return TextInputs(tuple(files), skipped, sum(map(_validated_size, files)))
+    return TextInputs(tuple(files), skipped, tuple(map(_validated_status, files)))
 
 
 def format_of(path: Path, given: str | None = None) -> str:
@@ -149,20 +154,23 @@ def _list_folder(folder: Path) -> tuple[list[Path], int]:
     return taken, len(every) - len(taken)
 
 
-def _validated_size(path: Path) -> int:
+def _validated_status(path: Path) -> os.stat_result | None:
+    """Look at a file once: on a file system of a cluster that is what many files cost."""
     if path == STDIN:
-        return 0
-    if not path.is_file():
+        return None
+    status = None
+    with suppress(OSError):  # a link to nothing
+        status = path.stat()
+    if status is None or not stat.S_ISREG(status.st_mode):
         raise UserError(f"--input {path}: not a regular file, needs a file or a folder")
     content, compression = _suffixes(path)
     if compression == ".zst":
         _import_zstandard(path)
     if compression and _FORMAT_OF.get(content) in (PARQUET, ARROW):
         raise UserError(f"--input {path}: needs a {content} file that is not compressed again")
-    size = path.stat().st_size
-    if compression and size == 0:
+    if compression and status.st_size == 0:
         raise UserError(f"--input {path}: is empty, needs a whole {compression} file")
-    return size
+    return status
 
 
 def _import_zstandard(path: Path) -> Any:

@@ -158,7 +158,7 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
     inputs = find_inputs(config.input)
     _validate_paths(config, prefix, inputs.files)
     formats = [format_of(path, config.input_format) for path in inputs.files]
-    files = tuple(map(InputFile.of, inputs.files, formats))
+    files = tuple(map(InputFile.of, inputs.files, formats, inputs.statuses))
     job = PreprocessJob(
         config=config,
         prefix=prefix,
@@ -226,8 +226,12 @@ def _make_dataset(
     total = sum(map(job.unit_size, units))
     with _Bar(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         _encode_units(job, units, chosen, bar.update, folder)
-    for file in job.files:
-        if file != InputFile.of(Path(file.path), file.format):
+    read = {span.path for unit in units for span in job.units[unit]}
+    for file in job.files:  # those of other shards are theirs to look at
+        path = Path(file.path)
+        if file.path not in read or path == STDIN:
+            continue
+        if file != InputFile.of(path, file.format, path.stat()):
             raise UserError(
                 f"--input {file.path}: changed while it was read, needs to stay as it is; start "
                 "again with --restart"

@@ -182,6 +182,27 @@ def test_input_that_changes_meanwhile_is_an_error(job, run, monkeypatch):
     assert not os.path.exists(job.output_prefix + ".idx")
 
 
+def test_a_shard_leaves_files_of_other_shards_to_them(job, run, tmp_path, monkeypatch):
+    """It looks at each once, for the cut, and at its own once more."""
+    from megatron_cream.corpus import preprocess as module
+
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(Path(job.input[0]).read_bytes())
+    true_encode, looked = module._encode_units, []
+
+    def encode_units(*arguments):
+        true_encode(*arguments)
+        other.write_text("")
+
+    monkeypatch.setattr(module, "_encode_units", encode_units)
+    own = module.InputFile.of
+    monkeypatch.setattr(
+        module.InputFile, "of", lambda path, *rest: looked.append(path.name) or own(path, *rest)
+    )
+    run(job, input=(job.input[0], str(other)), shard=(0, 2), part_bytes=100)
+    assert sorted(looked) == ["in.jsonl", "in.jsonl", "other.jsonl"]
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("limit", [3_000, 100_000])
 def test_full_disk(big, run, outputs, workers, limit):
