@@ -46,8 +46,8 @@ has 4 micro-batches, beside the same model with 16.
 RING_LAUNCHES = 0.46
 """What each further rank of a context ring adds to the host's launches of a layer, as a share.
 
-From 8 layers of Llama-2-7B at CP2 on two H200s: twice the tokens take 1.26 times as long there, so
-that it is not kernels that the shorter step waits for; 10.5 ms per layer to 7.2 at TP2.
+Calibrated on one row, 8 layers of Llama-2-7B at CP2 on two H200s: 10.5 ms per layer to 7.2 at TP2.
+That it is launches is inferred, not profiled: twice the tokens take 1.26 times as long there.
 """
 
 PIECE_TOKENS = 1024
