@@ -242,13 +242,23 @@ class ExtensionConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ExtensionConfig:
-        """Inverse of ``to_dict``; settings that a newer version added keep their defaults."""
+        """Inverse of ``to_dict``; settings that a newer version added keep their defaults.
+
+        Raises:
+            UserError: a setting that this version does not have.
+        """
         left, own = dict(values), dict(values.get("position_options", {}))
         for name, strategy in STRATEGIES.items():
             named = {option: strategy.setting(option) for option in strategy.declared()}
             found = {option: left.pop(key) for option, key in named.items() if key in left}
             if name == values.get("position_strategy", cls.position_strategy):
                 own |= found
+        unknown = sorted(left.keys() - {one.name for one in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(
+                f"the checkpoint's settings have {unknown[0]}: this version of megatron_cream does "
+                "not know it; it must be read by the version that wrote it"
+            )
         return cls(**left | {"position_options": own})
 
     def differences(self, other: ExtensionConfig) -> list[str]:
