@@ -16,7 +16,7 @@ ruler             RULER's thirteen tasks, case for case, answered greedily; its 
 results           shares, perplexities and tables; store keeps them, result_files reads them
 intervals         95 % intervals of them; pictures draws them, by charts; compare several runs
 results_page      finished runs in one page (html_page), or in a model card
-validation        figures of a model while it trains (scheduled: through Megatron's own schedule)
+while_training    figures of a model while it trains (scheduled: through Megatron's own schedule)
 lm_eval           a model class for lm-eval
 conversation      the command ``megatron-cream chat``
 """

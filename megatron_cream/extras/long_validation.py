@@ -3,7 +3,7 @@
 
 Megatron's own validation has samples of the trained length at drawn positions. Here held-out
 documents stand whole, at plain positions, at the lengths that the run is for;
-``evaluation.validation`` asks and measures.
+``evaluation.while_training`` asks and measures.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LongValidation(Extra):
                 "leave it out, and evaluate checkpoints"
             )
         _validate_megatron(args)
-        from megatron_cream.evaluation.validation import metric_names
+        from megatron_cream.evaluation.while_training import metric_names
 
         names = metric_names(args)
         if args.keep_best is not None and args.keep_best not in names:
@@ -69,14 +69,14 @@ class LongValidation(Extra):
 
     def validate_machine(self, args: Namespace) -> None:
         if args.validate_lengths is not None:
-            from megatron_cream.evaluation.validation import validate_inputs
+            from megatron_cream.evaluation.while_training import validate_inputs
 
             validate_inputs(args)
 
     def configure(self, config: Any, args: Namespace, extension: Any) -> None:
         if getattr(args, "validate_lengths", None) is None:
             return
-        from megatron_cream.evaluation.validation import Validation
+        from megatron_cream.evaluation.while_training import Validation
 
         patch_checkpoint_and_decide_exit.apply(Validation(args).after_iteration)
 
@@ -111,7 +111,7 @@ def _validate_megatron(args: Namespace) -> None:
 
 
 def _validate_best(args: Namespace) -> None:
-    from megatron_cream.evaluation.validation import BEST, BEST_FILE
+    from megatron_cream.evaluation.while_training import BEST, BEST_FILE
 
     if not args.save:
         raise UserError(f"--keep-best is {args.keep_best}: it needs --save as well")

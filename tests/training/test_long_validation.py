@@ -15,7 +15,7 @@ from megatron_cream.evaluation.forward import PassScores
 from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
 from megatron_cream.evaluation.prompts import open_prompt
 from megatron_cream.evaluation.scoring import score_cases
-from megatron_cream.evaluation.validation import _ask_document
+from megatron_cream.evaluation.while_training import _ask_document
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
