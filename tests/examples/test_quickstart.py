@@ -96,6 +96,7 @@ def compared(smoke, tmp_path_factory, quick_python):
     return work, start("cream:yarn:1e-3", "pose:yarn:1e-3", script="compare.sh", **given)
 
 
+@pytest.mark.slow
 def test_ways_are_compared_with_the_model_before(compared):
     work, done = compared
     assert done.returncode == 0, done.stderr[-4000:]
