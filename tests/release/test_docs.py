@@ -179,7 +179,7 @@ def test_site_builds_without_a_warning(tmp_path):
     assert not list((tmp_path / "site").rglob("*.py"))
     start = (tmp_path / "site" / "index.html").read_text()
     assert 'href="https://github.com/owner/name"' in start
-    assert "megatron-cream extend" in start
+    assert "megatron-cream" in start and "SmolLM2-135M-32K" in start
     assert (tmp_path / "site" / "install" / "index.html").is_file()
     seen = re.sub(r"(?s)<!--.*?-->", "", start)
     index = (tmp_path / "site" / "search" / "search_index.json").read_text()
