@@ -18,7 +18,7 @@ from typing import Any
 from megatron_cream.checkpoint.weight_map import FAMILIES, Family, WeightPart, WeightRow
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import flag, integer, number
-from megatron_cream.mcore.argument_table import flag_of, values
+from megatron_cream.mcore.argument_table import flag_of, values, vocabulary
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def shape_from_arguments(args: Namespace, architecture: str | None = None) -> Mo
         heads=heads,
         groups=args.num_query_groups if args.group_query_attention else heads,
         head_dim=args.kv_channels or args.hidden_size // heads,
-        vocabulary=args.vocab_size or args.padded_vocab_size,
+        vocabulary=vocabulary(args),
         norm_epsilon=args.layernorm_epsilon,
         tied=not args.untie_embeddings_and_output_weights,
         qkv_bias=bool(args.add_qkv_bias or args.add_bias_linear),

@@ -72,7 +72,7 @@ class MegatronModel(ScoringModel):
             self.extension.original_length,
             self.extension.target_length,
         )
-        self.vocabulary = loaded.args.vocab_size or loaded.args.padded_vocab_size
+        self.vocabulary = loaded.args.vocab_size
         self.primary = torch.distributed.get_rank() == 0
         # Megatron's own attention makes an O(s^2) matrix, Transformer Engine's knows no tails.
         self.shares_context = layout.context == 1 and self.stage.replace_core_attention(

@@ -34,6 +34,7 @@ from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.results import short
 from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
 from megatron_cream.evaluation.store import write_whole
+from megatron_cream.mcore.argument_table import vocabulary
 
 BEST, BEST_FILE = "best", "best.json"
 """Folder in --save of the best checkpoint, and the file in it that says which and why."""
@@ -75,11 +76,11 @@ def validate_inputs(args: Namespace) -> None:
     """
     for length, questions in _make_questions(args).items():
         highest = max(int(question.one.tokens.max()) for question in questions)
-        vocabulary = args.vocab_size or args.padded_vocab_size
-        if vocabulary is not None and highest >= vocabulary:
+        known = vocabulary(args)
+        if known is not None and highest >= known:
             raise UserError(
                 f"--validate-data is {args.validate_data}: at {length} tokens it has token "
-                f"{highest}, --vocab-size is {vocabulary}"
+                f"{highest}, --vocab-size is {known}"
             )
 
 
@@ -307,8 +308,7 @@ def _ask(args: Namespace, model: list[Any], length: int, questions: list[Questio
     tokens = -(-length // step) * step
     passes = [pad_pass(questions[index].one, step) for index in asked]
     assert all(one.tokens.shape[1] == tokens for one in passes)
-    vocabulary = args.vocab_size or args.padded_vocab_size
-    answers = run_scheduled(model, passes, vocabulary)
+    answers = run_scheduled(model, passes, vocabulary(args))
     device = next(model[0].parameters()).device
     sums = torch.zeros(len(questions), 4, dtype=torch.float64, device=device)
     first = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0

@@ -340,3 +340,12 @@ def rotary_dim(args: Namespace) -> int:
     """Return the rotated dimensions of a head, as Megatron computes them."""
     head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
     return int(head_dim * args.rotary_percent) if args.rotary_percent < 1.0 else head_dim
+
+
+def vocabulary(args: Namespace) -> int | None:
+    """Return the tokens that a model has, padding left out as far as the arguments tell.
+
+    Megatron pads what its tokenizer has, whatever --vocab-size says: that may be more than the
+    model's rows.
+    """
+    return min(filter(None, (args.vocab_size, args.padded_vocab_size)), default=None)

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.argument_table import values
+from megatron_cream.mcore.argument_table import values, vocabulary
 from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.mcore.hooks import model_config
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
@@ -80,10 +80,11 @@ def build_model(args: Namespace, extension: ExtensionConfig, layout: ParallelLay
     args.context_parallel_size = layout.context
     if is_installed():
         vars(args).update(values("cpu"))
-    if args.vocab_size and args.padded_vocab_size:
+    args.vocab_size = tokens = vocabulary(args)
+    if tokens and args.padded_vocab_size:
         # Padded rows would take part in the softmax; no token has their ids. Tensor parallelism
         # needs some: evaluation leaves them out.
-        args.padded_vocab_size = -(-args.vocab_size // layout.tensor) * layout.tensor
+        args.padded_vocab_size = -(-tokens // layout.tensor) * layout.tensor
     config = model_config(args, extension)
     (module,) = config.get_builder_cls()(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),

@@ -76,6 +76,22 @@ def test_one_process(checkpoint, from_hf, text, tmp_path):
 
 
 @pytest.mark.usefixtures("cpu_megatron")
+def test_more_tokens_named_than_there_are_rows(checkpoint, from_hf, text, tmp_path, monkeypatch):
+    """As a run saves it whose --vocab-size is above its tokenizer's: no rows of zeros are added."""
+    from megatron_cream.checkpoint import loading
+
+    def saved(folder):
+        args = require_arguments(folder)
+        args.vocab_size = args.padded_vocab_size + 100
+        return args
+
+    require_arguments = loading.require_arguments
+    monkeypatch.setattr(loading, "require_arguments", saved)
+    run(arguments(checkpoint=checkpoint, data=text, documents=3, output=f"{tmp_path}/perplexity"))
+    agree(lines(tmp_path / "perplexity"), lines(from_hf / "perplexity"))
+
+
+@pytest.mark.usefixtures("cpu_megatron")
 def test_rulers_answers(checkpoint, small_hf, tmp_path):
     """Whole passes write what is written with keys and values kept."""
     settings = {"tasks": ["ruler"], "ruler_tasks": ["fwe"], "lengths": [600], "samples": 1}
