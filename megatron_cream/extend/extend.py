@@ -35,17 +35,8 @@ _SETTINGS_FILE = "settings.json"
 _FREE = ("dry_run", "workers", "reuse")  # may change between a run and its continuation
 # What the import, the datasets and the first scores follow from: must agree to take them over.
 _SHARED = (
-    *(
-        "hf",
-        "text",
-        "held_out",
-        "window",
-        "target_length",
-        "retrieval_share",
-        "retrieval_loss",
-        "steps",
-    ),
-    *("global_batch_size", "lengths", "tasks", "cases"),
+    *("hf", "text", "held_out", "window", "target_length", "retrieval_share", "retrieval_loss"),
+    *("steps", "global_batch_size", "lengths", "tasks", "cases"),
 )
 
 
