@@ -172,17 +172,18 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
     from megatron_cream.evaluation.store import note_missing_matplotlib, write_table
 
     # What can be refused without a model is refused before one is loaded.
-    lengths = set(settings.lengths)
+    lengths = set(settings.lengths if settings.cases_file is None else ())
     has_cases = not set(settings.tasks) <= set(PER_DOCUMENT)
     prompt = open_prompt(settings) if has_cases else None
     ruler_cases = open_cases(settings, prompt) if prompt and "ruler" in settings.tasks else {}
     for task in settings.tasks:
         if prompt and task not in (*PER_DOCUMENT, "ruler"):
             lengths.update(validate_fit(settings, prompt, task))
-    model = open_model(settings)
+    model = open_model(settings, max(lengths))
     if prompt:
         validate_vocabulary(prompt.tokenizer, model)
-    _note_longer_than_window(lengths, model)
+    flag = "--lengths" if settings.cases_file is None else "--cases-file"
+    _note_longer_than_window(flag, lengths, model)
     documents = open_documents(settings, model) if "perplexity" in settings.tasks else []
     results = []
     for task in settings.tasks:
@@ -203,8 +204,12 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
     return results
 
 
-def open_model(settings: EvaluationSettings) -> ScoringModel:
+def open_model(settings: EvaluationSettings, longest: int | None = None) -> ScoringModel:
     """Load the model of --checkpoint or --hf, with another RoPE or attention if flags ask for it.
+
+    Args:
+        longest: tokens of the longest text, which sizes of attention follow from; by default the
+            longest of --lengths, or the model's window.
 
     Raises:
         UserError, FileNotFoundError, ImportError: a model that cannot be scored.
@@ -220,7 +225,7 @@ def open_model(settings: EvaluationSettings) -> ScoringModel:
         path = str(settings.checkpoint)
         model = MegatronModel(path, changed_extension(settings), settings.layout)
     if choice := attention_choice(settings) or model.trained_attention:
-        longest = max(settings.lengths or [model.window])
+        longest = longest or max(settings.lengths or [model.window])
         sizes = choice.sizes(model.window, longest, model.dual_chunk)
         model.attend_beyond_window(choice.bands(sizes), choice.flag)
         model.settings["attention"] = {"name": choice.name, **sizes}
@@ -242,11 +247,11 @@ def validate_gpu(flag: str = "--cpu") -> None:
         )
 
 
-def _note_longer_than_window(lengths: set[int], model: ScoringModel) -> None:
+def _note_longer_than_window(flag: str, lengths: set[int], model: ScoringModel) -> None:
     longer = sorted(length for length in lengths if length > model.window)
     if longer and model.primary:
         print(
-            f"note: --lengths has {' '.join(map(str, longer))}: {model.name} was extended to "
+            f"note: {flag} has {' '.join(map(str, longer))}: {model.name} was extended to "
             f"{model.window} tokens",
             file=sys.stderr,
         )

@@ -157,6 +157,24 @@ def test_a_file_of_cases_needs_no_lengths(tool, small_hf, tmp_path, capsys):
     assert "run of other settings (cases_file_content" in capsys.readouterr().err
 
 
+def test_attention_follows_the_cases_of_a_file(small_hf, tmp_path, capsys):
+    path = cases_file(tmp_path, 1)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"prompt": 200 * "A record.\n" + record["prompt"]}))
+    asked = {
+        "tasks": ["longchat-lines"],
+        "hf": small_hf,
+        "self_extend": [],
+        "cases_file": str(path),
+    }
+    sizes = []
+    for lengths in (None, [512], [65536]):
+        (result,) = evaluate.evaluate(arguments(**asked, lengths=lengths))
+        sizes.append(result["attention"]["group_size"])
+    assert sizes[0] > 1 and set(sizes) == {sizes[0]}
+    assert "note: --cases-file has" in capsys.readouterr().err
+
+
 def test_tasks_without_files_are_refused_first(small_hf, tmp_path, unloaded):
     for task in ("needle", "perplexity"):
         asked = {"tasks": ["longchat-lines", task], "hf": small_hf, "lengths": None, "data": "x"}
