@@ -36,7 +36,7 @@ _FREE = ("dry_run", "workers", "reuse")  # may change between a run and its cont
 # What the import, the datasets and the first scores follow from: must agree to take them over.
 _SHARED = (
     *("hf", "text", "held_out", "window", "target_length", "retrieval_share", "retrieval_loss"),
-    *("steps", "global_batch_size", "lengths", "tasks", "cases"),
+    *("steps", "global_batch_size", "lengths", "tasks", "cases", "cpu"),
 )
 
 
