@@ -25,7 +25,7 @@ CASES = {
     "half of a head, in pairs, with a factor": {"rotary_interleaved": True, "percent": 0.5},
     "a layer without RoPE": {"no_rope_freq": [0, 1]},
 }
-TOKENS, VOCABULARY = 24, 64
+TOKENS, VOCABULARY = 7, 64
 
 
 def outcome(options, triton):
