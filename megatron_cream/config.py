@@ -8,6 +8,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_cream import __version__
 from megatron_cream.errors import UserError
 from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
 from megatron_cream.positions.mixtures import PlainShare, ScalePerSample, validate_share
@@ -256,8 +257,9 @@ class ExtensionConfig:
         unknown = sorted(left.keys() - {one.name for one in dataclasses.fields(cls)})
         if unknown:
             raise UserError(
-                f"the checkpoint's settings have {unknown[0]}: this version of megatron_cream does "
-                "not know it; it must be read by the version that wrote it"
+                f"the checkpoint's settings have {', '.join(unknown)}: megatron_cream "
+                f"{__version__} does not know that; it must be read by the version that wrote it, "
+                "or a later one"
             )
         return cls(**left | {"position_options": own})
 
