@@ -23,9 +23,10 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.data import text_sources
 from megatron_cream.data.indexed import open_index, read_index, read_metadata
-from megatron_cream.data.mapped import MappedFile
-from megatron_cream.data.text_sources import FEW, TextSources, open_sources, validate_sources
+from megatron_cream.data.mapped import ArrayCache, MappedFile
+from megatron_cream.data.text_sources import TextSources, open_sources, validate_sources
 from megatron_cream.data.token_mask import has_mask, open_mask
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Span, Strategy, philox
@@ -239,7 +240,7 @@ class SpanDataset(MegatronDataset):
             _masked_prefix(dataset, dataset_path),
         )
         self._orders: dict[int, np.ndarray] = {}
-        if self.sources.cache:  # drawn by rank 0, before there are data workers
+        if self._order_cache:  # drawn by rank 0, before there are data workers
             for epoch in range(-(-len(self) // self.epoch_size) if len(self) else 0):
                 self._epoch_order(epoch)
 
@@ -249,8 +250,8 @@ class SpanDataset(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: SpanDatasetConfig) -> IndexedDataset:
-        # For their checks: Megatron maps whatever there is.
-        if len(open_index(dataset_path).lengths) <= FEW:  # else when its sources are listed
+        # For their checks: Megatron maps whatever there is. Many are checked when they are listed.
+        if len(open_index(dataset_path).lengths) <= text_sources.FEW:
             read_index(dataset_path)
         return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
@@ -277,10 +278,20 @@ class SpanDataset(MegatronDataset):
         epoch, slot = divmod(int(idx), self.epoch_size)
         return self._epoch_order(epoch).item(slot)
 
+    @property
+    def _order_cache(self) -> ArrayCache | None:
+        """Where orders are kept; None where one is drawn at once.
+
+        A large dataset may have few texts that are long enough, and be read a thousand times: so
+        many files would be more than a process may have open.
+        """
+        cache = self.sources.cache
+        return cache if cache and self.epoch_size > text_sources.FEW else None
+
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """int32 ``[epoch_size]``: the order of an epoch, kept; in memory while there is room."""
         if epoch not in self._orders:
-            size, seed, cache = self.epoch_size, self.config.random_seed, self.sources.cache
+            size, seed, cache = self.epoch_size, self.config.random_seed, self._order_cache
             if cache:
                 self._orders[epoch] = cache.array(
                     "order", lambda: [draw_order(seed, epoch, size)], order=[seed, epoch, size]

@@ -30,7 +30,8 @@ context parallelism deals each of them out in 2 x CP equal parts, and samples mu
 """
 
 FEW = 1 << 20
-"""Documents and sources whose list is made anew by each rank: that takes 0.1 seconds at most."""
+"""Documents and sources whose list, and samples whose order, are made anew by each rank: that takes
+0.1 seconds at most."""
 
 _BLOCK = 1 << 20  # documents and sources that are looked at together
 _FORMAT = 1  # of the files that are kept

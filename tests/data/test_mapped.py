@@ -165,14 +165,14 @@ def build(prefix, unit, cache=None, samples=300, split="90,10,0"):
     return BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
 
 
-def keep_all(monkeypatch=None):
-    """Treat every dataset as a large one."""
+def keep_all(monkeypatch=None, few=0):
+    """Treat every dataset as a large one, or every number above ``few``."""
     from megatron_cream.data import text_sources
 
     if monkeypatch is None:
-        text_sources.FEW = 0
+        text_sources.FEW = few
     else:
-        monkeypatch.setattr(text_sources, "FEW", 0)
+        monkeypatch.setattr(text_sources, "FEW", few)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -209,6 +209,17 @@ def test_from_its_files_a_dataset_starts_without_its_index_and_a_draw(prefix, mo
     train = build(prefix, "window", folder)[0]
     for index in range(300):
         train[index]  # nor do its workers
+
+
+@pytest.mark.usefixtures("cpu_megatron")
+def test_many_epochs_of_few_texts_need_no_file_each(prefix, monkeypatch):
+    expected = build(prefix, "document", samples=1000)[0]
+    keep_all(monkeypatch, few=120)
+    folder = prefix + "-cache"
+    found = build(prefix, "document", folder, samples=1000)[0]
+    assert found.sources.cache and len(found) > 9 * found.epoch_size
+    assert {path.name.split("-")[0] for path in Path(folder).iterdir()} == {"sources"}
+    assert [found.chosen(i) for i in range(1000)] == [expected.chosen(i) for i in range(1000)]
 
 
 @pytest.mark.usefixtures("cpu_megatron")
