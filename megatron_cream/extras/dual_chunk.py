@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class DualChunk(Extra):
             ("--context-parallel-size", args.context_parallel_size, 1, ": ranks have no chunks"),
             ("--attention-dropout", args.attention_dropout, 0.0, ""),
             ("--window-size", args.window_size, None, ""),
+            ("--no-rope-freq", args.no_rope_freq, None, ": every layer is rotated"),
             ("--softmax-type", args.softmax_type, "vanilla", ""),
         )
         for flag, value, needed, why in needs:
@@ -138,6 +140,7 @@ class DualChunkCore(torch.nn.Module):
         super().__init__()
         self.scaling, self.sizes, self.interleaved = scaling, sizes, config.rotary_interleaved
         self.factor_in_softmax = factor_in_softmax
+        self._rotation: Rotation | None = None
         scale = config.softmax_scale
         self.scale = config.kv_channels**-0.5 if scale is None else scale
 
@@ -151,24 +154,41 @@ class DualChunkCore(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         """Return ``[s, b, h * d]`` of ``[s, b, h, d]``, or ``[t, h * d]`` of packed ones."""
-        rotation = Rotation.of(self.scaling, query, self.interleaved)
-        if self.factor_in_softmax:
-            rotation = dataclasses.replace(rotation, factor=1.0)
+        rotation = self._rotation_for(query)
         packed = query.dim() == 3
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        lengths = _lengths(packed_seq_params) if packed else [query.shape[0]]
+        lengths = _lengths(_ends(packed_seq_params)) if packed else (query.shape[0],)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = banded_attention(q, k, v, dual_chunk(**self.sizes), rotation, self.scale, lengths)
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out.squeeze(1) if packed else out
 
+    def _rotation_for(self, query: Tensor) -> Rotation:
+        """Return the rotation, copied to a device once: the host waits for a GPU to copy."""
+        device, wide = query.device, torch.promote_types(query.dtype, torch.float32)
+        kept = self._rotation
+        if kept is None or (kept.inv_freq.device, kept.inv_freq.dtype) != (device, wide):
+            kept = Rotation.of(self.scaling, query, self.interleaved)
+            if self.factor_in_softmax:
+                kept = dataclasses.replace(kept, factor=1.0)
+            self._rotation = kept
+        return kept
 
-def _lengths(packed: Any) -> list[int]:
-    """Return the tokens of each document, padding that belongs to it among them."""
-    ends = packed.cu_seqlens_q_padded
-    ends = packed.cu_seqlens_q if ends is None else ends
-    return [length for length in ends.diff().tolist() if length]
+
+def _ends(packed: Any) -> Tensor:
+    """Return where documents end, int32 ``[documents + 1]``, padding that belongs to one in it."""
+    ends: Tensor | None = packed.cu_seqlens_q_padded
+    return packed.cu_seqlens_q if ends is None else ends
+
+
+@lru_cache(maxsize=1)
+def _lengths(ends: Tensor) -> tuple[int, ...]:
+    """Return the tokens of each document; the host waits for the GPU once per micro-batch.
+
+    A tensor is found again by its identity: all layers are given the same one.
+    """
+    return tuple(length for length in ends.diff().tolist() if length)
 
 
 EXTRA = DualChunk()

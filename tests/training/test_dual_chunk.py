@@ -93,12 +93,19 @@ def test_packed_documents_begin_anew():
     found = core(q, k, v, packed_seq_params=packed)
     wanted = dense(q[None], k[None], v[None], scaling, dual_chunk_distance, (43, 1, 116))
     torch.testing.assert_close(found, wanted[0].flatten(1), atol=1e-12, rtol=0)
+    other = Namespace(cu_seqlens_q=torch.tensor([0, 100, 160]), cu_seqlens_q_padded=None)
+    found = core(q, k, v, packed_seq_params=other)  # the next micro-batch has lengths of its own
+    wanted = dense(q[None], k[None], v[None], scaling, dual_chunk_distance, (100, 60))
+    torch.testing.assert_close(found, wanted[0].flatten(1), atol=1e-12, rtol=0)
+    core(q.float(), k.float(), v.float(), packed_seq_params=other)
+    assert core._rotation.inv_freq.dtype == torch.float32
 
 
 def args(**given):
     plain = {
         "dual_chunk": [], "context_parallel_size": 1, "attention_dropout": 0.0,
         "window_size": None, "softmax_type": "vanilla", "hybrid_layer_pattern": None,
+        "no_rope_freq": None,
     }  # fmt: skip
     return Namespace(**plain | given)
 
@@ -155,6 +162,7 @@ def test_sizes_by_the_window_that_rope_reaches():
         ({"context_parallel_size": 2}, "--context-parallel-size is 2 with --dual-chunk: .* be 1"),
         ({"attention_dropout": 0.1}, "--attention-dropout is 0.1 .* be 0.0"),
         ({"window_size": (64, 0)}, "--window-size is .* left out"),
+        ({"no_rope_freq": 4}, "--no-rope-freq is 4 with --dual-chunk: .* left out"),
         ({"dual_chunk": ["local_size=9000"]}, "--dual-chunk: local_size is 9000"),
         ({"hybrid_layer_pattern": "*-"}, "--hybrid-layer-pattern"),
     ],
