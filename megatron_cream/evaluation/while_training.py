@@ -192,6 +192,8 @@ class Validation:
         """Validate if it is time; the arguments are those of ``checkpoint_and_decide_exit``."""
         if iteration % self.args.validate_interval and iteration != self.args.train_iters:
             return
+        if _must_stop(self.args):
+            return
         from megatron.training import get_timers
         from megatron.training.training import save_checkpoint_and_time
 
@@ -240,11 +242,22 @@ class Validation:
         return Path(self.args.save) / BEST
 
     def _is_best(self, values: dict[str, float]) -> bool:
-        """Return whether the metric is better than before, also before an earlier stop."""
+        """Return whether the metric is better than before, also before an earlier stop.
+
+        The first rank says so: others may see an older file on a shared disk. It marks the folder
+        as ours, because a run may be stopped before its first checkpoint there is whole.
+        """
+        answer = [False]
+        if torch.distributed.get_rank() == 0:
+            answer = [self._beats(values, _read_best(self._folder))]
+            if not (self._folder / BEST_FILE).is_file():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_whole(self._folder / BEST_FILE, b"{}\n")
+        torch.distributed.broadcast_object_list(answer, 0)
+        return answer[0]
+
+    def _beats(self, values: dict[str, float], before: dict[str, Any] | None) -> bool:
         metric = self.args.keep_best
-        before = _read_best(self._folder)
-        # Every rank has read the file before the first one may write it.
-        torch.distributed.barrier()
         if before is None or before["metric"] != metric:
             return not math.isnan(values[metric])
         if metric.startswith(("perplexity", "longppl")):
@@ -266,8 +279,16 @@ class Validation:
 
 
 def _read_best(folder: Path) -> dict[str, Any] | None:
+    """Return what is known of the best checkpoint; None where there was none yet."""
     path = folder / BEST_FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return (json.loads(path.read_text("utf-8")) if path.is_file() else None) or None
+
+
+def _must_stop(args: Namespace) -> bool:
+    """Return whether a rank was told to stop: time is short then, and a checkpoint comes first."""
+    from megatron.training import get_signal_handler
+
+    return bool(args.exit_signal_handler and any(get_signal_handler().signals_received()))
 
 
 @contextmanager

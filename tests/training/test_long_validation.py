@@ -2,6 +2,7 @@
 """Validation while training measures what evaluation of the checkpoint does, at any layout."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from support import calls, ranks, recorder
 from support.arguments import arguments
 from support.evaluation import VOCABULARY, write_small_hf
 
+from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import open_model
 from megatron_cream.evaluation.forward import PassScores
 from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
 from megatron_cream.evaluation.prompts import open_prompt
 from megatron_cream.evaluation.scoring import score_cases
-from megatron_cream.evaluation.while_training import _ask_document
+from megatron_cream.evaluation.while_training import Validation, _ask_document
+from megatron_cream.extras.long_validation import _validate_best
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
@@ -108,6 +111,38 @@ def test_cases_are_those_of_evaluation(tmp_path, dataset, flags):
     wanted = row["logprob_per_token"]
     assert found[10]["passkey-log-likelihood-640"] == pytest.approx(wanted, rel=1e-4)
     assert found[10]["passkey-640"] == row["hit"]
+
+
+def test_the_best_one_survives_a_stop_at_any_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    for name in ("barrier", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
+    args = Namespace(keep_best="perplexity-96", save=str(tmp_path))
+    best = tmp_path / "best"
+    assert Validation(args)._is_best({"perplexity-96": 5.0})
+    (best / "iter_0000004").mkdir()  # and stopped before it was whole
+    _validate_best(args)
+    again = Validation(args)
+    assert again._is_best({"perplexity-96": 9.0})
+    again._note_best({"perplexity-96": 9.0}, 8)
+    (best / "iter_0000008").mkdir()
+    assert not again._is_best({"perplexity-96": 9.5})
+    assert again._is_best({"perplexity-96": 8.0})
+    again._note_best({"perplexity-96": 8.0}, 12)
+    assert not (best / "iter_0000008").exists() and (best / "iter_0000004").is_dir()
+    (best / "best.json").unlink()
+    with pytest.raises(UserError, match="has files of something else"):
+        _validate_best(args)
+
+
+def test_a_run_that_is_told_to_stop_does_not_validate_first(monkeypatch):
+    import megatron.training
+
+    handler = Namespace(signals_received=lambda: [False, True])
+    monkeypatch.setattr(megatron.training, "get_signal_handler", lambda: handler)
+    args = Namespace(validate_interval=4, train_iters=8, exit_signal_handler=True)
+    monkeypatch.setattr(Validation, "_measure", lambda *_: pytest.fail("validated"))
+    Validation(args).after_iteration([], None, None, 4, 0.0)
 
 
 def test_key_tokens_are_summed_apart():
