@@ -12,6 +12,7 @@ from megatron_cream.errors import UserError
 from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.results import joined_table
 from megatron_cream.evaluation.store import (
+    CONTENT,
     RESULT_FILE,
     SETTINGS_FILE,
     note_missing_matplotlib,
@@ -22,7 +23,7 @@ from megatron_cream.evaluation.store import (
 # What must be the same for runs to be compared; missing in a run of another kind of task.
 _SAME = (
     *("task", "prompt", "shots", "seeds", "first_seed", "cases", "cases_file", "most_tokens"),
-    *("samples", "ruler_tasks", "haystack_content", "qa_content", "words_content"),
+    *("records_of", "samples", "ruler_tasks", "haystack_content", "qa_content", "words_content"),
     *("data", "documents", "document_tokens", "stride", "truncate", "key_tokens"),
 )
 
@@ -79,7 +80,8 @@ def _validate_same_cases(
 
 def different_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Return which of the settings that decide the cases differ between two results."""
-    return [key for key in _SAME if one.get(key) != other.get(key)]
+    of_both = [key for key in CONTENT if key in one and key in other]
+    return [key for key in (*_SAME, *of_both) if one.get(key) != other.get(key)]
 
 
 def with_different_names(

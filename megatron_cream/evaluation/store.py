@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE, CASES_FILE, RESULT_FILE = "settings.json", "cases.jsonl", "result.json"
 _SEAL = "seal"  # key of a line of CASES_FILE: hash of the line and of the settings it was made with
-_LATER = ("cases_file_content", "data_content")  # settings that runs of older versions lack
+CONTENT = ("cases_file_content", "data_content")
+"""Hashes of what a run read; settings that runs of older versions lack."""
 
 
 class ResultStore:
@@ -57,7 +58,7 @@ class ResultStore:
         self.kind = kind
         self.finished: list[dict[str, Any]] = []
         self._lock: int | None = None
-        decide = {k: v for k, v in self.settings.items() if v is not None and k not in _LATER}
+        decide = {k: v for k, v in self.settings.items() if v is not None and k not in CONTENT}
         self._decide = json.dumps(decide, sort_keys=True).encode()
         if folder is not None:
             self.folder = Path(folder)
@@ -218,7 +219,7 @@ def note_missing_matplotlib() -> None:
 
 
 def _validate_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    added = [key for key in _LATER if key not in before]
+    added = [key for key in CONTENT if key not in before]
     keys = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in added]
     if keys:
         differences = ", ".join(f"{key} {before.get(key)} != {now.get(key)}" for key in keys)

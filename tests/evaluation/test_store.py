@@ -254,8 +254,11 @@ def test_compare_overwrites_no_run(tmp_path):
         compare([str(tmp_path / "run"), str(tmp_path / "other")], str(tmp_path / "both"))
 
 
-@pytest.mark.parametrize("key", ["stride", "documents", "document_tokens", "data"])
-def test_runs_of_other_documents_are_not_compared(tmp_path, key):
+KEYS = ["stride", "documents", "document_tokens", "data", "data_content", "records_of"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_runs_of_other_documents_or_records_are_not_compared(tmp_path, key):
     for name, value in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         text = json.dumps({**perplexities(), key: value})
