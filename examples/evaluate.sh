@@ -36,6 +36,18 @@ read -ra TASKS <<<"${TASKS:-all}"
 for checkpoint in "${CHECKPOINTS[@]}"; do
     [ -d "$checkpoint" ] || fail "CHECKPOINTS has $checkpoint: it must be a folder"
 done
+
+# name_of CHECKPOINT: of its results.
+name_of() {
+    if [[ $(basename "$1") == iter_* ]]; then
+        echo "$(basename "$(dirname "$1")")-$(basename "$1")"
+    else
+        basename "$1"
+    fi
+}
+TWICE=$(for checkpoint in "${CHECKPOINTS[@]}"; do name_of "$checkpoint"; done | sort | uniq -d)
+[ -z "$TWICE" ] || fail "CHECKPOINTS has two folders named" \
+    "${TWICE%%$'\n'*}, whose results would be one: rename one"
 OUTPUT=${OUTPUT:-runs/evaluation}
 GPUS=${GPUS_PER_NODE:-1}
 SHARD=${SHARD:-${SLURM_ARRAY_TASK_ID:-${JOB_COMPLETION_INDEX:-0}}}
@@ -51,9 +63,8 @@ fi
 # evaluate CHECKPOINT LENGTH FLAGS...: every task of one pair.
 evaluate() {
     local task model=(--checkpoint "$1") name length=$2
-    name=$(basename "$1")
+    name=$(name_of "$1")
     if [ -f "$1/config.json" ]; then model=(--hf "$1"); fi
-    if [[ $name == iter_* ]]; then name=$(basename "$(dirname "$1")")-$name; fi
     for task in "${TASKS[@]}"; do
         "${LAUNCH[@]}" evaluate "$task" "${model[@]}" --name "$name" --lengths "$length" ${DATA:+--data "$DATA"} \
             --tensor-model-parallel-size "$GPUS" --output "$OUTPUT/$task/$name/$length" "${@:3}"

@@ -80,6 +80,13 @@ def test_what_is_wrong_ends_in_status_2(evaluate, variables, said):
     assert done.returncode == 2 and said in done.stderr and not calls
 
 
+def test_two_folders_of_one_name_would_share_their_results(evaluate, tmp_path):
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    done, calls = evaluate(CHECKPOINTS=f"{tmp_path}/model {tmp_path}/run {tmp_path}/other/model/")
+    assert done.returncode == 2 and not calls
+    assert "CHECKPOINTS has two folders named model, whose results" in done.stderr
+
+
 def test_launchers_share_the_pairs_out():
     folder = launch.ROOT / "examples"
     job = yaml.safe_load((folder / "kubernetes" / "evaluate.yaml").read_text())["spec"]
