@@ -43,10 +43,16 @@ job() {
     shift
     STEPS=$step sbatch --parsable --kill-on-invalid-dep=yes "$@" "$HERE/run.sh" "$SCRIPT" | cut -d';' -f1
 }
+# sbatch has said why; the jobs before the one that it refused would be of no use.
+none_at_all() {
+    scancel "$@"
+    echo "error: not all three jobs were accepted: $* cancelled" >&2
+    exit 1
+}
 ON_ONE=(--nodes 1 --gpus-per-node 0 ${ON_CPUS[@]+"${ON_CPUS[@]}"} "$@")
 ON_ALL=(--nodes "$NODES" --signal "B:USR1@$LAST" ${ON_GPUS[@]+"${ON_GPUS[@]}"} "$@")
 
 IMPORT=$(job import "${ON_ONE[@]}")
-TRAIN=$(job train --dependency "afterok:$IMPORT" "${ON_ALL[@]}")
-EXPORT=$(job export --dependency "afterok:$TRAIN" "${ON_ONE[@]}")
+TRAIN=$(job train --dependency "afterok:$IMPORT" "${ON_ALL[@]}") || none_at_all "$IMPORT"
+EXPORT=$(job export --dependency "afterok:$TRAIN" "${ON_ONE[@]}") || none_at_all "$IMPORT" "$TRAIN"
 echo "jobs: import $IMPORT, training $TRAIN on $NODES nodes, export $EXPORT; scancel $IMPORT $TRAIN $EXPORT ends them"

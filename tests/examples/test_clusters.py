@@ -288,16 +288,18 @@ def test_slurm_refuses_what_it_cannot_start(slurm):
         assert done.returncode == 2 and said in done.stderr
 
 
-def submitted(tmp_path, *arguments, **variables):
+SBATCH = (
+    '#!/usr/bin/env bash\nprintf "%q " "$STEPS" "$@" >>"$LOG"; echo >>"$LOG"\n'
+    'echo "$(wc -l <"$LOG");cluster"\n'
+)
+
+
+def submitted(tmp_path, *arguments, sbatch=SBATCH, **variables):
     """Words that submit.sh gives sbatch, job by job, with the step of each."""
     log = tmp_path / "sbatch.log"
     log.unlink(missing_ok=True)
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(
-        '#!/usr/bin/env bash\nprintf "%q " "$STEPS" "$@" >>"$LOG"; echo >>"$LOG"\n'
-        'echo "$(wc -l <"$LOG");cluster"\n'
-    )
-    sbatch.chmod(0o755)
+    (tmp_path / "sbatch").write_text(sbatch)
+    (tmp_path / "sbatch").chmod(0o755)
     done = subprocess.run(
         ["bash", str(EXAMPLES / "slurm" / "submit.sh"), *arguments],
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "DATA": "d", **variables},
@@ -330,6 +332,18 @@ def test_slurm_imports_trains_and_exports_in_jobs_of_their_own(tmp_path):
     assert done.returncode == 2 and not jobs and "error: the first argument" in done.stderr
     done, jobs = submitted(tmp_path, script, DATA="")
     assert done.returncode == 2 and not jobs and "error: DATA is not set" in done.stderr
+
+
+def test_a_job_that_slurm_refuses_cancels_those_before_it(tmp_path):
+    (tmp_path / "scancel").write_text('#!/bin/sh\necho "$@" >"${LOG%/*}/cancelled"\n')
+    (tmp_path / "scancel").chmod(0o755)
+    refuses_the_third = (
+        '#!/bin/sh\necho x >>"$LOG"; n=$(wc -l <"$LOG"); [ "$n" -lt 3 ] && echo "$n"\n'
+    )
+    script = str(EXAMPLES / "llama-2-70b" / "128k.sh")
+    done, _ = submitted(tmp_path, script, sbatch=refuses_the_third)
+    assert done.returncode == 1 and "not all three jobs were accepted: 1 2" in done.stderr
+    assert (tmp_path / "cancelled").read_text() == "1 2\n"
 
 
 def test_the_batch_script_asks_slurm_for_what_it_counts_on():
