@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from argparse import Namespace
@@ -45,7 +46,7 @@ class StepReport:
 
 
 def step_report(args: Namespace) -> StepReport | None:
-    """Return the report of a run, or None where the planner knows its model or GPU not."""
+    """Return the report of a run, or None where the planner does not know its model or GPU."""
     from megatron_cream.planning.cost import GPUS
     from megatron_cream.planning.expected import plan_of
     from megatron_cream.planning.stages import why_not_estimated
@@ -59,11 +60,13 @@ def step_report(args: Namespace) -> StepReport | None:
 
 
 def kind_of_gpu() -> str | None:
-    """Return which of the planner's kinds this process computes on: SXM parts have no PCIe name."""
+    """Return which of the planner's kinds this process computes on: whole SXM parts alone."""
     import torch
 
     from megatron_cream.planning.cost import GPUS
 
     name = torch.cuda.get_device_name().lower()
-    kinds = [kind for kind in GPUS if kind in name and "pcie" not in name and "nvl" not in name]
-    return kinds[0] if kinds else None
+    words = set(re.split(r"[\s-]", name))  # GH200 is no H200
+    if words & {"pcie", "nvl", "mig"}:
+        return None
+    return next((kind for kind in GPUS if kind in words), None)

@@ -35,6 +35,8 @@ def test_it_is_said_once_after_20_iterations():
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
         ("NVIDIA L4", None),
     ],
 )
