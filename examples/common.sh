@@ -57,6 +57,7 @@ EXPORT=${EXPORT:-$OUT-hf}
 STEPS=${STEPS:-import train export}
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-200}
 IMPORT_PATIENCE=${IMPORT_PATIENCE:-600}
+BEAT_SECONDS=${BEAT_SECONDS:-5} # between two signs of an import that is under way
 
 NODES=${NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
@@ -71,10 +72,21 @@ ITERATIONS=${ITERATIONS:-1000}
 LR=${LR:-2e-5}
 WARMUP=${WARMUP:-10}
 SAVE_INTERVAL=${SAVE_INTERVAL:-100}
-SAVE_RETAIN_INTERVAL=${SAVE_RETAIN_INTERVAL:-}
-if [ -n "$SAVE_RETAIN_INTERVAL" ]; then # Megatron takes multiples alone
-    SAVE_RETAIN_INTERVAL=$(((SAVE_RETAIN_INTERVAL + SAVE_INTERVAL - 1) / SAVE_INTERVAL * SAVE_INTERVAL))
+
+iteration() { cat "$OUT/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+
+# With --save-retain-interval Megatron removes a checkpoint when the next one is whole, but for those
+# of every so many iterations. A script asks for that by PLANNED_RETAIN_INTERVAL, which counts for runs
+# that began so (MARK): of a run that has kept its checkpoints, none is removed unless the user says so.
+MARK=$OUT/removes-older-checkpoints
+SAVE_RETAIN_INTERVAL=${SAVE_RETAIN_INTERVAL:-} RETAINS_AS_PLANNED=""
+if [ -z "$SAVE_RETAIN_INTERVAL" ] && { [ "$(iteration)" = 0 ] || [ -e "$MARK" ]; }; then
+    SAVE_RETAIN_INTERVAL=${PLANNED_RETAIN_INTERVAL:-}
+    RETAINS_AS_PLANNED=$SAVE_RETAIN_INTERVAL
 fi
+# Megatron takes multiples alone; 0 becomes none, which keeps all.
+SAVE_RETAIN_INTERVAL=$(((${SAVE_RETAIN_INTERVAL:-0} + SAVE_INTERVAL - 1) / SAVE_INTERVAL * SAVE_INTERVAL))
+SAVE_RETAIN_INTERVAL=${SAVE_RETAIN_INTERVAL#0}
 CHECKPOINT_GB=${CHECKPOINT_GB:-0}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
 
@@ -188,19 +200,53 @@ extend() {
     done
 }
 
-# For saves that are still to come: those that are retained, and one that is written. Where a file
-# system does not know its own limit (a quota, a bucket), df says more and nothing is refused.
+# Where a file system does not know its own limit (a quota, a bucket), df says more and nothing is
+# refused.
 enough_space() {
-    local left folder=$OUT free iterations retained
+    local folder=$OUT free most
     [ "$NODE_RANK" = 0 ] || return 0
-    iterations=$((ITERATIONS - $(iteration)))
-    left=$(((iterations + SAVE_INTERVAL - 1) / SAVE_INTERVAL))
-    retained=$((iterations / ${SAVE_RETAIN_INTERVAL:-$SAVE_INTERVAL} + 1))
-    if [ "$left" -gt "$retained" ]; then left=$retained; fi
     while [ ! -e "$folder" ]; do folder=$(dirname "$folder"); done
-    free=$(($(df -Pk "$folder" | awk 'NR == 2 { print $4 }') * 1024 / 1000000000))
-    [ "$free" -ge $((left * CHECKPOINT_GB)) ] || fail "OUT is $OUT: $free GB are free there, it must have" \
-        "$((left * CHECKPOINT_GB)) for $left checkpoints of $CHECKPOINT_GB (fewer: SAVE_INTERVAL, SAVE_RETAIN_INTERVAL)"
+    free=$(df -Pk "$folder" 2>/dev/null | awk 'NR == 2 { print $4 }' || true)
+    [[ $free =~ ^[0-9]+$ ]] || return 0
+    free=$((free * 1024 / 1000000000)) most=$(most_checkpoints)
+    [ "$free" -ge $((most * CHECKPOINT_GB)) ] || fail "OUT is $OUT: $free GB are free there, it must have" \
+        "$((most * CHECKPOINT_GB)) for $most checkpoints of $CHECKPOINT_GB (fewer: SAVE_INTERVAL," \
+        "SAVE_RETAIN_INTERVAL; CHECKPOINT_GB=0 starts without asking)"
+}
+
+# Most checkpoints that a run will have at once beside those that it has now. One that is not retained
+# goes when the next one is whole.
+most_checkpoints() {
+    local here=0 most=0 last now
+    now=$(iteration)
+    while [ "$now" -lt "$ITERATIONS" ]; do
+        last=$now
+        now=$(((now / SAVE_INTERVAL + 1) * SAVE_INTERVAL))
+        if [ "$now" -gt "$ITERATIONS" ]; then now=$ITERATIONS; fi
+        here=$((here + 1))
+        if [ "$here" -gt "$most" ]; then most=$here; fi
+        if [ -n "$SAVE_RETAIN_INTERVAL" ] && [ $((last % ${SAVE_RETAIN_INTERVAL:-1})) != 0 ]; then
+            here=$((here - 1))
+        fi
+    done
+    echo "$most"
+}
+
+# Node 0 says which checkpoints will be removed, and marks a run whose script decided that.
+say_retention() {
+    [ "$NODE_RANK" = 0 ] || return 0
+    if [ -n "$RETAINS_AS_PLANNED" ]; then
+        mkdir -p "$OUT"
+        touch "$MARK"
+    else
+        rm -f "$MARK"
+    fi
+    if [ -n "$SAVE_RETAIN_INTERVAL" ]; then
+        say "a checkpoint is removed when the next one is whole, but for those of every" \
+            "$SAVE_RETAIN_INTERVAL iterations (SAVE_RETAIN_INTERVAL=0 keeps all)"
+    elif [ -n "${PLANNED_RETAIN_INTERVAL:-}" ]; then
+        say "all checkpoints are kept (SAVE_RETAIN_INTERVAL=$PLANNED_RETAIN_INTERVAL removes older ones)"
+    fi
 }
 
 # A launcher that may start the run again looks for STOPPED_FILE, and not at exit statuses, which
@@ -227,12 +273,13 @@ import_step() {
 
 # Says to the nodes that wait that the import is under way, as long as this shell lives and imports.
 beat() {
+    local count=0
     trap '' USR1
     trap - TERM
     mkdir -p "$(dirname "$BASE")"
     while kill -0 $$ 2>/dev/null && ! has_checkpoint "$BASE"; do
-        date +%s >"$BASE.importing"
-        sleep 5
+        echo "$(date +%s) $((++count))" >"$BASE.importing"
+        sleep "$BEAT_SECONDS" || true
     done
     rm -f "$BASE.importing"
 }
@@ -248,7 +295,7 @@ wait_for_import() {
         if [ "$now" != "$last" ]; then last=$now since=$SECONDS; fi
         [ $((SECONDS - since)) -lt "$IMPORT_PATIENCE" ] ||
             fail "BASE is $BASE: node 0 imports nothing to it since $IMPORT_PATIENCE seconds (IMPORT_PATIENCE)"
-        sleep 2 || true # it gets the signal as well
+        sleep "$BEAT_SECONDS" || true # it gets the signal as well
     done
 }
 
@@ -306,6 +353,7 @@ train_step() {
         say "$OUT has all $ITERATIONS iterations"
         return
     fi
+    say_retention
     ask_machine
     all_args "$@"
     if [ "$NODES" = 1 ]; then
@@ -324,8 +372,6 @@ train_step() {
     if [ "$status" != 0 ]; then exit "$status"; fi
     finished || stop # EXIT_MINUTES
 }
-
-iteration() { cat "$OUT/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
 finished() { [ "$(iteration)" -ge "$ITERATIONS" ]; }
 

@@ -35,11 +35,14 @@ CHAT = {
     "variables": {"WARMUP": "0"},
     "data": "data/conversations",
 }
+# A name of its own, or it would go on in the run of 128k.sh.
 LARGE_BATCH = {
+    "name": "llama-2-70b-batch-128",
+    "variables": {"BASE": "checkpoints/llama-2-70b"},
     "notes": [
         "A larger batch for more GPUs: nobody has published CREAM with 128 samples per step, and",
         "it has not been tried here. The recipe is 32 samples, 1000 steps: 128k.sh.",
-    ]
+    ],
 }
 # Layouts of 70B models and of 13B are those that NVIDIA published and the planner agrees with.
 SEVENTY = (

@@ -10,17 +10,18 @@
 #   DATA=data/books examples/llama-2-70b/128k-batch-128.sh
 set -euo pipefail
 
-NAME=llama-2-70b
+NAME=llama-2-70b-batch-128
 HF=${HF:-meta-llama/Llama-2-70b-hf}
 TARGET_LENGTH=131072
 ORIGINAL_LENGTH=4096
 VOCAB_SIZE=32000
-CHECKPOINT_GB=966
+PLANNED_RETAIN_INTERVAL=300
 NODES=${NODES:-16}
 GLOBAL_BATCH=${GLOBAL_BATCH:-128}
 ITERATIONS=${ITERATIONS:-300}
 SAVE_INTERVAL=${SAVE_INTERVAL:-150}
-SAVE_RETAIN_INTERVAL=${SAVE_RETAIN_INTERVAL:-300}
+CHECKPOINT_GB=${CHECKPOINT_GB:-966}
+BASE=${BASE:-checkpoints/llama-2-70b}
 
 # Freed memory is joined again, so that none is lost to fragments.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

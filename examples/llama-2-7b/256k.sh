@@ -13,7 +13,7 @@ HF=${HF:-meta-llama/Llama-2-7b-hf}
 TARGET_LENGTH=262144
 ORIGINAL_LENGTH=4096
 VOCAB_SIZE=32000
-CHECKPOINT_GB=94
+CHECKPOINT_GB=${CHECKPOINT_GB:-94}
 
 # Freed memory is joined again, so that none is lost to fragments.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

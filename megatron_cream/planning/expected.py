@@ -60,6 +60,7 @@ def expected_lines(args: Namespace) -> list[str]:
     every = min(args.save_interval, steps)
     kept = f"all of the run have {-(-steps // every) * saved:,.0f} GB"
     if args.save_retain_interval:
-        kept = f"those of every {args.save_retain_interval} steps and the newest are kept"
+        kept = "each is removed when the next one is whole, but for those of every "
+        kept += f"{args.save_retain_interval} steps"
     rate = f"one every {every} steps is {saved / (every * step):.2f} GB/s"
     return [*lines, f"a checkpoint has {saved:,.0f} GB, {rate}; {kept}"]

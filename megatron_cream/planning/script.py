@@ -305,7 +305,6 @@ def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list
         "TARGET_LENGTH": str(found.target),
         "ORIGINAL_LENGTH": given["--original-length"],
         "VOCAB_SIZE": str(found.shape.vocabulary),
-        "CHECKPOINT_GB": f"{saved_bytes(found.shape) / 1e9:.0f}",
     }
     save = save_interval(found)
     keeps_all = saved_bytes(found.shape) * found.iterations / save < MOST_SAVED
@@ -320,12 +319,15 @@ def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list
         "ITERATIONS": str(found.iterations),
         "WARMUP": str(warm_up(found.iterations)),
         "SAVE_INTERVAL": str(save),
-        # Kept are those of every so many iterations: the last, and the newest before it.
-        "SAVE_RETAIN_INTERVAL": "" if keeps_all else str(found.iterations),
+        "CHECKPOINT_GB": f"{saved_bytes(found.shape) / 1e9:.0f}",
         "GPU_KIND": script.gpu,
         **script.variables,
     }
-    changed = {name: value for name, value in planned.items() if value != COMMON_DEFAULTS[name]}
+    if not keeps_all:
+        # Kept are those of every so many iterations: the last, and the newest before it. The
+        # variable is not the user's, so that common.sh knows who decided to remove others.
+        fixed["PLANNED_RETAIN_INTERVAL"] = str(found.iterations)
+    changed = {k: value for k, value in planned.items() if value != COMMON_DEFAULTS.get(k)}
     lines = [f"{name}={value}" for name, value in fixed.items()]
     return lines + [f"{name}=${{{name}:-{value}}}" for name, value in changed.items()]
 
@@ -333,7 +335,7 @@ def _variables(script: LaunchScript, found: Comparison, rope: list[str]) -> list
 COMMON_DEFAULTS = {
     **{"METHOD": "cream", "ROPE": "", "NODES": "1", "GPUS_PER_NODE": "8", "SEQ_LENGTH": "4096"},
     **{"MICRO_BATCH": "1", "GLOBAL_BATCH": "32", "ITERATIONS": "1000", "WARMUP": "10"},
-    **{"SAVE_INTERVAL": "100", "SAVE_RETAIN_INTERVAL": "", "GPU_KIND": "h100"},
+    **{"SAVE_INTERVAL": "100", "GPU_KIND": "h100"},
 }
 """What ``examples/common.sh`` takes for variables that a script does not set."""
 

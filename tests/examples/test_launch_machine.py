@@ -99,7 +99,10 @@ def test_fp8_is_one_variable(tmp_path):
         (SEVEN, {}, 942, 940),  # 10 of 94 GB
         (SEVEN, {"SAVE_INTERVAL": "500"}, 200, 188),
         (SEVENTY, {}, 1932, 1932),  # the newest and the one that is written
+        (SEVENTY, {"ITERATIONS": "900"}, 1932, 1932),
+        (SEVENTY, {"SAVE_RETAIN_INTERVAL": "0"}, 4830, 4830),
         (SEVENTY, {"SAVE_RETAIN_INTERVAL": "200"}, 4830, 4830),
+        (SEVENTY, {"SAVE_RETAIN_INTERVAL": "600"}, 2898, 2898),  # 600 and 800, and 1000 is written
         (SEVENTY, {"SAVE_RETAIN_INTERVAL": "400"}, 2898, 2898),
     ],
 )
@@ -118,6 +121,40 @@ def test_a_run_that_goes_on_needs_space_for_what_is_left(tmp_path):
     train(tmp_path, STUB_FREE_GB="95")
 
 
+def test_space_can_be_left_unasked(tmp_path):
+    train(tmp_path, SEVENTY, STUB_FREE_GB="1", CHECKPOINT_GB="0")
+
+
+def retained(folder, **variables):
+    words, said = train(folder, SEVENTY, STUB_REACHES="1000", **variables)
+    return launch.flags(words).get("--save-retain-interval"), said
+
+
+def test_checkpoints_are_removed_where_a_run_began_so(tmp_path):
+    """What a run has kept is not removed by a default; each start says what will be removed."""
+    tracker = tmp_path / "out" / "latest_checkpointed_iteration.txt"
+    interval, said = retained(tmp_path)
+    assert interval == ("1000",)
+    assert "is removed when the next one is whole, but for those of every 1000 iterations" in said
+    tracker.write_text("400")
+    assert retained(tmp_path)[0] == ("1000",), "it began so"
+    tracker.write_text("400")
+    assert retained(tmp_path, SAVE_RETAIN_INTERVAL="0")[0] is None
+    tracker.write_text("400")
+    interval, said = retained(tmp_path)
+    assert interval is None, "it has kept its checkpoints"
+    assert "all checkpoints are kept" in said
+    tracker.write_text("400")
+    assert retained(tmp_path, SAVE_RETAIN_INTERVAL="400")[0] == ("400",), "the user says so"
+
+
+def test_scripts_do_not_share_a_run():
+    """Scripts of one model and length would go on in each other's checkpoints."""
+    texts = [script.read_text() for script in launch.SCRIPTS]
+    runs = [tuple(re.findall(r"^(?:NAME|TARGET_LENGTH)=(.*)$", text, re.M)) for text in texts]
+    assert len(set(runs)) == len(runs)
+
+
 def test_retention_is_a_multiple_of_the_interval(tmp_path):
     flags = launch.flags(train(tmp_path, SEVENTY, SAVE_INTERVAL="150")[0])
     assert flags["--save-retain-interval"] == ("1050",)
@@ -125,10 +162,10 @@ def test_retention_is_a_multiple_of_the_interval(tmp_path):
 
 def test_a_node_stops_waiting_for_an_import_that_failed(tmp_path):
     """Node 0 beats while it imports; nobody does after it failed."""
-    variables = {"DATA": "d", "NODES": "4", "STEPS": "import"}
-    waiting = {**variables, "NODE_RANK": "1", "IMPORT_PATIENCE": "3"}
+    variables = {"DATA": "d", "NODES": "4", "STEPS": "import", "BEAT_SECONDS": "0.1"}
+    waiting = {**variables, "NODE_RANK": "1", "IMPORT_PATIENCE": "1"}
     environments = [
-        launch.environment(tmp_path, STUB_IMPORT_SECONDS="1", STUB_IMPORT_FAILS="5", **variables),
+        launch.environment(tmp_path, STUB_IMPORT_SECONDS="0.2", STUB_IMPORT_FAILS="5", **variables),
         launch.environment(tmp_path, **waiting),
     ]
     nodes = [
@@ -137,14 +174,14 @@ def test_a_node_stops_waiting_for_an_import_that_failed(tmp_path):
     ]
     said = [node.communicate(timeout=60)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [5, 2]
-    assert "node 0 imports nothing to it since 3 seconds" in said[1]
+    assert "node 0 imports nothing to it since 1 seconds" in said[1]
 
 
 def test_a_node_waits_as_long_as_an_import_is_under_way(tmp_path):
-    variables = {"DATA": "d", "NODES": "4", "STEPS": "import"}
-    first = launch.environment(tmp_path, STUB_IMPORT_SECONDS="8", **variables)
+    variables = {"DATA": "d", "NODES": "4", "STEPS": "import", "BEAT_SECONDS": "0.1"}
+    first = launch.environment(tmp_path, STUB_IMPORT_SECONDS="3", **variables)
     node = subprocess.Popen(["bash", str(SEVENTY)], env=first, stderr=subprocess.DEVNULL)
-    done, _ = launch.run(SEVENTY, tmp_path, NODE_RANK="1", IMPORT_PATIENCE="7", **variables)
+    done, _ = launch.run(SEVENTY, tmp_path, NODE_RANK="1", IMPORT_PATIENCE="2", **variables)
     assert done.returncode == 0, done.stderr
     assert node.wait(30) == 0
     assert os.path.isdir(tmp_path / "base")
