@@ -342,8 +342,8 @@ def rotary_dim(args: Namespace) -> int:
     return int(head_dim * args.rotary_percent) if args.rotary_percent < 1.0 else head_dim
 
 
-def vocabulary(args: Namespace) -> int | None:
-    """Return the tokens that a model has, padding left out as far as the arguments tell.
+def vocabulary(args: Namespace) -> Any:
+    """Return the tokens that a model has, padding left out as far as the arguments tell; or None.
 
     Megatron pads what its tokenizer has, whatever --vocab-size says: that may be more than the
     model's rows.
