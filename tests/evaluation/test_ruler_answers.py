@@ -104,7 +104,7 @@ def oracle(monkeypatch):
 
     def use(settings, says=some_right):
         model = Oracle(settings, says)
-        monkeypatch.setattr(evaluation, "open_model", lambda _: model)
+        monkeypatch.setattr(evaluation, "open_model", lambda *_: model)
         return model
 
     return use

@@ -22,6 +22,7 @@ def planned(shape, layout, work=CREAM, target=262144):
     return argv(run_flags(shape, layout, work, target, 1000))
 
 
+@pytest.mark.slow
 def test_70b_on_1024_ranks():
     """TP8 PP8 DP16: every stage, every tensor-parallel rank, and a rank of another copy."""
     shape, layout = MODELS["llama-2-70b"], ParallelLayout(8, 8, 1, 16)
