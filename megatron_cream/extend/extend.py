@@ -146,8 +146,11 @@ def _link_from(other: Path, settings: ExtendSettings) -> None:
         raise UserError(f"--reuse is {other}: it must be the working folder of an extension")
     shared = {name: getattr(settings, name) for name in _SHARED}
     _validate_same(record, shared, "give that, or leave out --reuse")
-    scored = {path.parent.name for path in (other / "before").glob("*/result.json")}
-    names = ["base"] + ["before"] * (scored >= set(settings.tasks))
+    before = other / "before"
+    scored = {path.parent.name for path in before.glob("*/result.json")}
+    # Scores that are not whole would be written on in the other's folder. One task has no table.
+    whole = (before / "table.md").exists() or (len(scored) == 1 and scored == set(settings.tasks))
+    names = ["base"] + ["before"] * whole
     for dataset in ("text", "held-out", "retrieval"):
         if (other / f"{dataset}.idx").exists():
             names += [path.name for path in other.glob(f"{dataset}.*")]

@@ -208,12 +208,16 @@ def test_another_extension_s_import_data_and_scores_are_taken_over(command, wind
         (first.work_folder / name).write_text(name)
     for name in ("base", "before/passkey", "before/perplexity"):
         (first.work_folder / name).mkdir(parents=True)
-    (first.work_folder / "before/passkey/result.json").write_text("{}")
+    for task in ("perplexity", "passkey"):
+        (first.work_folder / f"before/{task}/result.json").write_text("{}")
     reuse = {"reuse": str(first.work_folder), "output": str(tmp_path / "pose")}
     second = settings(
         **command | reuse | {"target_length": 4 * window, "position_strategy": "pose", "lr": 1e-3}
     )
     module._begin(second)
+    module._link_from(first.work_folder, second)
+    assert not (second.work_folder / "before").exists()  # it would be written on there
+    (first.work_folder / "before/table.md").write_text("all")
     module._link_from(first.work_folder, second)
     found = {path.name for path in second.work_folder.iterdir() if path.is_symlink()}
     assert found == {"base", "before", "text.bin", "text.idx"}  # and no half of a dataset
