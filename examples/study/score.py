@@ -53,6 +53,18 @@ SMOKE = {
 }
 
 
+def flags_beyond(targets: int) -> dict[str, tuple[str, ...]]:
+    """The flags of each task where the target is ``targets`` times 32K, 2 or 4: fewer cases."""
+    lengths = ("8K", "16K", "32K", "64K") if targets == 2 else ("16K", "32K", "64K", "128K")
+    cases = ("--lengths", *lengths, "--cases", "10", "--seeds", "4" if targets == 2 else "2")
+    retrieval = [task for task in FLAGS if task not in ("perplexity", "longppl")]
+    return {
+        "perplexity": ("--lengths", *lengths, "--documents", "4", "--document-tokens", "131073"),
+        "longppl": FLAGS["longppl"],
+        **{task: cases for task in retrieval if not task.endswith(CONTROL)},
+    }
+
+
 def score(
     hf: str,
     data: str,
@@ -61,6 +73,7 @@ def score(
     tasks: list[str],
     rope: list[str],
     key_tokens: str | None = None,
+    targets: int = 1,
 ) -> None:
     """Write the results of every task to ``output/TASK``; those of longppl need key tokens."""
     from megatron_cream.evaluation.evaluate import open_model, settings_of
@@ -69,12 +82,13 @@ def score(
     from megatron_cream.evaluation.prompts import open_prompt, validate_vocabulary
     from megatron_cream.evaluation.scoring import score_cases, validate_fit
 
+    tables = SMOKE if smoke else FLAGS if targets == 1 else flags_beyond(targets)
     common = ["--hf", hf, "--name", Path(output).parent.name, "--data", data, *rope]
     common += [] if smoke else ["--dtype", "bfloat16", "--batch-tokens", "65536"]
     model = None
     for name in tasks:
         task, folder = name.removesuffix(CONTROL), Path(output) / name
-        flags = [*(SMOKE if smoke else FLAGS)[name], "--output", str(folder)]
+        flags = [*tables[name], "--output", str(folder)]
         flags += ["--key-tokens", str(key_tokens)] if task == "longppl" else []
         if (folder / "result.json").is_file():
             continue
@@ -101,10 +115,15 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a few short cases")
     parser.add_argument("--tasks", nargs="+", choices=FLAGS)
     parser.add_argument("--key-tokens", help="file of key tokens, for longppl")
+    parser.add_argument("--targets", type=int, default=1, choices=(1, 2, 4), help="of 32K each")
     args, rope = parser.parse_known_args()
     tasks = args.tasks or [task for task in FLAGS if args.key_tokens or task != "longppl"]
     with one_line_errors():
-        score(args.hf, args.data, args.output, args.smoke, tasks, rope, args.key_tokens)
+        score(
+            *(args.hf, args.data, args.output, args.smoke, tasks, rope),
+            args.key_tokens,
+            args.targets,
+        )
     return 0
 
 

@@ -117,12 +117,16 @@ class Study:
                 *("--output-prefix", work / "held-out"),
             ],
         }
+        documents = 32 if args.smoke else RETRIEVAL_DOCUMENTS
         for variant in {v.documents: v for v in self.left if v.retrieval}.values():
             name = variant.documents
             steps[f"{name}.idx"] = [
-                *(TOOLS / "make_retrieval_data.py", *tokenizer, *workers, "--length", str(WINDOW)),
-                *("--documents", str(32 if args.smoke else RETRIEVAL_DOCUMENTS)),
-                *("--questions", variant.questions, "--haystack", *args.text),
+                *(TOOLS / "make_retrieval_data.py", *tokenizer, *workers),
+                *("--length", sample_length(variant)),
+                # As many tokens, and as many questions in them, whatever the length.
+                *("--documents", documents * WINDOW // sample_length(variant)),
+                *("--questions", variant.questions * sample_length(variant) // WINDOW),
+                *("--haystack", *args.text),
                 *("--tasks", variant.tasks),
                 *(["--answers-only"] if variant.answers_only else []),
                 *("--output-prefix", work / name),
@@ -156,7 +160,7 @@ class Study:
                 return False
         if not self.step(variant, gpu, "score", folder / "scores" / "whole", self.score):
             return False
-        found = record(variant, self.settings(gpu), folder, GLOBAL * WINDOW)
+        found = record(variant, self.settings(variant, gpu), folder, GLOBAL * WINDOW)
         text = json.dumps(found, indent=1) + "\n"
         self.result(variant).write_text(text, "utf-8")
         print(f"{variant.title}: {summary(found)}", flush=True)
@@ -212,7 +216,7 @@ class Study:
 
     def flags(self, variant: Variant) -> list[Any]:
         """The flags of ``megatron_cream.pretrain``."""
-        work, run = self.work, self.work / variant.title / "run"
+        work, run, length = self.work, self.work / variant.title / "run", sample_length(variant)
         data = [work / "text"]
         if variant.retrieval:
             share = variant.retrieval
@@ -222,8 +226,9 @@ class Study:
             *("--use-checkpoint-args", "--position-embedding-type", "rope"),
             *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", work / "base/hf"),
             *("--attention-dropout", "0", "--hidden-dropout", "0", "--seed", variant.seed),
-            *("--seq-length", WINDOW, "--max-position-embeddings", WINDOW),
-            *("--target-length", TARGET, "--original-length", WINDOW, "--sample-unit", "window"),
+            *("--seq-length", length, "--max-position-embeddings", length),
+            *("--target-length", TARGET * variant.targets),
+            *("--original-length", WINDOW, "--sample-unit", "window"),
             *("--position-strategy", variant.method, "--rope-interpolation", variant.rope),
             *variant.flags,
             *("--data-path", *data, "--split", "100,0,0"),
@@ -231,7 +236,8 @@ class Study:
             *("--pretrained-checkpoint", work / "base", "--save", run, "--load", run),
             *("--no-save-optim", "--save-interval", STEPS),
             *("--eval-iters", "0", "--eval-interval", STEPS),
-            *("--micro-batch-size", MICRO, "--global-batch-size", GLOBAL, "--train-iters", STEPS),
+            *("--micro-batch-size", max(1, MICRO * WINDOW // length)),
+            *("--global-batch-size", GLOBAL * WINDOW // length, "--train-iters", STEPS),
             *("--lr", "4e-4", "--min-lr", "0", "--lr-decay-style", "linear"),
             *("--lr-warmup-iters", STEPS // 13, "--weight-decay", "0"),
             *("--log-interval", max(1, STEPS // 13), *self.machine()),
@@ -260,12 +266,14 @@ class Study:
             factor = TARGET / WINDOW
             flags += ["--rope-interpolation", variant.rope, "--rope-factor", f"{factor:g}"]
         flags += ["--smoke"] if self.args.smoke else []
+        flags += ["--targets", variant.targets]
         keys = self.args.key_tokens
         flags += ["--key-tokens", keys] if keys else []
         # Two processes: while one makes cases on the CPU, the other has the GPU.
+        controls = ("longchat-lines-of-8K", "kv-retrieval-of-8K") if variant.targets == 1 else ()
         halves = [
             ("perplexity", "longchat-lines", "kv-retrieval"),
-            ("niah-multikey", "needle", "passkey", "longchat-lines-of-8K", "kv-retrieval-of-8K"),
+            ("niah-multikey", "needle", "passkey", *controls),
             *([("longppl",)] if keys else []),
         ]
         done = at_once(
@@ -278,11 +286,12 @@ class Study:
             (folder / "scores" / "whole").touch()
         return all(done)
 
-    def settings(self, gpu: int) -> dict[str, Any]:
-        """What all runs share, for the record."""
+    def settings(self, variant: Variant, gpu: int) -> dict[str, Any]:
+        """How a run was made, for the record."""
         return {
             "window": WINDOW,
-            "target": TARGET,
+            "target": TARGET * variant.targets,
+            "sample_length": sample_length(variant),
             "steps": STEPS,
             "tokens_a_step": GLOBAL * WINDOW,
             "micro_batch": MICRO,
@@ -290,6 +299,11 @@ class Study:
             "commit": os.environ.get("COMMIT") or commit(),
             "device": device(gpu),
         }
+
+
+def sample_length(variant: Variant) -> int:
+    """Tokens in a sample of a variant."""
+    return TARGET * variant.targets if variant.full_length else WINDOW
 
 
 def at_once(calls: list[tuple[Any, ...]]) -> list[Any]:

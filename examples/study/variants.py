@@ -24,6 +24,8 @@ class Variant:
         questions: most questions of a task in the retrieval documents.
         answers_only: their loss is on the answers alone.
         tasks: most tasks of a retrieval document.
+        targets: its target length in units of the study's, 1 for 32K, 2 for 64K.
+        full_length: samples and documents have the target's length, as many tokens per step.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Variant:
     questions: int = QUESTIONS
     answers_only: bool = False
     tasks: int = 4
+    targets: int = 1
+    full_length: bool = False
 
     @property
     def documents(self) -> str:
@@ -43,6 +47,7 @@ class Variant:
             *([] if self.questions == QUESTIONS else [str(self.questions)]),
             *(["answers"] if self.answers_only else []),
             *([] if self.tasks == 4 else [f"tasks-{self.tasks}"]),
+            *(["full-length"] if self.full_length else []),
         ]
         return "-".join(["retrieval", *parts])
 
@@ -79,6 +84,11 @@ def _seeds(seed: int, *names: str) -> list[Variant]:
         for way, settings in WAYS.items():
             name = f"{way}-{kind}"
             ways[name] = Variant(name, seed=seed, retrieval=0.5, **documents, **settings)
+    for way in FURTHER:
+        for targets, length in FURTHER_TARGETS.items():
+            name = f"{way}-{length}-answers-only-0.50"
+            more = {**DOCUMENTS["answers-only-0.50"], **WAYS[way], "targets": targets}
+            ways[name] = Variant(name, seed=seed, retrieval=0.5, **more)
     return [ways[name] for name in names]
 
 
@@ -109,10 +119,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "scatter": {"method": "scatter"},
     "scatter-8": {"method": "scatter", "flags": ("--scatter-most-chunks", "8")},
     "scatter-mixed-0.25": {"method": "scatter", "flags": (*MIXED, "0.25")},
+    # What positions that only pretend to be far away are to replace.
+    "full-length": {"method": "full", "full_length": True},
     # What extending costs within the old window: the same data, and the model as it was.
     "never-extended": {"method": "full", "rope": "none"},
 }
 """Ways to train on one kind or another, under the name WAY-KIND."""
+FURTHER, FURTHER_TARGETS = ("scatter", "cream", "plain"), {2: "64K", 4: "128K"}
+"""Ways to go beyond 32K, under the name WAY-LENGTH-answers-only-0.50."""
+BEYOND = tuple(
+    f"{way}-{length}-answers-only-0.50" for length in FURTHER_TARGETS.values() for way in FURTHER
+)
 ANSWERS = tuple(f"{way}-answers-only-0.50" for way in WAYS)
 OTHER_KINDS = tuple(
     f"{way}-{kind}"
@@ -149,6 +166,8 @@ VARIANTS = [
     *_seeds(3, *MORE_DOCUMENTS),
     *_seeds(1, "pose-questions-64-retrieval-0.50", "plain-questions-64-retrieval-0.50"),
     *_seeds(3, "cream", "plain", "pose"),
+    *_seeds(3, *ANSWERS),
+    *_seeds(1, *BEYOND),
     *_seeds(1, "randpos"),
     *_seeds(2, "cream-plain-0.25", "cream-retrieval-0.30", "cope"),
 ]
