@@ -72,12 +72,13 @@ class InputFile:
         return cls(str(path), format, status.st_size, status.st_mtime_ns)
 
 
-def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
+def find_inputs(paths: Sequence[str | Path], flag: str = "--input") -> TextInputs:
     """List the files behind `paths` without reading any of them.
 
     Args:
         paths: files, folders, patterns as ``data/*.jsonl`` or ``data/**/*.gz``, and ``-`` for
             standard input.
+        flag: that named them, for messages.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a pattern without a file.
@@ -87,7 +88,7 @@ def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
     files: list[Path] = []
     skipped = 0
     if "" in map(str, paths):
-        raise UserError("--input '': names nothing, needs a file or a folder")
+        raise UserError(f"{flag} '': names nothing, needs a file or a folder")
     for path in map(Path, paths):
         if path == STDIN:
             files.append(path)
@@ -96,17 +97,17 @@ def find_inputs(paths: Sequence[str | Path]) -> TextInputs:
             files += found
             skipped += others
         else:
-            files += _match(path)
+            files += _match(path, flag)
     if not files:
         given = " ".join(map(str, paths)) or "(nothing)"
         kinds = " ".join(sorted(_FOLDER_SUFFIXES))
         raise UserError(
-            f"--input {given}: no files to read ({skipped} of other kinds left out), "
+            f"{flag} {given}: no files to read ({skipped} of other kinds left out), "
             f"needs at least one of {kinds}, plain or .gz, .xz or .zst"
         )
     if files.count(STDIN) > 1:
-        raise UserError("--input - -: standard input can be read once only")
-    return TextInputs(tuple(files), skipped, tuple(map(_validated_status, files)))
+        raise UserError(f"{flag} - -: standard input can be read once only")
+    return TextInputs(tuple(files), skipped, tuple(_validated_status(f, flag) for f in files))
 
 
 def format_of(path: Path, given: str | None = None) -> str:
@@ -129,16 +130,16 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return last, ""
 
 
-def _match(path: Path) -> list[Path]:
+def _match(path: Path, flag: str) -> list[Path]:
     if path.exists():
         return [path]
     if not glob.has_magic(str(path)):
-        raise FileNotFoundError(f"--input {path}: not found, needs an existing file or folder")
+        raise FileNotFoundError(f"{flag} {path}: not found, needs an existing file or folder")
     # A folder that matches is a name of its own; its files need a pattern that reaches them.
     found = [Path(name) for name in glob.glob(str(path), recursive=True)]
     files = sorted(name for name in found if not name.is_dir())
     if not files:
-        raise FileNotFoundError(f"--input {path}: no file matches, needs one that does")
+        raise FileNotFoundError(f"{flag} {path}: no file matches, needs one that does")
     return files
 
 
@@ -154,7 +155,7 @@ def _list_folder(folder: Path) -> tuple[list[Path], int]:
     return taken, len(every) - len(taken)
 
 
-def _validated_status(path: Path) -> os.stat_result | None:
+def _validated_status(path: Path, flag: str) -> os.stat_result | None:
     """Look at a file once: on a file system of a cluster that is what many files cost."""
     if path == STDIN:
         return None
@@ -162,23 +163,23 @@ def _validated_status(path: Path) -> os.stat_result | None:
     with suppress(OSError):  # a link to nothing
         status = path.stat()
     if status is None or not stat.S_ISREG(status.st_mode):
-        raise UserError(f"--input {path}: not a regular file, needs a file or a folder")
+        raise UserError(f"{flag} {path}: not a regular file, needs a file or a folder")
     content, compression = _suffixes(path)
     if compression == ".zst":
-        _import_zstandard(path)
+        _import_zstandard(path, flag)
     if compression and _FORMAT_OF.get(content) in (PARQUET, ARROW):
-        raise UserError(f"--input {path}: needs a {content} file that is not compressed again")
+        raise UserError(f"{flag} {path}: needs a {content} file that is not compressed again")
     if compression and status.st_size == 0:
-        raise UserError(f"--input {path}: is empty, needs a whole {compression} file")
+        raise UserError(f"{flag} {path}: is empty, needs a whole {compression} file")
     return status
 
 
-def _import_zstandard(path: Path) -> Any:
+def _import_zstandard(path: Path, flag: str = "--input") -> Any:
     try:
         import zstandard
     except ImportError as exc:
         raise UserError(
-            f"--input {path}: needs the zstandard package, run `pip install zstandard`"
+            f"{flag} {path}: needs the zstandard package, run `pip install zstandard`"
         ) from exc
     return zstandard
 

@@ -135,8 +135,8 @@ class Conversation:
             self.module.set_attn_implementation("sdpa")
             if tokens - _ROOM > model.window:
                 print(
-                    f"note: text and answer have {tokens - _ROOM} tokens, {model.name} was "
-                    f"extended to {model.window}: --dual-chunk or another RoPE reaches further",
+                    f"note: text and answer have {tokens - _ROOM} tokens, {model.name} has a "
+                    f"window of {model.window}: --dual-chunk or another RoPE reaches further",
                     file=sys.stderr,
                 )
         self.new_cache = DynamicCache

@@ -251,7 +251,7 @@ def _note_longer_than_window(flag: str, lengths: set[int], model: ScoringModel) 
     longer = sorted(length for length in lengths if length > model.window)
     if longer and model.primary:
         print(
-            f"note: {flag} has {' '.join(map(str, longer))}: {model.name} was extended to "
+            f"note: {flag} has {' '.join(map(str, longer))}: {model.name} has a window of "
             f"{model.window} tokens",
             file=sys.stderr,
         )

@@ -17,7 +17,8 @@ from megatron_cream.positions.plots import has_matplotlib
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="generator" content="megatron_cream">
 <title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
+  padding: 0 1rem }}
 table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
 th, td {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: right }}
 th:first-child, td:first-child {{ text-align: left }}

@@ -292,7 +292,7 @@ def _encode_texts(
     validate_vocabulary(tokenizer, model)
     documents: list[np.ndarray] = []
     longest = 0
-    for path in find_inputs([data]).files:
+    for path in find_inputs([data], "--data").files:
         for text in read_texts(path):
             ids = tokenizer.encode([text[: 32 * tokens]])[0]
             longest = max(longest, len(ids))

@@ -238,7 +238,7 @@ def notes(results: Sequence[Result]) -> list[str]:
     """Return what readers of a table must know of its lengths and of its number of cases."""
     notes = []
     if any(row["length"] > result["window"] for result in results for row in result["lengths"]):
-        notes.append("\\* longer than the window that the model was extended to")
+        notes.append("\\* longer than the model's window")
     if limits := {result["most_tokens"] for result in results if result.get("most_tokens")}:
         most = " or ".join(short(limit) for limit in sorted(limits))
         notes.append(f"fewer cases at a length whose haystacks would exceed {most} tokens")

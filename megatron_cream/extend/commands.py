@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_cream import torchrun
@@ -19,6 +20,10 @@ from megatron_cream.extend.recipe import (
 from megatron_cream.extend.steps import RecipeStep
 
 _HELD_OUT_DOCUMENTS = 8
+
+
+def _tool(name: str, makes: Path, *words: str) -> RecipeStep:
+    return RecipeStep(name, makes, [sys.executable, "-m", "megatron_cream", *words])
 
 
 class Commands:
@@ -43,29 +48,38 @@ class Commands:
         self.counted: tuple[int, int] | None = None
 
     def all_steps(self) -> list[RecipeStep]:
-        """Return every step, for a dry run."""
-        return [*self.data_steps(), *self.model_steps()]
+        """Return every step, as far as it is known before the text was read."""
+        return [*self.text_steps(), *self.model_steps()]
 
-    def data_steps(self) -> list[RecipeStep]:
-        """Return the steps up to training's input."""
-        steps = [
-            self._tool("import", self.base, "import", "--hf", str(self.source), "--output"),
-            self._dataset("text", self.settings.text, self.recipe.window),
-        ]
+    def steps(self) -> Iterator[RecipeStep]:
+        """Yield every step; those after the text follow from it.
+
+        Raises:
+            UserError: text that is too short.
+        """
+        yield from self.text_steps()
+        self.hold_out()
+        yield from self.model_steps()
+
+    def text_steps(self) -> list[RecipeStep]:
+        """Return the steps that read text: first of all, as text can turn out too short."""
+        steps = [self._dataset("text", self.settings.text, self.recipe.window)]
         if self.settings.held_out:
             # Shorter documents are passed over when perplexity is measured; none is no error.
             steps.append(self._dataset("held-out", self.settings.held_out, 2))
-        if self.settings.retrieval_share:
-            steps.append(self._retrieval())
         return steps
 
     def model_steps(self) -> list[RecipeStep]:
-        """Return the steps from the first scores to the last."""
+        """Return the steps from the import to the last scores."""
         output = Path(self.settings.output)
+        read = ("import", "--hf", str(self.source), "--output", str(self.base))
+        write = ("export", "--checkpoint", str(self.run), "--output", str(output))
         return [
+            _tool("import", self.base, *read),
+            *([self._retrieval()] if self.settings.retrieval_share else []),
             self._score("before", self.source, self.base),
             self._train(),
-            self._tool("export", output, "export", "--checkpoint", str(self.run), "--output"),
+            _tool("export", output / "config.json", *write),  # the folder may be there, empty
             self._score("after", output, self.run),
         ]
 
@@ -104,18 +118,14 @@ class Commands:
     def _scored_tokens(self) -> int:
         return self.lengths[-1] + 1
 
-    def _tool(self, name: str, makes: Path, *words: str) -> RecipeStep:
-        command = [sys.executable, "-m", "megatron_cream", *words, str(makes)]
-        return RecipeStep(name, makes, command)
-
     def _dataset(self, name: str, texts: tuple[str, ...], shortest: int) -> RecipeStep:
         prefix = self.work / name
-        command = [
-            *(sys.executable, "-m", "megatron_cream", "preprocess", "--input", *texts),
-            *(*self.tokenizer, "--min-tokens", str(shortest)),
+        return _tool(
+            f"tokenize-{name}",
+            prefix.with_name(f"{name}.idx"),
+            *("preprocess", "--input", *texts, *self.tokenizer, "--min-tokens", str(shortest)),
             *("--workers", str(self.settings.workers), "--output-prefix", str(prefix)),
-        ]
-        return RecipeStep(f"tokenize-{name}", prefix.with_name(f"{name}.idx"), command)
+        )
 
     def _retrieval(self) -> RecipeStep:
         settings, prefix = self.settings, self.work / "retrieval"
@@ -125,12 +135,13 @@ class Commands:
         more = ["--haystack", *settings.text] if settings.held_out else []
         if settings.retrieval_loss == "answers":
             more.append("--answers-only")
-        command = [
-            *(sys.executable, "-m", "megatron_cream", "retrieval-data", *self.tokenizer),
-            *("--length", str(self.recipe.window), "--documents", str(count), *more),
+        return _tool(
+            "retrieval-documents",
+            prefix.with_name("retrieval.idx"),
+            *("retrieval-data", *self.tokenizer, "--length", str(self.recipe.window)),
+            *("--documents", str(count), *more),
             *("--workers", str(settings.workers), "--output-prefix", str(prefix)),
-        ]
-        return RecipeStep("retrieval-documents", prefix.with_name("retrieval.idx"), command)
+        )
 
     def _train(self) -> RecipeStep:
         settings, recipe = self.settings, self.recipe

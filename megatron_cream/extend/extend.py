@@ -6,19 +6,36 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import shlex
+import shutil
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_cream import ownership
 from megatron_cream.checkpoint.hf_files import find_hf_folder
+from megatron_cream.corpus.input_files import (
+    ARROW,
+    PARQUET,
+    find_inputs,
+    format_of,
+    is_compressed,
+)
+from megatron_cream.corpus.retrieval.documents import SHORTEST
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluation_tasks import TASKS
+from megatron_cream.evaluation.store import write_whole
 from megatron_cream.extend.commands import Commands
-from megatron_cream.extend.recipe import ExtendSettings, make_recipe
+from megatron_cream.extend.html_report import write_report
+from megatron_cream.extend.recipe import ExtendSettings, Recipe, make_recipe
 from megatron_cream.extend.steps import run_step
 from megatron_cream.options import add_flags, read_flags, validate_fields
-from megatron_cream.planning.models import find_model
+from megatron_cream.planning.models import BaseModel, find_model
+from megatron_cream.planning.script import saved_bytes
 
 EXAMPLES = """
     megatron-cream extend --hf SmolLM2-135M --text books/train --held-out books/validation \\
@@ -47,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Extend the model that the command line names, and say where it is."""
+    # Ends as an error does, so that the step that runs is ended, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     extend(read_flags(ExtendSettings, args))
 
 
@@ -63,27 +82,27 @@ def extend(settings: ExtendSettings) -> Path:
     """
     _validate(settings)
     source = find_hf_folder(settings.hf)
-    recipe = make_recipe(settings, find_model(str(source)))
+    model = find_model(str(source))
+    recipe = make_recipe(settings, model)
+    _validate_text(settings, recipe.window)
+    if settings.retrieval_share and recipe.window < SHORTEST:
+        raise UserError(
+            f"--window is {recipe.window}: documents with questions have at least {SHORTEST} "
+            "tokens; --retrieval-share 0 leaves them out"
+        )
     print(f"extend {source.name}: {recipe.describe()}", file=sys.stderr)
     plan = Commands(settings, recipe, source)
     if settings.dry_run:
         print("\n".join(f"\n# {step.name}\n{step.line()}" for step in plan.all_steps()))
         return Path(settings.output)
-    work = settings.work_folder
-    _begin(settings)
-    if settings.reuse:
-        _link_from(Path(settings.reuse), settings)
-    logs = work / "logs"
-    logs.mkdir(exist_ok=True)
-    for step in plan.data_steps():
-        run_step(step, logs)
-    plan.hold_out()
-    for step in plan.model_steps():
-        run_step(step, logs)
-    from megatron_cream.extend.html_report import write_report
-
-    report = write_report(settings, recipe, plan.scores, plan.tasks)
-    print(f"extended: {settings.output}\nreport: {report}\nlogs: {logs}")
+    logs = settings.work_folder / "logs"
+    with _begun(settings, lambda: _validate_space(settings, recipe, model, source)) as held:
+        logs.mkdir(exist_ok=True)
+        count = len(plan.all_steps())
+        for number, step in enumerate(plan.steps(), 1):
+            run_step(step, logs, f"{number}/{count}", held)
+        report, table = write_report(settings, recipe, plan)
+    print(f"\n{table}\n\nextended: {settings.output}\nreport: {report}\nlogs: {logs}")
     return Path(settings.output)
 
 
@@ -96,33 +115,97 @@ def _validate(settings: ExtendSettings) -> None:
     for flag, value in (("--lr", settings.lr), ("--steps", settings.steps)):
         if value is not None and not value > 0:
             raise UserError(f"{flag} is {value}: it must be above 0")
+    if None in find_inputs(settings.text, "--text").statuses:
+        raise UserError("--text -: standard input can be read once only, needs files")
+    if settings.held_out:
+        find_inputs(settings.held_out, "--held-out")
     unknown = set(settings.tasks) - {*TASKS, "perplexity"}
     if unknown:
         raise UserError(f"--tasks has {', '.join(sorted(unknown))}: it must name tasks of evaluate")
-    for path in (*settings.text, *settings.held_out):
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file or folder of text")
+    if settings.lengths and min(settings.lengths) < 1:
+        raise UserError(f"--lengths has {min(settings.lengths)}: each must be at least 1 token")
+    try:
+        shlex.split(settings.train_args)
+    except ValueError as error:
+        raise UserError(f"--train-args is {settings.train_args}: {error}") from None
 
 
-def _begin(settings: ExtendSettings) -> None:
+def _validate_text(settings: ExtendSettings, window: int) -> None:
+    """Refuse text in which no document can have ``window`` tokens, as far as sizes tell.
+
+    Raises:
+        UserError: every file is shorter, and a token has at least a byte.
+    """
+    found = find_inputs(settings.text)
+    sizes = [one.st_size for one in found.statuses if one is not None]
+    plain = not any(is_compressed(p) or format_of(p) in (PARQUET, ARROW) for p in found.files)
+    if plain and max(sizes) < window:
+        raise UserError(
+            f"--text {' '.join(settings.text)}: the largest file has {max(sizes)} bytes, a "
+            f"document of {window} tokens, the window that is trained, needs at least as many: "
+            "give longer text, or a shorter --window"
+        )
+
+
+def _validate_space(
+    settings: ExtendSettings, recipe: Recipe, model: BaseModel, source: Path
+) -> None:
+    """Refuse folders on disks without room for what will be written there.
+
+    Raises:
+        UserError: naming the folder, the bytes that are free and those that are needed.
+    """
+    weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    text = find_inputs((*settings.text, *settings.held_out)).total_bytes
+    # While a checkpoint is written, the one before is there.
+    run = 2 * saved_bytes(model) if recipe.saves_optimizer else weights
+    needed: dict[int, tuple[list[Path], int]] = {}
+    for folder, size in ((settings.work_folder, weights + text + run), (settings.output, weights)):
+        there = Path(folder).absolute()
+        while not there.exists():
+            there = there.parent
+        folders, before = needed.get(there.stat().st_dev, ([], 0))
+        needed[there.stat().st_dev] = [*folders, there], before + size
+    for folders, size in needed.values():
+        free = shutil.disk_usage(folders[0]).free
+        locked = [folder for folder in folders if not os.access(folder, os.W_OK)]
+        if locked:
+            raise UserError(f"--output is {settings.output}: {locked[0]} cannot be written to")
+        if free < size:
+            raise UserError(
+                f"--output is {settings.output}: the disk of {folders[0]} has {free / 1e9:.1f} GB "
+                f"free, {size / 1e9:.1f} GB are needed"
+            )
+
+
+@contextmanager
+def _begun(settings: ExtendSettings, validate: Callable[[], None]) -> Iterator[int]:
     """Make the work folder, or go on in it with the settings that it was begun with.
+
+    Yields the descriptor of its lock. ``validate`` is asked before anything is made.
 
     Raises:
         UserError: it is of something else or of other settings, or OUTPUT is a user's.
+        BlockingIOError: another process is at work in it.
     """
-    work = settings.work_folder
-    ownership.validate_usable(work, _KIND, f"--work {work}")
-    now = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
+    work, output = settings.work_folder, Path(settings.output)
     record = work / _SETTINGS_FILE
-    if record.exists():
-        _validate_same(record, now, "give that again, or another --work and --output")
-        return
-    output = Path(settings.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output is {output}: it must be a new or an empty folder")
-    work.mkdir(parents=True, exist_ok=True)
-    ownership.mark(work, _KIND)
-    record.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    if not record.exists():
+        ownership.validate_usable(work, _KIND, f"--work is {work}")
+        ownership.validate_output(output)
+        validate()
+    held = ownership.lock(work, _KIND, f"--work is {work}", "another --work")
+    try:
+        now = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
+        if record.exists():
+            _validate_same(record, now, "give that again, or another --work and --output")
+        else:
+            write_whole(record, (json.dumps(now, indent=2) + "\n").encode())
+        if settings.reuse:
+            _link_from(Path(settings.reuse), settings)
+        yield held
+    finally:
+        os.close(held)
 
 
 def _validate_same(record: Path, now: dict[str, Any], advice: str) -> None:

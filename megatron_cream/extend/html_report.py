@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import html
 from pathlib import Path
 from typing import Any
 
 import megatron_cream
 from megatron_cream.evaluation.html_page import (
+    folded,
     html_picture,
     html_settings,
     html_table,
@@ -18,7 +20,9 @@ from megatron_cream.evaluation.html_page import (
 from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.results import markdown, percent, short
 from megatron_cream.evaluation.store import write_whole
+from megatron_cream.extend.commands import Commands
 from megatron_cream.extend.recipe import ExtendSettings, Recipe
+from megatron_cream.extend.steps import read_seconds
 from megatron_cream.positions.plots import has_matplotlib
 
 _HEADING = "## Before and after"
@@ -31,19 +35,15 @@ _TITLES = {
 }
 
 
-def write_report(
-    settings: ExtendSettings, recipe: Recipe, scores: tuple[Path, Path], tasks: Sequence[str]
-) -> Path:
-    """Write OUTPUT/report.html, and the same table into OUTPUT/README.md; returns the report.
+def write_report(settings: ExtendSettings, recipe: Recipe, plan: Commands) -> tuple[Path, str]:
+    """Write OUTPUT/report.html, and the same table into OUTPUT/README.md.
 
-    Args:
-        scores: the folders of the scores before and after, each with one folder per task.
-        tasks: what was scored.
+    Returns the report's file, and the table as Markdown.
 
     Raises:
         FileNotFoundError, UserError: scores that are missing or damaged.
     """
-    pairs = {task: _read_pair(scores, task) for task in tasks}
+    pairs = {task: _read_pair(plan.scores, task) for task in plan.tasks}
     rows = _rows(pairs)
     output = Path(settings.output)
     pictures = [
@@ -53,14 +53,32 @@ def write_report(
     ]
     body = [
         *(paragraph(recipe.describe()), "<h2>Before and after</h2>", html_table(rows)),
-        *(paragraph(_note(pairs)), *pictures, "<h2>Settings</h2>", html_settings(vars(settings))),
+        *(paragraph(_note(pairs)), *pictures, "<h2>Steps</h2>"),
+        *(_steps(plan), "<h2>Settings</h2>", html_settings(_given(settings))),
         paragraph(f"megatron_cream {megatron_cream.__version__}"),
     ]
     report = output / "report.html"
-    title = f"{output.name}: {recipe.window} to {recipe.target} tokens"
+    title = f"{plan.source.name}: {short(recipe.window)} to {short(recipe.target)} tokens"
     write_whole(report, make_page(title, "".join(body)).encode())
-    _add_to_card(output / "README.md", f"{markdown(rows)}\n\n{_note(pairs)}")
-    return report
+    table = markdown(rows)
+    _add_to_card(output / "README.md", f"{recipe.describe()}\n\n{table}\n\n{_note(pairs)}")
+    return report, table
+
+
+def _steps(plan: Commands) -> str:
+    """Return HTML of what each step took, and of the commands."""
+    seconds, steps = read_seconds(plan.work / "logs"), plan.all_steps()
+    times = [[s.name, f"{seconds[s.name]:.0f}"] for s in steps if s.name in seconds]
+    commands = "\n\n".join(f"# {step.name}\n{step.line()}" for step in steps)
+    table = html_table([["step", "seconds"], *times])
+    return table + folded("Commands", f"<pre>{html.escape(commands)}</pre>")
+
+
+def _given(settings: ExtendSettings) -> dict[str, Any]:
+    """Return the settings that are not as they are by default."""
+    fields = dataclasses.fields(settings)
+    values = {one.name: getattr(settings, one.name) for one in fields}
+    return {one.name: values[one.name] for one in fields if values[one.name] != one.default}
 
 
 def _read_pair(scores: tuple[Path, Path], task: str) -> list[dict[str, Any]]:
@@ -96,7 +114,8 @@ def _note(pairs: dict[str, list[dict[str, Any]]]) -> str:
         cases = f"; {number} cases per cell, so that small differences may be chance"
     documents = ""
     if "perplexity" in pairs:
-        documents = f" Perplexity of {pairs['perplexity'][0]['lengths'][0]['documents']} documents."
+        count = pairs["perplexity"][0]["lengths"][0]["documents"]
+        documents = f" Perplexity of {count} document{'s' * (count > 1)}."
     return f"Before → after, by context length in tokens{cases}.{documents}"
 
 

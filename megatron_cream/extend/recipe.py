@@ -26,8 +26,25 @@ LONGEST_WINDOW = 8192
 STEP_TOKENS = 131_072
 """Tokens per step, as in CREAM's paper: 32 samples of 4096."""
 
-SMALL = 1e9
-"""Parameters below which a model takes the short recipe of docs/study.md."""
+
+@dataclass(frozen=True)
+class _Defaults:
+    strategy: str
+    steps: int
+    learning_rate: float
+
+
+_SMALL = 1e9  # parameters
+_SHORT = _Defaults("scatter", 130, 4e-4)  # the best of docs/study.md, on SmolLM2-135M
+_LONG = _Defaults("cream", 1000, 2e-5)  # of CREAM's paper, on Llama-2-7B: scatter is untried there
+
+
+def _defaults(model: BaseModel) -> _Defaults:
+    return _SHORT if stage_parameters(model, ParallelLayout(), 0) < _SMALL else _LONG
+
+
+SAVE_STEPS = 200
+"""Steps between two checkpoints."""
 
 _LARGEST_MICRO_BATCH = 8
 _TASKS = ("passkey", "needle", "longchat-lines", "niah-multikey")
@@ -163,6 +180,11 @@ class Recipe:
         return self.plan.layout if self.plan else ParallelLayout(data=self.processes)
 
     @property
+    def saves_optimizer(self) -> bool:
+        """Whether training goes on from a checkpoint; a shorter run begins again."""
+        return self.steps > SAVE_STEPS
+
+    @property
     def samples(self) -> int:
         """Samples of the whole run."""
         return self.steps * self.global_batch
@@ -183,10 +205,11 @@ class Recipe:
 
     def _where(self) -> str:
         if self.plan is None:
-            return f"{self.processes} processes on the CPU"
+            return f"{self.processes} process{'es' * (self.processes > 1)} on the CPU"
         minutes = self.steps * self.plan.step.total / 60
+        where = "one GPU" if self.processes == 1 else f"{self.processes} GPUs, {self.layout}"
         return (
-            f"{self.layout} on {self.processes} GPUs; planned: {minutes:.1f} min of steps, "
+            f"on {where}; planned: {minutes:.1f} min of steps, "
             f"{self.plan.memory.total / GIB:.1f} GiB per GPU"
         )
 
@@ -200,18 +223,21 @@ def make_recipe(settings: ExtendSettings, model: BaseModel) -> Recipe:
     """
     window = settings.window or min(model.trained_length, LONGEST_WINDOW)
     _validate_lengths(settings.target_length, window, model)
-    small = stage_parameters(model, ParallelLayout(), 0) < SMALL
+    default = _defaults(model)
     batch = settings.global_batch_size or max(1, STEP_TOKENS // window)
-    steps = settings.steps or (130 if small else 1000)
-    rate = settings.lr or (4e-4 if small else 2e-5)
-    # The short recipe is measured (docs/study.md), the long one is that of CREAM's paper.
-    strategy = settings.position_strategy or ("scatter" if small else "cream")
+    steps, rate = settings.steps or default.steps, settings.lr or default.learning_rate
+    strategy = settings.position_strategy or default.strategy
     schedule = (window, settings.target_length, strategy, steps, batch)
     if settings.cpu:
         processes = settings.gpus or 1
         share = batch // processes
         fitting = (n for n in range(_LARGEST_MICRO_BATCH, 1, -1) if share % n == 0)
         micro = settings.micro_batch_size or next(fitting, 1)
+        if batch % (processes * micro):
+            raise UserError(
+                f"--global-batch-size is {batch}: it must be a multiple of {processes * micro}, "
+                f"{micro} samples on each of {processes} processes"
+            )
         return Recipe(*schedule, micro, rate, processes, None)
     gpus, gpu = _find_gpus(settings)
     plan = _choose_plan(settings, model, window, batch, gpus, gpu)
@@ -295,13 +321,16 @@ def machine_flags(recipe: Recipe) -> list[str]:
 
 def schedule_flags(recipe: Recipe) -> list[str]:
     """Return the trainer's flags for batch, steps and learning rate."""
+    retained = -(-recipe.steps // SAVE_STEPS) * SAVE_STEPS
     return [
         *("--micro-batch-size", str(recipe.micro_batch)),
         *("--global-batch-size", str(recipe.global_batch), "--train-iters", str(recipe.steps)),
         *("--lr", f"{recipe.learning_rate:g}", "--min-lr", "0", "--lr-decay-style", "linear"),
         *("--lr-warmup-iters", str(warm_up(recipe.steps)), "--weight-decay", "0"),
-        *("--save-interval", str(min(recipe.steps, 200))),
-        *(["--no-save-optim"] if recipe.steps <= 200 else []),
+        *("--save-interval", str(min(recipe.steps, SAVE_STEPS))),
+        # Of a long run the newest checkpoint is kept.
+        *(("--save-retain-interval", str(retained)) if recipe.saves_optimizer else ()),
+        *(() if recipe.saves_optimizer else ("--no-save-optim",)),
         *("--eval-iters", "0", "--eval-interval", str(recipe.steps)),
         *("--log-interval", str(max(1, recipe.steps // 65))),
     ]

@@ -4,22 +4,28 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from megatron_cream import torchrun
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.store import write_whole
 
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*lm loss: (\S+)")
 _LAST_LINES = 20
+_ERROR = "error:"
+_SECONDS = "seconds.json"
 
 
 @dataclass(frozen=True)
@@ -45,38 +51,61 @@ class RecipeStep:
         return shlex.join(words)
 
 
-def run_step(step: RecipeStep, logs: Path) -> bool:
+def run_step(step: RecipeStep, logs: Path, place: str = "", held: int | None = None) -> bool:
     """Run a step unless what it makes is there; returns whether it ran.
+
+    Args:
+        step: what is run.
+        logs: folder of its log, and of the seconds that each step took.
+        place: among the other steps, as ``3/8``.
+        held: descriptor of a lock that the command has, too: killed alone, this process leaves a
+            command that goes on.
 
     Raises:
         UserError: it failed: its own message, or the end of its output, and where its log is.
     """
+    name = f"[{place}] {step.name}" if place else step.name
     if step.makes.exists():
-        print(f"{step.name}: {step.makes} is there", file=sys.stderr)
+        print(f"{name}: {step.makes} is there", file=sys.stderr)
         return False
-    print(f"$ {step.line()}", file=sys.stderr, flush=True)
-    log = logs / f"{step.name}.log"
+    print(f"{name}\n$ {step.line()}", file=sys.stderr, flush=True)
+    log, began = logs / f"{step.name}.log", time.monotonic()
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {step.line()}\n")
         file.flush()
         run = _run_training if step.trains else _run_tool
-        status, lines = run(step, file)
+        status, lines = run(step, file, () if held is None else (held,))
     if status:
-        errors = [line for line in lines if line.startswith("error:")][-1:] or lines[-_LAST_LINES:]
-        reason = "\n".join(errors).removeprefix("error: ")
+        errors = [line for line in lines if line.startswith(_ERROR)][-1:] or lines[-_LAST_LINES:]
+        reason = "\n".join(errors).removeprefix(_ERROR).strip()
         raise UserError(f"{step.name}: {reason or f'exit status {status}'} (log: {log})")
+    seconds = read_seconds(logs) | {step.name: round(time.monotonic() - began, 1)}
+    write_whole(logs / _SECONDS, json.dumps(seconds).encode())
     if step.trains:
         step.makes.touch()
     return True
 
 
-def _run_tool(step: RecipeStep, log: IO[str]) -> tuple[int, list[str]]:
+def read_seconds(logs: Path) -> dict[str, float]:
+    """Return what each finished step took, by name; of one that was interrupted its last start."""
+    path = logs / _SECONDS
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
+@contextmanager
+def _started(step: RecipeStep, **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Start a command that ends where this process is interrupted."""
+    with subprocess.Popen(step.command, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.terminate()
+            raise
+
+
+def _run_tool(step: RecipeStep, log: IO[str], held: tuple[int, ...]) -> tuple[int, list[str]]:
     """Run a command whose progress bar goes to the screen as it is; its results go to the log."""
-    with subprocess.Popen(
-        step.command,
-        stdout=log,
-        stderr=subprocess.PIPE,
-    ) as process:
+    with _started(step, stdout=log, stderr=subprocess.PIPE, pass_fds=held) as process:
         assert process.stderr is not None
         # A bar returns to the start of its line, which must stay so on the screen.
         lines = list(_show(io.TextIOWrapper(process.stderr, errors="replace", newline="")))
@@ -85,45 +114,48 @@ def _run_tool(step: RecipeStep, log: IO[str]) -> tuple[int, list[str]]:
 
 
 def _show(stream: IO[str]) -> Iterator[str]:
-    """Copy a stream to the screen as it comes; yield its lines, a bar as its last state."""
-    line = ""
+    """Copy a stream to the screen as it comes; yield its lines, a bar as its last state.
+
+    A line that begins as an error is left for the one who ends with it.
+    """
+    line = waiting = ""
     while character := stream.read(1):
-        sys.stderr.write(character)
-        if character in "\r\n":
+        ends = character in "\r\n"
+        line += "" if ends else character
+        waiting += character
+        start = line[: len(_ERROR)]
+        if not _ERROR.startswith(start) or (ends and start != _ERROR):
+            sys.stderr.write(waiting)
+            waiting = ""
+        if ends:
             sys.stderr.flush()
             if character == "\n":
                 yield line
-            line = ""
-        else:
-            line += character
+            line = waiting = ""
     if line:
         yield line
 
 
-def _run_training(step: RecipeStep, log: IO[str]) -> tuple[int, list[str]]:
+def _run_training(step: RecipeStep, log: IO[str], held: tuple[int, ...]) -> tuple[int, list[str]]:
     """Run the trainer: of its output the start block and the losses are shown."""
     lines: list[str] = []
+    block: list[str] = []
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
     environment = torchrun.environment(CUDA_DEVICE_MAX_CONNECTIONS="1")
     with (
         tqdm(total=step.trains, desc=step.name, unit="step") as bar,
-        subprocess.Popen(
-            step.command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            text=True,
-            errors="replace",
-        ) as process,
+        _started(step, **options, env=environment, text=True, pass_fds=held) as process,
     ):
         assert process.stdout is not None
-        in_block = False
         for line in process.stdout:
             log.write(line)
             log.flush()
             lines.append(line.rstrip())
-            in_block = line.rstrip() == "megatron_cream" or (in_block and line.startswith("  "))
-            if in_block:
-                bar.write(line.rstrip(), file=sys.stderr)
+            if lines[-1] == "megatron_cream" or (block and line.startswith("  ")):
+                block.append(lines[-1])
+            elif block:
+                bar.write("\n".join(block), file=sys.stderr)
+                block = []
             if found := _ITERATION.search(line):
                 if bar.n == 0:
                     bar.unpause()  # the rate is that of steps, without the start

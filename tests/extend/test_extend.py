@@ -2,7 +2,9 @@
 """megatron-cream extend: recipe, commands, what is done already, errors, report."""
 
 import json
+import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,14 @@ def test_a_recipe_that_cannot_be_is_refused(changes, message):
         make_recipe(settings(**changes), MODELS["smollm2-135m"])
 
 
+def begin(given):
+    """Make the work folder; returns that of its logs."""
+    with module._begun(given, lambda: None):
+        logs = given.work_folder / "logs"
+        logs.mkdir()
+    return logs
+
+
 def commands_of(given, model=None):
     return Commands(given, make_recipe(given, model or module.find_model(given.hf)), Path(given.hf))
 
@@ -85,7 +95,7 @@ def test_every_printed_command_is_one_that_its_own_parser_takes(command, window,
 
     words = [shlex.split(line)[1:] for line in lines]
     tools = [line[2:] for line in words if line[:2] == ["-m", "megatron_cream"]]
-    names = ["import", "preprocess", "retrieval-data", "evaluate", "export", "evaluate"]
+    names = ["preprocess", "import", "retrieval-data", "evaluate", "export", "evaluate"]
     assert [line[0] for line in tools] == names
     parsed = [make_parser(name).parse_args(rest) for name, *rest in tools]
     assert settings_of(parsed[3]).tasks == ["perplexity", "passkey"]
@@ -99,7 +109,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(
 ):
     ran, given = [], settings(**command | {"target_length": 4 * window})
 
-    def run(step, logs):
+    def run(step, logs, place, held):
         ran.append(step.name)
         if step.name.startswith("tokenize"):
             return run_step(step, logs)
@@ -110,7 +120,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(
     monkeypatch.setattr(module, "run_step", run)
     with pytest.raises(UserError, match="went away"):
         extend(given)
-    assert ran == ["import", "tokenize-text", "score-before", "train"]
+    assert ran == ["tokenize-text", "import", "score-before", "train"]
     ran.clear()
     with pytest.raises(UserError, match="went away"):
         extend(given)
@@ -132,10 +142,8 @@ def test_a_folder_of_the_users_is_not_written_to(command, window, tmp_path):
 
 def test_documents_kept_from_training_are_those_that_are_scored(command, window, tmp_path):
     given = settings(**command | {"target_length": 4 * window, "lengths": (2 * window,)})
-    module._begin(given)
-    plan = commands_of(given)
-    (given.work_folder / "logs").mkdir()
-    run_step(plan.data_steps()[1], given.work_folder / "logs")
+    plan, logs = commands_of(given), begin(given)
+    run_step(plan.text_steps()[0], logs)
     plan.hold_out()
     train = list(plan._train().command)
     count, trained = plan.counted
@@ -157,7 +165,7 @@ def test_documents_kept_from_training_are_those_that_are_scored(command, window,
 def test_a_single_task_is_scored_where_the_report_reads_it(command, window):
     given = settings(**command | {"target_length": 4 * window, "tasks": ("perplexity",)})
     plan = commands_of(given)
-    step = plan.model_steps()[0]
+    step = plan.model_steps()[1]
     output = step.command[step.command.index("--output") + 1]
     assert plan.tasks == ("perplexity",)
     assert step.makes == Path(output) / "result.json" == plan.scores[0] / "perplexity/result.json"
@@ -169,11 +177,9 @@ def test_held_out_text_that_is_too_short_is_a_note_or_an_error(command, window, 
     changes = {"target_length": 4 * window, "held_out": (str(short),)}
     for tasks in (("passkey",), ("perplexity",)):
         given = settings(**command | changes | {"tasks": tasks, "output": str(tmp_path / tasks[0])})
-        module._begin(given)
-        (given.work_folder / "logs").mkdir()
-        plan = commands_of(given)
-        for step in plan.data_steps()[1:]:
-            run_step(step, given.work_folder / "logs")
+        plan, logs = commands_of(given), begin(given)
+        for step in plan.text_steps():
+            run_step(step, logs)
         if tasks == ("passkey",):
             plan.hold_out()
             assert plan.tasks == tasks and "perplexity is not measured" in capsys.readouterr().err
@@ -186,7 +192,7 @@ def test_a_spread_model_is_scored_spread_from_its_checkpoints():
     plan = commands_of(settings(gpus=8, target_length=262144), MODELS["qwen2.5-32b"])
     layout = plan.recipe.layout
     assert layout.tensor * layout.pipeline > 1
-    before, _, _, after = plan.model_steps()
+    _, _, before, _, _, after = plan.model_steps()
     for step, folder in ((before, "base"), (after, "run")):
         words = list(step.command)
         assert words[words.index("--checkpoint") + 1] == str(plan.work / folder)
@@ -203,7 +209,7 @@ def test_flags_for_the_trainer_are_its_last(command, window):
 
 def test_another_extension_s_import_data_and_scores_are_taken_over(command, window, tmp_path):
     first = settings(**command | {"target_length": 4 * window})
-    module._begin(first)
+    begin(first)
     for name in ("text.bin", "text.idx", "retrieval.bin"):
         (first.work_folder / name).write_text(name)
     for name in ("base", "before/passkey", "before/perplexity"):
@@ -214,8 +220,7 @@ def test_another_extension_s_import_data_and_scores_are_taken_over(command, wind
     second = settings(
         **command | reuse | {"target_length": 4 * window, "position_strategy": "pose", "lr": 1e-3}
     )
-    module._begin(second)
-    module._link_from(first.work_folder, second)
+    begin(second)
     assert not (second.work_folder / "before").exists()  # it would be written on there
     (first.work_folder / "before/table.md").write_text("all")
     module._link_from(first.work_folder, second)
@@ -282,18 +287,70 @@ def test_the_report_has_every_figure_and_can_be_written_again(tmp_path, monkeypa
     (tmp_path / "README.md").write_text("# a model card\n")
     given = settings(output=str(tmp_path), hf="<m>")
     recipe = make_recipe(given, MODELS["smollm2-135m"])
-    folders = (tmp_path / "before", tmp_path / "after")
+    plan = Commands(given, recipe, Path("model"))
+    plan.tasks = ("perplexity", "passkey")
     for _ in range(2):
-        page = write_report(given, recipe, folders, ["perplexity", "passkey"]).read_text()
-    card = (tmp_path / "README.md").read_text()
-    for text in (page, card):
+        path, table = write_report(given, recipe, plan)
+    page, card = path.read_text(), (tmp_path / "README.md").read_text()
+    assert "<h1>model: 8K to 32K tokens</h1>" in page
+    for text in (page, card, table):
         assert text.count("900 → 19.25") == 1 and text.count("0 % → 80 %") == 1
     assert "&lt;m&gt;" in page and "<m>" not in page
-    assert card.startswith("# a model card\n\n## Before and after\n")
+    assert card.startswith(
+        "# a model card\n\n## Before and after\n\n8192 to 32768 tokens by scatter"
+    )
 
 
 def test_the_command_ends_in_one_line_where_text_is_missing(tmp_path, capsys):
     words = ["--hf", str(tmp_path), "--text", "nowhere", "--target-length", "32K"]
     with pytest.raises(SystemExit, match="2"):
         main(["extend", *words, "--output", str(tmp_path / "out")])
-    assert capsys.readouterr().err == "error: nowhere: no such file or folder of text\n"
+    assert capsys.readouterr().err == (
+        "error: --text nowhere: not found, needs an existing file or folder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"text": ("short.txt",)}, "short.txt: the largest file has 5 bytes, .* --window"),
+        ({"text": ("-",)}, "--text -: standard input"),
+        ({"held_out": ("nowhere",)}, "--held-out nowhere: not found"),
+        ({"retrieval_share": 0.5}, "--window is .* have at least 256"),
+        ({"lengths": (0,)}, "--lengths has 0"),
+        ({"train_args": "'a"}, "--train-args is 'a: No closing quotation"),
+        ({"global_batch_size": 5, "gpus": 2}, "--global-batch-size is 5: .* a multiple of 2"),
+    ],
+)
+def test_what_cannot_work_is_told_before_any_work(
+    command, window, changes, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("short")
+    given = settings(**command | {"target_length": 4 * window, "window": 64} | changes)
+    with pytest.raises((UserError, FileNotFoundError), match=message):
+        extend(given)
+    assert not given.work_folder.exists()
+
+
+def test_a_disk_without_room_is_told_before_any_work(command, window, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Namespace(free=1000))
+    given = settings(**command | {"target_length": 4 * window, "steps": 1000})
+    with pytest.raises(UserError, match="--output is .* has 0.0 GB free, .* GB are needed"):
+        extend(given)
+    assert not given.work_folder.exists()
+
+
+def test_a_second_process_in_the_same_folder_is_refused(command, window):
+    given = settings(**command | {"target_length": 4 * window})
+    with module._begun(given, lambda: None) as held:
+        assert os.get_inheritable(held) is False  # but for the steps
+        with pytest.raises(BlockingIOError, match="another process is writing it"):
+            extend(given)
+
+
+def test_an_empty_output_folder_is_not_taken_for_a_model(command, window, tmp_path):
+    (tmp_path / "out").mkdir()
+    plan = commands_of(settings(**command | {"target_length": 4 * window}))
+    export = next(step for step in plan.model_steps() if step.name == "export")
+    assert not export.makes.exists() and export.makes.parent == tmp_path / "out"

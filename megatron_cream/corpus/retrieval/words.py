@@ -206,7 +206,7 @@ def read_haystack(paths: list[str]) -> Haystack:
         UserError: there is no text in them, or it cannot be read.
         FileNotFoundError: there is no such file.
     """
-    files = find_inputs(paths).files
+    files = find_inputs(paths, "--haystack").files
     share = MOST_CHARACTERS // max(1, len(files))
     found = Haystack([text for path in files for text in _beginning(path, share)])
     if not found.texts:
