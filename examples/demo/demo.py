@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream import torchrun
+from megatron_cream.checkpoint.iterations import TRACKER
 from megatron_cream.errors import one_line_errors
 from megatron_cream.extend.extend import extend
 from megatron_cream.extend.recipe import ExtendSettings
@@ -107,7 +108,7 @@ def make_base(folder: Path) -> Path:
     places = ("--data-path", str(folder / "train"), "--save", str(run), "--load", str(run))
     flags = ("-m", "megatron_cream.pretrain", "--cpu", *BASE, *places)
     command = torchrun.command(PROCESSES, *flags)
-    step(folder, "train-base", folder / "base-trained", command, BASE_STEPS)
+    step(folder, "train-base", run / TRACKER, command, BASE_STEPS)
     if not model.exists():
         words = ("export", "--checkpoint", str(run), "--output", str(model))
         step(folder, "export-base", model, tool(*words))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_cream import torchrun
+from megatron_cream.checkpoint.iterations import TRACKER
 from megatron_cream.data.indexed import read_index
 from megatron_cream.errors import UserError
 from megatron_cream.extend.recipe import (
@@ -165,7 +166,7 @@ class Commands:
             *(*schedule_flags(recipe), *machine_flags(recipe), *shlex.split(settings.train_args)),
         ]
         command = torchrun.command(recipe.processes, "-m", "megatron_cream.pretrain", *flags)
-        return RecipeStep("train", self.work / "trained", command, trains=recipe.steps)
+        return RecipeStep("train", self.run / TRACKER, command, trains=recipe.steps)
 
     def _split(self) -> str:
         if self.settings.held_out:

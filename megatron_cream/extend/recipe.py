@@ -230,8 +230,7 @@ def make_recipe(settings: ExtendSettings, model: BaseModel) -> Recipe:
     schedule = (window, settings.target_length, strategy, steps, batch)
     if settings.cpu:
         processes = settings.gpus or 1
-        share = batch // processes
-        fitting = (n for n in range(_LARGEST_MICRO_BATCH, 1, -1) if share % n == 0)
+        fitting = (n for n in range(_LARGEST_MICRO_BATCH, 1, -1) if batch % (processes * n) == 0)
         micro = settings.micro_batch_size or next(fitting, 1)
         if batch % (processes * micro):
             raise UserError(

@@ -23,6 +23,7 @@ from megatron_cream.errors import UserError
 from megatron_cream.evaluation.store import write_whole
 
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ .*lm loss: (\S+)")
+_EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .+)")
 _LAST_LINES = 20
 _ERROR = "error:"
 _SECONDS = "seconds.json"
@@ -34,8 +35,8 @@ class RecipeStep:
 
     Attributes:
         name: of the step and of its log.
-        makes: what it writes last: where it is there, the step is done. Of a trainer, whose
-            checkpoints say only how far it came, a mark that is set here.
+        makes: what it writes last: where it is there, the step is done. Of a trainer the file of
+            its newest checkpoint's number, which must be ``trains``.
         command: what is run, word by word.
         trains: optimizer steps, where the command is the trainer.
     """
@@ -44,6 +45,13 @@ class RecipeStep:
     makes: Path
     command: Sequence[str]
     trains: int | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all is there that it makes."""
+        if self.trains and self.makes.exists():
+            return self.makes.read_text().strip() == str(self.trains)
+        return self.makes.exists()
 
     def line(self) -> str:
         """Return the command as it is typed."""
@@ -65,7 +73,7 @@ def run_step(step: RecipeStep, logs: Path, place: str = "", held: int | None = N
         UserError: it failed: its own message, or the end of its output, and where its log is.
     """
     name = f"[{place}] {step.name}" if place else step.name
-    if step.makes.exists():
+    if step.is_done:
         print(f"{name}: {step.makes} is there", file=sys.stderr)
         return False
     print(f"{name}\n$ {step.line()}", file=sys.stderr, flush=True)
@@ -75,15 +83,19 @@ def run_step(step: RecipeStep, logs: Path, place: str = "", held: int | None = N
         file.flush()
         run = _run_training if step.trains else _run_tool
         status, lines = run(step, file, () if held is None else (held,))
-    if status:
-        errors = [line for line in lines if line.startswith(_ERROR)][-1:] or lines[-_LAST_LINES:]
-        reason = "\n".join(errors).removeprefix(_ERROR).strip()
-        raise UserError(f"{step.name}: {reason or f'exit status {status}'} (log: {log})")
+    if status or not step.is_done:
+        reason = _reason(lines) if status else f"it ended and has not made {step.makes}"
+        raise UserError(f"{step.name}: {reason} (log: {log})")
     seconds = read_seconds(logs) | {step.name: round(time.monotonic() - began, 1)}
     write_whole(logs / _SECONDS, json.dumps(seconds).encode())
-    if step.trains:
-        step.makes.touch()
     return True
+
+
+def _reason(lines: list[str]) -> str:
+    """Return what a command says of its end: its error, else its exception, else its last lines."""
+    said = [line.removeprefix(_ERROR).strip() for line in lines if line.startswith(_ERROR)]
+    raised = [found[1] for line in lines if (found := _EXCEPTION.match(line))]
+    return (said or raised or ["\n".join(lines[-_LAST_LINES:])])[-1]
 
 
 def read_seconds(logs: Path) -> dict[str, float]:

@@ -252,7 +252,8 @@ def test_training_shows_its_start_block_and_its_losses_and_keeps_the_rest_in_the
     shown = ["noise", "megatron_cream", "  positions  cream", "more noise"]
     lines = [*shown, line.format(1), line.format(2)]
     (tmp_path / "output").write_text("\n".join(lines))
-    step = RecipeStep("train", tmp_path / "trained", ["cat", str(tmp_path / "output")], trains=2)
+    shell = f"cat {tmp_path}/output; echo 2 > {tmp_path}/newest"
+    step = RecipeStep("train", tmp_path / "newest", ["sh", "-c", shell], trains=2)
     assert run_step(step, tmp_path) is True
     seen = capfd.readouterr().err
     assert "positions  cream" in seen and "loss=3.200" in seen and "2/2" in seen
@@ -354,3 +355,14 @@ def test_an_empty_output_folder_is_not_taken_for_a_model(command, window, tmp_pa
     plan = commands_of(settings(**command | {"target_length": 4 * window}))
     export = next(step for step in plan.model_steps() if step.name == "export")
     assert not export.makes.exists() and export.makes.parent == tmp_path / "out"
+
+
+def test_a_trainer_that_stops_early_or_fails_is_an_error_that_says_why(tmp_path, capfd):
+    tried = {
+        "echo 1 > newest": "train: it ended and has not made .*newest",
+        "echo '[rank0]: torch.OutOfMemoryError: full'; echo noise; exit 1": "train: torch.OutOf",
+    }
+    for shell, message in tried.items():
+        command = ["sh", "-c", f"cd {tmp_path}; {shell}"]
+        with pytest.raises(UserError, match=message):
+            run_step(RecipeStep("train", tmp_path / "newest", command, trains=2), tmp_path)
