@@ -13,13 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from megatron_cream.checkpoint import checksums
-from megatron_cream.checkpoint.file_reader import FileReader
 from megatron_cream.checkpoint.iterations import (
     FORMAT_FILE,
     is_iteration,
@@ -30,10 +27,13 @@ from megatron_cream.checkpoint.iterations import (
     read_tracker,
     tracker_command,
 )
-from megatron_cream.checkpoint.torch_dist_io import find_data
+from megatron_cream.checkpoint.torch_dist_io import FileReader, find_data
 from megatron_cream.checkpoint.torch_dist_table import (
     CheckpointTable,
+    FileChecksum,
     RecordKey,
+    checksum_differences,
+    read_checksums,
     read_common,
     read_table,
 )
@@ -172,8 +172,8 @@ def examine_iteration(path: str) -> IterationReport:
     """
     folder = _find_iteration(path)
     found = list(find_problems(folder))
-    sums, wrong = checksums.read(folder)
-    wrong += checksums.differences(folder, sums, sums)
+    sums, wrong = read_checksums(folder)
+    wrong += checksum_differences(folder, sums, sums)
     table = None
     try:
         table = read_table(folder)
@@ -206,7 +206,7 @@ def _find_iteration(path: str) -> Path:
 
 
 def _compare_megatrons_checksums(
-    folder: Path, sums: dict[str, checksums.FileChecksum]
+    folder: Path, sums: dict[str, FileChecksum]
 ) -> tuple[set[str], list[str]]:
     """Compare files without a checksum of ours with Megatron's; return them and what differs."""
     path = folder / _MEGATRONS
@@ -228,51 +228,46 @@ def _sha256(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_Chunks = dict[RecordKey, ChunkStorageMetadata]
-
-
 def _wrong_records(table: CheckpointTable, summed: set[str]) -> list[str]:
     """Read the records of all files, those without a checksum of their own with that in them."""
     by_file: dict[str, list[RecordKey]] = {}
-    for place, record in table.records.items():
-        by_file.setdefault(record.file, []).append(place)
+    for key, record in sorted(table.records.items(), key=lambda item: item[1].start):
+        by_file.setdefault(record.file, []).append(key)
     chunks = {
         (key, tuple(chunk.offsets)): chunk
         for key, entry in table.tensors.items()
         for chunk in entry.chunks
     }
-    look = partial(_wrong_in_file, table, chunks, summed)
+
+    def look(name: str) -> list[str | None]:
+        with closing(FileReader()) as files:
+            compare = name not in summed
+            return [
+                _wrong_record(table, key, chunks.get(key), files, compare) for key in by_file[name]
+            ]
+
     with ThreadPoolExecutor() as pool:
-        return [line for lines in pool.map(look, by_file.items()) for line in lines]
-
-
-def _wrong_in_file(
-    table: CheckpointTable, chunks: _Chunks, summed: set[str], item: tuple[str, list[RecordKey]]
-) -> list[str]:
-    name, places = item
-    with closing(FileReader()) as files:
-        return [
-            line
-            for place in sorted(places, key=lambda place: table.records[place].start)
-            for line in _wrong_record(table, chunks, place, files, name not in summed)
-        ]
+        return [line for lines in pool.map(look, by_file) for line in lines if line]
 
 
 def _wrong_record(
-    table: CheckpointTable, chunks: _Chunks, key: RecordKey, files: FileReader, compare: bool
-) -> Iterator[str]:
+    table: CheckpointTable,
+    key: RecordKey,
+    chunk: ChunkStorageMetadata | None,
+    files: FileReader,
+    compare: bool,
+) -> str | None:
     record = table.records[key]
-    path = table.folder / record.file
-    section = files.open_section(path, record.start, record.length)
-    if key in chunks and not record.transformed:
-        dtype = table.tensors[key[0]].properties.dtype
+    place = f"{table.folder / record.file}: {key[0]}"
+    section = files.open_section(table.folder / record.file, record.start, record.length)
+    if chunk is not None and not record.transformed:
         try:
-            find_data(section, chunks[key], dtype, f"{path}: {key[0]}")
+            find_data(section, chunk, table.tensors[key[0]].properties.dtype, place)
         except UserError as error:
-            yield str(error)
-            return
+            return str(error)
     if compare and not _record_fits(section):
-        yield f"{path}: {key[0]} is damaged: its bytes do not fit the checksum in the record"
+        return f"{place} is damaged: its bytes do not fit the checksum in the record"
+    return None
 
 
 def _record_fits(section: io.BufferedReader) -> bool:

@@ -9,27 +9,29 @@ import json
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from megatron_cream.attention.methods import AttentionChoice
-from megatron_cream.checkpoint.extraction import plan_tensors, read_tensors
 from megatron_cream.checkpoint.hf_files import (
-    TOKENIZER,
     find_hf_folder,
     find_kept_files,
     list_other_files,
+    raise_tokenizer_length,
     read_config,
     read_source_name,
     validate_export_output,
     validate_files,
 )
-from megatron_cream.checkpoint.hf_weights import write_shards
+from megatron_cream.checkpoint.hf_weights import DTYPE_NAMES, TensorPlan, write_shards
 from megatron_cream.checkpoint.iterations import require_arguments, require_checkpoint
 from megatron_cream.checkpoint.model_card import SourceModel, describe_engines, model_card
 from megatron_cream.checkpoint.model_shape import (
@@ -39,10 +41,11 @@ from megatron_cream.checkpoint.model_shape import (
     shape_from_config,
     window_of,
 )
-from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors
+from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors, read_ahead
+from megatron_cream.checkpoint.weight_map import WeightRow, rows_of_part
 from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
-from megatron_cream.json_values import naming, read_object
+from megatron_cream.json_values import naming
 from megatron_cream.mcore.argument_table import flag_of, marked
 from megatron_cream.ownership import staged, validate_output
 from megatron_cream.rope import RopeScaling, hf_rope_fields, trainer_of
@@ -50,9 +53,10 @@ from megatron_cream.rope.huggingface import with_rope
 
 SHARD_BYTES = 5_000_000_000
 
-EMBEDDING = "embedding.word_embeddings.weight"
+BLOCK_BYTES = 64 << 20
+"""Most bytes that are read before they are written; two blocks are in memory."""
 
-_TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+EMBEDDING = "embedding.word_embeddings.weight"
 
 EXAMPLES = """
     megatron-cream export --checkpoint runs/cream --output llama-2-7b-32k
@@ -117,7 +121,9 @@ def export_checkpoint(
     config = _read_config(source) if source else {}
     with closing(TorchDistTensors(iteration)) as stored:
         shape = _validated_shape(args, config, source, stored)
-        scaling = _exported_scaling(stored, extension, shape.head_dim)
+        scaling = extension.scaling(shape.head_dim)
+        if trainer := trainer_of(scaling):  # its frequencies are frozen as they are at T
+            scaling = trainer.freeze_stored(scaling, stored)
         fields = hf_rope_fields(scaling, extension.target_length)
         words = getattr(args, "dual_chunk", None) if dual_chunk is None else dual_chunk
         attention = {} if words is None else _dual_chunk_fields(words, fields, config)
@@ -184,15 +190,6 @@ def _plain_extension(args: Namespace) -> ExtensionConfig:
     return ExtensionConfig(window, window, window, rotary_base=float(args.rotary_base))
 
 
-def _exported_scaling(
-    stored: TorchDistTensors, extension: ExtensionConfig, dim: int
-) -> RopeScaling:
-    """Return the interpolation to write down; trained frequencies are frozen as they are at T."""
-    scaling = extension.scaling(dim)
-    trainer = trainer_of(scaling)
-    return trainer.freeze_stored(scaling, stored) if trainer else scaling
-
-
 def _write_files(
     folder: Path,
     source: Path | None,
@@ -210,23 +207,22 @@ def _write_files(
     if config:  # of the base model: what says the same in its own words stays
         fields = {key: fields[key] for key in ("sliding_window",) if key in fields}
     written = with_rope(config | fields, hf_rope_fields(scaling, extension.target_length))
-    written |= attention | {"dtype": _TYPE_NAMES[dtype], "torch_dtype": _TYPE_NAMES[dtype]}
+    type_name = str(dtype).removeprefix("torch.")
+    written |= attention | {"dtype": type_name, "torch_dtype": type_name}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-    _raise_tokenizer_length(folder, extension.target_length)
-    base = (
-        SourceModel(read_source_name(source), config["max_position_embeddings"]) if source else None
-    )
-    card = model_card(base, shape, extension, _TYPE_NAMES[dtype], scaling)
+    raise_tokenizer_length(folder, extension.target_length)
+    window = config.get("max_position_embeddings", 0)
+    base = SourceModel(read_source_name(source), window) if source else None
+    card = model_card(base, shape, extension, type_name, scaling)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _dual_chunk_fields(
     words: Sequence[str], fields: dict[str, Any], own: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what has SGLang serve a model with dual chunk attention.
+    """Return what has SGLang serve a model with dual chunk attention of the sizes ``words``.
 
     Args:
-        words: sizes that were asked for.
         fields: of RoPE, with the window.
         own: config.json that the export takes over.
 
@@ -241,17 +237,117 @@ def _dual_chunk_fields(
     return {"dual_chunk_attention_config": {**sizes, "original_max_position_embeddings": 0}}
 
 
-def _raise_tokenizer_length(folder: Path, target_length: int) -> None:
-    """Let the tokenizer know the new window: it warns beyond, and some servers cut there."""
-    path = folder / TOKENIZER
-    if not path.is_file():
-        return
-    settings = read_object(path)
-    most = settings.get("model_max_length")
-    if isinstance(most, int | float) and most < target_length:
-        settings["model_max_length"] = target_length
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8")
+@dataclasses.dataclass(frozen=True)
+class ExtractedTensor:
+    """A Hugging Face tensor and where it comes from.
+
+    Attributes:
+        key: Megatron tensor, and ``leading``, its index along the first axes.
+        row_bytes: bytes of a row as stored.
+        rows: the rows it is made of, in order.
+    """
+
+    plan: TensorPlan
+    key: str
+    leading: tuple[int, ...]
+    row_bytes: int
+    rows: list[range]
+
+    def blocks(self) -> Iterator[list[range]]:
+        """Yield its rows in blocks of at most BLOCK_BYTES, or of one row."""
+        room = most = max(1, BLOCK_BYTES // self.row_bytes)
+        block: list[range] = []
+        for rows in self.rows:
+            while rows:
+                block.append(rows[:room])
+                rows = rows[room:]
+                room -= len(block[-1])
+                if not room:
+                    yield block
+                    block, room = [], most
+        if block:
+            yield block
+
+
+def plan_tensors(
+    stored: TorchDistTensors, shape: ModelShape, dtype: torch.dtype | None
+) -> Iterator[ExtractedTensor]:
+    """Yield all tensors of a model, in the order in which they are written.
+
+    Args:
+        dtype: type to write; None for the one each is stored in.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor, or has it in another shape than the model's.
+    """
+    for row, place in shape.places():
+        shapes = [shape.part_shape(part) for part in row.parts]
+        part_rows = [size[0] for size in shapes]
+        key, leading = _locate(stored, shape, row, place)
+        _validate_shape(stored, shape, row, key, (sum(part_rows), *shapes[0][1:]))
+        saved = stored.dtype(key)
+        for number, part in enumerate(row.parts):
+            yield ExtractedTensor(
+                plan=TensorPlan(part.at(place), dtype or saved, shapes[number]),
+                key=key,
+                leading=leading,
+                row_bytes=prod(shapes[number][1:]) * saved.itemsize,
+                rows=rows_of_part(row, part_rows, shape.groups, number),
+            )
+
+
+def _locate(
+    stored: TorchDistTensors, shape: ModelShape, row: WeightRow, place: tuple[int, ...]
+) -> tuple[str, tuple[int, ...]]:
+    """Return the key of a tensor and its index: Megatron may also store a tensor for each layer."""
+    for name in filter(None, (row.key, row.alias)):
+        if name in stored:
+            return name, place
+        of_layer = name.replace("decoder.layers.", f"decoder.layers.{place[0]}.") if place else name
+        if of_layer in stored:
+            return of_layer, place[1:]
+    raise UserError(f"checkpoint {stored.folder} lacks {row.key}: a {shape.architecture} has it")
+
+
+def _validate_shape(
+    stored: TorchDistTensors, shape: ModelShape, row: WeightRow, key: str, size: tuple[int, ...]
+) -> None:
+    layers = shape.leading(row) if key in (row.key, row.alias) else shape.leading(row)[1:]
+    wanted, found = (*layers, *size), stored.shape(key)
+    if row.parts[0].shape[0] == "v":  # padded, for tensor parallelism
+        wanted = (max(wanted[0], found[0]), *wanted[1:])
+    if found != wanted:
+        raise UserError(
+            f"checkpoint {stored.folder}: {key} has shape {list(found)}, by its arguments it must "
+            f"have {list(wanted)}"
+        )
+
+
+def read_tensors(
+    stored: TorchDistTensors, tensors: list[ExtractedTensor]
+) -> Generator[np.ndarray, None, None]:
+    """Yield the bytes of all tensors, block by block and in order, reading one block ahead."""
+    largest = max(
+        max(t.row_bytes, min(BLOCK_BYTES, t.row_bytes * t.plan.shape[0])) for t in tensors
+    )
+    blocks = ((tensor, block) for tensor in tensors for block in tensor.blocks())
+    return read_ahead((partial(_read, stored, *one) for one in blocks), largest)
+
+
+def _read(
+    stored: TorchDistTensors, tensor: ExtractedTensor, block: list[range], memory: np.ndarray
+) -> np.ndarray:
+    out = memory[: sum(map(len, block)) * tensor.row_bytes].reshape(-1, tensor.row_bytes)
+    filled = 0
+    for rows in block:
+        target = out[filled : filled + len(rows)]
+        stored.read_rows(tensor.key, tensor.leading, rows.start, rows.stop, target)
+        filled += len(rows)
+    saved = stored.dtype(tensor.key)
+    if saved == tensor.plan.dtype:
+        return out.reshape(-1)
+    values = torch.frombuffer(out.reshape(-1), dtype=saved).to(tensor.plan.dtype)
+    return values.view(torch.uint8).numpy()
 
 
 def describe(exported: ExportedModel, output: str) -> str:
@@ -259,7 +355,7 @@ def describe(exported: ExportedModel, output: str) -> str:
     return (
         f"{output}: {exported.shape.architecture}, {exported.shape.layers} layers, window "
         f"{exported.extension.target_length} tokens, RoPE {exported.extension.rope_interpolation}, "
-        f"{_TYPE_NAMES[exported.dtype]}, {exported.nbytes / 1e9:.2f} GB\n"
+        f"{str(exported.dtype).removeprefix('torch.')}, {exported.nbytes / 1e9:.2f} GB\n"
         f"{describe_engines(exported.rope_type)}"
     )
 
@@ -270,8 +366,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", required=True, help="folder given to --save, or one iteration in it")
     add("--output", required=True, help="new folder")
     add("--hf", help="where config and tokenizer come from (default: the import it began with)")
-    types = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=types, help="type of the weights (default: the one they have)")
+    add("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: the one they have)")
     add(
         "--dual-chunk",
         nargs="*",
@@ -292,9 +387,6 @@ def run(args: argparse.Namespace) -> None:
     print(describe(exported, args.output))
 
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
 def parse_bytes(text: str) -> int:
     """Return the bytes of a size like 500MB.
 
@@ -304,4 +396,4 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d{1,9})\s*([KMG]B)", text.strip(), re.IGNORECASE)
     if not found or int(found[1]) == 0:
         raise UserError(f"--max-shard-size is {text!r}: it must be a size such as 500MB or 5GB")
-    return int(found[1]) * _UNITS[found[2].upper()]
+    return int(found[1]) * 1000 ** ("KMG".index(found[2][0].upper()) + 1)

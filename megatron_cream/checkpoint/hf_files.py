@@ -7,6 +7,7 @@ number of runs that each started from the one before.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from megatron_cream.json_values import read_json, read_object
 HF_FOLDER = "hf"
 """Subfolder of an imported checkpoint with the files of its source."""
 
-TOKENIZER = "tokenizer_config.json"
+_TOKENIZER = "tokenizer_config.json"
 
 _NAME_FILE = "imported_from.txt"
 _PATTERNS = (
@@ -113,8 +114,21 @@ def validate_files(folder: Path) -> None:
     for path in list_other_files(folder):
         if path.suffix == ".json":
             read_json(path)
-    if (folder / TOKENIZER).is_file():
-        read_object(folder / TOKENIZER)
+    if (folder / _TOKENIZER).is_file():
+        read_object(folder / _TOKENIZER)
+
+
+def raise_tokenizer_length(folder: Path, target_length: int) -> None:
+    """Let the tokenizer know a new window: it warns beyond, and some servers cut there."""
+    path = folder / _TOKENIZER
+    if not path.is_file():
+        return
+    settings = read_object(path)
+    most = settings.get("model_max_length")
+    if isinstance(most, int | float) and most < target_length:
+        settings["model_max_length"] = target_length
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 def validate_link(path: Path) -> Path:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_cream.checkpoint.file_reader import FileReader
 from megatron_cream.checkpoint.model_shape import ModelShape
+from megatron_cream.checkpoint.torch_dist_io import FileReader
 from megatron_cream.checkpoint.weight_map import IGNORED
 from megatron_cream.errors import UserError
 from megatron_cream.json_values import read_object, reason
@@ -34,6 +34,9 @@ SINGLE = "model.safetensors"
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of the types that weights may have."""
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+"""torch's names of them."""
 
 
 @dataclass(frozen=True)

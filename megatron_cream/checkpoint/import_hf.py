@@ -24,7 +24,12 @@ from megatron_cream.checkpoint.hf_files import (
     read_config,
     validate_files,
 )
-from megatron_cream.checkpoint.hf_weights import DTYPES, HfWeights, validate_weights
+from megatron_cream.checkpoint.hf_weights import (
+    DTYPE_NAMES,
+    DTYPES,
+    HfWeights,
+    validate_weights,
+)
 from megatron_cream.checkpoint.iterations import RELEASE, TRACKER
 from megatron_cream.checkpoint.model_shape import (
     ModelShape,
@@ -276,8 +281,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--hf", required=True, help="folder, or the name of a repository on the hub")
     add("--output", required=True, help="new folder, for --pretrained-checkpoint")
-    types = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=types, help="type of the weights (default: the one they have)")
+    add("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: the one they have)")
 
 
 def run(args: argparse.Namespace) -> None:

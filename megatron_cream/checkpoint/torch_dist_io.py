@@ -14,8 +14,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -41,14 +42,100 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_cream.checkpoint import checksums
-from megatron_cream.checkpoint.file_reader import FileReader, read_ahead
 from megatron_cream.checkpoint.torch_dist_table import (
+    FileChecksum,
     RecordKey,
+    checksum,
     read_table,
+    write_checksums_of,
 )
 from megatron_cream.checkpoint.unpickling import name_damaged
 from megatron_cream.errors import UserError
+
+
+class FileReader:
+    """Opens each file when it is first read from, and keeps it open until ``close``."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+    def read_exactly(self, path: Path, offset: int, out: np.ndarray) -> None:
+        """Fill contiguous uint8 ``out`` from a file at ``offset``.
+
+        Raises:
+            UserError: the file ends before that.
+        """
+        view = memoryview(out).cast("B")
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor(path), [view[done:]], offset + done)
+            if count == 0:
+                raise UserError(f"{path} ends at byte {offset + done}: it is cut off")
+            done += count
+
+    def open_section(self, path: Path, start: int, length: int) -> io.BufferedReader:
+        """Return a section of a file as a file of its own, as zipfile and torch read them."""
+        return io.BufferedReader(_FileSection(self._descriptor(path), start, length))
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+class _FileSection(io.RawIOBase):
+    """A section of an open file; ``pread`` leaves the position of the file itself alone."""
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self._descriptor, self._offset, self._length = descriptor, offset, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, out: Any) -> int:
+        view = memoryview(out).cast("B")
+        count = max(0, min(len(view), self._length - self._position))
+        done = os.preadv(self._descriptor, [view[:count]], self._offset + self._position)
+        self._position += done
+        return done
+
+
+def read_ahead[Read](
+    reads: Iterable[Callable[[np.ndarray], Read]], largest: int
+) -> Generator[Read, None, None]:
+    """Yield what each call returns, while the next one is running in a thread.
+
+    Args:
+        reads: each fills the begin of uint8 memory; what it returns is valid until the next one is
+            asked for.
+        largest: bytes of the memory; there are two of it.
+    """
+    buffers = [np.empty(largest, np.uint8) for _ in range(2)]
+    ahead: Future[Read] | None = None
+    with ThreadPoolExecutor(1) as reader:
+        for number, read in enumerate(reads):
+            following = reader.submit(read, buffers[number % 2])
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
 
 _ENTRY = "/data/0"
 _LOCAL_MAGIC = b"PK\3\4"
@@ -235,7 +322,7 @@ def write_torch_dist(
     by_index = {(chunk.key, chunk.offset): chunk for chunk in chunks}
     results = []
     # Of each file while the next is written: it is still in memory.
-    sums: dict[str, Future[checksums.FileChecksum]] = {}
+    sums: dict[str, Future[FileChecksum]] = {}
     with _without_checksums(), ThreadPoolExecutor(1) as reader:
         for number, plan in enumerate(plans):
             wanted = [item.index for item in plan.items if item.type is WriteItemType.SHARD]
@@ -245,11 +332,11 @@ def write_torch_dist(
                 planner = _ChunkPlanner(order, tensors, objects, on_bytes)
                 results.append(writer.write_data(plan, planner).wait())
             for path in folder.glob(f"__{number}_*"):
-                sums[path.name] = reader.submit(checksums.checksum, path)
+                sums[path.name] = reader.submit(checksum, path)
     writer.finish(metadata, results)
     (folder / "metadata.json").write_text(json.dumps(_FORMAT))
-    small = {name: checksums.checksum(folder / name) for name in (".metadata", "metadata.json")}
-    checksums.write_sums(folder, 0, small | {name: sum_.result() for name, sum_ in sums.items()})
+    small = {name: checksum(folder / name) for name in (".metadata", "metadata.json")}
+    write_checksums_of(folder, 0, small | {name: sum_.result() for name, sum_ in sums.items()})
 
 
 @contextmanager
@@ -270,22 +357,13 @@ def _plans(chunks: list[TensorChunk], objects: dict[str, Any]) -> list[SavePlan]
         if filled + chunk.nbytes > _FILE_BYTES:
             plans.append([])
             filled = 0
-        plans[-1].append(_write_item(chunk))
+        offset, size = torch.Size(chunk.offset), torch.Size(chunk.size)
+        box, kind = ChunkStorageMetadata(offset, size), TensorProperties(dtype=chunk.dtype)
+        data = TensorWriteData(box, kind, torch.Size(chunk.shape))
+        index = MetadataIndex(chunk.key, offset)
+        plans[-1].append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         filled += chunk.nbytes
     return [SavePlan(plan) for plan in plans]
-
-
-def _write_item(chunk: TensorChunk) -> WriteItem:
-    offset, size = torch.Size(chunk.offset), torch.Size(chunk.size)
-    return WriteItem(
-        MetadataIndex(chunk.key, offset),
-        WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            ChunkStorageMetadata(offset, size),
-            TensorProperties(dtype=chunk.dtype),
-            torch.Size(chunk.shape),
-        ),
-    )
 
 
 class _ChunkPlanner(DefaultSavePlanner):
@@ -307,12 +385,9 @@ class _ChunkPlanner(DefaultSavePlanner):
             data = io.BytesIO()
             torch.save([self._objects[write_item.index.fqn]], data)
             return data
-        chunk = next(self._order)
-        if (chunk.key, chunk.offset) != (
-            write_item.index.fqn,
-            tuple(write_item.index.offset or ()),
-        ):
-            raise RuntimeError(f"torch asked for {write_item.index} before {chunk.key}")
+        chunk, index = next(self._order), write_item.index
+        if (chunk.key, chunk.offset) != (index.fqn, tuple(index.offset or ())):
+            raise RuntimeError(f"torch asked for {index} before {chunk.key}")
         tensor = next(self._tensors)
         self._on_bytes(chunk.nbytes)
         return tensor

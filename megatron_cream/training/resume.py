@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_cream.checkpoint.doctor import validate_iteration as check_whole
 from megatron_cream.checkpoint.iterations import read_arguments
-from megatron_cream.checkpoint.run_start import (
+from megatron_cream.checkpoint.loading import (
     RunStart,
     find_start,
     validate_same_model,

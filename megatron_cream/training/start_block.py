@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import numpy as np
 
-from megatron_cream.checkpoint.run_start import find_start
+from megatron_cream.checkpoint.loading import find_start
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.extras.rotation import rope_kernel
 from megatron_cream.mcore import patches

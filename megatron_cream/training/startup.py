@@ -95,7 +95,7 @@ def parse(
     """
     from megatron.training.arguments import parse_args
 
-    from megatron_cream.checkpoint.run_start import complete_arguments, validate_start
+    from megatron_cream.checkpoint.loading import complete_arguments, validate_start
     from megatron_cream.mcore.validation import megatron_validation_errors
     from megatron_cream.training.validate import validate_files, validate_flags, validate_our_flags
 
@@ -123,7 +123,7 @@ def parse(
 
 def _complete(args: Namespace, extension: ExtensionConfig) -> None:
     """Set what every run of ours has, whatever its flags are."""
-    from megatron_cream.checkpoint.run_start import complete_vocabulary
+    from megatron_cream.checkpoint.loading import complete_vocabulary
 
     complete_vocabulary(args)
     # Micro-batches may hold different numbers of trained tokens (texts end, borders are masked);
@@ -180,8 +180,11 @@ def ready(args: Namespace, config: Any) -> None:
 
     The last thing before ``megatron.training.pretrain``.
     """
-    from megatron_cream.checkpoint import checksums
-    from megatron_cream.checkpoint.run_start import starts_without_trained_rope
+    from megatron_cream.checkpoint.loading import starts_without_trained_rope
+    from megatron_cream.checkpoint.torch_dist_table import (
+        remove_checksums,
+        write_checksums_later,
+    )
     from megatron_cream.mcore import hooks, trainer
     from megatron_cream.mcore.attention_rotation import patch_apply_rotary_pos_emb
     from megatron_cream.training.scalars import Scalars
@@ -192,7 +195,7 @@ def ready(args: Namespace, config: Any) -> None:
     trainer.patch_compile_helpers.apply()
     if args.cpu:
         trainer.patch_results_queue.apply()
-    trainer.patch_save.apply(checksums.remove, checksums.write_later)
+    trainer.patch_save.apply(remove_checksums, write_checksums_later)
     patch_apply_rotary_pos_emb.apply()
     logs = args.tensorboard_dir or args.wandb_project
     scalars = Scalars(extension).at if logs else None

@@ -99,7 +99,7 @@ def readers(root, output):
 
     from megatron_cream.checkpoint.export_hf import export_checkpoint
     from megatron_cream.checkpoint.iterations import read_saved_arguments
-    from megatron_cream.checkpoint.run_start import validate_start
+    from megatron_cream.checkpoint.loading import validate_start
 
     more = {"save": None, "ckpt_step": None, "finetune": False, "non_persistent_ckpt_type": None}
     load = Namespace(load=str(root), pretrained_checkpoint=None, **more)

@@ -34,7 +34,7 @@ def test_a_whole_checkpoint(iteration):
 
 def test_each_rank_writes_checksums_of_its_files(tmp_path, flags):
     """The save of two ranks; what an interrupted one left in the folder is forgotten."""
-    from megatron_cream.checkpoint.checksums import read
+    from megatron_cream.checkpoint.torch_dist_table import read_checksums
 
     one = tmp_path / "run/iter_0000001"
     one.mkdir(parents=True)
@@ -44,7 +44,7 @@ def test_each_rank_writes_checksums_of_its_files(tmp_path, flags):
     tp2 = ["--tensor-model-parallel-size", "2", "--eval-iters", "0"]
     ranks.train(tmp_path, [*flags, *save, *tp2], 2)
     (one / "megatron_cream_checksums_mine.json").unlink()  # which is no mark of ours
-    sums, wrong = read(one)
+    sums, wrong = read_checksums(one)
     assert not wrong
     assert sums.keys() == {".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"}
     assert not examine_iteration(one).problems
@@ -52,14 +52,16 @@ def test_each_rank_writes_checksums_of_its_files(tmp_path, flags):
 
 def test_an_empty_file_has_a_checksum(tmp_path):
     """It is missed when it is gone, and noticed when it has grown."""
-    from megatron_cream.checkpoint import checksums
+    from megatron_cream.checkpoint import torch_dist_table as checksums
 
     (tmp_path / "__0_0.distcp").touch()
-    checksums.write(tmp_path)
-    sums, wrong = checksums.read(tmp_path)
+    checksums.write_checksums(tmp_path)
+    sums, wrong = checksums.read_checksums(tmp_path)
     assert (sums, wrong) == ({"__0_0.distcp": (0, "00000000")}, [])
     (tmp_path / "__0_0.distcp").write_bytes(b"x")
-    assert "has 1 bytes: 0 were saved" in "".join(checksums.differences(tmp_path, sums, sums))
+    assert "has 1 bytes: 0 were saved" in "".join(
+        checksums.checksum_differences(tmp_path, sums, sums)
+    )
 
 
 def test_an_import_has_checksums(tmp_path):
@@ -129,7 +131,7 @@ def test_megatrons_own_checksums_are_compared(iteration):
 def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch):
     from megatron.core import dist_checkpointing
 
-    from megatron_cream.checkpoint import checksums
+    from megatron_cream.checkpoint import torch_dist_table as checksums
     from megatron_cream.mcore.trainer import patch_save
 
     class Request:
@@ -141,27 +143,27 @@ def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr(dist_checkpointing, "save", lambda *_, **__: Request())
     for _ in range(2):  # idempotent
-        patch_save.apply(checksums.remove, checksums.write_later)
+        patch_save.apply(checksums.remove_checksums, checksums.write_checksums_later)
     dist_checkpointing.save({}, str(tmp_path), async_sharded_save=True)
     (tmp_path / "__0_0.distcp").write_bytes(b"data")
-    checksums.wait()
+    checksums.wait_for_checksums()
     assert not (tmp_path / SUMS).exists()
     (finalize,) = Request.finalizers
     finalize()
-    checksums.wait()
-    assert checksums.read(tmp_path) == ({"__0_0.distcp": (4, "adf3f363")}, [])
+    checksums.wait_for_checksums()
+    assert checksums.read_checksums(tmp_path) == ({"__0_0.distcp": (4, "adf3f363")}, [])
 
 
 def test_a_disk_that_is_full_does_not_end_a_run(tmp_path, monkeypatch, capsys):
-    from megatron_cream.checkpoint import checksums
+    from megatron_cream.checkpoint import torch_dist_table as checksums
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checksums, "write", full)
-    checksums.write_later(tmp_path, 0)
-    checksums.write_later(tmp_path / "removed meanwhile", 0)
-    checksums.wait()
+    monkeypatch.setattr(checksums, "write_checksums", full)
+    checksums.write_checksums_later(tmp_path, 0)
+    checksums.write_checksums_later(tmp_path / "removed meanwhile", 0)
+    checksums.wait_for_checksums()
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "No space left on device" in said

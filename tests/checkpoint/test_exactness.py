@@ -74,10 +74,10 @@ def test_other_type_is_the_rounded_one(tmp_path):
 
 def test_small_pieces_and_several_shards(tmp_path, monkeypatch):
     """Pieces that cut through heads, and files smaller than the model."""
-    from megatron_cream.checkpoint import export_hf, extraction, import_hf, torch_dist_io
+    from megatron_cream.checkpoint import export_hf, import_hf, torch_dist_io
 
     monkeypatch.setattr(import_hf, "CHUNK_BYTES", 5000)
-    monkeypatch.setattr(extraction, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(export_hf, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(torch_dist_io, "_FILE_BYTES", 50_000)
     source = models.make(tmp_path / "source")
     import_hf.import_checkpoint(str(source), str(tmp_path / "imported"), quiet=True)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("cpu_megatron")
 @pytest.fixture
 def prepare():
     """Looks at the folders of a command line as a run does before it starts."""
-    from megatron_cream.checkpoint.run_start import validate_start
+    from megatron_cream.checkpoint.loading import validate_start
 
     def call(*extra):
         parser = ArgumentParser()

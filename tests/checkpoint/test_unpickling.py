@@ -88,7 +88,7 @@ def test_export_and_every_reader_of_arguments_refuse_it(place, imported, tmp_pat
     from argparse import Namespace
 
     from megatron_cream.checkpoint.export_hf import export_checkpoint
-    from megatron_cream.checkpoint.run_start import starts_without_trained_rope
+    from megatron_cream.checkpoint.loading import starts_without_trained_rope
 
     root, marker = copy_run(imported, tmp_path / "run", [1]), tmp_path / "marker"
     plant(root / "iter_0000001", place, marker)
