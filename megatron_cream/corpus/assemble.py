@@ -18,8 +18,14 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.corpus.inspection import count_lengths
-from megatron_cream.data.indexed import INDEX_HEADER, INDEX_MAGIC, TOKEN_DTYPES, read_index
-from megatron_cream.data.token_mask import MASK_SUFFIX, describe_mask
+from megatron_cream.data.indexed import (
+    INDEX_HEADER,
+    INDEX_MAGIC,
+    MASK_SUFFIX,
+    TOKEN_DTYPES,
+    check_mask,
+    read_index,
+)
 from megatron_cream.errors import UserError
 
 FORMAT_VERSION = 1
@@ -335,7 +341,10 @@ def write_metadata(
         counts: what is not there.
         thresholds: lengths to count the sequences of.
     """
-    index = read_index(prefix, empty=True)
+    index, mask = read_index(prefix, empty=True), prefix + MASK_SUFFIX
+    masked: dict[str, int] = {}
+    if os.path.isfile(mask):
+        masked = {"mask_bytes": os.path.getsize(mask), "trained_tokens": check_mask(prefix)}
     content = {
         "format_version": FORMAT_VERSION,
         **settings,
@@ -344,7 +353,7 @@ def write_metadata(
         "dropped": counts.dropped,
         "errors": counts.errors,
         "listed_errors": counts.listed,
-        **describe_mask(prefix),
+        **masked,
     }
     Path(prefix + ".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return content

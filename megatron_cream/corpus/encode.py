@@ -33,7 +33,7 @@ from megatron_cream.corpus.readers import InputSpan, lines_before, place, read_s
 from megatron_cream.corpus.records import BadRecord, Stretches, Text, TextRecord
 from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.corpus.work_folder import sync_and_close, temporary_name, write_whole
-from megatron_cream.data.token_mask import MASK_SUFFIX
+from megatron_cream.data.indexed import MASK_SUFFIX
 from megatron_cream.errors import UserError
 
 _BATCH_CHARACTERS = 1 << 20

@@ -15,12 +15,14 @@ from megatron_cream.corpus.tokenizers import TOKENIZERS, load_tokenizer
 from megatron_cream.data.indexed import (
     DatasetIndex,
     blocks,
+    check_mask,
     check_tokens,
+    has_mask,
     read_index,
     read_metadata,
+    trained_tokens,
     validate_metadata,
 )
-from megatron_cream.data.token_mask import check_mask, has_mask, trained_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.options import validate_count
 

@@ -31,16 +31,19 @@ from megatron_cream.corpus.work_folder import (
     validate_prefix,
 )
 from megatron_cream.data.indexed import (
+    MASK_SUFFIX,
     DatasetIndex,
+    check_mask,
     check_tokens,
+    has_mask,
     read_index,
     read_metadata,
     validate_metadata,
 )
-from megatron_cream.data.token_mask import MASK_KEYS, MASK_SUFFIX, check_mask, has_mask
 from megatron_cream.errors import UserError
 
 _OF_A_JOB = ("shard", "job", "thresholds", "drop_duplicates")
+_OF_A_MASK = ("mask_bytes", "trained_tokens")
 _SAME = ("tokenizer_type", "vocab_size", "eod_id", "bos_id", "appended_eod", "prepended_bos")
 
 EXAMPLES = """
@@ -247,7 +250,7 @@ def _have_hashes(datasets: list[InputDataset]) -> bool:
 
 def _common_settings(described: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the first says of tokenizer and limits, None where another says otherwise."""
-    counted = COUNTED_KEYS | MASK_KEYS | set(_OF_A_JOB)
+    counted = COUNTED_KEYS | {*_OF_A_JOB, *_OF_A_MASK}
     if "shard" not in described[0]:  # datasets in a row are those of no job
         counted |= {FINGERPRINT}
     return {

@@ -60,8 +60,7 @@ from megatron_cream.corpus.work_folder import (
     validate_absent,
     validate_prefix,
 )
-from megatron_cream.data.indexed import read_metadata
-from megatron_cream.data.token_mask import MASK_SUFFIX
+from megatron_cream.data.indexed import MASK_SUFFIX, read_metadata
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, read_flags
 

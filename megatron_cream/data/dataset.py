@@ -24,10 +24,15 @@ from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data import text_sources
-from megatron_cream.data.indexed import open_index, read_index, read_metadata
+from megatron_cream.data.indexed import (
+    MASK_SUFFIX,
+    has_mask,
+    open_index,
+    read_index,
+    read_metadata,
+)
 from megatron_cream.data.mapped import ArrayCache, MappedFile
 from megatron_cream.data.text_sources import TextSources, open_sources, validate_sources
-from megatron_cream.data.token_mask import has_mask, open_mask
 from megatron_cream.errors import UserError
 from megatron_cream.positions import SampleLayout, Span, Strategy, philox
 
@@ -45,6 +50,16 @@ class _UnmappedTokens:
     def __getitem__(self, span: slice) -> np.ndarray:
         offset = span.start * self.dtype.itemsize
         return self.reader.read(self.dtype.type, span.stop - span.start, offset)
+
+
+class _UnmappedMask:
+    """A mask that is read at each call and not mapped: ``mask[first:end]``."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        return np.fromfile(self.path, np.uint8, max(span.stop - span.start, 0), offset=span.start)
 
 
 class SpanReader:
@@ -88,7 +103,10 @@ class SpanReader:
         self.tokens: Any = _UnmappedTokens(self.dataset.bin_reader, dtype)
         if self._file:
             self.tokens = self._file.array
-        self.token_mask = None if self._mask is None else open_mask(self._mask, mapped=mapped)
+        self.token_mask: Any = None
+        if self._mask is not None:
+            path = self._mask + MASK_SUFFIX
+            self.token_mask = MappedFile(path, np.uint8).array if mapped else _UnmappedMask(path)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the tokens, which would be copied: the dataset opens its file again."""

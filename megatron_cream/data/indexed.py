@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and checks a Megatron indexed dataset and its metadata, without megatron.
+"""Reads and checks a Megatron indexed dataset, its mask and its metadata, without megatron.
 
 Megatron maps whatever it finds; a truncated or damaged file shows up as a crash, as zeros or as
 text of other documents in the loss, some thousand steps later. Checking all of an index takes two
 CPU seconds for a hundred million documents.
+
+``PREFIX.mask`` has one byte per token of ``PREFIX.bin``: 1 where predicting the token is trained,
+0 where it is not. A byte and not a bit, so that any stretch of it is one slice, as of the tokens.
+Without the file every token is trained.
 """
 
 from __future__ import annotations
@@ -24,16 +28,8 @@ from megatron_cream.errors import UserError
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _BLOCK = 1 << 20  # numbers of an index that are looked at together
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
-TOKEN_DTYPES = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    6: np.float64,
-    7: np.float32,
-    8: np.uint16,
-}
+_TYPES = "uint8 int8 int16 int32 int64 float64 float32 uint16"
+TOKEN_DTYPES = {code: np.dtype(name) for code, name in enumerate(_TYPES.split(), 1)}
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ def _read_header(idx: Path) -> tuple[np.dtype, int, int]:
     magic, version, code, sequences, documents = INDEX_HEADER.unpack(header)
     if magic != INDEX_MAGIC or version != 1:
         raise UserError(f"{idx} is not a Megatron index (magic {magic!r}, version {version})")
-    dtype = np.dtype(TOKEN_DTYPES.get(code, np.float64))
+    dtype = TOKEN_DTYPES.get(code, np.dtype(np.float64))
     if dtype.kind == "f":
         raise UserError(
             f"{idx} is damaged: its dtype code is {code}, needs that of an integer, the kind that "
@@ -210,14 +206,8 @@ def check_tokens(index: DatasetIndex, limit: int | None, *, sample: bool = False
         UserError: a token is negative or not below ``limit``.
     """
     tokens = np.memmap(index.prefix + ".bin", mode="r", dtype=index.dtype)
-    size = _PLACE_TOKENS if sample else _BLOCK_TOKENS
-    starts = np.arange(0, len(tokens), size)
-    if sample:
-        last = max(len(tokens) - size, 0)
-        starts = np.unique(np.linspace(0, last, _PLACES).astype(np.int64))
     largest = 0
-    for start in starts.tolist():
-        block = tokens[start : start + size]
+    for block in _parts(tokens, sample):
         low, high = int(block.min()), int(block.max())
         if low < 0:
             raise UserError(f"{index.prefix}.bin holds a negative token, {low}")
@@ -229,51 +219,107 @@ def check_tokens(index: DatasetIndex, limit: int | None, *, sample: bool = False
     return largest
 
 
-MOST_SHARDS = 99_999
-"""Their numbers have five digits in a name."""
+def _parts(array: np.ndarray, sample: bool) -> Iterator[np.ndarray]:
+    """Yield all of an array in blocks, or its first items, its last ones and those at places."""
+    size = _PLACE_TOKENS if sample else _BLOCK_TOKENS
+    starts = np.arange(0, len(array), size)
+    if sample:
+        last = max(len(array) - size, 0)
+        starts = np.unique(np.linspace(0, last, _PLACES).astype(np.int64))
+    for start in starts.tolist():
+        yield array[start : start + size]
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+MASK_SUFFIX = ".mask"
 
 
-def _is_size(value: Any) -> bool:
-    return _is_count(value) and value > 0
+def has_mask(prefix: str, tokens: int, metadata: dict[str, Any] | None) -> bool:
+    """Say whether a dataset of so many tokens has a mask, after checking its size.
+
+    Args:
+        prefix: path without suffix.
+        tokens: in ``PREFIX.bin``.
+        metadata: of ``PREFIX.json``, None where there is none.
+
+    Raises:
+        UserError: the mask is missing, has another size, or is of another dataset.
+    """
+    path, recorded = prefix + MASK_SUFFIX, (metadata or {}).get("mask_bytes")
+    if not os.path.isfile(path):
+        if recorded is None:
+            return False
+        raise UserError(
+            f"{path} is missing: {prefix}.json records {recorded} bytes of it; without it the loss "
+            "would be on every token"
+        )
+    if metadata is not None and recorded is None:
+        raise UserError(
+            f"{path} is not of this dataset: {prefix}.json records no mask; remove it, or copy "
+            "both again"
+        )
+    size = os.path.getsize(path)
+    if size != tokens:
+        raise UserError(
+            f"{path} has {size} bytes and needs {tokens}, one for each token of {prefix}.bin"
+        )
+    return True
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < 1 << 63
+def check_mask(prefix: str, *, sample: bool = False) -> int:
+    """Read all of a mask, or 256 places of it, and return how many of those tokens are trained.
+
+    Raises:
+        UserError: a byte is neither 0 nor 1.
+    """
+    path = prefix + MASK_SUFFIX
+    mask = np.memmap(path, mode="r", dtype=np.uint8) if os.path.getsize(path) else np.empty(0, "u1")
+    trained = 0
+    for block in _parts(mask, sample):
+        if block.max(initial=0) > 1:
+            raise UserError(f"{path} holds the byte {block.max()}: it must be 0 or 1 everywhere")
+        trained += int(np.count_nonzero(block))
+    return trained
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def trained_tokens(prefix: str, metadata: dict[str, Any] | None) -> int:
+    """Return how many tokens of a dataset with a mask are trained, counted if nothing says it.
+
+    Raises:
+        UserError: none is.
+    """
+    found = (metadata or {}).get("trained_tokens")
+    found = check_mask(prefix) if found is None else found
+    if not found:
+        raise UserError(f"{prefix}{MASK_SUFFIX} is 0 everywhere: no token of it would be trained")
+    return found
 
 
-def _is_list(value: Any, check: Callable[[Any], bool], size: int | None = None) -> bool:
-    return isinstance(value, list) and size in (None, len(value)) and all(map(check, value))
-
-
-def _is_object(value: Any, check: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(check, value.values()))
-
+MOST_SHARDS = 99_999  # five digits in a name
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "a text": _is_text,
+    "a text": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
-    "a count": _is_count,
-    "an id": _is_count,
-    "1 or more": _is_size,
-    "a number": _is_number,
+    "a count": lambda value: type(value) is int and 0 <= value < 1 << 63,
+    "an id": lambda value: _KINDS["a count"](value),
+    "1 or more": lambda value: _KINDS["a count"](value) and value > 0,
+    "a number": lambda value: isinstance(value, int | float) and 0 <= value < 1 << 63,
     "two numbers, I of N": lambda value: (
-        _is_list(value, _is_count, 2) and value[0] < value[1] <= MOST_SHARDS
+        _are(value, "a count") and len(value) == 2 and value[0] < value[1] <= MOST_SHARDS
     ),
-    "an object of counts": lambda value: _is_object(value, _is_count),
-    "an object of shares": lambda value: _is_object(value, _is_number),
-    "a list of lengths": lambda value: _is_list(value, _is_size),
-    "a list of pairs of texts": lambda value: _is_list(
-        value, lambda pair: _is_list(pair, _is_text, 2)
+    "an object of counts": lambda value: _are(value, "a count", dict),
+    "an object of shares": lambda value: _are(value, "a number", dict),
+    "a list of lengths": lambda value: _are(value, "1 or more"),
+    "a list of pairs of texts": lambda value: (
+        isinstance(value, list) and all(_are(pair, "a text") and len(pair) == 2 for pair in value)
     ),
 }
+
+
+def _are(values: Any, kind: str, container: type = list) -> bool:
+    found = values.values() if isinstance(values, dict) else values
+    return isinstance(values, container) and all(map(_KINDS[kind], found))
+
+
 # A merged dataset has null for what its sources differ in.
 _REQUIRED = {
     **{"tokenizer_type": "a text", "tokenizer_model": "a text or null", "vocab_size": "1 or more"},
@@ -310,18 +356,15 @@ def read_metadata(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     for key, kind in (_REQUIRED | _OPTIONAL).items():
         if key not in metadata and key in _REQUIRED:
             raise _damaged(path, f"it has no {key}")
-        if key in metadata and not _is_of_kind(metadata[key], kind):
+        name = kind.removesuffix(" or null")
+        null = name != kind and metadata.get(key) is None
+        if key in metadata and not (null or _KINDS[name](metadata[key])):
             raise _damaged(path, f"{key} is {reprlib.repr(metadata[key])}, not {kind}")
     size = metadata["vocab_size"]
     for key in ("eod_id", "bos_id"):
         if metadata[key] is not None and metadata[key] >= size:
             raise _damaged(path, f"{key} {metadata[key]} is outside vocab_size {size}")
     return metadata
-
-
-def _is_of_kind(value: Any, kind: str) -> bool:
-    name = kind.removesuffix(" or null")
-    return (value is None and name != kind) or _KINDS[name](value)
 
 
 def _damaged(path: Path, why: str) -> UserError:

@@ -12,15 +12,19 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron_cream import ownership
 from megatron_cream.errors import UserError
 
 _LONG_BYTES = 1 << 14
@@ -93,6 +97,7 @@ class ArrayCache:
 
         Raises:
             UserError: the folder cannot be written to.
+            Exception: what ``build`` raises, as it is.
         """
         text = json.dumps({**self.key, **more}, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -100,6 +105,8 @@ class ArrayCache:
         try:
             found = _open_whole(path)
             return self._make(path, build) if found is None else found
+        except _NotBuilt as failed:
+            raise failed.error from None
         except OSError as error:
             raise UserError(
                 f"{self.folder} must hold the index of samples, and cannot ({error}): give "
@@ -111,9 +118,54 @@ class ArrayCache:
         with _one_process_per_node(self.folder):
             found = _open_whole(path)  # another one may have made it meanwhile
             if found is None:
-                _write(path, build())
+                _remove_left(self.folder)
+                _write(path, _apart(build))
                 found = _open(path)
         return found
+
+
+class _NotBuilt(Exception):
+    """What stands in the array could not be read: nothing that the folder of the cache has done."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _apart(build: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
+    try:
+        yield from build()
+    except OSError as error:
+        raise _NotBuilt(error) from error
+
+
+_KIND = "index of samples"  # in the mark of the folder of a file in the making
+_LEFT_SECONDS = 3600.0
+
+
+@contextmanager
+def _unfinished(folder: str) -> Iterator[Path]:
+    """Give a folder for a file in the making, with a mark that is locked while there is one."""
+    with tempfile.TemporaryDirectory(".partial", "megatron_cream-", folder) as name:
+        ownership.mark(Path(name), _KIND)
+        with open(Path(name) / ownership.MARK_NAME) as held:
+            with suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_EX)
+            yield Path(name)
+
+
+def _remove_left(folder: str) -> None:
+    """Remove what killed processes left: with our mark, locked by none, an hour old.
+
+    Where a file system has no locks nothing says that a process is gone, and all stays.
+    """
+    for left in Path(folder).glob("megatron_cream-*.partial"):
+        with suppress(OSError):
+            newest = max(path.stat().st_mtime for path in [left, *left.iterdir()])
+            if ownership.marked_kind(left) == _KIND and time.time() - newest > _LEFT_SECONDS:
+                with open(left / ownership.MARK_NAME) as held:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
 
 
 @contextmanager
@@ -129,8 +181,8 @@ def _one_process_per_node(folder: str) -> Iterator[None]:
 
 
 def _write(path: str, blocks: Iterable[np.ndarray]) -> None:
-    partial = f"{path}.{os.getpid()}-{time.time_ns()}.tmp"
-    try:
+    with _unfinished(os.path.dirname(path)) as folder:
+        partial = str(folder / "array")
         with open(partial, "wb") as file:
             size, dtype = 0, None
             for block in blocks:
@@ -151,10 +203,6 @@ def _write(path: str, blocks: Iterable[np.ndarray]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
 
 
 def _write_header(file: BinaryIO, dtype: Any, size: int) -> None:

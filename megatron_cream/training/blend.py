@@ -24,13 +24,15 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.data.dataset import split_strategy
 from megatron_cream.data.indexed import (
     DatasetIndex,
+    check_mask,
     check_tokens,
+    has_mask,
     open_index,
     read_metadata,
+    trained_tokens,
     validate_metadata,
 )
 from megatron_cream.data.text_sources import TextSources, open_sources, validate_sources
-from megatron_cream.data.token_mask import check_mask, has_mask, trained_tokens
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import flag_of
 

@@ -13,10 +13,9 @@ from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.indexed import open_index, read_metadata
+from megatron_cream.data.indexed import has_mask, open_index, read_metadata, trained_tokens
 from megatron_cream.data.packed import pack_sources, trained_length
 from megatron_cream.data.text_sources import TextSources
-from megatron_cream.data.token_mask import has_mask, trained_tokens
 from megatron_cream.positions import SampleLayout, Span, philox
 from megatron_cream.training.blend import prefixes_by_split, split_sources
 

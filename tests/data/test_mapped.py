@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lists of sources, orders and bins that are kept in files: made once, mapped, mended, the same."""
 
+import fcntl
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from support import forks
 
 from megatron_cream.data.mapped import ArrayCache, MappedArray, MappedFile
 from megatron_cream.errors import UserError
+from megatron_cream.ownership import MARK_NAME
 
 N, T = 64, 200
 UNITS = ["document", "window", "packed", "packed-documents"]
@@ -94,6 +96,46 @@ def test_one_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="no more"):
         ArrayCache(str(tmp_path), {}).array("numbers", fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dataset_that_cannot_be_read_is_not_blamed_on_the_folder(tmp_path):
+    def fail():
+        yield from numbers()
+        raise OSError(5, "Input/output error", "text.idx")
+
+    with pytest.raises(OSError, match="text.idx") as found:
+        ArrayCache(str(tmp_path), {}).array("numbers", fail)
+    assert "data-cache-path" not in str(found.value) and not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """Marked as ours, an hour old, and locked by none; all else stays."""
+
+    with pytest.raises(RuntimeError, match="ended without an answer"):
+        forks.call(die_while_making, str(tmp_path))
+    (left,) = tmp_path.iterdir()
+    theirs = tmp_path / "megatron_cream-theirs.partial"
+    theirs.mkdir()
+    (theirs / "array").touch()
+    cache = ArrayCache(str(tmp_path), {})
+    cache.array("young", numbers)
+    assert left.exists()
+    for path in (*left.iterdir(), left, *theirs.iterdir(), theirs):
+        os.utime(path, (0, 0))
+    with open(left / MARK_NAME) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        cache.array("in the making", numbers)
+        assert left.exists()
+    cache.array("old", numbers)
+    assert not left.exists() and theirs.exists()
+
+
+def die_while_making(folder):
+    def make():
+        yield from numbers()
+        os._exit(9)
+
+    ArrayCache(folder, {}).array("numbers", make)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.corpus.inspection import check, describe
 from megatron_cream.corpus.merge import merge_datasets
-from megatron_cream.data import token_mask
+from megatron_cream.data import indexed
 from megatron_cream.data.indexed import read_index, read_metadata
 from megatron_cream.errors import UserError
 
@@ -216,5 +216,5 @@ def test_a_mask_of_as_many_other_tokens_is_noticed_by_a_full_check(tmp_path, mas
 
 def test_a_mask_without_a_note_is_counted(tmp_path, mask):
     prefix = write(tmp_path / "a", mask)
-    assert token_mask.has_mask(prefix, TOKENS, None)
-    assert token_mask.trained_tokens(prefix, None) == mask.sum()
+    assert indexed.has_mask(prefix, TOKENS, None)
+    assert indexed.trained_tokens(prefix, None) == mask.sum()

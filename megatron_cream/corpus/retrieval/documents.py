@@ -41,8 +41,7 @@ from megatron_cream.corpus.work_folder import (
     validate_absent,
     validate_prefix,
 )
-from megatron_cream.data.indexed import token_dtype
-from megatron_cream.data.token_mask import MASK_SUFFIX
+from megatron_cream.data.indexed import MASK_SUFFIX, token_dtype
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, flag_field, read_flags, validate_fields
 from megatron_cream.positions import philox
