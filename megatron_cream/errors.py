@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 BAD_INPUT_STATUS = 2
 """Exit status of a command that was given something wrong."""
@@ -30,6 +31,21 @@ class UserError(ValueError):
 
 class MissingPackageError(ImportError, UserError):
     """An optional package is not installed, or an installed one is of another version."""
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Put a file or folder before the message of a UserError about what is in it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 @contextmanager

@@ -40,8 +40,7 @@ ROWS: list[dict[str, str]] = [
         "rope": "a position becomes an angle",
     },
     {
-        "options, json_values, ownership, parallel_layout, torchrun, errors": "small things "
-        "that all use",
+        "options, ownership, parallel_layout, torchrun, errors": "small things that all use",
     },
 ]
 """Parts by row, from the top: modules of ``megatron_cream``, and what each is for."""

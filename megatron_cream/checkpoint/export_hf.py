@@ -44,8 +44,7 @@ from megatron_cream.checkpoint.model_shape import (
 from megatron_cream.checkpoint.torch_dist_io import TorchDistTensors, read_ahead
 from megatron_cream.checkpoint.weight_map import WeightRow, rows_of_part
 from megatron_cream.config import ExtensionConfig, saved_extension
-from megatron_cream.errors import UserError
-from megatron_cream.json_values import naming
+from megatron_cream.errors import UserError, naming
 from megatron_cream.mcore.argument_table import flag_of, marked
 from megatron_cream.ownership import staged, validate_output
 from megatron_cream.rope import RopeScaling, hf_rope_fields, trainer_of

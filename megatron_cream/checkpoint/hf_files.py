@@ -22,7 +22,7 @@ from megatron_cream.checkpoint.iterations import (
     require_checkpoint,
 )
 from megatron_cream.errors import UserError
-from megatron_cream.json_values import read_json, read_object
+from megatron_cream.options import read_json, read_object
 
 HF_FOLDER = "hf"
 """Subfolder of an imported checkpoint with the files of its source."""

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.checkpoint.torch_dist_io import FileReader
 from megatron_cream.checkpoint.weight_map import IGNORED
-from megatron_cream.errors import UserError
-from megatron_cream.json_values import read_object, reason
+from megatron_cream.errors import UserError, reason
+from megatron_cream.options import read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -41,8 +41,7 @@ from megatron_cream.checkpoint.model_shape import (
 from megatron_cream.checkpoint.torch_dist_io import TensorChunk, write_torch_dist
 from megatron_cream.checkpoint.weight_map import WeightRow, rows_in_order
 from megatron_cream.config import SETTINGS_KEY, ExtensionConfig, rope_settings
-from megatron_cream.errors import UserError
-from megatron_cream.json_values import naming
+from megatron_cream.errors import UserError, naming
 from megatron_cream.ownership import staged, validate_output
 from megatron_cream.rope import scaling_from_hf
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_cream.checkpoint.weight_map import FAMILIES, Family, WeightPart, WeightRow
 from megatron_cream.errors import UserError
-from megatron_cream.json_values import flag, integer, number
 from megatron_cream.mcore.argument_table import flag_of, values, vocabulary
+from megatron_cream.options import flag, integer, number
 
 
 @dataclass(frozen=True)

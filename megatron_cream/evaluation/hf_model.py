@@ -18,7 +18,7 @@ from megatron_cream.checkpoint.hf_files import read_config
 from megatron_cream.checkpoint.hf_weights import HfWeights
 from megatron_cream.checkpoint.model_shape import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
-from megatron_cream.errors import MissingPackageError, UserError
+from megatron_cream.errors import MissingPackageError, UserError, naming, reason
 from megatron_cream.evaluation.forward import (
     ForwardPass,
     PassScores,
@@ -28,7 +28,7 @@ from megatron_cream.evaluation.forward import (
     tails,
 )
 from megatron_cream.evaluation.long_attention import BeyondWindow
-from megatron_cream.json_values import integer, naming, reason
+from megatron_cream.options import integer
 from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
 
 _NAME = "megatron_cream"

@@ -26,7 +26,7 @@ from megatron_cream.evaluation.forward import (
     progress_bar,
     weigh_tokens,
 )
-from megatron_cream.json_values import read_object
+from megatron_cream.options import read_object
 
 SHORT, BLOCK = 4096, 1024
 ALPHA, BETA = 2.0, -2.0

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_cream.checkpoint.iterations import read_saved_arguments
 from megatron_cream.config import ExtensionConfig, rope_settings, saved_extension
-from megatron_cream.errors import UserError
+from megatron_cream.errors import UserError, naming
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
-from megatron_cream.json_values import naming, read_object
+from megatron_cream.options import read_object
 from megatron_cream.rope import SCALINGS, hf_rope_fields, scaling_from_hf
 from megatron_cream.rope.flags import options_from_args
 

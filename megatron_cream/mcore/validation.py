@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.json_values import is_finite
 from megatron_cream.mcore.argument_table import ARGUMENTS, flag_of
+from megatron_cream.options import is_finite
 
 
 def make_readable(parser: ArgumentParser) -> ArgumentParser:

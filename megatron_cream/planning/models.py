@@ -18,8 +18,8 @@ from megatron_cream.checkpoint.model_shape import (
     window_of,
 )
 from megatron_cream.checkpoint.weight_map import FAMILIES
-from megatron_cream.errors import UserError
-from megatron_cream.json_values import naming, read_object
+from megatron_cream.errors import UserError, naming
+from megatron_cream.options import read_object
 from megatron_cream.rope.huggingface import scaling_from_hf
 
 

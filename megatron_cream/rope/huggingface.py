@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.json_values import integer, is_finite, number
+from megatron_cream.options import integer, is_finite, number
 from megatron_cream.rope.scaling import SCALINGS, RopeScaling, make_scaling
 
 _DEFAULT_THETA = {"mixtral": 1e6}

@@ -27,8 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cream.errors import UserError
-from megatron_cream.json_values import is_finite
-from megatron_cream.options import Option
+from megatron_cream.options import Option, is_finite
 
 if TYPE_CHECKING:
     from megatron_cream.rope.huggingface import HfRope
