@@ -72,7 +72,7 @@ COMMANDS = {
         "Turn conversations into documents by a tokenizer's chat template.",
     ),
     "retrieval-data": Command(
-        "megatron_cream.corpus.retrieval.documents",
+        "megatron_cream.corpus.retrieval",
         "Make documents that train a model to find what it read, as an indexed dataset.",
         environment=_ONE_THREAD,
     ),

@@ -11,5 +11,6 @@ encode, executors            a unit to parts on disk that outlive a kill; units 
 assemble                     parts to the files of a dataset
 work_folder                  a folder for the work; files moved into place
 merge, inspection, chat      datasets merged, described and checked, made of conversations
-retrieval                    documents that ask for what stood in them
+retrieval                    documents that ask for what stood in them, made of the tasks and
+                             words of ``retrieval_tasks`` and ``retrieval_words``
 """

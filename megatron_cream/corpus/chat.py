@@ -12,10 +12,11 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.corpus.work_folder import temporary_name
+from megatron_cream import ownership
 from megatron_cream.errors import UserError
 
 EXAMPLES = """
@@ -29,6 +30,8 @@ One conversation per line: {"messages": [{"role", "content"}, ...]}, or ShareGPT
 {"conversations": [{"from", "value"}, ...]}. All of a document is trained, the user's words too,
 unless --assistant-only is given here and --mask-key trained to preprocess. See docs/data.md.
 """
+
+_KIND = "conversations"  # in the mark of the folder of an unfinished output
 
 # Who speaks, in the ShareGPT format's words.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -226,12 +229,10 @@ def render_files(
             there already or is an input; nothing is kept.
         OSError: a file that cannot be read or written.
     """
-    path = Path(output)
+    path, written, skipped = Path(output), 0, 0
     _validate_output(path, inputs, overwrite)
     template = ChatTemplate(folder)
-    # Under a name of its own, so that no file of the user's is taken for an unfinished one.
-    partial, written, skipped = Path(temporary_name(output)), 0, 0
-    try:
+    with _unfinished(path) as partial:
         with open(partial, "x", encoding="utf-8") as out:
             for name in inputs:
                 with open(name, "rb") as lines:
@@ -246,9 +247,20 @@ def render_files(
             raise UserError(f"--input: {skipped} conversations, and none that can be rendered")
         _validate_output(path, inputs, overwrite)
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return written, skipped
+
+
+@contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """Give a file in a folder that is marked as ours, where a killed process's is removed first."""
+    place = output.with_name(output.name + ".parts")
+    held = ownership.lock(place, _KIND, f"--output is {output}", "another file")
+    try:
+        ownership.empty(place, _KIND)
+        yield place / "text"
+    finally:
+        ownership.remove(place, _KIND)
+        os.close(held)
 
 
 def _validate_output(path: Path, inputs: list[str], overwrite: bool) -> None:

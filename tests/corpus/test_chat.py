@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.commands import exit_status
 
+from megatron_cream import ownership
 from megatron_cream.corpus.chat import messages_of
 from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cream.corpus.tokenizers import train_bpe
@@ -104,6 +105,19 @@ def test_a_bad_conversation_names_its_line_or_is_skipped(
     assert tool.main([*flags, "--on-error", "skip"]) == 0
     assert capsys.readouterr().out == f"{output}: 1 conversations, 1 skipped\n"
     assert len(output.read_text().splitlines()) == 1
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_of_the_users(tool, tokenizer, tmp_path):
+    source, output = write(tmp_path / "in.jsonl", MESSAGES), tmp_path / "out.jsonl"
+    flags = ["--input", source, "--output", str(output), "--tokenizer-model", str(tokenizer)]
+    left = tmp_path / "out.jsonl.parts"
+    left.mkdir()
+    (left / "text").write_text("the user's")
+    assert exit_status(tool.main, flags) == 2
+    assert (left / "text").read_text() == "the user's" and not output.exists()
+    ownership.mark(left, "conversations")
+    assert tool.main(flags) == 0
+    assert output.exists() and not left.exists()
 
 
 def test_a_tokenizer_without_template_is_refused(tool, tmp_path, capsys):

@@ -5,16 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_cream.corpus.retrieval import (
-    DocumentMaker,
-    Haystack,
-    RetrievalConfig,
-    documents,
-    make_dataset,
-    read_haystack,
-    tasks,
-    words,
-)
+from megatron_cream.corpus import retrieval as documents
+from megatron_cream.corpus import retrieval_tasks as tasks
+from megatron_cream.corpus import retrieval_words as words
+from megatron_cream.corpus.retrieval import DocumentMaker, RetrievalConfig, make_dataset
+from megatron_cream.corpus.retrieval_words import Haystack, read_haystack
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
 from megatron_cream.data.indexed import (
     read_index,

@@ -4,11 +4,11 @@
 A task has a size, the number of records or of hundreds of characters; its text is a pure function
 of that, so that the size can be fitted to a number of tokens.
 
-Templates (``tables/wordings.json``) have ``{k}`` and ``{v}`` for key and value, ``{t}`` for what
-the values are ("access code"), ``{i}`` for the number of the record and ``{n}`` for a number that
-means nothing. A question is asked and answered; what stands before ``{v}`` in it is all that a
-model sees when it answers. None is a wording of ``megatron_cream.evaluation``, and some are near to
-each of its tasks.
+Templates (``retrieval_tables/wordings.json``) have ``{k}`` and ``{v}`` for key and value, ``{t}``
+for what the values are ("access code"), ``{i}`` for the number of the record and ``{n}`` for a
+number that means nothing. A question is asked and answered; what stands before ``{v}`` in it is all
+that a model sees when it answers. None is a wording of ``megatron_cream.evaluation``, and some are
+near to each of its tasks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.retrieval.words import (
+from megatron_cream.corpus.retrieval_words import (
     KEYS,
     VALUES,
     WORDINGS,

@@ -32,8 +32,8 @@ from megatron_cream.corpus.job import (
     TOKENIZER_TYPE,
     WORKERS,
 )
-from megatron_cream.corpus.retrieval.tasks import MOST_QUESTIONS, Passage, RetrievalTask, draw_task
-from megatron_cream.corpus.retrieval.words import Haystack, Rng, prose, read_haystack
+from megatron_cream.corpus.retrieval_tasks import MOST_QUESTIONS, Passage, RetrievalTask, draw_task
+from megatron_cream.corpus.retrieval_words import Haystack, Rng, prose, read_haystack
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.corpus.work_folder import (
     RETRIEVAL,

@@ -21,14 +21,15 @@ from megatron_cream.corpus.input_files import find_inputs
 from megatron_cream.corpus.readers import read_documents
 from megatron_cream.errors import UserError
 
-_TABLES = Path(__file__).with_name("tables")
+_TABLES = Path(__file__).with_name("retrieval_tables")
 ADJECTIVES = (_TABLES / "adjectives.txt").read_text("utf-8").split()
 NOUNS = (_TABLES / "nouns.txt").read_text("utf-8").split()
 WORDINGS: dict[str, Any] = json.loads((_TABLES / "wordings.json").read_text("utf-8"))
 """How things are said.
 
 ``things`` are what values can be; ``openings`` and ``verbs`` make sentences; ``refrains`` are
-filler. The others are templates (see ``tasks``): ``records`` by name, ``needles``, ``passkeys``.
+filler. The others are templates of ``retrieval_tasks``: ``records`` by name, ``needles`` and
+``passkeys``.
 """
 _SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in "lnrsk"]
 _PASSKEY_DIGITS = 5
