@@ -86,13 +86,10 @@ def check_install(folder: Path) -> list[str]:
 
 
 def _versions() -> list[str]:
-    found = {dist.metadata["Name"].lower().replace("_", "-") for dist in _distributions()}
-    return [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if name in found]
-
-
-def _distributions() -> list[importlib.metadata.Distribution]:
     # A damaged one, without metadata, has no name.
-    return [dist for dist in importlib.metadata.distributions() if dist.metadata["Name"]]
+    names = (dist.metadata["Name"] or "" for dist in importlib.metadata.distributions())
+    found = {name.lower().replace("_", "-") for name in names}
+    return [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if name in found]
 
 
 def _write_dataset(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_cream import __version__
 from megatron_cream.errors import UserError
+from megatron_cream.options import flag_name
 from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
 from megatron_cream.positions.mixtures import PlainShare, ScalePerSample, validate_share
 from megatron_cream.positions.strategy import strategy_class
@@ -267,7 +268,7 @@ class ExtensionConfig:
         """Name each setting that differs, with both values, this one's first."""
         own, others = self.to_dict(), other.to_dict()
         return [
-            f"{_flag(name)} {own[name]} != {others[name]}"
+            f"{_FLAGS.get(name, flag_name(name))} {own[name]} != {others[name]}"
             for name in own
             if own[name] != others[name]
         ]
@@ -293,10 +294,6 @@ def rope_settings(scaling: RopeScaling) -> dict[str, Any]:
 
 
 _FLAGS = {"train_length": "--seq-length", "rope_base": "--rope-base-config"}
-
-
-def _flag(name: str) -> str:
-    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def saved_extension(args: Namespace) -> ExtensionConfig | None:

@@ -112,17 +112,13 @@ def _check(args: Namespace, extension: ExtensionConfig, view: RankView, last: in
     shape, layout = shape_from_args(args), layout_from_args(args)
     layers = [index + 1 for index in layout.stages(shape.layers)[view.stage]]
     parameters = stage_parameters(shape, layout, view.stage)
-    parameters += layout.virtual * _trained_frequencies(extension, rotary_dim(args))
+    # Every virtual stage has a copy of the frequencies that RoPE trains.
+    parameters += layout.virtual * extension.scaling(rotary_dim(args)).trained_size
     if list(view.layers) != layers or view.parameters != parameters:
         raise UserError(
             f"stage {view.stage} has {view.parameters} parameters in layers {view.layers}: it "
             f"must have {parameters} in {layers}"
         )
-
-
-def _trained_frequencies(extension: ExtensionConfig, dim: int) -> int:
-    """Parameters of RoPE's trained frequencies, a copy of which every virtual stage has."""
-    return extension.scaling(dim).trained_size
 
 
 def _check_positions(index: int, layout: SampleLayout) -> None:

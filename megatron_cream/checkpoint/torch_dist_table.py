@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ class FileRecord:
     start: int
     length: int
     transformed: bool
+
+    @classmethod
+    def of(cls, info: Any) -> FileRecord:
+        """Return what torch's ``_StorageInfo`` says."""
+        transformed = bool(getattr(info, "transform_descriptors", None))
+        return cls(info.relative_path, info.offset, info.length, transformed)
 
 
 @dataclass(frozen=True)
@@ -133,9 +140,14 @@ def _read_table(folder: Path, *_: int) -> CheckpointTable:
         {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)},
         tuple(key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)),
         # Without the index that torch numbers a rank's chunks by.
-        {(i.fqn, tuple(i.offset or ())): _file_record(s) for i, s in metadata.storage_data.items()},
+        {
+            (i.fqn, tuple(i.offset or ())): FileRecord.of(s)
+            for i, s in metadata.storage_data.items()
+        },
     )
-    lacking = next((place for place in _record_keys(table) if place not in table.records), None)
+    chunks = ((key, tuple(c.offsets)) for key, entry in table.tensors.items() for c in entry.chunks)
+    needed = chain(chunks, ((name, ()) for name in table.objects))
+    lacking = next((place for place in needed if place not in table.records), None)
     if lacking is not None:
         raise UserError(f"{path} is damaged: {lacking[0]} at {lacking[1]} has no record")
     return table
@@ -159,19 +171,6 @@ def read_common(table: CheckpointTable) -> dict[str, Any]:
     if not (isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict)):
         raise UserError(f"{place} is damaged: it must be the common state of a run")
     return found[0]
-
-
-def _file_record(info: Any) -> FileRecord:
-    transformed = bool(getattr(info, "transform_descriptors", None))
-    return FileRecord(info.relative_path, info.offset, info.length, transformed)
-
-
-def _record_keys(table: CheckpointTable) -> Iterator[RecordKey]:
-    for key, entry in table.tensors.items():
-        for chunk in entry.chunks:
-            yield key, tuple(chunk.offsets)
-    for name in table.objects:
-        yield name, ()
 
 
 def _validate(metadata: Any) -> None:
@@ -329,11 +328,6 @@ def _write_checksums_or_report(folder: Path, rank: int) -> None:
             write_checksums(folder, rank)
     except OSError as error:
         print(f"megatron_cream: no checksums of {folder}: {error}", file=sys.stderr, flush=True)
-
-
-def wait_for_checksums() -> None:
-    """Wait until all checksums that were asked for are written."""
-    _reader.submit(lambda: None).result()
 
 
 def checksum_differences(

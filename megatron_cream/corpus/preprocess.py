@@ -15,8 +15,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import chain, islice, takewhile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -359,20 +360,18 @@ class _Bar(tqdm):
 
 def sample_texts(job: PreprocessJob, count: int) -> Iterator[str]:
     """Yield the beginnings of the first ``count`` documents; nothing of standard input."""
-    for span in (span for unit in job.units for span in unit):
-        if count <= 0 or span.path == str(STDIN):
-            return
+    return islice(_beginnings(job), max(count, 0))
+
+
+def _beginnings(job: PreprocessJob) -> Iterator[str]:
+    every = chain.from_iterable(job.units)
+    for span in takewhile(lambda span: span.path != str(STDIN), every):
         for record in read_span(span, job.fields):
-            try:
+            # What is bad is found again, and told, when it is its turn.
+            with suppress(BadRecord):
                 text = record.text if isinstance(record.text, str) else next(record.text, "")
-            except BadRecord:
-                continue  # found again, and told, when it is its turn
-            if record.error is not None:
-                continue
-            yield text[:EXCERPT_CHARACTERS]
-            count -= 1
-            if count <= 0:
-                return
+                if record.error is None:
+                    yield text[:EXCERPT_CHARACTERS]
 
 
 def _describe_added_tokens(tokenizer: Tokenizer, job: PreprocessJob) -> str:

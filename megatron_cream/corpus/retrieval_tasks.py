@@ -70,13 +70,10 @@ class NeedleWording:
     questions: tuple[str, ...]
 
 
-def _read_questions(given: str | list[str]) -> tuple[str, ...]:
-    """Return templates that stand in an entry, or under their name in ``shared_questions``."""
-    return tuple(WORDINGS["shared_questions"][given] if isinstance(given, str) else given)
-
-
 def _read_templates(kind: Any, entry: dict[str, Any]) -> Any:
-    questions = _read_questions(entry["questions"])
+    """Questions stand in an entry, or under their name in ``shared_questions``."""
+    given = entry["questions"]
+    questions = tuple(WORDINGS["shared_questions"][given] if isinstance(given, str) else given)
     return kind(**{**entry, "intros": tuple(entry["intros"]), "questions": questions})
 
 
@@ -134,7 +131,7 @@ def draw_task(
         return _records(rng, tokens, questions)
     if kind < 0.88:
         return _needles(rng, tokens, haystack, questions)
-    return _passkey(rng, tokens, haystack)
+    return _hidden(rng, tokens, haystack, PASSKEYS, [""], passkeys(rng, 1))
 
 
 def _records(rng: Rng, tokens: int, questions: int = MOST_QUESTIONS) -> RetrievalTask:
@@ -224,10 +221,6 @@ def _needles(rng: Rng, tokens: int, haystack: Haystack | None, questions: int) -
     keys = KEYS[str(rng.choice(list(KEYS)))](rng, count)
     values = VALUES[str(rng.choice(list(VALUES)))](rng, count)
     return _hidden(rng, tokens, haystack, NEEDLES, keys, values, questions)
-
-
-def _passkey(rng: Rng, tokens: int, haystack: Haystack | None) -> RetrievalTask:
-    return _hidden(rng, tokens, haystack, PASSKEYS, [""], passkeys(rng, 1))
 
 
 def _hidden(

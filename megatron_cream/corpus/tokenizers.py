@@ -199,12 +199,10 @@ class HuggingFaceTokenizer:
         return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text: int32 arrays of shape (tokens,), no bos or eod added."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def locate(self, text: str) -> LocatedTokens:
-        """The tokens of a text, as ``encode`` gives them, and the characters of each."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return LocatedTokens.of(encoding.ids, encoding.offsets)
 
@@ -267,7 +265,6 @@ class SentencePieceTokenizer:
         return self._processor.serialized_model_proto()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text: int32 arrays of shape (tokens,), no bos or eod added."""
         # One thread, since by default each worker would start one for every core.
         rows = self._processor.encode(
             texts, out_type=int, add_bos=False, add_eos=False, num_threads=1
@@ -275,7 +272,6 @@ class SentencePieceTokenizer:
         return [np.array(row, dtype=np.int32) for row in rows]
 
     def locate(self, text: str) -> LocatedTokens:
-        """The tokens of a text, as ``encode`` gives them, and the characters of each."""
         processor: Any = self._processor
         if hasattr(processor, "EncodeAsOffsetMapping"):
             found = processor.EncodeAsOffsetMapping(text)

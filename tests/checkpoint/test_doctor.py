@@ -146,11 +146,11 @@ def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch
         patch_save.apply(checksums.remove_checksums, checksums.write_checksums_later)
     dist_checkpointing.save({}, str(tmp_path), async_sharded_save=True)
     (tmp_path / "__0_0.distcp").write_bytes(b"data")
-    checksums.wait_for_checksums()
+    checksums._reader.submit(int).result()  # all before it are written
     assert not (tmp_path / SUMS).exists()
     (finalize,) = Request.finalizers
     finalize()
-    checksums.wait_for_checksums()
+    checksums._reader.submit(int).result()  # all before it are written
     assert checksums.read_checksums(tmp_path) == ({"__0_0.distcp": (4, "adf3f363")}, [])
 
 
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_does_not_end_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checksums, "write_checksums", full)
     checksums.write_checksums_later(tmp_path, 0)
     checksums.write_checksums_later(tmp_path / "removed meanwhile", 0)
-    checksums.wait_for_checksums()
+    checksums._reader.submit(int).result()  # all before it are written
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "No space left on device" in said
