@@ -25,7 +25,7 @@ from megatron_cream.corpus.input_files import (
     format_of,
     is_compressed,
 )
-from megatron_cream.corpus.retrieval.documents import SHORTEST
+from megatron_cream.corpus.retrieval import SHORTEST
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.store import write_whole
