@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over bands: tiles by plain kernels, one softmax over all of them, exact gradients.
 
-Memory is linear in the number of tokens: nothing but q, k, v, the output and one number per query
-and head is kept for the backward pass, which rotates anew.
+Memory is linear in the number of tokens: q, turned k, v, the output and one number per query and
+head are kept for the backward pass, which turns q anew and cuts the same pairs into fewer tiles.
+
+Everything made here lies as ``[s, b, h, d]`` and is seen as ``[b, h, s, d]``. PyTorch finds a cuDNN
+graph again by the shapes and strides of q, k and v alone, so those of a tile's output, its gradient
+and its log-sum-exp must follow from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,59 +22,29 @@ from torch import Tensor
 from megatron_cream.attention import sdpa
 from megatron_cream.attention.bands import Bands, Tile, TileShape
 from megatron_cream.attention.sdpa import TileAttention
-from megatron_cream.rope.scaling import RopeScaling
+from megatron_cream.attention.turning import Rotation, Turning, takes_triton, wide
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """How a position turns queries and keys.
+class Document:
+    """Tokens that attend to each other only.
 
     Attributes:
-        inv_freq: float32 or float64 ``[d_rot / 2]``, radians per position.
-        factor: multiplies cos and sin.
-        interleaved: pairs are (0, 1), (2, 3) ... instead of (0, d_rot / 2) ...
+        keys: where its keys are, ``[first, end)``.
+        queries: of each stretch of its queries that is here the row of the first in q, its place
+            in the document, and the number of tokens.
     """
 
-    inv_freq: Tensor
-    factor: float = 1.0
-    interleaved: bool = False
+    keys: Span
+    queries: tuple[tuple[int, int, int], ...]
 
-    @staticmethod
-    def of(scaling: RopeScaling, like: Tensor, interleaved: bool = False) -> Rotation:
-        """Return that of an interpolation, on a tensor's device, at least in float32."""
-        wide = _wide(like)
-        inv_freq = torch.as_tensor(scaling.inv_freq, dtype=wide, device=like.device)
-        return Rotation(inv_freq, scaling.attention_factor, interleaved)
 
-    def turn(self, x: Tensor, positions: Tensor, back: bool = False) -> Tensor:
-        """Rotate ``x`` ``[b, h, n, d]`` by ``positions`` ``[n]`` or ``[b, 1, n]``.
-
-        ``back`` is the transpose.
-        """
-        angles = positions.to(self.inv_freq.dtype)[..., None] * self.inv_freq
-        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        if back:
-            sin = -sin
-        if positions.dim() == 1 and _takes_triton(x):
-            from megatron_cream.rope.rotation_kernel import turn
-
-            table = torch.cat((cos, sin), dim=-1)[:, None, None]
-            return turn(x.permute(2, 0, 1, 3), table, self.interleaved).permute(1, 2, 0, 3)
-        rotated, rest = x.tensor_split([2 * len(self.inv_freq)], dim=-1)
-        first, second = self._pairs(rotated.to(angles.dtype))
-        turned = self._joined(first * cos - second * sin, second * cos + first * sin)
-        return torch.cat((turned.to(x.dtype), rest), dim=-1)
-
-    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.interleaved:
-            return x[..., ::2], x[..., 1::2]
-        first, second = x.chunk(2, dim=-1)
-        return first, second
-
-    def _joined(self, first: Tensor, second: Tensor) -> Tensor:
-        if self.interleaved:
-            return torch.stack((first, second), dim=-1).flatten(-2)
-        return torch.cat((first, second), dim=-1)
+def whole_documents(lengths: Sequence[int]) -> tuple[Document, ...]:
+    """Return documents of ``lengths`` tokens, one behind the other, with all their queries."""
+    ends = torch.tensor((0, *lengths)).cumsum(0).tolist()
+    return tuple(Document((a, b), ((a, 0, b - a),)) for a, b in pairwise(ends))
 
 
 def banded_attention(
@@ -80,18 +54,17 @@ def banded_attention(
     bands: Bands,
     rotation: Rotation,
     scale: float,
-    lengths: Sequence[int],
+    documents: Sequence[Document],
 ) -> Tensor:
-    """Return attention ``[b, h, s, d]`` over ``bands`` of unrotated q and k.
+    """Return attention ``[b, h, n, d]`` over ``bands`` of unrotated q and k.
 
     Args:
-        q: ``[b, h, s, d]``.
-        k, v: ``[b, g, s, d]``, g dividing h.
+        q: ``[b, h, n, d]``.
+        k, v: ``[b, g, m, d]``, g dividing h.
         scale: of the logits.
-        lengths: tokens of the documents in each row of the batch; they sum to s, and each attends
-            only to itself.
+        documents: in each row of the batch; they cover all rows of q, k and v once.
     """
-    return _Banded.apply(q, k, v, bands, rotation, scale, tuple(lengths))
+    return _Banded.apply(q, k, v, bands, rotation, scale, tuple(documents))
 
 
 class _Banded(torch.autograd.Function):
@@ -104,137 +77,197 @@ class _Banded(torch.autograd.Function):
         bands: Bands,
         rotation: Rotation,
         scale: float,
-        lengths: tuple[int, ...],
+        documents: tuple[Document, ...],
     ) -> Tensor:
-        turned = _Turned(q, k, bands, rotation, _places(lengths, q.device))
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:3], dtype=_wide(q), device=q.device)
-        states = []
-        for group in bands.of_documents(lengths):
-            outputs = [_run(turned, v, tile, scale) for tile in group]
-            _merge(out, lse, group, outputs)
-            states.append([output.state for output in outputs])
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = bands, rotation, scale, lengths, states
+        turning = _turning(bands, rotation, documents, q)
+        out, lse = _empty(q), torch.empty(q.shape[:3], dtype=wide(q), device=q.device)
+        kept = []
+        for document in documents:
+            keys = turning.keys(_cut(k, document.keys))
+            kept.extend(keys)
+            values = _cut(v, document.keys)
+            for row, place, tokens in document.queries:
+                own, *merged = (_cut(x, (row, row + tokens)) for x in (q, out, lse))
+                for group in bands.groups(place, place + tokens):
+                    outputs = list(_attend(group, turning, own, place, keys, values, scale))
+                    _merge(*merged, place, outputs)
+        ctx.save_for_backward(q, v, out, lse, *kept)
+        ctx.settings = bands, rotation, scale, documents
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        bands, rotation, scale, lengths, states = ctx.settings
-        turned = _Turned(q, k, bands, rotation, _places(lengths, q.device))
-        grads = [torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (q, k, v)]
-        for group, group_states in zip(bands.of_documents(lengths), states, strict=True):
-            for tile, state in zip(group, group_states, strict=True):
-                _pull_back(grads, (grad, out, lse), turned, v, tile, scale, state)
-        return (*(g.to(q.dtype) for g in grads), None, None, None, None)
+        q, v, out, lse, *kept = ctx.saved_tensors
+        bands, rotation, scale, documents = ctx.settings
+        turning = _turning(bands, rotation, documents, q)
+        merged = _laid_out(grad), out, lse
+        dq, dk, dv = _empty(q), _empty(v), _empty(v)
+        frames = len(kept) // len(documents)
+        for i, document in enumerate(documents):
+            keys = kept[i * frames : (i + 1) * frames]
+            own = (*keys, *(_cut(x, document.keys) for x in (v, dk, dv)))
+            _pull_back((*merged, q, dq), own, bands, turning, document.queries, scale)
+        return (dq, dk, dv, None, None, None, None)
 
 
-class _Turned:
-    """Queries and keys of a tile, rotated as its band asks."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, bands: Bands, rotation: Rotation, places: Tensor
-    ) -> None:
-        self._q, self._k, self._bands, self._rotation = q, k, bands, rotation
-        self._places = places
-        # Bands that turn keys alike (all of dual chunk attention's) turn them once.
-        self._keys: dict[Any, Tensor] = {}
-
-    def query(self, tile: Tile) -> Tensor:
-        rows = slice(*tile.rows)
-        return self._rotation.turn(self._q[:, :, rows], self.query_positions(tile))
-
-    def key(self, tile: Tile) -> Tensor:
-        positions = self._bands.key_positions[tile.band]
-        if positions not in self._keys:
-            self._keys[positions] = self._rotation.turn(self._k, positions(self._places))
-        return self._keys[positions][:, :, slice(*tile.columns)]
-
-    def query_positions(self, tile: Tile) -> Tensor:
-        return self._bands.query_positions[tile.band](self._places[slice(*tile.rows)])
-
-    def key_positions(self, tile: Tile) -> Tensor:
-        return self._bands.key_positions[tile.band](self._places[slice(*tile.columns)])
-
-    def turn_back(self, gradient: Tensor, positions: Tensor) -> Tensor:
-        return self._rotation.turn(gradient, positions, back=True)
+def _turning(bands: Bands, rotation: Rotation, documents: Sequence[Document], q: Tensor) -> Turning:
+    longest = max(document.keys[1] - document.keys[0] for document in documents)
+    return Turning(bands, rotation, longest, q.device)
 
 
-def _run(turned: _Turned, v: Tensor, tile: Tile, scale: float) -> TileAttention:
-    tensors = turned.query(tile), turned.key(tile), v[:, :, slice(*tile.columns)]
-    mirrored = tile.shape is TileShape.ANTICAUSAL
-    q, k, values = (_mirror(x, mirrored) for x in tensors)
-    found = sdpa.forward(q, k, values, tile.shape is not TileShape.FULL, scale)
-    out, lse = (_mirror(x, mirrored) for x in (found.out, found.lse))
-    return TileAttention(out, lse, found.state)
+def _attend(
+    group: Sequence[Tile],
+    turning: Turning,
+    q: Tensor,
+    place: int,
+    keys: Sequence[Tensor],
+    values: Tensor,
+    scale: float,
+) -> Iterator[tuple[Tile, TileAttention]]:
+    """Yield each tile's attention; queries that several share are turned in one launch.
+
+    Args:
+        q: ``[b, h, n, d]``, unrotated, of the places from ``place`` on.
+        keys: of the whole document, turned.
+    """
+    for rows in dict.fromkeys(tile.rows for tile in group):
+        tiles = [tile for tile in group if tile.rows == rows]
+        frames = sorted({turning.query_frames[tile.band] for tile in tiles})
+        turned = turning.turn(_cut(q, rows, place), rows[0], frames)
+        by_frame = dict(zip(frames, turned, strict=True))
+        for tile in tiles:
+            query = by_frame[turning.query_frames[tile.band]]
+            key = _cut(turning.key(tile, keys), tile.columns)
+            yield tile, _run(query, key, _cut(values, tile.columns), tile, scale)
 
 
-def _merge(out: Tensor, lse: Tensor, group: Sequence[Tile], outputs: list[TileAttention]) -> None:
-    """Write the one softmax over all tiles of a group into ``out`` and ``lse``."""
-    first, end = min(t.rows[0] for t in group), max(t.rows[1] for t in group)
-    if len(group) == 1:
-        out[:, :, first:end], lse[:, :, first:end] = outputs[0].out, outputs[0].lse
+def _run(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> TileAttention:
+    q, k, v = (_mirror(x, tile) for x in (q, k, v))
+    found = sdpa.forward(q, k, v, tile.shape is not TileShape.FULL, scale)
+    return TileAttention(*(_mirror(x, tile) for x in found))
+
+
+def _merge(
+    out: Tensor, lse: Tensor, place: int, outputs: Sequence[tuple[Tile, TileAttention]]
+) -> None:
+    """Write the one softmax over all tiles of a group into ``out`` and ``lse``.
+
+    Args:
+        place: of the first query in them.
+    """
+    first = min(tile.rows[0] for tile, _ in outputs)
+    end = max(tile.rows[1] for tile, _ in outputs)
+    out, lse = (_cut(x, (first, end), place) for x in (out, lse))
+    if len(outputs) == 1:
+        out[:], lse[:] = outputs[0][1]
         return
-    if _takes_triton(out) and all(tile.rows == (first, end) for tile in group):
+    if takes_triton(out) and all(tile.rows == (first, end) for tile, _ in outputs):
         from megatron_cream.attention.merge_kernel import merge
 
-        parts = [found.out for found in outputs], [found.lse for found in outputs]
-        merge(*parts, out[:, :, first:end], lse[:, :, first:end])
+        merge([one.out for _, one in outputs], [one.lse for _, one in outputs], out, lse)
         return
-    total = torch.full_like(lse[:, :, first:end], -torch.inf)
-    for tile, output in zip(group, outputs, strict=True):
-        rows = slice(tile.rows[0] - first, tile.rows[1] - first)
-        total[:, :, rows] = torch.logaddexp(total[:, :, rows], output.lse)
-    merged = torch.zeros_like(out[:, :, first:end], dtype=_wide(out))
-    for tile, output in zip(group, outputs, strict=True):
-        rows = slice(tile.rows[0] - first, tile.rows[1] - first)
-        share = (output.lse - total[:, :, rows]).exp().unsqueeze(-1)
-        merged[:, :, rows].addcmul_(output.out.to(merged.dtype), share)
-    out[:, :, first:end], lse[:, :, first:end] = merged.to(out.dtype), total
+    total = torch.full_like(lse, -torch.inf)
+    merged = torch.zeros(out.shape, dtype=lse.dtype, device=out.device)
+    for tile, one in outputs:
+        rows = _cut(total, tile.rows, first)
+        rows.copy_(torch.logaddexp(rows, one.lse))
+    for tile, one in outputs:
+        share = (one.lse - _cut(total, tile.rows, first)).exp().unsqueeze(-1)
+        _cut(merged, tile.rows, first).addcmul_(one.out.to(merged.dtype), share)
+    out.copy_(merged)
+    lse.copy_(total)
 
 
 def _pull_back(
-    grads: list[Tensor],
-    merged: tuple[Tensor, Tensor, Tensor],
-    turned: _Turned,
-    v: Tensor,
-    tile: Tile,
+    rows: tuple[Tensor, ...],
+    columns: tuple[Tensor, ...],
+    bands: Bands,
+    turning: Turning,
+    queries: Sequence[tuple[int, int, int]],
     scale: float,
-    state: tuple[Any, ...],
 ) -> None:
-    """Add one tile's share of the gradients of q, k and v."""
-    rows, columns = slice(*tile.rows), slice(*tile.columns)
-    mirrored = tile.shape is TileShape.ANTICAUSAL
-    grad, out, lse = (_mirror(x[:, :, rows], mirrored) for x in merged)
-    tensors = turned.query(tile), turned.key(tile), v[:, :, columns]
-    q, k, values = (_mirror(x, mirrored) for x in tensors)
-    found = sdpa.backward(
-        grad, q, k, values, out, lse, tile.shape is not TileShape.FULL, scale, state
-    )
-    dq, dk, dv = (_mirror(x, mirrored) for x in found)
-    grads[0][:, :, rows] += turned.turn_back(dq, turned.query_positions(tile))
-    grads[1][:, :, columns] += turned.turn_back(dk, turned.key_positions(tile))
-    grads[2][:, :, columns] += dv
+    """Write the gradients of a document's queries, keys and values.
+
+    Args:
+        rows: the gradient of the output, the output, the log-sum-exp, q, and where dq goes.
+        columns: of the document: keys by each frame, values, and where dk and dv go.
+        queries: the stretches of its queries that are here.
+    """
+    *keys, values, dk, dv = columns
+    tiles = [tuple(bands.backward_tiles(place, place + n)) for _, place, n in queries]
+    spans = [tile.columns for some in tiles for tile in some]
+    unseen = max(end for _, end in spans), dk.shape[2]  # keys after the last query that is here
+    _cut(dk, unseen).zero_()
+    _cut(dv, unseen).zero_()
+    sums = _Sum(spans, turning, dk), _Sum(spans, turning, dv)
+    for (row, place, n), some in zip(queries, tiles, strict=True):
+        grad, out, lse, q, dq = (_cut(x, (row, row + n)) for x in rows)
+        sum_q = _Sum([tile.rows for tile in some], turning, dq, place)
+        for tile in some:
+            frame, key_frame = turning.query_frames[tile.band], turning.key_frames[tile.band]
+            (query,) = turning.turn(_cut(q, tile.rows, place), tile.rows[0], [frame])
+            key, value = (_cut(x, tile.columns) for x in (turning.key(tile, keys), values))
+            merged = (_cut(x, tile.rows, place) for x in (grad, out, lse))
+            inputs = (_mirror(x, tile) for x in (*merged, query, key, value))
+            found = sdpa.backward(*inputs, tile.shape is not TileShape.FULL, scale)
+            for total, part, span, by in zip(
+                (sum_q, *sums), found, (tile.rows, tile.columns, tile.columns),
+                (frame, key_frame, None), strict=True,
+            ):  # fmt: skip
+                total.add(span, _mirror(part, tile), by)
 
 
-def _mirror(x: Tensor, mirrored: bool) -> Tensor:
-    return x.flip(2) if mirrored else x
+class _Sum:
+    """A gradient, of which tiles give parts.
+
+    A stretch of tokens is written when its last part is there, so that few of them are held.
+
+    Args:
+        spans: places of all parts that will be added.
+        target: ``[b, h, n, d]``, of the places from ``first`` on.
+    """
+
+    def __init__(
+        self, spans: Sequence[Span], turning: Turning, target: Tensor, first: int = 0
+    ) -> None:
+        edges = sorted({edge for span in spans for edge in span})
+        self._missing = {
+            stretch: count
+            for stretch in pairwise(edges)
+            if (count := sum(_holds(span, stretch) for span in spans))
+        }
+        self._parts: dict[Span, list[tuple[int | None, Tensor]]] = {x: [] for x in self._missing}
+        self._turning, self._target, self._first = turning, target, first
+
+    def add(self, span: Span, part: Tensor, frame: int | None) -> None:
+        """Add a part ``[b, h, n, d]``, to be turned back by a frame."""
+        for stretch in [stretch for stretch in self._missing if _holds(span, stretch)]:
+            self._parts[stretch].append((frame, _cut(part, stretch, span[0])))
+            self._missing[stretch] -= 1
+            if not self._missing[stretch]:
+                del self._missing[stretch]
+                target = _cut(self._target, stretch, self._first)
+                self._turning.turn_back(self._parts.pop(stretch), stretch[0], target)
 
 
-def _places(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """int64 ``[s]``: each token's place in its document."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])
+def _holds(span: Span, stretch: Span) -> bool:
+    return span[0] <= stretch[0] and stretch[1] <= span[1]
 
 
-def _takes_triton(x: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.dtype != torch.float64
-        and x.numel() < 2**31
-        and find_spec("triton") is not None
-    )
+def _cut(x: Tensor, span: Span, first: int = 0) -> Tensor:
+    """Return the tokens of ``span`` of a tensor whose first token is ``first``."""
+    return x[:, :, span[0] - first : span[1] - first]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _mirror(x: Tensor, tile: Tile) -> Tensor:
+    return x.flip(2) if tile.shape is TileShape.ANTICAUSAL else x
+
+
+def _empty(like: Tensor) -> Tensor:
+    b, h, n, d = like.shape
+    return like.new_empty(n, b, h, d).permute(1, 2, 0, 3)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Return ``[b, h, n, d]`` that lies as ``[n, b, h, d]``."""
+    return x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)

@@ -9,7 +9,7 @@ which a plain attention kernel exists. The softmax runs over all tiles of a quer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -40,11 +40,6 @@ class Tile:
     columns: tuple[int, int]
     shape: TileShape
 
-    def moved(self, offset: int) -> Tile:
-        """Return the tile of a document that begins at token ``offset``."""
-        rows, columns = ((first + offset, end + offset) for first, end in (self.rows, self.columns))
-        return Tile(self.band, rows, columns, self.shape)
-
 
 @dataclass(frozen=True)
 class Bands:
@@ -54,22 +49,19 @@ class Bands:
         query_positions, key_positions: of each band, from tokens' places in their document
             (int64 ``[n]``) to the positions they are turned by.
         band_of: of a query's and a key's place, the band of the pair.
-        groups: of ``length`` tokens, tiles by the queries they share: the tiles of one group hold
-            all keys of all its queries.
+        groups: of the queries at places ``[first, end)``, tiles by the queries they share: the
+            tiles of one group hold all keys of all its queries.
+        backward_tiles: of the same queries, tiles that hold every pair once, in an order that
+            lets the gradients of one token be summed up soon.
+        period: tokens after which ``query_positions`` and ``key_positions`` begin anew, or None.
     """
 
     query_positions: tuple[Callable[[Tensor], Tensor], ...]
     key_positions: tuple[Callable[[Tensor], Tensor], ...]
     band_of: Callable[[Tensor, Tensor], Tensor]
-    groups: Callable[[int], tuple[tuple[Tile, ...], ...]]
-
-    def of_documents(self, lengths: Sequence[int]) -> Iterator[tuple[Tile, ...]]:
-        """Yield the groups of documents of ``lengths`` tokens that lie one behind the other."""
-        offset = 0
-        for length in lengths:
-            for group in self.groups(length):
-                yield tuple(tile.moved(offset) for tile in group)
-            offset += length
+    groups: Callable[[int, int], Iterable[tuple[Tile, ...]]]
+    backward_tiles: Callable[[int, int], Iterable[Tile]]
+    period: int | None = None
 
 
 @lru_cache(maxsize=64)
@@ -109,19 +101,58 @@ def dual_chunk(chunk_size: int, local_size: int) -> Bands:
         ),
         (key, key, key),
         lambda query, key: (query // stride - key // stride).clamp(max=2),
-        lambda length: tuple(_chunk_tiles(length, stride)),
+        lambda first, end: _chunk_groups(first, end, stride),
+        lambda first, end: _chunk_backward(first, end, stride),
+        period=stride,
     )
 
 
-def _chunk_tiles(length: int, stride: int) -> Iterator[tuple[Tile, ...]]:
-    for first in range(0, length, stride):
-        rows = (first, min(first + stride, length))
-        tiles = [Tile(0, rows, rows, TileShape.CAUSAL)]
-        if first:
-            tiles.append(Tile(1, rows, (first - stride, first), TileShape.FULL))
-        if first > stride:
-            tiles.append(Tile(2, rows, (0, first - stride), TileShape.FULL))
+def _chunk_groups(first: int, end: int, stride: int) -> Iterator[tuple[Tile, ...]]:
+    for chunk in range(first // stride, -(-end // stride)):
+        rows = max(first, chunk * stride), min(end, (chunk + 1) * stride)
+        tiles = _nearby(rows, chunk * stride, stride)
+        if chunk > 1:
+            tiles.append(Tile(2, rows, (0, (chunk - 1) * stride), TileShape.FULL))
         yield tuple(tiles)
+
+
+def _nearby(rows: tuple[int, int], begin: int, stride: int) -> list[Tile]:
+    """Tiles of queries of the chunk that begins at ``begin`` with its keys and those before."""
+    tiles = [Tile(0, rows, rows, TileShape.CAUSAL)]
+    if begin < rows[0]:
+        tiles.append(Tile(0, rows, (begin, rows[0]), TileShape.FULL))
+    if begin:
+        tiles.append(Tile(1, rows, (begin - stride, begin), TileShape.FULL))
+    return tiles
+
+
+def _chunk_backward(first: int, end: int, stride: int) -> Iterator[Tile]:
+    """Tiles in which far pairs are few large rectangles.
+
+    Each tile gives a part of the gradient to all its queries and keys, so that a row of chunks at
+    a time, as forward goes, would write those of keys n / 2 times; halving writes log2(n) / 2.
+    """
+
+    def far(begin: int, stop: int, keys: int, keys_end: int) -> Iterator[Tile]:
+        """Queries of chunks ``[begin, stop)`` with keys of chunks ``[keys, keys_end)``."""
+        if keys < keys_end:
+            rows = max(first, begin * stride), min(end, stop * stride)
+            yield Tile(2, rows, (keys * stride, keys_end * stride), TileShape.FULL)
+
+    def halve(begin: int, stop: int) -> Iterator[Tile]:
+        """Queries of chunks ``[begin, stop)``; far keys from chunk ``begin - 1`` on."""
+        if stop - begin == 1:
+            rows = max(first, begin * stride), min(end, stop * stride)
+            yield from _nearby(rows, begin * stride, stride)
+            return
+        middle = (begin + stop) // 2
+        yield from far(middle, stop, max(begin - 1, 0), middle - 1)
+        yield from halve(begin, middle)
+        yield from halve(middle, stop)
+
+    begin, stop = first // stride, -(-end // stride)
+    yield from far(begin, stop, 0, begin - 1)
+    yield from halve(begin, stop)
 
 
 @lru_cache(maxsize=64)
@@ -143,7 +174,8 @@ def string(shift: int, local_size: int) -> Bands:
         (lambda place: place, lambda place: place - shift + local_size),
         (lambda place: place, lambda place: place),
         lambda query, key: (query - key >= shift).long(),
-        lambda length: (tuple(_near_and_far(length, shift)),),
+        lambda first, end: [tuple(_near_and_far(first, end, shift))],
+        lambda first, end: _near_and_far(first, end, shift),
     )
 
 
@@ -168,12 +200,15 @@ def self_extend(group_size: int, window: int) -> Bands:
         (lambda place: place, lambda place: place // group_size + window - window // group_size),
         (lambda place: place, lambda place: place // group_size),
         lambda query, key: (query - key > window).long(),
-        lambda length: (tuple(_near_and_far(length, window + 1)),),
+        lambda first, end: [tuple(_near_and_far(first, end, window + 1))],
+        lambda first, end: _near_and_far(first, end, window + 1),
     )
 
 
-def _near_and_far(length: int, near: int) -> Iterator[Tile]:
-    """Tiles of distances below ``near`` (band 0) and of the others (band 1)."""
+def _near_and_far(start: int, length: int, near: int) -> Iterator[Tile]:
+    """Tiles of distances below ``near`` (band 0) and of the others (band 1), of whole documents."""
+    if start:
+        raise NotImplementedError("a part of a document's queries: only dual chunk attention")
     for first in range(0, length, near):
         end = min(first + near, length)
         yield Tile(0, (first, end), (first, end), TileShape.CAUSAL)

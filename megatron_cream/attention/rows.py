@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_cream.attention.banded import Rotation
 from megatron_cream.attention.bands import Bands
+from megatron_cream.attention.turning import Rotation
 
 _MOST_LOGITS = 2**26  # float32 values held at once, 256 MiB
 
@@ -38,7 +38,7 @@ def attend_rows(
         visible: bool ``[b or 1, n, m]``, the keys that a query sees.
     """
     wide = rotation.inv_freq.dtype
-    by_position = {at: rotation.turn(k.to(wide), at(key_places)[:, None])
+    by_position = {at: rotation.turn(k.to(wide), rotation.table(at(key_places)[:, None]))
                    for at in bands.key_positions}  # fmt: skip
     keys = [by_position[at] for at in bands.key_positions]
     values = v.to(wide)
@@ -51,7 +51,8 @@ def attend_rows(
         band = bands.band_of(places[:, :, None], key_places[:, None])[:, None]
         logits = None
         for i, (at, key) in enumerate(zip(bands.query_positions, keys, strict=True)):
-            product = _by_groups(rotation.turn(rows, at(places)[:, None]), key.transpose(2, 3))
+            turned = rotation.turn(rows, rotation.table(at(places)[:, None]))
+            product = _by_groups(turned, key.transpose(2, 3))
             logits = product if logits is None else torch.where(band == i, product, logits)
         assert logits is not None
         logits = (logits * scale).masked_fill(~seen[:, None], -torch.inf)

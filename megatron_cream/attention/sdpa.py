@@ -7,7 +7,8 @@ pass that is handed the *merged* output and sum computes exactly its tile's shar
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,10 @@ _aten = torch.ops.aten
 
 
 class TileAttention(NamedTuple):
-    """Of one tile: output ``[b, h, n, d]``, log-sum-exp ``[b, h, n]`` and the kernel's state."""
+    """Of one tile: output ``[b, h, n, d]`` and log-sum-exp ``[b, h, n]``."""
 
     out: Tensor
     lse: Tensor
-    state: tuple[Any, ...]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> TileAttention:
@@ -31,64 +31,71 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tile
         k, v: ``[b, g, m, d]``, g dividing h.
         causal: query r sees keys 0..r; then n = m.
     """
-    k, v = (_all_heads(x, q.shape[1]) for x in (k, v))
     if not q.is_cuda:
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, scale=scale
+        k, v = (_all_heads(x, q.shape[1]) for x in (k, v))
+        return TileAttention(
+            *_aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         )
-        return TileAttention(out, lse, ())
     if _takes_cudnn(q):
-        out, lse, *state = _aten._scaled_dot_product_cudnn_attention(
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
-        return TileAttention(out, lse.reshape(q.shape[:3]), ("cudnn", *state[:6]))
-    out, lse, *state = _aten._scaled_dot_product_flash_attention(
+        return TileAttention(out, lse.reshape(q.shape[:3]))
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, causal, False, scale=scale
     )
-    return TileAttention(out, lse[..., : q.shape[2]], ("flash", *state[:6]))
+    return TileAttention(out, lse[..., : q.shape[2]])
 
 
 def backward(
     grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     causal: bool,
     scale: float,
-    state: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v of one tile.
 
     Args:
         grad, out, lse: of the *merged* attention at this tile's queries.
-        state: the tile's own, of ``forward``.
     """
-    heads = k.shape[1]
-    k, v = (_all_heads(x, q.shape[1]) for x in (k, v))
-    if not state:
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    lse = lse.contiguous()
+    if not q.is_cuda:
+        heads = k.shape[1]
+        k, v = (_all_heads(x, q.shape[1]) for x in (k, v))
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=scale
         )
-    elif state[0] == "cudnn":
-        cum_q, cum_k, max_q, max_k, seed, offset = state[1:]
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, lse.unsqueeze(-1), seed, offset, None, cum_q, cum_k,
-            max_q, max_k, 0.0, causal, scale=scale,
-        )  # fmt: skip
+        return dq, _own_heads(dk, heads), _own_heads(dv, heads)
+    # Nothing is dropped: the state of a random generator, which the kernels take, is not read.
+    state = torch.empty(2, dtype=torch.int64, device=q.device).unbind()
+    lengths = None, None, q.shape[2], k.shape[2]
+    if _takes_cudnn(q):
+        lse = lse.reshape(*lse.shape, *[1] * (_sum_dimensions() - 3))
+        found = _aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse, *state, None, *lengths, 0.0, causal, scale=scale
+        )
     else:
-        cum_q, cum_k, max_q, max_k, seed, offset = state[1:]
-        grads = _aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset,
-            scale=scale,
-        )  # fmt: skip
-    dq, dk, dv = grads
-    return dq, _own_heads(dk, heads), _own_heads(dv, heads)
+        found = _aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, *lengths, 0.0, causal, *state, scale=scale
+        )
+    dq, dk, dv = found
+    return dq, dk, dv
 
 
 def _takes_cudnn(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@cache
+def _sum_dimensions() -> int:
+    """Return how many dimensions this PyTorch gives cuDNN's log-sum-exp: 3, or 4 with a 1."""
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda")
+    lse = _aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, False, False)[1]
+    return int(lse.dim())
 
 
 def _all_heads(x: Tensor, heads: int) -> Tensor:
@@ -96,8 +103,4 @@ def _all_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _own_heads(grad: Tensor, heads: int) -> Tensor:
-    if grad.shape[1] == heads:
-        return grad
-    return grad.unflatten(1, (heads, -1)).sum(
-        2, dtype=torch.promote_types(grad.dtype, torch.float32)
-    )
+    return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_cream.attention.banded import Rotation, banded_attention
+from megatron_cream.attention.banded import banded_attention, whole_documents
 from megatron_cream.attention.bands import Bands
 from megatron_cream.attention.rows import attend_rows
+from megatron_cream.attention.turning import Rotation
 from megatron_cream.evaluation.forward import running_tails, seen_keys, tail_mask
 from megatron_cream.rope.scaling import RopeScaling
 
@@ -47,8 +48,9 @@ class BeyondWindow:
         context = tokens - count * tail if count > 1 else tokens
         inside = slice(None), slice(None), slice(context)
         before = banded_attention(
-            query[inside], key[inside], value[inside], self.bands, rotation, scale, (context,)
-        )
+            query[inside], key[inside], value[inside], self.bands, rotation, scale,
+            whole_documents((context,)),
+        )  # fmt: skip
         if context == tokens:
             return before
         device = query.device

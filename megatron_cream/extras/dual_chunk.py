@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cream.attention.banded import Rotation, banded_attention
+from megatron_cream.attention.banded import banded_attention, whole_documents
 from megatron_cream.attention.bands import dual_chunk
 from megatron_cream.attention.methods import AttentionChoice
+from megatron_cream.attention.turning import Rotation
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.extra import Extra
@@ -160,7 +161,8 @@ class DualChunkCore(torch.nn.Module):
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         lengths = _lengths(_ends(packed_seq_params)) if packed else (query.shape[0],)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = banded_attention(q, k, v, dual_chunk(**self.sizes), rotation, self.scale, lengths)
+        documents = whole_documents(lengths)
+        out = banded_attention(q, k, v, dual_chunk(**self.sizes), rotation, self.scale, documents)
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out.squeeze(1) if packed else out
 

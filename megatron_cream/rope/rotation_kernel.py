@@ -13,6 +13,7 @@ fast as Transformer Engine's kernel (docs/performance.md). Training uses it (``e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,16 +63,30 @@ def rotate(q: Tensor, k: Tensor, tables: Tensor, interleaved: bool = False) -> t
     return turned
 
 
-def turn(x: Tensor, table: Tensor, interleaved: bool = False) -> Tensor:
-    """Return ``x`` ``[s, b, h, d]`` turned by ``[s, b or 1, 1, d_rot]``; it has no gradient.
+def turn(x: Tensor, tables: Tensor, interleaved: bool = False) -> Tensor:
+    """Return ``x`` ``[s, b, h, d]`` turned by each of ``[n, s, b or 1, 1, d_rot]``; no gradient.
 
-    x is strided as it comes, and has fewer than 2 ** 31 elements.
+    x is strided as it comes, and n times its elements are fewer than 2 ** 31.
     """
-    turned, nothing = x.new_empty(1, *x.shape), x[:, :, :0]
-    _launch_forward(
-        _separate(x), _separate(nothing), turned, nothing, table.unsqueeze(0), interleaved
-    )
-    return turned[0]
+    turned, nothing = x.new_empty(len(tables), *x.shape), x[:, :, :0]
+    _launch_forward(_separate(x), _separate(nothing), turned, nothing, tables, interleaved)
+    return turned
+
+
+def turn_back(
+    grads: Sequence[Tensor], tables: Sequence[Tensor], target: Tensor, interleaved: bool = False
+) -> None:
+    """Write the sum of ``grads``, each turned back by a table of its own, in one launch.
+
+    Args:
+        grads: ``[s, b, h, d]``.
+        tables: of each ``[s, b or 1, 1, d_rot]``, all with the same strides.
+        target: ``[s, b, h, d]``, strided as it comes; the last dimension contiguous.
+    """
+    nothing = target[:, :, :0]
+    queries = [_last_contiguous(grad) for grad in grads]
+    _launch_backward(queries, nothing, None, _separate(target), _separate(nothing), None, tables,
+                     interleaved)  # fmt: skip
 
 
 def rotate_mixed(
@@ -106,8 +121,8 @@ class _Rotate(torch.autograd.Function):
         *queries, key = (_last_contiguous(grad) for grad in grads)
         dq = torch.empty(queries[0].shape, dtype=key.dtype, device=key.device)
         dk = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-        _launch_backward(queries, key, None, _separate(dq), _separate(dk), None, tables,
-                         ctx.interleaved)  # fmt: skip
+        _launch_backward(queries, key, None, _separate(dq), _separate(dk), None,
+                         tables.unbind(0), ctx.interleaved)  # fmt: skip
         return dq, dk, None, None
 
 
@@ -137,7 +152,7 @@ class _RotateMixed(torch.autograd.Function):
         q, k, v = _inside(mixed, n, d)
         grads = (_last_contiguous(x) for x in (dq, dk, dv))
         query, key, value = grads
-        _launch_backward([query], key, value, q, k, v, tables, interleaved, per_group=n)
+        _launch_backward([query], key, value, q, k, v, tables.unbind(0), interleaved, per_group=n)
         return mixed, None, None, None
 
 
@@ -161,9 +176,9 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sizes(tables: Tensor, heads: int, d: int) -> dict[str, int]:
+def _sizes(table: Tensor, heads: int, d: int) -> dict[str, int]:
     """Compile-time sizes: powers of two that hold a head's pairs and what of it does not turn."""
-    turning = tables.shape[-1]
+    turning = table.shape[-1]
     half = triton.next_power_of_2(turning // 2)
     block = max(1, min(triton.next_power_of_2(heads), 2048 // half))
     return {
@@ -175,9 +190,16 @@ def _sizes(tables: Tensor, heads: int, d: int) -> dict[str, int]:
     }
 
 
-def _table_strides(tables: Tensor) -> tuple[int, int, int]:
-    inner = tables.stride(2) if tables.shape[2] > 1 else 0
-    return tables.stride(0), tables.stride(1), inner
+def _table_strides(table: Tensor) -> tuple[int, int]:
+    return table.stride(0), table.stride(1) if table.shape[1] > 1 else 0
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of ``[s, b, h, d]`` where there is something to step over."""
+    s, b, h = (
+        stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)
+    )
+    return s, b, h
 
 
 def _launch_forward(
@@ -192,9 +214,9 @@ def _launch_forward(
     turns, s, b, h, d = turned.shape
     turn_rows[(s * b,)](
         q.tensor, k.tensor, turned, keys, tables, b,
-        *q[1:], *k[1:], turned.stride(0), *_table_strides(tables),
+        *q[1:], *k[1:], turned.stride(0), tables.stride(0), *_table_strides(tables[0]),
         h, keys.shape[2], d, PER_GROUP=per_group, TURNS=turns, INTERLEAVED=interleaved,
-        **_sizes(tables, h, d), num_warps=4,
+        **_sizes(tables[0], h, d), num_warps=4,
     )  # fmt: skip
 
 
@@ -205,22 +227,22 @@ def _launch_backward(
     dq: Heads,
     dk: Heads,
     dv: Heads | None,
-    tables: Tensor,
+    tables: Sequence[Tensor],
     interleaved: bool,
     per_group: int = 1,
 ) -> None:
     s, b, g, d = key.shape
     h = queries[0].shape[2]
     # Gradients of several turnings come apart; their strides must agree for one launch.
-    if any(x.stride() != queries[0].stride() for x in queries):
+    if len({_strides(x) for x in queries}) > 1:
         queries = [x.contiguous() for x in queries]
     turn_rows_back[(s * b,)](
         tuple(queries), key, key if value is None else value,
-        dq.tensor, dk.tensor, dk.tensor if dv is None else dv.tensor, tables, b,
-        *queries[0].stride()[:3], *key.stride()[:3],
+        dq.tensor, dk.tensor, dk.tensor if dv is None else dv.tensor, tuple(tables), b,
+        *_strides(queries[0]), *key.stride()[:3],
         *(key if value is None else value).stride()[:3],
-        *dq[1:], *dk[1:], *_table_strides(tables),
+        *dq[1:], *dk[1:], *_table_strides(tables[0]),
         h, g, D=d, PER_GROUP=per_group, TURNS=len(queries), INTERLEAVED=interleaved,
         VALUES=value is not None, VALUE_BLOCK=triton.next_power_of_2(d),
-        **_sizes(tables, h, d), num_warps=4,
+        **_sizes(tables[0], h, d), num_warps=4,
     )  # fmt: skip

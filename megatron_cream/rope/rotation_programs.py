@@ -156,7 +156,7 @@ def turn_rows_back(
     grads, grad_key, grad_value, dq, dk, dv, tables, inner_rows,
     g_outer, g_inner, g_head, gk_outer, gk_inner, gk_head, gv_outer, gv_inner, gv_head,
     q_outer, q_inner, q_group, q_head, k_outer, k_inner, k_group, k_head,
-    table_turn, table_outer, table_inner, query_heads, key_heads,
+    table_outer, table_inner, query_heads, key_heads,
     D: tl.constexpr, PER_GROUP: tl.constexpr, TURNS: tl.constexpr, INTERLEAVED: tl.constexpr,
     VALUES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
@@ -165,7 +165,7 @@ def turn_rows_back(
     """Turn the gradients of one row back; those of several turnings of the queries add up."""
     row = tl.program_id(0).to(tl.int64)
     outer, inner = row // inner_rows, row % inner_rows
-    angles = tables + outer * table_outer + inner * table_inner
+    angles = outer * table_outer + inner * table_inner
     target = dq + outer * q_outer + inner * q_inner
     for begin in range(0, query_heads, HEAD_BLOCK):
         heads = begin + tl.arange(0, HEAD_BLOCK)
@@ -175,7 +175,7 @@ def turn_rows_back(
         for turn in tl.static_range(TURNS):
             grad = grads[turn] + outer * g_outer + inner * g_inner
             more, other = _pull_back(
-                grad, angles + turn * table_turn, heads, query_heads, heads * g_head,
+                grad, tables[turn] + angles, heads, query_heads, heads * g_head,
                 HALF, HALF_BLOCK, INTERLEAVED,
             )  # fmt: skip
             first += more
@@ -194,6 +194,6 @@ def turn_rows_back(
     _backward_keys(
         grad_key + outer * gk_outer + inner * gk_inner,
         grad_value + outer * gv_outer + inner * gv_inner,
-        dk + key_row, dv + key_row, angles, key_heads, gk_head, gv_head, k_group,
+        dk + key_row, dv + key_row, tables[0] + angles, key_heads, gk_head, gv_head, k_group,
         D, INTERLEAVED, VALUES, VALUE_BLOCK, HALF, HALF_BLOCK, REST, REST_BLOCK, HEAD_BLOCK,
     )  # fmt: skip

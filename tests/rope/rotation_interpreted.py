@@ -67,12 +67,26 @@ def check(name, device, dtype):
     poisoned(device, dtype)
     (own,) = torch.autograd.grad(loss + (v * 3).sum(), mixed)
     assert close(own, gradient.double(), dtype), name
-    if turns == 1:
+    heads_first = q.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)  # [b, h, s, d]
+    for one in (q, heads_first):
         poisoned(device, dtype)
-        assert close(kernels.turn(q, tables[0], interleaved), wanted[0], dtype), name
-        heads_first = q.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)  # [b, h, s, d]
-        assert close(kernels.turn(heads_first, tables[0], interleaved), wanted[0], dtype), name
+        found = kernels.turn(one, tables, interleaved)
+        assert all(close(x, y, dtype) for x, y in zip(found, wanted, strict=False)), name
+    check_back(q, tables, interleaved, wanted[:-1], weights, dtype)
+    if turns == 1:
         check_mixed(mixed, tables[0], n, interleaved, wanted, v, weights, gradient, dtype)
+
+
+def check_back(q, tables, interleaved, wanted, weights, dtype):
+    """The sum of gradients of all turnings, the first of them twice."""
+    grads, turned = [*weights[:-1], weights[0]], [*wanted, wanted[0]]
+    exact_loss = sum((x * w.double()).sum() for x, w in zip(turned, grads, strict=True))
+    (gradient,) = torch.autograd.grad(exact_loss, q, retain_graph=True)
+    grads[-1] = grads[-1].transpose(0, 2).contiguous().transpose(0, 2)  # strides of its own
+    target = torch.full_like(q, torch.nan)
+    kernels.turn_back(grads, [*tables, tables[0]], target, interleaved)
+    error = float((target.double() - gradient.double()).norm() / gradient.double().norm())
+    assert error < (1e-6 if dtype == torch.float32 else 8e-3)  # both are rounded to dtype
 
 
 def check_mixed(mixed, tables, n, interleaved, wanted, v, weights, gradient, dtype):
