@@ -39,9 +39,8 @@ def check(shape, tiles, dtype, device):
     shares = exact.softmax(0).unsqueeze(-1)
     wanted = (torch.stack(outs).double() * shares).sum(0)
     found = whole[:, :, 3 : 3 + n].double()
-    assert (found - wanted).norm() < (
-        1e-6 if dtype == torch.float32 else 8e-3
-    ) * wanted.norm()  # the interpreter cuts
+    allowed = 1e-6 if dtype == torch.float32 else 8e-3  # the interpreter does not round to bf16
+    assert (found - wanted).norm() < allowed * wanted.norm()
     torch.testing.assert_close(
         lse[:, :, 3 : 3 + n].double(), exact.logsumexp(0), atol=1e-4, rtol=1e-5
     )
