@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs planned layouts on one and two GPUs and prints what was planned next to what happened.
 
-    python tests/gpu/planned_memory.py [--only WORDS] [--gpus N] [--launch-ms 7.2] [--profile]
+    python tests/gpu/planned_memory.py [--only WORDS ...] [--gpus N] [--launch-ms 7.2] [--profile]
 
-Each run is Megatron's trainer on the flags that tools/plan.py prints, on some of a model's layers.
-Memory is what PyTorch had allocated at the peak on the fullest GPU; a step is the median without
-the first two. ``--profile`` runs each layout once more under torch's profiler, and says how long
-the kernels of a step take, how much of them is communication that no other kernel runs beside, and
-how long the GPU waits for the host.
+Each run is Megatron's trainer on the flags that ``megatron-cream plan`` prints, on some layers of a
+model. Memory is what PyTorch had allocated at the peak on the fullest GPU; a step is the median
+without the first two. All runs import at once and train one after another; each row is printed as
+soon as it is there. ``--profile`` traces two further steps of each by torch's profiler, and says
+how long the kernels of a step take, and how much of them is communication that no other kernel
+runs beside; in the rest of the step the GPU waits for the host. ``--seconds`` begins no run after
+so long.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ import argparse
 import dataclasses
 import gzip
 import json
+import math
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,7 +37,7 @@ from support.runs import write_dataset  # noqa: E402
 
 from megatron_cream import torchrun  # noqa: E402
 from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload  # noqa: E402
-from megatron_cream.planning.cost import GPUS, product_share, step_time  # noqa: E402
+from megatron_cream.planning.cost import GPUS, Gpu, product_share, step_time  # noqa: E402
 from megatron_cream.planning.memory import GIB, peak_memory  # noqa: E402
 from megatron_cream.planning.models import MODELS, BaseModel  # noqa: E402
 from megatron_cream.planning.script import argv, run_flags  # noqa: E402
@@ -54,35 +60,90 @@ ROWS: list[tuple[str, int, ParallelLayout, Workload, Tuning]] = [
 ]
 _MEMORY = re.compile(r"memory \(MB\) .* max allocated: (\S+)")
 _STEP = re.compile(r"elapsed time per iteration \(ms\): (\S+)")
-_PROFILE = [
-    *("--profile", "--use-pytorch-profiler", "--profile-ranks", "0"),
-    *("--profile-step-start", "6", "--profile-step-end", "8"),
-]
+STEPS = 8
+_PROFILED = 2  # steps, after those that are measured
 
 
-def train(
-    shape: BaseModel, layout: ParallelLayout, work: Workload, tuning: Tuning, data: str, *more: str
-) -> tuple[float, float]:
-    """Return GiB at the peak and seconds of a step of one run.
+@dataclass(frozen=True)
+class Row:
+    """A run that was started: its ranks import Megatron, and wait.
 
-    Raises:
-        RuntimeError: it failed; the end of its log is the message.
+    Attributes:
+        folder: its log, and the file that lets it train.
     """
-    themes = run_flags(shape, layout, work, 32768, iterations=10, tuning=tuning)
+
+    name: str
+    shape: BaseModel
+    layout: ParallelLayout
+    work: Workload
+    tuning: Tuning
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    def ready(self) -> bool:
+        """Say whether every rank has imported, or the run is over already."""
+        ranks = len(list(self.folder.glob("ready-*")))
+        return ranks == self.layout.gpus or self.process.poll() is not None
+
+    def train(self) -> tuple[float, float]:
+        """Let it train to its end; return GiB at the peak and seconds of a step.
+
+        Raises:
+            RuntimeError: it failed; the end of its log is the message.
+        """
+        (self.folder / "go").touch()
+        status = self.process.wait(timeout=200)
+        log = (self.folder / "log").read_text()
+        if status:
+            raise RuntimeError(f"{self.name} failed:\n{log[-4000:]}")
+        steps = [float(ms) for ms in _STEP.findall(log)][2 : STEPS - 1]
+        return max(map(float, _MEMORY.findall(log))) / 1024, statistics.median(steps) / 1000
+
+    def planned(self, gpu: Gpu) -> tuple[float, float]:
+        """Return the same as planned."""
+        run = (self.shape, self.layout, self.work)
+        step = step_time(*run, gpu, product_share(), tuning=self.tuning)
+        return peak_memory(*run, self.tuning).total / GIB, step.total
+
+    def line(self, gpu: Gpu) -> str:
+        """Train, and return the row of the table."""
+        (gib, seconds), (planned_gib, planned) = self.train(), self.planned(gpu)
+        cells = [self.name, str(self.shape.layers), str(self.work.seq_length)]
+        cells += [f"{planned_gib:.2f}", f"{gib:.2f}", f"{planned:.3f}", f"{seconds:.3f}"]
+        return f"| {' | '.join(cells)} | {100 * (planned / seconds - 1):+.0f} % |"
+
+
+def start(
+    name: str,
+    shape: BaseModel,
+    layout: ParallelLayout,
+    work: Workload,
+    tuning: Tuning,
+    data: str,
+    folder: Path,
+    profile: bool,
+    *more: str,
+) -> Row:
+    """Start a run, which waits until it may train."""
+    folder.mkdir()
+    steps = STEPS + _PROFILED if profile else STEPS
+    themes = run_flags(shape, layout, work, 32768, iterations=steps, tuning=tuning)
     del themes["CHECKPOINTS"]
     flags = [data if flag == "$DATA" else flag for flag in argv(themes)]
+    if profile:
+        flags += ["--profile", "--use-pytorch-profiler", "--profile-ranks", "0"]
+        flags += ["--profile-step-start", str(STEPS), "--profile-step-end", str(steps)]
+        flags += ["--tensorboard-dir", str(folder / "board")]
+    rank = str(Path(__file__).with_name("waiting_rank.py"))
     command = [
-        *torchrun.command(layout.gpus, "-m", "megatron_cream.pretrain", *flags, *more),
+        *torchrun.command(layout.gpus, rank, str(folder), *flags, *more),
         *("--eval-iters", "0", "--eval-interval", "100", "--log-interval", "1"),
     ]
-    done = subprocess.run(
-        command, env=torchrun.environment(), capture_output=True, text=True, timeout=300
-    )
-    log = done.stdout + done.stderr
-    if done.returncode:
-        raise RuntimeError(f"{shape.name} {layout} failed:\n{log[-4000:]}")
-    steps = [float(ms) for ms in _STEP.findall(log)]
-    return max(map(float, _MEMORY.findall(log))) / 1024, statistics.median(steps[2:]) / 1000
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=torchrun.environment(), stdout=log, stderr=subprocess.STDOUT
+        )
+    return Row(name, shape, layout, work, tuning, folder, process)
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
@@ -105,42 +166,70 @@ def kernel_seconds(trace: Path) -> tuple[float, float]:
     return busy / 2e6, (busy - union(others)) / 2e6  # two steps, in microseconds
 
 
-def profile_line(run: tuple[BaseModel, ParallelLayout, Workload, Tuning], data: str) -> str:
-    """Return what the kernels of a step take; the host's share is against the plain run."""
-    with tempfile.TemporaryDirectory() as folder:
-        train(*run, data, *_PROFILE, "--tensorboard-dir", f"{folder}/board")
-        busy, sent = kernel_seconds(Path(folder) / "torch_profile" / "rank-0.json.gz")
+def profile_line(folder: Path) -> str:
+    """Return what the kernels of a profiled step took."""
+    busy, sent = kernel_seconds(folder / "torch_profile" / "rank-0.json.gz")
     return f"    kernels {busy:.3f} s, of which communication alone {sent:.3f} s"
 
 
+def chosen(words: list[str], gpus: int | None) -> Iterator[tuple[str, int]]:
+    """Yield title and index of the rows of ``words``, in that order; all rows without any."""
+    for part in words or [""]:
+        for index, (name, _, layout, _, tuning) in enumerate(ROWS):
+            title = f"{name} {layout}{', FP8' if tuning.fp8 else ''}"
+            fits = layout.gpus <= torch.cuda.device_count() and gpus in (None, layout.gpus)
+            if fits and part in title:
+                yield title, index
+
+
+def start_all(place: Path, data: str, args: argparse.Namespace) -> list[Row]:
+    """Start the chosen rows, which import at once, and wait until all have."""
+    rows: list[Row] = []
+    for title, index in chosen(args.only, args.gpus):
+        name, layers, *how = ROWS[index]
+        shape, folder = dataclasses.replace(MODELS[name], layers=layers), place / str(index)
+        if not folder.exists():
+            rows.append(start(title, shape, *how, data, folder, args.profile))
+    while not all(row.ready() for row in rows):
+        time.sleep(0.1)
+    return rows
+
+
+def print_rows(rows: list[Row], gpu: Gpu, until: float) -> None:
+    """Train one after another, and print each row when it is there."""
+    print("| run | layers | tokens | GiB planned | measured | s planned | measured | error |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for row in rows:
+        if time.monotonic() > until:
+            print(f"not run: {row.name}", flush=True)
+            continue
+        try:
+            print(row.line(gpu), flush=True)
+            if (row.folder / "board").exists():
+                print(profile_line(row.folder), flush=True)
+        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+            print(error, flush=True)  # the other rows are wanted all the same
+
+
 def main() -> int:
-    """Print the table; a row at a time, because runs take half a minute each."""
+    """Print the table, a row at a time."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="part of a row's model and layout")
+    parser.add_argument("--only", default=[], nargs="+", help="parts of rows' models and layouts")
     parser.add_argument("--gpus", type=int, help="rows of so many GPUs")
     parser.add_argument("--launch-ms", type=float, default=GPUS["h200"].launch_ms)
-    parser.add_argument("--profile", action="store_true", help="run each again, profiled")
+    parser.add_argument("--profile", action="store_true", help="trace two more steps of each")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after these")
     args = parser.parse_args()
-    gpu = dataclasses.replace(GPUS["h200"], launch_ms=args.launch_ms)
-    print("| model | layers | layout | tokens | GiB planned | measured | s planned | measured |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        data = write_dataset(Path(folder) / "text", [40000] * 40, vocabulary=30000)
-        for name, layers, layout, work, tuning in ROWS:
-            title = f"{name} {layout}{', FP8' if tuning.fp8 else ''}"
-            if args.only not in title or layout.gpus > torch.cuda.device_count():
-                continue
-            if args.gpus not in (None, layout.gpus):
-                continue
-            shape = dataclasses.replace(MODELS[name], layers=layers)
-            gib, seconds = train(shape, layout, work, tuning, data)
-            planned = peak_memory(shape, layout, work, tuning).total / GIB
-            step = step_time(shape, layout, work, gpu, product_share(), tuning=tuning).total
-            row = [name, layers, title.removeprefix(f"{name} "), work.seq_length, f"{planned:.2f}"]
-            row += [f"{gib:.2f}", f"{step:.3f}", f"{seconds:.3f}"]
-            print(f"| {' | '.join(map(str, row))} |", flush=True)
-            if args.profile:
-                print(profile_line((shape, layout, work, tuning), data), flush=True)
+    gpu, begin = dataclasses.replace(GPUS["h200"], launch_ms=args.launch_ms), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory() as place:
+        data = write_dataset(Path(place) / "text", [40000] * 40, vocabulary=30000)
+        rows = start_all(Path(place), data, args)
+        try:
+            print_rows(rows, gpu, begin + args.seconds)
+        finally:
+            for row in rows:
+                row.process.terminate()
     return 0
 
 
