@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.corpus.assemble import DUPLICATES, LISTED_ERRORS, Counts
 from megatron_cream.corpus.gigatoken import ENGINES, GigatokenTokenizer
 from megatron_cream.corpus.input_files import (
     ARROW,
@@ -25,9 +26,10 @@ from megatron_cream.corpus.input_files import (
     STDIN,
     InputFile,
 )
-from megatron_cream.corpus.readers import InputSpan
+from megatron_cream.corpus.readers import InputSpan, lines_before, place
 from megatron_cream.corpus.records import Fields
 from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
+from megatron_cream.corpus.work_folder import EncodedPart
 from megatron_cream.data.indexed import MOST_SHARDS, token_dtype
 from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, validate_count, validate_fields
@@ -325,3 +327,42 @@ class PreprocessJob:
 def _digest(settings: dict[str, Any]) -> str:
     text = json.dumps(settings, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
+    """Add up what the parts left out, naming bad records by their line in the file.
+
+    Raises:
+        UserError: there is a bad record, and none is to be skipped.
+    """
+    counts = Counts({"shorter_than_min_tokens": 0, "longer_than_max_tokens": 0, DUPLICATES: 0})
+    for part in parts:
+        found = part.metadata
+        dropped = {"shorter_than_min_tokens": found.shorter, "longer_than_max_tokens": found.longer}
+        counts.add(dropped, found.errors)
+        counts.longest = max(counts.longest, found.longest)
+    counts.list_errors(_list_bad_records(job, parts))
+    if counts.errors and job.config.on_error == "fail":
+        raise UserError(": ".join(counts.listed[0]))
+    return counts
+
+
+def _list_bad_records(job: PreprocessJob, parts: list[EncodedPart]) -> list[list[str]]:
+    """Place and reason of the first bad records, counting the lines of each file once."""
+    every = [
+        (job.units[part.unit][bad[0]], *bad[1:]) for part in parts for bad in part.metadata.listed
+    ]
+    every = every[:LISTED_ERRORS]
+    starts: dict[str, set[int]] = {}
+    for span, *_ in every:
+        if span.start:
+            starts.setdefault(span.path, set()).add(span.start)
+    before = {
+        (path, start): lines
+        for path, found in starts.items()
+        for start, lines in zip(sorted(found), lines_before(path, sorted(found)), strict=True)
+    }
+    return [
+        [place(span, before.get((span.path, span.start), 0) + number), f"{kind}: {detail}"]
+        for span, number, kind, detail in every
+    ]

@@ -35,7 +35,7 @@ from megatron_cream.corpus.assemble import (
     write_hashes,
     write_metadata,
 )
-from megatron_cream.corpus.encode import EncodedPart, UnitEncoder, count_left_out, finished_parts
+from megatron_cream.corpus.encode import UnitEncoder
 from megatron_cream.corpus.executors import import_ray, run_in_pool, run_on_ray, use_one_thread
 from megatron_cream.corpus.gigatoken import EXCERPT_CHARACTERS, choose_engine
 from megatron_cream.corpus.input_files import (
@@ -49,7 +49,7 @@ from megatron_cream.corpus.input_files import (
     format_of,
 )
 from megatron_cream.corpus.inspection import PreprocessStats
-from megatron_cream.corpus.job import PreprocessConfig, PreprocessJob
+from megatron_cream.corpus.job import PreprocessConfig, PreprocessJob, count_left_out
 from megatron_cream.corpus.merge import InputDataset
 from megatron_cream.corpus.readers import cut_into_units, read_span, validate_columns
 from megatron_cream.corpus.records import BadRecord
@@ -57,7 +57,9 @@ from megatron_cream.corpus.tokenizers import Tokenizer, digest, load_tokenizer
 from megatron_cream.corpus.work_folder import (
     PREPROCESSING,
     SUFFIXES,
+    EncodedPart,
     WorkFolder,
+    finished_parts,
     validate_absent,
     validate_prefix,
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_cream.corpus import long_text
+from megatron_cream.corpus import records
 from megatron_cream.corpus.input_files import (
     ARROW,
     JSONL,
@@ -154,8 +154,8 @@ def _read_jsonl(
         text: Text = ""
         trained = error = None
         try:
-            if len(line) > long_text.LONG_BYTES:
-                text = long_text.stream_json_text(line, fields)
+            if len(line) > records.LONG_BYTES:
+                text = records.stream_json_text(line, fields)
             else:
                 text, trained = read_line(line, fields)
         except BadRecord as exc:
@@ -193,9 +193,9 @@ def _whole_line(stream: BinaryIO) -> Line:
 
 
 def _read_text(stream: BinaryIO) -> TextRecord:
-    data = stream.read(long_text.LONG_BYTES + 1)
-    if len(data) > long_text.LONG_BYTES:
-        return TextRecord(long_text.stream_plain_text(stream, data), None, 0, 1)
+    data = stream.read(records.LONG_BYTES + 1)
+    if len(data) > records.LONG_BYTES:
+        return TextRecord(records.stream_plain_text(stream, data), None, 0, 1)
     try:
         return TextRecord(validate_text(decode(data.removeprefix(_BOM))), None, 0, 1)
     except BadRecord as exc:
@@ -258,10 +258,10 @@ def _read_rows(
 
 def _read_row(values: tuple[bytes | None, ...], fields: Fields, row: int) -> TextRecord:
     try:
-        if len(values) == 1 and values[0] is not None and len(values[0]) > long_text.LONG_BYTES:
+        if len(values) == 1 and values[0] is not None and len(values[0]) > records.LONG_BYTES:
             stream = io.BytesIO(values[0])
-            first = stream.read(long_text.PIECE_BYTES)
-            return TextRecord(long_text.stream_plain_text(stream, first), None, row, row)
+            first = stream.read(records.PIECE_BYTES)
+            return TextRecord(records.stream_plain_text(stream, first), None, row, row)
         texts = {
             name: None if value is None else decode(value)
             for name, value in zip(fields.names, values, strict=True)

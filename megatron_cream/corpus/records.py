@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the text of one record, a line of JSONL above all, or says what is wrong with it.
 
-A text is a string, or an iterator of pieces where the record is very long (see ``long_text``).
+A text is a string, or an iterator of pieces where the record is very long. One character outside
+Latin-1 makes Python spend two or four bytes on each; so the JSON of a long line is checked with its
+long strings left out, and they are decoded while they are tokenized.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 orjson: Any = None
 with suppress(ImportError):
@@ -193,3 +197,102 @@ def _validate_surrogates(value: Any) -> None:
             except UnicodeEncodeError as exc:
                 detail = f"character {exc.start} is half a surrogate pair"
                 raise BadRecord(SURROGATE, detail) from exc
+
+
+LONG_BYTES = 32 << 20
+"""Lines and files longer than this are read in pieces."""
+
+PIECE_BYTES = 4 << 20
+
+# A string of JSON from quote to quote; possessive, or a long one would be remembered step by step.
+_STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
+_LONG_STRING_BYTES = 1 << 20
+# What is never cut: an escape, a pair of escapes that spell one character.
+_WHOLE = re.compile(
+    rb"(?:[^\\]++|\\u[dD][89abAB]..\\u....|\\u(?![dD][89abAB])....|\\[^u])*+", re.DOTALL
+)
+
+
+def stream_json_text(line: Line, fields: Fields) -> Iterator[str]:
+    """Yield the text of one long line of JSONL; together they are what ``read_line`` gives.
+
+    Raises:
+        BadRecord: as ``read_line``, at once or after some pieces.
+    """
+    if fields.mask is not None:
+        raise BadRecord(
+            BAD_MASK,
+            f"a line of {len(line)} bytes cannot have a mask, needs at most {LONG_BYTES}",
+        )
+    spans: list[tuple[int, int]] = []
+
+    def shorten(found: re.Match[bytes]) -> bytes:
+        start, end = found.span(1)
+        if end - start < _LONG_STRING_BYTES:
+            return found.group()
+        spans.append((start, end))
+        return json.dumps(_placeholder(len(spans) - 1)).encode()
+
+    values = strings_of(parse(_STRING.sub(shorten, line)), fields)
+    places = {_placeholder(i): span for i, span in enumerate(spans)}
+    for other in places.keys() - set(values):
+        for _ in _pieces(line, *places[other]):
+            pass
+    for i, value in enumerate(values):
+        if i:
+            yield fields.separator
+        if value in places:
+            yield from _pieces(line, *places[value])
+        else:
+            yield validate_text(value)
+
+
+def stream_plain_text(stream: BinaryIO, first: bytes) -> Iterator[str]:
+    """Yield the text of a plain file: ``first``, its first bytes, and what is left in ``stream``.
+
+    Raises:
+        BadRecord: it is not UTF-8, or holds NUL.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    data = first.removeprefix(codecs.BOM_UTF8)
+    start = len(first) - len(data)  # of what the decoder has not given out yet
+    while True:
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as exc:
+            detail = f"byte {start + exc.start}: not UTF-8 ({exc.reason})"
+            raise BadRecord(NOT_UTF8, detail) from exc
+        yield validate_text(text)
+        if not data:
+            return
+        start += waiting + len(data) - len(decoder.getstate()[0])
+        data = stream.read(PIECE_BYTES)
+
+
+def _placeholder(index: int) -> str:
+    return f"\0 long string {index}"  # a text with NUL is refused, so no text is taken for this
+
+
+def _pieces(line: Line, start: int, end: int) -> Iterator[str]:
+    view = memoryview(line)
+    while start < end:
+        window = view[start : min(start + PIECE_BYTES, end)]
+        size = len(window)
+        if start + size < end:
+            whole = _WHOLE.match(window)
+            size = (whole.end() if whole else 0) or size
+            while size > 1 and view[start + size] & 0xC0 == 0x80:
+                size -= 1
+        yield _unescaped(window[:size])
+        start += size
+
+
+def _unescaped(piece: memoryview) -> str:
+    try:
+        text = parse(b'"%b"' % bytes(piece))
+    except BadRecord as exc:
+        if exc.kind != BROKEN_JSON:
+            raise
+        raise BadRecord(BROKEN_JSON, f"broken JSON in a long string ({exc})") from exc
+    return validate_text(text)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the work of an unfinished job, and moves its finished files into place.
+"""Keeps the parts of an unfinished job, and moves its finished files into place.
+
+A part is some files in the job's folder: tokens, lengths, hashes and masks where asked for, and the
+metadata that makes it count. One without its metadata was being written when its process ended, and
+is written again.
 
 One process at a time, one job, and no part of another. All files of a dataset are moved, or none: a
 mark beside the staged files says that they are whole. A process that is killed while it moves them
@@ -11,11 +15,15 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
+
 from megatron_cream import ownership
-from megatron_cream.data.indexed import INDEX_MAGIC
+from megatron_cream.corpus.assemble import HASH_BYTES
+from megatron_cream.data.indexed import INDEX_MAGIC, MASK_SUFFIX
 from megatron_cream.errors import UserError
 
 # In the order they are put in place: megatron finds a dataset by its .idx. The hashes are there
@@ -279,3 +287,86 @@ def sync_and_close(file: BinaryIO) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+UnitPlace = tuple[int, int, int]
+"""A record of a unit: which span, offset in it, and how many records of the span are before it."""
+
+
+@dataclass
+class PartMetadata:
+    """What a part holds, and where its unit goes on.
+
+    Attributes:
+        documents, tokens: as kept, eod and bos included.
+        longest: tokens of the longest document, before eod and bos, kept or not.
+        shorter, longer: documents dropped for their length.
+        errors: how many bad records of each kind.
+        listed: span of the unit, number in it, kind and detail of bad records.
+        next: where the next part of the unit starts; None at the end.
+        hashed: whether a hash of each document's text is kept.
+        masked: whether a mask says which tokens are trained.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    longest: int = 0
+    shorter: int = 0
+    longer: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    listed: list[tuple[int, int, str, str]] = field(default_factory=list)
+    next: UnitPlace | None = None
+    hashed: bool = False
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """A finished part."""
+
+    stem: str
+    unit: int
+    metadata: PartMetadata
+
+    def lengths(self) -> np.ndarray:
+        """int64 ``[documents]``: tokens of each document, eod and bos included."""
+        return np.fromfile(self.stem + ".len", dtype="<i8")
+
+    def hashes(self) -> np.ndarray:
+        """Bytes ``[documents]`` of HASH_BYTES each; only of a hashed part."""
+        return np.fromfile(self.stem + ".hash", dtype=f"V{HASH_BYTES}")
+
+
+def finished_parts(folder: Path, unit: int, dtype: np.dtype) -> list[EncodedPart]:
+    """Return the whole parts of a unit, in order, as far as they follow each other."""
+    parts: list[EncodedPart] = []
+    while parts == [] or parts[-1].metadata.next is not None:
+        part = _read_part(part_stem(folder, unit, len(parts)), unit, dtype)
+        if part is None:
+            break
+        parts.append(part)
+    return parts
+
+
+def part_stem(folder: Path, unit: int, number: int) -> str:
+    """Return the path of a part without suffix."""
+    return str(folder / f"{unit:08d}-{number:06d}")
+
+
+def _read_part(stem: str, unit: int, dtype: np.dtype) -> EncodedPart | None:
+    """Return a part, None where its files are not as long as its metadata says."""
+    try:
+        found = PartMetadata(**json.loads(Path(stem + ".json").read_bytes()))
+        if found.next is not None:
+            span, offset, number = found.next
+            found.next = (span, offset, number)
+        sizes = {".bin": found.tokens * dtype.itemsize, ".len": found.documents * 8}
+        if found.hashed:
+            sizes[".hash"] = found.documents * HASH_BYTES
+        if found.masked:
+            sizes[MASK_SUFFIX] = found.tokens
+        if any(os.path.getsize(stem + suffix) != size for suffix, size in sizes.items()):
+            return None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return EncodedPart(stem, unit, found)

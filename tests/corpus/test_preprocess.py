@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from support.commands import exit_status
 
-from megatron_cream.corpus import encode, long_text
+from megatron_cream.corpus import encode, records
 from megatron_cream.corpus.preprocess import PreprocessConfig
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer, train_bpe
 
@@ -126,8 +126,8 @@ def test_long_documents_have_the_same_tokens_around_them(job, tmp_path, run, kep
         "drop_duplicates": True,
     }
     run(job, output_prefix=job.output_prefix + "-whole", **changes)
-    monkeypatch.setattr(long_text, "LONG_BYTES", 100)
-    monkeypatch.setattr(long_text, "PIECE_BYTES", 40)
+    monkeypatch.setattr(records, "LONG_BYTES", 100)
+    monkeypatch.setattr(records, "PIECE_BYTES", 40)
     run(job, **changes)
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer")
     pieces, whole = read(job.output_prefix), read(job.output_prefix + "-whole")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.corpus import long_text, readers, records
+from megatron_cream.corpus import readers, records
 from megatron_cream.corpus.readers import InputSpan, lines_before, read_span
 from megatron_cream.corpus.records import BadRecord, Fields, read_line
 
@@ -72,9 +72,9 @@ def test_giant_lines_give_the_same_text(texts, escaped):
     ).encode()
     fields = Fields(("text", "a"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_text, "PIECE_BYTES", 29)
-        patch.setattr(long_text, "_LONG_STRING_BYTES", 5)
-        pieces = list(long_text.stream_json_text(line, fields))
+        patch.setattr(records, "PIECE_BYTES", 29)
+        patch.setattr(records, "_LONG_STRING_BYTES", 5)
+        pieces = list(records.stream_json_text(line, fields))
     assert "".join(pieces) == "".join(texts) + "\n\n" + texts[0]
 
 
@@ -90,15 +90,15 @@ def test_giant_lines_give_the_same_text(texts, escaped):
 )
 @pytest.mark.parametrize("key", [b"text", b"other"])
 def test_giant_lines_are_checked_as_small_ones(monkeypatch, value, kind, key):
-    monkeypatch.setattr(long_text, "PIECE_BYTES", 29)
-    monkeypatch.setattr(long_text, "_LONG_STRING_BYTES", 5)
+    monkeypatch.setattr(records, "PIECE_BYTES", 29)
+    monkeypatch.setattr(records, "_LONG_STRING_BYTES", 5)
     line = b'{"%s": "%s", "text": "x"}' % (key, value)
     if key == b"text":
         line = b'{"other": 1, "text": "%s"}' % value
     if kind == records.NUL and key == b"other":
         assert read_line(line, Fields())[0] == "x"  # NUL is refused in the text only
         return
-    for parse in (read_line, lambda *a: list(long_text.stream_json_text(*a))):
+    for parse in (read_line, lambda *a: list(records.stream_json_text(*a))):
         with pytest.raises(BadRecord) as caught:
             parse(line, Fields())
         assert caught.value.kind == kind
@@ -153,8 +153,8 @@ def test_reading_goes_on_from_any_record(tmp_path, name, pack):
 
 
 def test_long_files_come_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(long_text, "LONG_BYTES", 1000)
-    monkeypatch.setattr(long_text, "PIECE_BYTES", 101)
+    monkeypatch.setattr(records, "LONG_BYTES", 1000)
+    monkeypatch.setattr(records, "PIECE_BYTES", 101)
     text = "\ufeff" + "κόσμε 🎈\r\n" * 300
     path = tmp_path / "a.txt"
 
