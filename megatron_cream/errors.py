@@ -49,6 +49,22 @@ def naming(place: Path) -> Iterator[None]:
 
 
 @contextmanager
+def name_damaged(place: object) -> Iterator[None]:
+    """Turn what damaged bytes raise into one line: a UserError with their place.
+
+    That may be any exception, as Python's documentation of pickle says: damaged bytes are still
+    instructions, carried out up to where they make no sense.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{place} is damaged and cannot be read: {why}") from None
+
+
+@contextmanager
 def one_line_errors() -> Iterator[None]:
     """End a user's mistake in one line and with exit status 2; under torchrun it is 1.
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cream.checkpoint.hf_weights import HfWeights, TensorPlan, write_shards
+from megatron_cream.checkpoint.hf_folder import HfWeights
+from megatron_cream.checkpoint.hf_writer import TensorPlan, write_shards
 from megatron_cream.checkpoint.model_shape import ModelShape, config_fields
 
 _COPY = """

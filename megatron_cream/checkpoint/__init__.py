@@ -5,13 +5,11 @@ import_hf         Hugging Face to Megatron
 export_hf         Megatron to Hugging Face
 weight_map        which Hugging Face tensors a Megatron tensor is made of, per family
 model_shape       what a model is: as config.json, as Megatron's flags and its arguments
-hf_files          the files of a Hugging Face folder beside its weights
-hf_weights        its safetensors files
-model_card        README.md of an export, and which inference engines read it
+hf_folder         a Hugging Face folder, read: weights, and the files beside them
+hf_writer         safetensors files and the model card of an export, and which engines read it
 torch_dist_io     tensors of a Megatron checkpoint, read and written
-torch_dist_table  where they are, and the checksums of its files
-unpickling        reads its pickles without running them
-iterations        the iterations of a run, and the arguments saved with one
+torch_dist_table  where they are; its pickles, read without running them
+iterations        the iterations of a run, the arguments and checksums saved with one
 loading           a model to evaluate; what a run starts from, validated before it starts
 doctor            damage
 """

@@ -19,24 +19,20 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_cream.checkpoint.iterations import (
     FORMAT_FILE,
+    FileChecksum,
+    checksum_differences,
     is_iteration,
     iteration_folder,
     iteration_number,
     list_iterations,
     missing_tracker_error,
+    read_checksums,
+    read_common,
     read_tracker,
     tracker_command,
 )
 from megatron_cream.checkpoint.torch_dist_io import FileReader, find_data
-from megatron_cream.checkpoint.torch_dist_table import (
-    CheckpointTable,
-    FileChecksum,
-    RecordKey,
-    checksum_differences,
-    read_checksums,
-    read_common,
-    read_table,
-)
+from megatron_cream.checkpoint.torch_dist_table import CheckpointTable, RecordKey, read_table
 from megatron_cream.errors import UserError
 
 FORMAT = "torch_dist"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import shutil
 from argparse import Namespace
 from collections.abc import Generator, Iterator, Sequence
@@ -21,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_cream.attention.methods import AttentionChoice
-from megatron_cream.checkpoint.hf_files import (
+from megatron_cream.checkpoint.hf_folder import (
+    DTYPE_NAMES,
     find_hf_folder,
     find_kept_files,
     list_other_files,
@@ -31,9 +31,15 @@ from megatron_cream.checkpoint.hf_files import (
     validate_export_output,
     validate_files,
 )
-from megatron_cream.checkpoint.hf_weights import DTYPE_NAMES, TensorPlan, write_shards
+from megatron_cream.checkpoint.hf_writer import (
+    SourceModel,
+    TensorPlan,
+    describe_engines,
+    model_card,
+    parse_bytes,
+    write_shards,
+)
 from megatron_cream.checkpoint.iterations import require_arguments, require_checkpoint
-from megatron_cream.checkpoint.model_card import SourceModel, describe_engines, model_card
 from megatron_cream.checkpoint.model_shape import (
     ModelShape,
     config_fields,
@@ -384,15 +390,3 @@ def run(args: argparse.Namespace) -> None:
         args.checkpoint, args.output, args.hf, dtype, most, dual_chunk=args.dual_chunk
     )
     print(describe(exported, args.output))
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes of a size like 500MB.
-
-    Raises:
-        UserError: it is none.
-    """
-    found = re.fullmatch(r"(\d{1,9})\s*([KMG]B)", text.strip(), re.IGNORECASE)
-    if not found or int(found[1]) == 0:
-        raise UserError(f"--max-shard-size is {text!r}: it must be a size such as 500MB or 5GB")
-    return int(found[1]) * 1000 ** ("KMG".index(found[2][0].upper()) + 1)

@@ -9,6 +9,7 @@ import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_cream.checkpoint.hf_files import (
+from megatron_cream.checkpoint.hf_folder import (
+    DTYPE_NAMES,
+    DTYPES,
     HF_FOLDER,
+    HfWeights,
     copy_hf_files,
     find_hf_folder,
     read_config,
     validate_files,
-)
-from megatron_cream.checkpoint.hf_weights import (
-    DTYPE_NAMES,
-    DTYPES,
-    HfWeights,
-    validate_weights,
 )
 from megatron_cream.checkpoint.iterations import RELEASE, TRACKER
 from megatron_cream.checkpoint.model_shape import (
@@ -39,7 +37,7 @@ from megatron_cream.checkpoint.model_shape import (
     window_of,
 )
 from megatron_cream.checkpoint.torch_dist_io import TensorChunk, write_torch_dist
-from megatron_cream.checkpoint.weight_map import WeightRow, rows_in_order
+from megatron_cream.checkpoint.weight_map import IGNORED, WeightRow, rows_in_order
 from megatron_cream.config import SETTINGS_KEY, ExtensionConfig, rope_settings
 from megatron_cream.errors import UserError, naming
 from megatron_cream.ownership import staged, validate_output
@@ -128,6 +126,94 @@ def read_base_extension(config: dict[str, Any], shape: ModelShape) -> ExtensionC
             f"{shape.architecture} rotates all {shape.head_dim}"
         )
     return ExtensionConfig(train_length=window, target_length=window, **rope_settings(scaling))
+
+
+_COMPARED_BYTES = 64 << 20  # at a time
+_LISTED = 10_000
+
+
+def validate_weights(
+    weights: HfWeights, shape: ModelShape, dtype: torch.dtype | None
+) -> torch.dtype:
+    """Compare the weights with the table of the family; return the type they have.
+
+    Raises:
+        UserError: a tensor that is missing, of another shape than config.json says, that the
+            family has no place for, or of another type than the rest where ``dtype`` is None.
+    """
+    # A config.json may ask for billions: no more are listed than are needed to name the first.
+    expected = dict(islice(_expected_shapes(shape), 2 * len(weights.tensors) + _LISTED))
+    missing = sorted(expected.keys() - weights.tensors.keys())
+    if missing:
+        lacked = shape.tensors - (len(expected) - len(missing))
+        raise UserError(
+            f"{weights.folder} lacks {lacked} tensors that its config.json asks for: "
+            f"{_few(missing)}"
+        )
+    for name, size in expected.items():
+        if weights.tensors[name].shape != size:
+            raise UserError(
+                f"{weights.folder}: {name} has shape {list(weights.tensors[name].shape)}, by "
+                f"config.json it must have {list(size)}"
+            )
+    stored = _validate_type(weights, list(expected), dtype)
+    rest = [n for n in weights.tensors if n not in expected and not n.endswith(IGNORED)]
+    if rest == ["lm_head.weight"] and shape.tied:
+        _validate_tied(weights)
+    elif rest:
+        raise UserError(
+            f"{weights.folder} has {len(rest)} tensors that {shape.architecture} has no place "
+            f"for: {_few(sorted(rest))}"
+        )
+    return stored
+
+
+def _expected_shapes(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for row, place in shape.places():
+        for part in row.parts:
+            yield part.at(place), shape.part_shape(part)
+
+
+def _validate_type(weights: HfWeights, names: list[str], dtype: torch.dtype | None) -> torch.dtype:
+    by_type: dict[str, list[str]] = {}
+    for name in names:
+        by_type.setdefault(weights.tensors[name].dtype, []).append(name)
+    unknown = by_type.keys() - DTYPES.keys()
+    if unknown:
+        raise UserError(
+            f"{weights.folder}: {by_type[min(unknown)][0]} has type {min(unknown)}: it must be one "
+            f"of {tuple(DTYPES)}"
+        )
+    if len(by_type) > 1 and dtype is None:
+        kinds = ", ".join(f"{len(n)} {kind} ({n[0]})" for kind, n in sorted(by_type.items()))
+        raise UserError(
+            f"{weights.folder} has tensors of several types: {kinds}; say with --dtype which one "
+            "the checkpoint shall have"
+        )
+    return DTYPES[next(iter(by_type))]
+
+
+def _validate_tied(weights: HfWeights) -> None:
+    """Some checkpoints store the output layer although it is the embedding: it must be equal."""
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    one, two = (weights.tensors[name] for name in names)
+    same = (one.shape, one.dtype) == (two.shape, two.dtype)
+    step = max(1, _COMPARED_BYTES // one.row_bytes)
+    for start in range(0, one.shape[0] if same else 0, step):
+        stop = min(start + step, one.shape[0])
+        rows = np.empty((2, (stop - start) * one.row_bytes), np.uint8)
+        for name, out in zip(names, rows, strict=True):
+            weights.read_rows(name, start, stop, out)
+        same = same and np.array_equal(rows[0], rows[1])
+    if not same:
+        raise UserError(
+            f"{weights.folder}: tie_word_embeddings is true in config.json, but lm_head.weight "
+            "differs from model.embed_tokens.weight"
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _chunks(weights: HfWeights, shape: ModelShape, dtype: torch.dtype) -> Iterator[TensorChunk]:

@@ -27,7 +27,7 @@ from megatron_cream.checkpoint.iterations import (
     require_arguments,
     require_checkpoint,
 )
-from megatron_cream.checkpoint.unpickling import only_listed_globals
+from megatron_cream.checkpoint.torch_dist_table import only_listed_globals
 from megatron_cream.config import ExtensionConfig, saved_extension
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import flag_of, marked

@@ -42,15 +42,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_cream.checkpoint.torch_dist_table import (
-    FileChecksum,
-    RecordKey,
-    checksum,
-    read_table,
-    write_checksums_of,
-)
-from megatron_cream.checkpoint.unpickling import name_damaged
-from megatron_cream.errors import UserError
+from megatron_cream.checkpoint.iterations import FileChecksum, checksum, write_checksums_of
+from megatron_cream.checkpoint.torch_dist_table import RecordKey, read_table
+from megatron_cream.errors import UserError, name_damaged
 
 
 class FileReader:

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what the files of one iteration hold and held: its table, and the checksums of its save.
+"""Reads the table and the objects of a torch_dist checkpoint, without running what is in them.
 
-The table is ``.metadata``: which record of which file holds what. A global tensor lies in chunks
+The table, ``.metadata``, says which record of which file holds what. A global tensor lies in chunks
 over the files of all ranks that saved it, an object in one record. A record is what ``torch.save``
 writes, a zip archive.
 
-Checksums are written beside the files when they were saved. Each rank reads its own files again
-when the save is through: they are in the memory of its machine, and the training goes on
-meanwhile. CRC-32 of zlib takes a third of a second per GB.
+A pickle may name any function of any package and have it called. Megatron and torch read two kinds
+of pickles of a checkpoint without limits: ``.metadata``, and the records of objects, among them the
+common state with a run's arguments. Here only what the two of them write is accepted: of torch,
+the names below and torch's own list for ``weights_only``; of Megatron, its ``SAFE_GLOBALS``.
+
+Objects are read by torch's own limited unpickler. ``.metadata``, of up to 100 MB, is not: that
+one is written in Python, and reads files of ``torch.save`` alone.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
-import json
-import sys
-import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -33,8 +37,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_cream.checkpoint.unpickling import METADATA, unpickle_metadata, unpickle_object
-from megatron_cream.errors import UserError
+from megatron_cream.errors import UserError, name_damaged
+from megatron_cream.mcore.safe_globals import is_extra_state_name, named_by_megatron
 
 RecordKey = tuple[str, tuple[int, ...]]
 """Key and offset of a chunk; () is the offset of an object."""
@@ -153,26 +157,6 @@ def _read_table(folder: Path, *_: int) -> CheckpointTable:
     return table
 
 
-def read_common(table: CheckpointTable) -> dict[str, Any]:
-    """Return what all ranks of the run had in common, without running code from the checkpoint.
-
-    Raises:
-        OSError, UserError: it is missing or damaged, or names what Megatron does not write.
-    """
-    path = table.folder / COMMON_FILE
-    if path.is_file():
-        found = [unpickle_object(io.BytesIO(path.read_bytes()), str(path))]
-        place = str(path)
-    elif (COMMON, ()) in table.records:
-        found = table.read_object(COMMON)
-        place = f"{table.folder / table.records[COMMON, ()].file}: {COMMON}"
-    else:
-        raise UserError(f"{table.folder} has neither {COMMON_FILE} nor {COMMON} in its {METADATA}")
-    if not (isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict)):
-        raise UserError(f"{place} is damaged: it must be the common state of a run")
-    return found[0]
-
-
 def _validate(metadata: Any) -> None:
     """Refuse what does not fit together: a damaged pickle may still be read to its end.
 
@@ -232,117 +216,167 @@ def _sizes(values: Any) -> bool:
     return listed and all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
-_NAME = "megatron_cream_checksums_{:05d}.json"
-_PATTERN = "megatron_cream_checksums_*.json"
-_WITHOUT_RANK = (".metadata", "metadata.json", "common.pt", "integrity.json")
-_BLOCK = 4 << 20
+TRUSTED_VARIABLE = "MEGATRON_CREAM_TRUSTED_GLOBALS"
+"""Environment variable with further names that a user accepts, ``package.module.Name,...``."""
 
-FileChecksum = tuple[int, str]
-"""Bytes of a file, and its CRC-32 as eight hexadecimal digits."""
+METADATA = ".metadata"
+
+_PLANNER = ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+_TABLE = (
+    *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+)
+# What torch and Megatron write into .metadata; torch's types of numbers come on top.
+_IN_METADATA = frozenset(
+    {
+        *(f"torch.distributed.checkpoint.metadata.{name}" for name in _TABLE),
+        *(f"torch.distributed.checkpoint.planner.{name}" for name in _PLANNER),
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "torch.serialization._get_layout",
+        "torch.Size",
+        "collections.OrderedDict",
+        "pathlib.PosixPath",
+        "pathlib._local.PosixPath",
+    }
+)
+
+# What Megatron's arguments and states name beside its SAFE_GLOBALS. By the name in the pickle, with
+# the one it has here where numpy or Python moved it since.
+_IN_OBJECTS = {
+    "numpy.core.multiarray._reconstruct": "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct": None,
+    "numpy.core.multiarray.scalar": "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray.scalar": None,
+    "pathlib._local.PosixPath": "pathlib.PosixPath",
+    "collections.defaultdict": None,
+    "datetime.timedelta": None,
+    "datetime.datetime": None,
+}
 
 
-def checksum(path: Path) -> FileChecksum:
-    """Return size and checksum of a file, read in the memory of one block."""
-    block, size, crc = memoryview(bytearray(_BLOCK)), 0, 0
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            crc = zlib.crc32(block[:count], crc)
-            size += count
-    return size, f"{crc:08x}"
+def unpickle_metadata(path: Path) -> Any:
+    """Return what ``.metadata`` holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is damaged, or names something else than torch and Megatron write.
+    """
+    with path.open("rb") as file, name_damaged(path):
+        return _ListedUnpickler(file, path, _find_in_metadata).load()
 
 
-def own_files(folder: Path, rank: int) -> list[Path]:
-    """Return the files of an iteration that a rank wrote; rank 0 also those without a rank."""
-    found = list(folder.glob(f"__{rank}_*"))
-    common = _WITHOUT_RANK if rank == 0 else ()
-    return sorted([*found, *(folder / name for name in common if (folder / name).is_file())])
+class _ListedUnpickler(pickle.Unpickler):
+    """Reads a pickle; each name in it is what ``find`` returns for it, or refused where None."""
+
+    def __init__(self, file: Any, place: object, find: Callable[[str, str], Any]) -> None:
+        super().__init__(file)
+        self._place, self._find = place, find
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = self._find(module, name)
+        if found is None:
+            raise _foreign_name_error(self._place, [f"{module}.{name}"])
+        return found
 
 
-def write_checksums_of(folder: Path, rank: int, sums: dict[str, FileChecksum]) -> None:
-    """Write the checksums of a rank's files; a change of any byte of what is written shows."""
-    text = _checksum_text({"made_by": "megatron_cream", "algorithm": "crc32", "files": sums})
-    (folder / _NAME.format(rank)).write_text(text)
+def _find_in_metadata(module: str, name: str) -> Any:
+    full = f"{module}.{name}"
+    if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+        return found
+    if full not in _IN_METADATA and full not in _trusted_names():
+        return None
+    return _named(_IN_OBJECTS.get(full) or full)
 
 
-def write_checksums(folder: Path, rank: int = 0) -> None:
-    """Write the checksums of the files that a rank wrote."""
-    write_checksums_of(
-        folder, rank, {path.name: checksum(path) for path in own_files(folder, rank)}
+def unpickle_object(data: io.BytesIO, place: str) -> Any:
+    """Return an object that ``torch.save`` wrote, tensors on the CPU.
+
+    Args:
+        place: its file and name, for the message.
+
+    Raises:
+        UserError: it is damaged, or names something that Megatron does not write.
+    """
+    with name_damaged(place), torch.serialization.safe_globals(_allowed_globals()):
+        try:
+            value = torch.load(data, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            data.seek(0)
+            if names := torch.serialization.get_unsafe_globals_in_checkpoint(data):
+                raise _foreign_name_error(place, names) from None
+            raise
+    if place.partition("/shard_")[0].endswith("._extra_state"):
+        _validate_hidden_pickle(value, place)
+    return value
+
+
+@contextmanager
+def only_listed_globals() -> Iterator[None]:
+    """Keep torch from reading an object's pickle without limits, whatever its caller asks for."""
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_allowed_globals()):
+            yield
+    finally:
+        os.environ.pop(_FORCE)
+        if before is not None:
+            os.environ[_FORCE] = before
+
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """Return what is accepted beyond torch's list and Megatron's, as ``safe_globals`` takes it."""
+    names = {**_IN_OBJECTS, **dict.fromkeys(_trusted_names())}
+    found = {name: _named(here or name) for name, here in names.items()}
+    return [(value, name) for name, value in (found | named_by_megatron()).items()]
+
+
+def _named(full: str) -> Any:
+    module, _, name = full.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(f"{TRUSTED_VARIABLE} has {full!r}: there is no such name") from None
+
+
+def _trusted_names() -> set[str]:
+    return set(filter(None, os.environ.get(TRUSTED_VARIABLE, "").split(",")))
+
+
+def _foreign_name_error(place: object, names: list[str]) -> UserError:
+    few = ",".join(sorted(names)[:3])
+    return UserError(
+        f"{place} names {few}, which neither torch nor Megatron writes into a checkpoint: reading "
+        f"it would run code from whoever made it. If you trust it: {TRUSTED_VARIABLE}={few}"
     )
 
 
-def read_checksums(folder: Path) -> tuple[dict[str, FileChecksum], list[str]]:
-    """Return the checksums of all ranks by file, and what is wrong with the files they are in."""
-    sums: dict[str, FileChecksum] = {}
-    wrong = []
-    for path in sorted(folder.glob(_PATTERN)):
-        try:
-            sums |= _read_checksum_file(path)
-        except (UserError, OSError) as error:
-            wrong.append(str(error))
-    return sums, wrong
+def _validate_hidden_pickle(value: Any, place: str) -> None:
+    """Refuse a pickle within a tensor that names what it should not.
 
-
-def _read_checksum_file(path: Path) -> dict[str, FileChecksum]:
-    try:
-        text = path.read_bytes().decode()
-        found = json.loads(text)
-        files = {str(name): (int(size), str(crc)) for name, (size, crc) in found["files"].items()}
-        content = {"made_by": found["made_by"], "algorithm": found["algorithm"], "files": files}
-        whole = _checksum_text(content) == text and found["algorithm"] == "crc32"
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged: its own checksum does not fit")
-    return files
-
-
-def _checksum_text(content: dict[str, Any]) -> str:
-    own = f"{zlib.crc32(json.dumps(content).encode()):08x}"
-    return json.dumps({**content, "of_this": own}, indent=1) + "\n"
-
-
-def remove_checksums(folder: Path) -> None:
-    """Remove what an earlier save into the same folder wrote: its files are about to change."""
-    for path in folder.glob(_PATTERN):
-        if '"made_by": "megatron_cream"' in path.read_text(errors="replace"):
-            path.unlink()
-
-
-# One thread, so that an iteration's files are read one after the other; Python waits for it at the
-# end of the process.
-_reader = ThreadPoolExecutor(1, "checksums")
-
-
-def write_checksums_later(folder: Path, rank: int) -> None:
-    """Write the checksums of a rank's files while the process goes on.
-
-    A failure is printed: the checkpoint is whole, and a run does not end for its checksums.
+    Layers of Transformer Engine keep their fp8 state so, and read it without limits.
     """
-    _reader.submit(_write_checksums_or_report, folder, rank)
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, io.BytesIO):
+        unpickle_object(value, place)
+    elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel():
+        with name_damaged(place):
+            hidden = io.BytesIO(value.numpy().tobytes())
+            _ListedUnpickler(hidden, place, _find_placeholder).load()
 
 
-def _write_checksums_or_report(folder: Path, rank: int) -> None:
-    try:
-        if folder.is_dir():  # --save-retain-interval removes iterations
-            write_checksums(folder, rank)
-    except OSError as error:
-        print(f"megatron_cream: no checksums of {folder}: {error}", file=sys.stderr, flush=True)
+def _find_placeholder(module: str, name: str) -> Any:
+    """Find nothing that runs: the pickle is looked through for its names alone."""
+    listed = is_extra_state_name(module, name) or f"{module}.{name}" in _trusted_names()
+    return _Placeholder if listed else None
 
 
-def checksum_differences(
-    folder: Path, sums: dict[str, FileChecksum], names: Iterable[str]
-) -> Iterable[str]:
-    """Yield which of the named files differ from their checksums; all are read."""
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _difference(folder / name, sums[name]), names)
-        yield from filter(None, found)
+class _Placeholder(dict):  # what a pickle may fill, and nothing else
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
 
-
-def _difference(path: Path, wanted: FileChecksum) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing: it was there when the checkpoint was saved"
-    if (size := path.stat().st_size) != wanted[0]:
-        return f"{path} has {size} bytes: {wanted[0]} were saved"
-    found = checksum(path)[1]
-    return None if found == wanted[1] else f"{path} has checksum {found}: {wanted[1]} was saved"
+    def __setstate__(self, state: Any) -> None:
+        pass

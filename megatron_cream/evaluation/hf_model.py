@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_cream.attention.bands import Bands
-from megatron_cream.checkpoint.hf_files import read_config
-from megatron_cream.checkpoint.hf_weights import HfWeights
+from megatron_cream.checkpoint.hf_folder import HfWeights, read_config
 from megatron_cream.checkpoint.model_shape import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError, naming, reason

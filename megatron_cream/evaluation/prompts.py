@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_cream.checkpoint.hf_files import find_kept_files
+from megatron_cream.checkpoint.hf_folder import find_kept_files
 from megatron_cream.checkpoint.iterations import read_saved_arguments
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.errors import MissingPackageError, UserError

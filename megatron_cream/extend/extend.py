@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream import ownership
-from megatron_cream.checkpoint.hf_files import find_hf_folder
+from megatron_cream.checkpoint.hf_folder import find_hf_folder
 from megatron_cream.corpus.input_files import (
     ARROW,
     PARQUET,

@@ -180,11 +180,8 @@ def ready(args: Namespace, config: Any) -> None:
 
     The last thing before ``megatron.training.pretrain``.
     """
+    from megatron_cream.checkpoint.iterations import remove_checksums, write_checksums_later
     from megatron_cream.checkpoint.loading import starts_without_trained_rope
-    from megatron_cream.checkpoint.torch_dist_table import (
-        remove_checksums,
-        write_checksums_later,
-    )
     from megatron_cream.mcore import hooks, trainer
     from megatron_cream.mcore.attention_rotation import patch_apply_rotary_pos_emb
     from megatron_cream.training.scalars import Scalars

@@ -34,7 +34,7 @@ def test_a_whole_checkpoint(iteration):
 
 def test_each_rank_writes_checksums_of_its_files(tmp_path, flags):
     """The save of two ranks; what an interrupted one left in the folder is forgotten."""
-    from megatron_cream.checkpoint.torch_dist_table import read_checksums
+    from megatron_cream.checkpoint.iterations import read_checksums
 
     one = tmp_path / "run/iter_0000001"
     one.mkdir(parents=True)
@@ -52,7 +52,7 @@ def test_each_rank_writes_checksums_of_its_files(tmp_path, flags):
 
 def test_an_empty_file_has_a_checksum(tmp_path):
     """It is missed when it is gone, and noticed when it has grown."""
-    from megatron_cream.checkpoint import torch_dist_table as checksums
+    from megatron_cream.checkpoint import iterations as checksums
 
     (tmp_path / "__0_0.distcp").touch()
     checksums.write_checksums(tmp_path)
@@ -131,7 +131,7 @@ def test_megatrons_own_checksums_are_compared(iteration):
 def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch):
     from megatron.core import dist_checkpointing
 
-    from megatron_cream.checkpoint import torch_dist_table as checksums
+    from megatron_cream.checkpoint import iterations as checksums
     from megatron_cream.mcore.trainer import patch_save
 
     class Request:
@@ -155,7 +155,7 @@ def test_an_asynchronous_save_is_summed_when_it_is_through(tmp_path, monkeypatch
 
 
 def test_a_disk_that_is_full_does_not_end_a_run(tmp_path, monkeypatch, capsys):
-    from megatron_cream.checkpoint import torch_dist_table as checksums
+    from megatron_cream.checkpoint import iterations as checksums
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -14,22 +14,23 @@ from safetensors.torch import save_file
 from support import hf_models as models
 
 from megatron_cream import ownership
-from megatron_cream.checkpoint.export_hf import parse_bytes
-from megatron_cream.checkpoint.hf_files import (
+from megatron_cream.checkpoint.hf_folder import (
+    INDEX,
+    SINGLE,
+    HfWeights,
     find_hf_folder,
     list_other_files,
     read_config,
     read_source_name,
 )
-from megatron_cream.checkpoint.hf_weights import (
-    INDEX,
-    SINGLE,
-    HfWeights,
+from megatron_cream.checkpoint.hf_writer import (
+    SourceModel,
     TensorPlan,
     cut_into_shards,
+    model_card,
+    parse_bytes,
     write_shards,
 )
-from megatron_cream.checkpoint.model_card import SourceModel, model_card
 from megatron_cream.checkpoint.model_shape import ModelShape, shape_from_config
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError

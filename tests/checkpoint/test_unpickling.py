@@ -102,7 +102,7 @@ def test_megatrons_loader_is_limited_in_evaluation(imported, tmp_path):
     """Also where the check before saw nothing; without the limit the payload runs."""
     from megatron.core.dist_checkpointing import load_common_state_dict
 
-    from megatron_cream.checkpoint.unpickling import only_listed_globals
+    from megatron_cream.checkpoint.torch_dist_table import only_listed_globals
 
     root, marker = copy_run(imported, tmp_path / "run", [1]), tmp_path / "marker"
     folder = root / "iter_0000001"
@@ -118,7 +118,7 @@ def test_a_user_may_trust_a_name(imported, tmp_path, monkeypatch):
     from fractions import Fraction
 
     from megatron_cream.checkpoint.doctor import find_problems
-    from megatron_cream.checkpoint.unpickling import TRUSTED_VARIABLE
+    from megatron_cream.checkpoint.torch_dist_table import TRUSTED_VARIABLE
 
     folder = copy_run(imported, tmp_path / "run", [1]) / "iter_0000001"
     replace_object(folder, extra_state(folder), [Fraction(1, 3)])

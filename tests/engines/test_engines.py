@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 from support import hf_models as models
 
-from megatron_cream.checkpoint.model_card import ENGINES, IGNORED, REFUSED, YES
+from megatron_cream.checkpoint.hf_writer import ENGINES, IGNORED, REFUSED, YES
 from megatron_cream.rope import hf_rope_fields, make_scaling
 from megatron_cream.rope.huggingface import with_rope
 

@@ -15,7 +15,7 @@ from support.arguments import arguments
 from support.commands import exit_status
 from support.evaluation import run
 
-from megatron_cream.checkpoint import hf_files
+from megatron_cream.checkpoint import hf_folder
 from megatron_cream.evaluation import evaluate, prompts
 
 ROOT = Path(__file__).parents[2]
@@ -252,7 +252,7 @@ def test_a_run_finds_the_tokenizer_of_the_import_it_began_from(small_hf, tmp_pat
         str(runs[0]): Namespace(**null, pretrained_checkpoint=str(base)),
         str(runs[1]): Namespace(**null, pretrained_checkpoint=str(runs[0])),
     }
-    for module in (prompts, hf_files):
+    for module in (prompts, hf_folder):
         monkeypatch.setattr(module, "read_saved_arguments", lambda path: saved[str(path)])
     tokenizer, found = prompts.open_tokenizer(arguments(checkpoint=str(runs[1])))
     assert (

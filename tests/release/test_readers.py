@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.checkpoint.model_card import (
+from megatron_cream.checkpoint.hf_writer import (
     ENGINES,
     ROPE_TYPES,
     describe_engines,

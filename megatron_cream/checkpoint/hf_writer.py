@@ -1,15 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the model card of an export, and knows which inference engines read its RoPE."""
+"""Writes what is new in an export: its safetensors files, and its model card.
+
+Bytes of weights are written as they come: the safetensors library's own writer holds a whole file
+in memory. The card says which inference engines read the RoPE of the export.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
 
 from megatron_cream import __version__
+from megatron_cream.checkpoint.hf_folder import DTYPES, INDEX, SINGLE
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.config import ExtensionConfig
+from megatron_cream.errors import UserError
 from megatron_cream.rope import RopeScaling, hf_rope_fields
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor to be written: its name, type and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def cut_into_shards(tensors: list[TensorPlan], most_bytes: int) -> list[list[TensorPlan]]:
+    """Cut a list of tensors, in its order, into shards of at most ``most_bytes``.
+
+    A tensor that is larger gets a shard of its own.
+    """
+    shards: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > most_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def write_shards(
+    folder: Path,
+    tensors: list[TensorPlan],
+    most_bytes: int,
+    blocks: Iterator[np.ndarray],
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Write planned tensors, in their order, into the files that transformers looks for.
+
+    Args:
+        folder: where the files go.
+        tensors: in the order in which their bytes come.
+        most_bytes: size of a file that is not exceeded, headers not counted.
+        blocks: contiguous uint8 memory; each is used before the next one is asked for, and none
+            has bytes of two tensors.
+        on_bytes: called with the bytes of each block that was written.
+
+    Raises:
+        RuntimeError: there are fewer bytes than planned.
+    """
+    shards = cut_into_shards(tensors, most_bytes)
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    names = [SINGLE] if len(shards) == 1 else names
+    for name, shard in zip(names, shards, strict=True):
+        left = sum(tensor.nbytes for tensor in shard)
+        with (folder / name).open("wb", buffering=0) as file:
+            _write(file.fileno(), memoryview(_header(shard)))
+            while left > 0 and (block := next(blocks, None)) is not None:
+                _write(file.fileno(), memoryview(block))
+                left -= block.nbytes
+                on_bytes(block.nbytes)
+            if left:
+                raise RuntimeError(f"{folder / name}: {left} bytes of its tensors were not written")
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        where = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write(descriptor: int, view: memoryview) -> None:
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def _header(tensors: list[TensorPlan]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size like 500MB.
+
+    Raises:
+        UserError: it is none.
+    """
+    found = re.fullmatch(r"(\d{1,9})\s*([KMG]B)", text.strip(), re.IGNORECASE)
+    if not found or int(found[1]) == 0:
+        raise UserError(f"--max-shard-size is {text!r}: it must be a size such as 500MB or 5GB")
+    return int(found[1]) * 1000 ** ("KMG".index(found[2][0].upper()) + 1)
+
 
 YES = "yes"
 """Logits are those that the model was trained with."""

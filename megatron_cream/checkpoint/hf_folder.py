@@ -1,28 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds, reads and copies the files of a Hugging Face folder that are not weights.
+"""Finds and reads a Hugging Face folder: its config, tokenizer and licences, and its weights.
 
-An import keeps them in ``hf/`` beside the weights; an export takes them from there, through any
-number of runs that each started from the one before.
+An import keeps what is not weights in ``hf/`` beside its own; an export takes it from there,
+through any number of runs that each started from the one before.
+
+The safetensors library checks every file of weights by its header. Bytes are read into the caller's
+memory: a page of a file that the library maps counts as memory used, and one that shrinks meanwhile
+ends the process.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import reprlib
 import shutil
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint.hf_weights import INDEX
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
 from megatron_cream.checkpoint.iterations import (
     RELEASE,
     read_saved_arguments,
     require_checkpoint,
 )
-from megatron_cream.errors import UserError
+from megatron_cream.checkpoint.torch_dist_io import FileReader
+from megatron_cream.errors import UserError, reason
 from megatron_cream.options import read_json, read_object
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""safetensors' names of the types that weights may have."""
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+"""torch's names of them."""
 
 HF_FOLDER = "hf"
 """Subfolder of an imported checkpoint with the files of its source."""
@@ -65,9 +85,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "*.safetensors"]))
     except Exception as error:  # of requests, httpx or the hub's own kind, by version
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(
-            f"--hf is {name}: there is no such folder, and it cannot be downloaded ({reason})"
+            f"--hf is {name}: there is no such folder, and it cannot be downloaded "
+            f"({reason(error)})"
         ) from None
 
 
@@ -223,3 +243,108 @@ def _gone_error(checkpoint: str) -> FileNotFoundError:
         f"--checkpoint goes back to {checkpoint}, which has no {HF_FOLDER}/config.json now; say "
         "with --hf which folder to take config and tokenizer from"
     )
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """Where the bytes of a tensor are.
+
+    Attributes:
+        offset: first byte, from the start of the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: of everything behind the first axis."""
+        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+
+
+class HfWeights(FileReader):
+    """Tensors of all safetensors files of a folder.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        UserError: a file that is cut off or does not hold what the index says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.tensors = _open_folder(folder)
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Read rows ``[start, stop)`` of a tensor into uint8 ``out`` of exactly their size.
+
+        Raises:
+            UserError: the file ends before them.
+        """
+        tensor = self.tensors[name]
+        self.read_exactly(tensor.path, tensor.offset + start * tensor.row_bytes, out)
+
+
+def _open_folder(folder: Path) -> dict[str, TensorLocation]:
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise FileNotFoundError(
+                f"{folder} has neither {SINGLE} nor {INDEX}: weights must be in safetensors files"
+            )
+        return _open_file(folder / SINGLE)
+    weight_map = _read_index(index)
+    missing = sorted({f for f in weight_map.values() if not (folder / f).is_file()})
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(set(weight_map.values()))} files that {INDEX} "
+            f"names: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        )
+    files = {name: _open_file(folder / name) for name in sorted(set(weight_map.values()))}
+    for tensor, file in weight_map.items():
+        if tensor not in files[file]:
+            raise UserError(f"{folder / file} lacks {tensor}, which {INDEX} says it has")
+    return {tensor: files[file][tensor] for tensor, file in weight_map.items()}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is not an index of safetensors files: it has no weight_map")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise UserError(
+                f"{index} says that {reprlib.repr(tensor)} is in {reprlib.repr(file)}: it must be "
+                "the name of a safetensors file in the same folder"
+            )
+    return weight_map
+
+
+_FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+
+
+def _open_file(path: Path) -> dict[str, TensorLocation]:
+    """Return the tensors of a file that the safetensors library calls whole.
+
+    It reads the header alone and checks all of it: types, sizes, and that the tensors follow each
+    other from the first byte of data to the last one of the file.
+    """
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is cut off, damaged or no safetensors file: {reason(error)}"
+        ) from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: TensorLocation(
+            path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+    }
