@@ -26,11 +26,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_cream.checkpoint.iterations import (
-    RELEASE,
-    read_saved_arguments,
-    require_checkpoint,
-)
+from megatron_cream.checkpoint.iterations import RELEASE, read_saved_arguments, require_checkpoint
 from megatron_cream.checkpoint.torch_dist_io import FileReader
 from megatron_cream.errors import UserError, reason
 from megatron_cream.options import read_json, read_object

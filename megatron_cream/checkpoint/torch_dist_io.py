@@ -35,12 +35,7 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_cream.checkpoint.iterations import FileChecksum, checksum, write_checksums_of
 from megatron_cream.checkpoint.torch_dist_table import RecordKey, read_table

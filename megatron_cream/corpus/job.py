@@ -19,13 +19,7 @@ import numpy as np
 
 from megatron_cream.corpus.assemble import DUPLICATES, LISTED_ERRORS, Counts
 from megatron_cream.corpus.gigatoken import ENGINES, GigatokenTokenizer
-from megatron_cream.corpus.input_files import (
-    ARROW,
-    FORMATS,
-    PARQUET,
-    STDIN,
-    InputFile,
-)
+from megatron_cream.corpus.input_files import ARROW, FORMATS, PARQUET, STDIN, InputFile
 from megatron_cream.corpus.readers import InputSpan, lines_before, place
 from megatron_cream.corpus.records import Fields
 from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer

@@ -24,12 +24,7 @@ from megatron_cream.corpus.assemble import (
     first_copies,
     write_metadata,
 )
-from megatron_cream.corpus.work_folder import (
-    MERGING,
-    WorkFolder,
-    validate_absent,
-    validate_prefix,
-)
+from megatron_cream.corpus.work_folder import MERGING, WorkFolder, validate_absent, validate_prefix
 from megatron_cream.data.indexed import (
     MASK_SUFFIX,
     DatasetIndex,

@@ -24,13 +24,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data import text_sources
-from megatron_cream.data.indexed import (
-    MASK_SUFFIX,
-    has_mask,
-    open_index,
-    read_index,
-    read_metadata,
-)
+from megatron_cream.data.indexed import MASK_SUFFIX, has_mask, open_index, read_index, read_metadata
 from megatron_cream.data.mapped import ArrayCache, MappedFile
 from megatron_cream.data.text_sources import TextSources, open_sources, validate_sources
 from megatron_cream.errors import UserError

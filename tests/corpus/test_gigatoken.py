@@ -17,11 +17,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from megatron_cream.corpus import encode
 from megatron_cream.corpus import gigatoken as module
 from megatron_cream.corpus.encode import encode_pieces, find_text_splitter
-from megatron_cream.corpus.gigatoken import (
-    GigatokenTokenizer,
-    GigatokenUnsupported,
-    choose_engine,
-)
+from megatron_cream.corpus.gigatoken import GigatokenTokenizer, GigatokenUnsupported, choose_engine
 from megatron_cream.corpus.preprocess import plan_job, sample_texts
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
 

@@ -11,11 +11,7 @@ from megatron_cream.corpus import retrieval_words as words
 from megatron_cream.corpus.retrieval import DocumentMaker, RetrievalConfig, make_dataset
 from megatron_cream.corpus.retrieval_words import Haystack, read_haystack
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
-from megatron_cream.data.indexed import (
-    read_index,
-    read_metadata,
-    validate_metadata,
-)
+from megatron_cream.data.indexed import read_index, read_metadata, validate_metadata
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import haystacks
 from megatron_cream.evaluation.evaluation_tasks import TASKS
