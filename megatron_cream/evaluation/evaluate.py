@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,8 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
     from megatron_cream.evaluation.longppl import score_longppl
     from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
     from megatron_cream.evaluation.prompts import open_prompt, validate_vocabulary
-    from megatron_cream.evaluation.ruler.answers import open_cases, score_ruler
+    from megatron_cream.evaluation.ruler.answers import score_ruler
+    from megatron_cream.evaluation.ruler.making import open_cases
     from megatron_cream.evaluation.scoring import score_cases, validate_fit
     from megatron_cream.evaluation.store import note_missing_matplotlib, write_table
 
@@ -175,26 +177,27 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
     lengths = set(settings.lengths if settings.cases_file is None else ())
     has_cases = not set(settings.tasks) <= set(PER_DOCUMENT)
     prompt = open_prompt(settings) if has_cases else None
-    ruler_cases = open_cases(settings, prompt) if prompt and "ruler" in settings.tasks else {}
     for task in settings.tasks:
         if prompt and task not in (*PER_DOCUMENT, "ruler"):
             lengths.update(validate_fit(settings, prompt, task))
-    model = open_model(settings, max(lengths))
-    if prompt:
-        validate_vocabulary(prompt.tokenizer, model)
-    flag = "--lengths" if settings.cases_file is None else "--cases-file"
-    _note_longer_than_window(flag, lengths, model)
-    documents = open_documents(settings, model) if "perplexity" in settings.tasks else []
-    results = []
-    for task in settings.tasks:
-        if task == "longppl":
-            results.append(score_longppl(settings, model))
-        elif prompt is None or task == "perplexity":
-            results.append(score_perplexity(settings, model, documents))
-        elif task == "ruler":
-            results.append(score_ruler(settings, model, prompt, ruler_cases))
-        else:
-            results.append(score_cases(settings, model, prompt, task))
+    of_ruler = open_cases(settings, prompt) if prompt and "ruler" in settings.tasks else None
+    with closing(of_ruler) if of_ruler else nullcontext():
+        model = open_model(settings, max(lengths))
+        if prompt:
+            validate_vocabulary(prompt.tokenizer, model)
+        flag = "--lengths" if settings.cases_file is None else "--cases-file"
+        _note_longer_than_window(flag, lengths, model)
+        documents = open_documents(settings, model) if "perplexity" in settings.tasks else []
+        results = []
+        for task in settings.tasks:
+            if task == "longppl":
+                results.append(score_longppl(settings, model))
+            elif prompt is None or task == "perplexity":
+                results.append(score_perplexity(settings, model, documents))
+            elif of_ruler is not None:
+                results.append(score_ruler(settings, model, prompt, of_ruler))
+            else:
+                results.append(score_cases(settings, model, prompt, task))
     if not model.primary:
         return []
     if settings.output:

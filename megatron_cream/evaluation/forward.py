@@ -26,7 +26,7 @@ _MOST_LOGITS = 2**26  # float32 values of logits held at once, 256 MiB
 # (number of tails, tokens of each) of the pass that is running.
 _tails: ContextVar[tuple[int, int]] = ContextVar("tails", default=(0, 0))
 # Which keys each sample of ``attend_from_last`` sees.
-_seen: ContextVar[Tensor | None] = ContextVar("seen", default=None)
+_seen: ContextVar[KeysSeen | None] = ContextVar("seen", default=None)
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,17 @@ class ScoringModel(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[np.ndarray], new_tokens: int, stop: Sequence[int]
+        self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int], stop: Sequence[int]
     ) -> Iterator[np.ndarray]:
         """Yield what greedy decoding writes after each prompt ``[n]``, in order.
 
-        At most ``new_tokens`` tokens, without the one of ``stop`` that ends them. A model without
-        a cache of its own runs a pass over all for each token: slow, and exact at any layout.
+        At most as many tokens as ``new_tokens`` says of each, without the one of ``stop`` that ends
+        them. A model without a cache of its own runs a pass over all for each token: slow, and
+        exact at any layout.
         """
-        for prompt in prompts:
+        for prompt, most in zip(prompts, new_tokens, strict=True):
             tokens = prompt.astype(np.int64)
-            while len(tokens) < len(prompt) + new_tokens:
+            while len(tokens) < len(prompt) + most:
                 last = torch.tensor([len(tokens) - 1])
                 one = ForwardPass(torch.from_numpy(tokens)[None], last, torch.zeros(1, 1).long())
                 (scores,) = self.run(iter([one]))
@@ -132,10 +133,49 @@ def tails(count: int, tokens: int) -> Iterator[None]:
         _tails.reset(before)
 
 
+class KeysSeen:
+    """Which keys each of b sequences sees while tokens are written after all of them.
+
+    Args:
+        lengths: tokens of each prompt; all end in front of column ``longest`` of the keys.
+        size: columns of the keys.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, device: torch.device | str) -> None:
+        self.tokens = max(lengths)
+        starts = self.tokens - torch.tensor(lengths, device=device)
+        columns = torch.arange(size, device=device)
+        self._seen = (columns >= starts[:, None]) & (columns < self.tokens)
+        self._bias: Tensor | None = None
+
+    def see_next(self) -> None:
+        """Let every sequence see one column more."""
+        self._seen[:, self.tokens] = True
+        if self._bias is not None:
+            self._bias[:, self.tokens] = 0
+        self.tokens += 1
+
+    @property
+    def mask(self) -> Tensor:
+        """What is seen of the columns that have keys, bool ``[b, tokens]``."""
+        return self._seen[:, : self.tokens]
+
+    def bias(self, groups: int, dtype: torch.dtype) -> Tensor:
+        """Return what is added to logits, ``[b * groups, size]``: 0, or next to the least number.
+
+        It is finite: a part of the keys of which nothing is seen must not divide 0 by 0.
+        """
+        if self._bias is None:
+            unseen = torch.zeros(self._seen.shape, dtype=dtype, device=self._seen.device)
+            unseen.masked_fill_(~self._seen, torch.finfo(dtype).min / 4)
+            self._bias = unseen.repeat_interleave(groups, dim=0)
+        return self._bias
+
+
 @contextmanager
-def seeing(mask: Tensor | None) -> Iterator[None]:
-    """Have ``attend_from_last`` see the keys of ``mask``, bool ``[b, n]``; all of them if None."""
-    before = _seen.set(mask)
+def seeing(keys: KeysSeen) -> Iterator[None]:
+    """Have ``attend_from_last`` see these keys of those that it is given."""
+    before = _seen.set(keys)
     try:
         yield
     finally:
@@ -147,8 +187,8 @@ def running_tails() -> tuple[int, int]:
     return _tails.get()
 
 
-def seen_keys() -> Tensor | None:
-    """Return the mask of ``seeing``."""
+def seen_keys() -> KeysSeen | None:
+    """Return the keys of ``seeing``."""
     return _seen.get()
 
 
@@ -158,12 +198,59 @@ def attend_from_last(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Query heads that share keys and values ``[b, g, n, d]`` are rows of one product with them, so
     that these are neither copied nor read once per head.
     """
-    batch, heads = query.shape[:2]
-    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
-    seen = _seen.get()
-    mask = None if seen is None else seen[:, None, None].expand(-1, -1, rows.shape[2], -1)
-    found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-    return found.reshape(batch, heads, 1, -1)
+    batch, heads, _, dim = query.shape
+    groups, tokens = key.shape[1:3]
+    rows = query.reshape(batch, groups, heads // groups, dim)
+    if (seen := _seen.get()) is None:
+        found = scaled_dot_product_attention(rows, key, value, scale=scale)
+        return found.reshape(batch, heads, 1, dim)
+    bias = seen.bias(groups, query.dtype)
+    splits = _splits(batch * groups, tokens, query.device)
+    if splits == 1:
+        mask = bias.view(batch, groups, 1, tokens).expand(-1, -1, rows.shape[2], -1)
+        found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+        return found.reshape(batch, heads, 1, dim)
+    # The parts of the keys stand where heads do; each has a softmax of its own, and its sum.
+    parts = key.view(batch * groups, splits, -1, dim), value.view(batch * groups, splits, -1, dim)
+    asked = rows.reshape(batch * groups, 1, -1, dim).expand(-1, splits, -1, -1).contiguous()
+    mask = bias.view(batch * groups, splits, 1, -1).expand(-1, -1, asked.shape[2], -1)
+    found, sums = _attention_and_log_sums(asked, *parts, mask, scale)
+    weights = sums.softmax(dim=1)[..., None]
+    return (found.float() * weights).sum(1).to(query.dtype).reshape(batch, heads, 1, dim)
+
+
+KEYS_MULTIPLE = 512
+"""The keys of ``attend_from_last`` are of a multiple of so many tokens, so that they can be cut."""
+
+
+def _splits(sequences: int, tokens: int, device: torch.device) -> int:
+    """Return into how many parts keys are cut, so that all of a GPU has something to do.
+
+    A program of attention reads all keys of a sequence, and few sequences are few programs.
+    """
+    if device.type != "cuda":
+        return 1
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    splits = 1
+    while splits < 32 and splits * sequences < programs and tokens // splits > 2048:
+        splits *= 2
+    return splits
+
+
+def _attention_and_log_sums(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention ``[b, h, n, d]``, and the logarithm of its sum of exponentials (float32)."""
+    aten = torch.ops.aten
+    if query.device.type == "cuda":
+        found, sums, *_ = aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, scale=scale
+        )
+    else:
+        found, sums = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias, scale=scale
+        )
+    return found, sums[:, :, : query.shape[2]].float()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -14,29 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache
 
-from megatron_cream.evaluation.forward import seeing
+from megatron_cream.evaluation.forward import KEYS_MULTIPLE, KeysSeen, seeing
 
 
 class BatchCache(Cache):
-    """Keys and values of b sequences, ``[b, g, longest + new, d]`` per layer.
+    """Keys and values of b sequences, ``[b, g, size, d]`` per layer.
 
     Args:
         lengths: tokens of each prompt.
-        new_tokens: most tokens that are written after each.
+        new_tokens: most tokens that are written after any.
 
     Attributes:
         row: which prompt is being computed; None while tokens are written after all of them.
-        end: tokens that the longest sequence has by now.
+        size: columns, of which the last are never used.
+        seen: which of them each sequence sees.
     """
 
-    def __init__(self, lengths: Sequence[int], new_tokens: int) -> None:
+    def __init__(self, lengths: Sequence[int], new_tokens: int, device: torch.device) -> None:
         super().__init__(layers=[])
         self.lengths, self.longest = lengths, max(lengths)
-        self.size = self.longest + new_tokens
+        self.size = -(-(self.longest + new_tokens) // KEYS_MULTIPLE) * KEYS_MULTIPLE
         self.row: int | None = None
-        self.end = self.longest
+        self.seen = KeysSeen(lengths, self.size, device)
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
@@ -57,26 +59,19 @@ class BatchCache(Cache):
                 buffer[self.row, :, place] = values[0]
             return new
         for buffer, values in zip(kept, new, strict=True):
-            buffer[:, :, self.end] = values[:, :, 0]
-        return kept[0][:, :, : self.end + 1], kept[1][:, :, : self.end + 1]
+            buffer[:, :, self.seen.tokens - 1] = values[:, :, 0]
+        return kept
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many tokens came before."""
-        return 0 if self.row is not None else self.end
-
-    def mask(self, device: torch.device) -> Tensor | None:
-        """Return which tokens each sequence sees, bool ``[b, size]``; None if all see all."""
-        if min(self.lengths) == self.longest:
-            return None
-        starts = self.longest - torch.tensor(self.lengths, device=device)
-        return torch.arange(self.size, device=device) >= starts[:, None]
+        return 0 if self.row is not None else self.seen.tokens - 1
 
 
 @torch.inference_mode()
 def generate_batch(
     module: Any,
     prompts: Sequence[np.ndarray],
-    new_tokens: int,
+    new_tokens: Sequence[int],
     stop: Sequence[int],
     vocabulary: int,
 ) -> list[np.ndarray]:
@@ -85,32 +80,38 @@ def generate_batch(
     Args:
         module: a model whose attention is ``forward``'s.
         prompts: int64 ``[n]`` each.
-        new_tokens: most tokens to write.
+        new_tokens: most tokens to write after each.
         stop: tokens that end an answer.
         vocabulary: tokens that count; logits after them are left out.
     """
-    cache = BatchCache([len(prompt) for prompt in prompts], new_tokens)
     device = module.device
+    cache = BatchCache([len(prompt) for prompt in prompts], max(new_tokens), device)
     ends = torch.tensor(list(stop), device=device)
     head = module.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
     try:
-        best = _read_prompts(module, cache, prompts, vocabulary)
-        written = [best]
-        done = torch.isin(best, ends)
-        positions = torch.tensor(cache.lengths, device=device)[:, None]
-        cache.row, mask = None, cache.mask(device)
-        while len(written) < new_tokens and not done.all():
-            with seeing(None if mask is None else mask[:, : cache.end + 1]):
-                best = _step(module, cache, best[:, None], positions, vocabulary)
-            written.append(best)
-            done |= torch.isin(best, ends)
-            positions = positions + 1
-            cache.end += 1
+        with sdpa_kernel(_ANY_LENGTH):
+            best = _read_prompts(module, cache, prompts, vocabulary)
+            written = [best]
+            done = torch.isin(best, ends)
+            limits = torch.tensor(new_tokens, device=device)
+            positions = torch.tensor(cache.lengths, device=device)[:, None]
+            cache.row = None
+            with seeing(cache.seen):
+                while not (done | (limits <= len(written))).all():
+                    cache.seen.see_next()
+                    best = _step(module, cache, best[:, None], positions, vocabulary)
+                    written.append(best)
+                    done |= torch.isin(best, ends)
+                    positions = positions + 1
     finally:
         handle.remove()
     rows = torch.stack(written, dim=1).cpu().numpy()
-    return [before_stop(row, stop) for row in rows]
+    return [before_stop(row[:most], stop) for row, most in zip(rows, new_tokens, strict=True)]
+
+
+# cuDNN's attention plans anew for every length that it has not seen: no two prompts have the same.
+_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _read_prompts(

@@ -19,6 +19,7 @@ from megatron_cream.checkpoint.model_shape import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError, naming, reason
 from megatron_cream.evaluation.forward import (
+    KEYS_MULTIPLE,
     ForwardPass,
     PassScores,
     attend,
@@ -31,7 +32,7 @@ from megatron_cream.options import integer
 from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
 
 _NAME = "megatron_cream"
-_MOST_ROWS = 32  # prompts that are answered together; a killed run does so many again
+_MOST_ROWS = 256  # prompts that are answered together; a killed run does so many again
 _CPU_CACHE = 2**31  # bytes
 
 # Settings by which a model changes logits after its output layer; scoring reads that layer.
@@ -116,7 +117,7 @@ class HuggingFaceModel:
             yield self._score(one)
 
     def generate(
-        self, prompts: Sequence[np.ndarray], new_tokens: int, stop: Sequence[int]
+        self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int], stop: Sequence[int]
     ) -> Iterator[np.ndarray]:
         """Yield what greedy decoding writes after each prompt ``[n]``, in order.
 
@@ -131,25 +132,22 @@ class HuggingFaceModel:
         )
 
         if not self.shares_context:
-            for prompt in prompts:
-                yield before_stop(
-                    generate_tokens(self.module, prompt, new_tokens, list(stop) or None), stop
-                )
+            for prompt, most in zip(prompts, new_tokens, strict=True):
+                tokens = generate_tokens(self.module, prompt, most, list(stop) or None)
+                yield before_stop(tokens, stop)
             return
-        for batch in self._batches(prompts, new_tokens):
-            yield from generate_batch(self.module, batch, new_tokens, stop, self.vocabulary)
+        size = self._batch_size(prompts, new_tokens)
+        for batch, own in zip(batched(prompts, size), batched(new_tokens, size), strict=True):
+            yield from generate_batch(self.module, batch, own, stop, self.vocabulary)
 
-    def _batches(
-        self, prompts: Sequence[np.ndarray], new_tokens: int
-    ) -> Iterator[Sequence[np.ndarray]]:
-        """Cut prompts, in order, into batches whose keys and values fit the memory."""
-        if not prompts:
-            return
-        tokens = max(map(len, prompts)) + new_tokens
-        count = max(1, min(_MOST_ROWS, _cache_tokens(self.module) // tokens))
-        if _has_own_angles([len(prompt) for prompt in prompts], new_tokens, self.module.config):
-            count = 1
-        yield from batched(prompts, count)
+    def _batch_size(self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int]) -> int:
+        """Return how many prompts go together: batches alike, whose keys and values fit."""
+        longest, lengths = max(new_tokens, default=0), [len(prompt) for prompt in prompts]
+        if _has_own_angles(lengths, longest, self.module.config):
+            return 1
+        tokens = max(lengths, default=0) + longest + KEYS_MULTIPLE
+        most = max(1, min(_MOST_ROWS, _cache_tokens(self.module) // tokens))
+        return -(-len(prompts) // max(1, -(-len(prompts) // most))) or 1
 
     @torch.inference_mode()
     def _score(self, one: ForwardPass) -> PassScores:
@@ -219,7 +217,7 @@ def _has_own_angles(lengths: Sequence[int], new_tokens: int, config: Any) -> boo
     kind = rope.get("rope_type", "default")
     if kind == "longrope":
         window = rope["original_max_position_embeddings"]
-        return min(lengths) <= window < max(lengths) + new_tokens
+        return bool(lengths) and min(lengths) <= window < max(lengths) + new_tokens
     return "dynamic" in kind
 
 

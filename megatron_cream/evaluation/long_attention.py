@@ -41,6 +41,9 @@ class BeyondWindow:
         rotation = Rotation.of(self.scaling, query, self.interleaved)
         if self.factor_in_scale:
             rotation = dataclasses.replace(rotation, factor=1.0)
+        seen = seen_keys()
+        if seen is not None:
+            key, value = key[:, :, : seen.tokens], value[:, :, : seen.tokens]
         tokens = key.shape[2]
         if query.shape[2] < tokens:
             return self._after_kept(query, key, value, scale, rotation)
@@ -69,7 +72,7 @@ class BeyondWindow:
         places = torch.arange(key.shape[2], device=key.device)[None]
         seen = seen_keys()
         if seen is not None:  # shorter sequences begin later in the buffer
-            places = places - (~seen).sum(1, keepdim=True)
+            places = places - (~seen.mask).sum(1, keepdim=True)
         own = places[:, -query.shape[2] :]
         visible = (places[:, None] <= own[:, :, None]) & (places >= 0)[:, None]
         return attend_rows(query, key, value, self.bands, rotation, scale, own, places, visible)

@@ -48,7 +48,7 @@ class Prompt:
         bos: bool | None = None,
         folder: str | None = None,
     ) -> None:
-        self.tokenizer, self.style = tokenizer, style
+        self.tokenizer, self.style, self.folder = tokenizer, style, folder
         if style not in STYLES:
             raise UserError(f"--prompt is {style!r}: it must be one of {STYLES}")
         if bos and tokenizer.bos is None:

@@ -171,15 +171,16 @@ class ResultStore:
             with open(self.folder / CASES_FILE, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
 
-    def finish(self, found: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, found: dict[str, Any], draw: bool = True) -> dict[str, Any]:
         """Return what was found, behind the settings; write it with its table and picture.
 
-        Its ``versions`` are those of the packages that made it.
+        Its ``versions`` are those of the packages that made it. Without ``draw`` there is no
+        picture: of a run that goes on.
         """
         result = self.settings | found | {"versions": _versions()}
         if self.primary:
             write_whole(self.folder / RESULT_FILE, _json(result))
-            write_table(self.folder, table(result), [result])
+            write_table(self.folder, table(result), [result] if draw else [])
         return result
 
 
@@ -200,9 +201,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_table(folder: Path, text: str, results: Sequence[dict[str, Any]]) -> None:
-    """Write a table of results and, where matplotlib is installed, their picture."""
+    """Write a table of results and, where matplotlib is installed, a picture of ``results``."""
     write_whole(folder / "table.md", (text + "\n").encode())
-    if has_matplotlib():
+    if results and has_matplotlib():
         from megatron_cream.evaluation.pictures import draw
 
         draw(results, folder / "picture.png")

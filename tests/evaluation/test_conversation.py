@@ -59,7 +59,7 @@ def test_beyond_the_window_answers_are_those_of_evaluation(small_hf, capsys):
     prompt = tokenizer(f"Question: {question}\nAnswer:", return_tensors="np")["input_ids"][0]
     assert len(prompt) > 48
     model = open_model(arguments(hf=small_hf, dual_chunk=sizes))
-    (answer,) = model.generate([prompt], 5, model.stop_tokens)
+    (answer,) = model.generate([prompt], [5], model.stop_tokens)
     answer = tokenizer.decode(torch.from_numpy(answer), skip_special_tokens=True)
     assert capsys.readouterr().out == answer + "\n"
 

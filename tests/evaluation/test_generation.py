@@ -12,8 +12,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from megatron_cream.evaluation import hf_model
-from megatron_cream.evaluation.forward import ScoringModel
+from megatron_cream.evaluation import forward, generation, hf_model
+from megatron_cream.evaluation.forward import KEYS_MULTIPLE, ScoringModel
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
 
 NEW = 24
@@ -45,7 +45,8 @@ def theirs(folder, given, new_tokens=NEW, eos=None):
 
 
 def ours(model, given, new_tokens=NEW, stop=()):
-    return [written.tolist() for written in model.generate(given, new_tokens, stop)]
+    most = [new_tokens] * len(given) if isinstance(new_tokens, int) else new_tokens
+    return [written.tolist() for written in model.generate(given, most, stop)]
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +73,43 @@ def test_an_answer_ends_before_the_token_that_stops_it(model, small_hf):
 def test_batches_that_the_memory_holds(model, monkeypatch):
     at_once = ours(model, prompts())
     sizes = []
-    own = hf_model.HuggingFaceModel._batches
+    own = generation.generate_batch
 
-    def counted(self, given, new_tokens):
-        for batch in own(self, given, new_tokens):
-            sizes.append(len(batch))
-            yield batch
+    def counted(module, batch, *rest):
+        sizes.append(len(batch))
+        return own(module, batch, *rest)
 
-    monkeypatch.setattr(hf_model.HuggingFaceModel, "_batches", counted)
+    monkeypatch.setattr(generation, "generate_batch", counted)
     # Keys and values of 2 layers of 2 heads of 8 values, 4 bytes each.
-    monkeypatch.setattr(hf_model, "_CPU_CACHE", 2 * (max(LENGTHS) + NEW) * 2 * 2 * 2 * 8 * 4)
+    most = 2 * (max(LENGTHS) + NEW + KEYS_MULTIPLE)
+    monkeypatch.setattr(hf_model, "_CPU_CACHE", most * 2 * 2 * 2 * 8 * 4)
     assert ours(model, prompts()) == at_once
     assert sizes == [2, 2, 2]
     assert ours(model, []) == []
+
+
+def test_each_prompt_has_its_own_most_tokens(model, small_hf):
+    most = [3, 1, NEW, 7, 2, 5]
+    wrote = theirs(small_hf, prompts())
+    assert ours(model, prompts(), most) == [
+        tokens[:n] for tokens, n in zip(wrote, most, strict=True)
+    ]
+
+
+def test_keys_in_parts_are_the_same_attention(model, monkeypatch):
+    """As a GPU cuts them where there are few sequences; in some parts nothing is seen."""
+    whole = ours(model, prompts())
+    monkeypatch.setattr(forward, "_splits", lambda *_: 8)
+    assert ours(model, prompts()) == whole
 
 
 def test_passes_without_a_cache_write_the_same(model, small_hf):
     given = prompts()[:3]
     wrote = theirs(small_hf, given, 6)
     stop = [wrote[1][2]]
-    found = [tokens.tolist() for tokens in ScoringModel.generate(model, given, 6, [])]
+    found = [tokens.tolist() for tokens in ScoringModel.generate(model, given, [6] * 3, [])]
     assert found == wrote
-    (stopped,) = ScoringModel.generate(model, given[1:2], 6, stop)
+    (stopped,) = ScoringModel.generate(model, given[1:2], [6], stop)
     assert stopped.tolist() == wrote[1][: wrote[1].index(stop[0])]
 
 

@@ -95,7 +95,7 @@ def test_whole_passes_tails_and_decoding(name, folder, opened):
         torch.testing.assert_close(own, logits_of(reference, alone)[:, CONTEXT:],
                                    atol=1e-4, rtol=1e-4)  # fmt: skip
     prompts = [tokens[0, :n].numpy() for n in (61, 97, 90)]
-    for prompt, answer in zip(prompts, model.generate(prompts, 4, ()), strict=True):
+    for prompt, answer in zip(prompts, model.generate(prompts, [4] * 3, ()), strict=True):
         assert np.array_equal(answer, written(reference, prompt, 4))
 
 

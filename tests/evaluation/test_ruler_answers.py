@@ -4,6 +4,7 @@
 import json
 import shutil
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -21,12 +22,14 @@ from megatron_cream.evaluation import ruler
 from megatron_cream.evaluation.compare import compare
 from megatron_cream.evaluation.prompts import open_prompt
 from megatron_cream.evaluation.result_files import read_result
-from megatron_cream.evaluation.ruler.answers import encode_case, open_cases, ruler_results
+from megatron_cream.evaluation.ruler import making
+from megatron_cream.evaluation.ruler.answers import ruler_results
+from megatron_cream.evaluation.ruler.making import open_cases
 from megatron_cream.evaluation.ruler.sampler import FREQUENT
 
 LENGTHS = [2600, 3000]
 TASKS = ["qa_1", "niah_single_1", "fwe"]
-IN_ORDER = ["niah_single_1", "fwe", "qa_1"]
+IN_ORDER = ["niah_single_1", "fwe", "qa_1"]  # that of RULER, and by tokens to write
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +76,9 @@ class Oracle:
         cases = open_cases(settings, prompt)
         self.tokenizer = prompt.tokenizer
         self._written = {
-            encode_case(prompt, case).tobytes(): (says(*key, i, list(case.answers)), (*key, i))
+            one.tokens.tobytes(): (says(*key, i, list(one.case.answers)), (*key, i))
             for key, own in cases.items()
-            for i, case in enumerate(own)
+            for i, one in enumerate(own)
         }
 
     def set_length(self, length):
@@ -83,9 +86,9 @@ class Oracle:
 
     def generate(self, prompts, new_tokens, stop):
         self.stops.add(tuple(stop))
-        for prompt in prompts:
+        for prompt, most in zip(prompts, new_tokens, strict=True):
             text, key = self._written[prompt.tobytes()]
-            assert key[0] == self.length and ruler.new_tokens(key[1]) == new_tokens
+            assert key[0] == self.length and ruler.new_tokens(key[1]) == most
             self.asked.append(key)
             yield self.tokenizer.encode([text])[0].astype(np.int64)
 
@@ -229,7 +232,8 @@ def test_a_model_writes_what_generate_does(asked, with_bos, tmp_path):
     tokenizer = load_tokenizer("HuggingFaceTokenizer", with_bos)
     module = AutoModelForCausalLM.from_pretrained(with_bos)
     cases = open_cases(settings, open_prompt(settings))
-    for record, case in zip(records, cases[1100, "niah_single_1"], strict=True):
+    for record, one in zip(records, cases[1100, "niah_single_1"], strict=True):
+        case = one.case
         read = [tokenizer.bos, *tokenizer.encode([case.prompt + case.prefix])[0]]
         assert len(read) - 1 + 128 == record["case_tokens"] <= 1100
         tokens = torch.tensor([read])
@@ -259,7 +263,7 @@ def test_prompts_of_chat_models(asked, with_bos, tmp_path):
     settings = asked(prompt="meta-llama3", **own)
     llama = open_cases(settings, open_prompt(settings))
     before, after = ruler.MODEL_TEMPLATES["meta-llama3"].split("{task_template}")
-    case = llama[1100, "fwe"][0]
+    case = llama[1100, "fwe"][0].case
     assert case.prompt.startswith(before) and case.prompt.endswith(after)
     assert case.prefix == FREQUENT.prefix
     shutil.copytree(with_bos, tmp_path / "hf")
@@ -269,10 +273,28 @@ def test_prompts_of_chat_models(asked, with_bos, tmp_path):
     settings = asked(hf=str(tmp_path / "hf"), prompt="chat", bos=True, **own)
     prompt = open_prompt(settings)
     chat = open_cases(settings, prompt)
-    case = chat[1100, "fwe"][0]
+    one = chat[1100, "fwe"][0]
+    case = one.case
     bos = prompt.tokenizer.decode([prompt.tokenizer.bos])
     assert case.prompt.startswith(f"{bos}<u>") and case.prompt.endswith("</u><a>")
-    assert encode_case(prompt, case).tolist().count(prompt.tokenizer.bos) == 1
+    assert one.tokens.tolist().count(prompt.tokenizer.bos) == 1
+
+
+def test_cases_made_in_other_processes_are_the_same(asked, monkeypatch):
+    tasks = ["niah_single_1", "niah_multikey_3", "fwe", "qa_1"]
+    settings = asked(lengths=[2600, 3000], ruler_tasks=tasks, samples=2)
+    prompt = open_prompt(settings)
+    here = open_cases(settings, prompt)
+    monkeypatch.setattr(making, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(making, "_processes", lambda: 2)
+    with closing(open_cases(settings, prompt)) as beside:
+        assert list(beside) == list(here) and len(here) == 8
+        for key, own in here.items():
+            assert [one.case for one in beside[key]] == [one.case for one in own]
+            for one, other in zip(beside[key], own, strict=True):
+                assert np.array_equal(one.tokens, other.tokens)
+    with pytest.raises(ValueError, match="--lengths has 300: it is too short for"):
+        open_cases(asked(lengths=[300, 4096]), prompt)
 
 
 BAD = {

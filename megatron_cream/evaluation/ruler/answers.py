@@ -4,86 +4,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_cream.errors import UserError
+from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.evaluation import ruler
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.forward import ScoringModel, progress_bar, weigh_tokens
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.result_files import RULER_RECORDS
-from megatron_cream.evaluation.ruler.materials import QuestionSet
+from megatron_cream.evaluation.ruler.making import RulerCases
 from megatron_cream.evaluation.ruler.sampler import RulerCase
 from megatron_cream.evaluation.store import ResultStore, open_store
-
-RulerCases = dict[tuple[int, str], list[RulerCase]]
-"""Length and task to its cases, by length and then in RULER's order of tasks."""
-
-
-def open_cases(settings: EvaluationSettings, prompt: Prompt) -> RulerCases:
-    """Return all cases of a run.
-
-    Raises:
-        UserError, OSError: a file that a task needs is missing or of another form, or a length is
-            too short for a task.
-    """
-    materials = read_materials(settings)
-    tasks = _tasks(settings, materials)
-    template = ruler.MODEL_TEMPLATES.get(settings.prompt, prompt.model_template)
-
-    def count(text: str) -> int:
-        return len(prompt.tokenizer.encode([text])[0])
-
-    made: RulerCases = {}
-    works = {length: weigh_tokens(length, length) for length in settings.lengths}
-    total, shown = len(tasks) * sum(works.values()), os.environ.get("RANK", "0") == "0"
-    with progress_bar("making cases", total, shown) as bar:
-        for length in settings.lengths:
-            for task in tasks:
-                made[length, task] = ruler.make_cases(
-                    task, length, settings.samples, count, materials, template
-                )
-                bar.update(works[length])
-    return made
-
-
-def read_materials(settings: EvaluationSettings) -> ruler.Materials:
-    """Read the files of --haystack, --qa and --words.
-
-    Raises:
-        UserError, OSError: a file of another form, or two of --qa in the same.
-    """
-    questions: dict[str, QuestionSet] = {}
-    for path in settings.qa or ():
-        kind, found = ruler.read_questions(path)
-        if kind in questions:
-            form = {"squad": "SQuAD", "hotpot": "HotpotQA"}[kind]
-            raise UserError(f"--qa has {path}: there must be one file in {form}'s form, not two")
-        questions[kind] = found
-    return ruler.Materials(
-        ruler.read_haystack(settings.haystack) if settings.haystack is not None else [],
-        questions.get("squad"),
-        questions.get("hotpot"),
-        ruler.read_words(settings.words) if settings.words is not None else [],
-    )
-
-
-def _tasks(settings: EvaluationSettings, materials: ruler.Materials) -> list[str]:
-    """Return the tasks that are asked for, by default those with all files, in RULER's order.
-
-    Raises:
-        UserError: no such task, or one whose file is not given.
-    """
-    if settings.ruler_tasks is None:
-        return ruler.available(materials)
-    for task in settings.ruler_tasks:
-        ruler.validate_material(task, materials)
-    return [task for task in ruler.TASKS if task in settings.ruler_tasks]
 
 
 def score_ruler(
@@ -91,17 +28,18 @@ def score_ruler(
 ) -> dict[str, Any]:
     """Have every case answered and return the results; write them if there is a folder.
 
-    A run that was killed is continued: cases that the folder has are not answered again.
+    A run that was killed is continued: cases that the folder has are not answered again, and it has
+    the results of all lengths that were finished.
     """
-    tasks = list(dict.fromkeys(task for _, task in cases))
+    tasks = cases.tasks
     decisive = _ruler_settings(settings, prompt, tasks)
     with open_store(settings, model, "ruler", decisive, RULER_RECORDS) as store:
-        known = {(*key, index) for key in cases for index in range(settings.samples)}
+        known = {(*key, index) for key in cases for index in range(cases.samples)}
         store.validate_finished(set(settings.lengths), known)
-        _answer_cases(model, prompt, cases, store)
-        return store.finish(
-            ruler_results(store.finished, tasks, settings.samples, settings.threshold)
-        )
+        for length in _answer_cases(model, prompt, cases, store):
+            found = ruler_results(store.finished, tasks, cases.samples, settings.threshold)
+            result = store.finish(found, draw=length == settings.lengths[-1])
+    return result
 
 
 def _ruler_settings(
@@ -136,42 +74,59 @@ def _content(paths: Iterable[str]) -> str:
 
 def _answer_cases(
     model: ScoringModel, prompt: Prompt, cases: RulerCases, store: ResultStore
-) -> None:
+) -> Iterator[int]:
+    """Have the cases of all tasks answered that are not yet; yield each length when it is done."""
     done = store.done
     eod = prompt.tokenizer.eod
     stop = model.stop_tokens or (() if eod is None else (eod,))
-    work = {length: weigh_tokens(length, length) for length, _ in cases}
-    total = sum(work[length] * len(own) for (length, _), own in cases.items())
+    lengths = list(dict.fromkeys(length for length, _ in cases))
+    # Those that write most first: a batch writes for as long as one of its cases does.
+    tasks = sorted(cases.tasks, key=ruler.new_tokens, reverse=True)
+    total = sum(weigh_tokens(n, n) for n in lengths) * len(tasks) * cases.samples
     with progress_bar("ruler", total, model.primary) as bar:
-        for (length, task), own in cases.items():
+        for length in lengths:
+            began = time.monotonic()
             model.set_length(length)
-            left = [i for i in range(len(own)) if (length, task, i) not in done]
-            bar.update(work[length] * (len(own) - len(left)))
-            prompts = [encode_case(prompt, own[i]) for i in left]
-            answers = model.generate(prompts, ruler.new_tokens(task), stop)
-            for index, tokens in zip(left, answers, strict=True):
-                # Rows of the output layer that only pad the vocabulary are no token of a text.
-                written = prompt.tokenizer.decode(tokens[tokens < prompt.tokenizer.vocab_size])
-                record = {
-                    "length": length,
-                    "task": task,
-                    "index": index,
-                    "score": ruler.score_case(task, written, own[index].answers),
-                    "written": written,
-                    "answers": list(own[index].answers),
-                    "written_tokens": len(tokens),
-                    "case_tokens": own[index].length,
-                }
-                store.add([record])
-                bar.update(work[length])
+            own = [
+                (task, index, one)
+                for task in tasks
+                for index, one in enumerate(cases[length, task])
+            ]
+            left = [one for one in own if (length, *one[:2]) not in done]
+            waited = time.monotonic() - began
+            bar.update(weigh_tokens(length, length) * (len(own) - len(left)))
+            new_tokens = [ruler.new_tokens(task) for task, *_ in left]
+            answers = model.generate([one.tokens for *_, one in left], new_tokens, stop)
+            for (task, index, one), tokens in zip(left, answers, strict=True):
+                store.add([_record(prompt.tokenizer, length, task, index, one.case, tokens)])
+                bar.update(weigh_tokens(length, length))
+            for task in tasks:
+                cases.forget((length, task))
+            if left and model.primary:
+                seconds = time.monotonic() - began
+                bar.write(
+                    f"{length} tokens: {len(left)} cases in {seconds:.1f} s, {waited:.1f} of "
+                    "them until the cases were made",
+                    file=sys.stderr,
+                )
+            yield length
 
 
-def encode_case(prompt: Prompt, case: RulerCase) -> np.ndarray:
-    """Return what a model reads, int64 ``[n]``: one text, behind the token that begins a text."""
-    tokens = prompt.tokenizer.encode([case.prompt + case.prefix])[0].astype(np.int64)
-    if prompt.bos and tokens[0] != prompt.tokenizer.bos:
-        tokens = np.concatenate([[prompt.tokenizer.bos], tokens])
-    return tokens
+def _record(
+    tokenizer: Tokenizer, length: int, task: str, index: int, case: RulerCase, tokens: np.ndarray
+) -> dict[str, Any]:
+    # Rows of the output layer that only pad the vocabulary are no token of a text.
+    written = tokenizer.decode(tokens[tokens < tokenizer.vocab_size])
+    return {
+        "length": length,
+        "task": task,
+        "index": index,
+        "score": ruler.score_case(task, written, case.answers),
+        "written": written,
+        "answers": list(case.answers),
+        "written_tokens": len(tokens),
+        "case_tokens": case.length,
+    }
 
 
 def ruler_results(
