@@ -128,7 +128,7 @@ def _step(
         loss = model(input_ids=tokens, position_ids=positions, attention_mask=None, labels=tokens)
         loss.float().mean().backward()
     if clex:
-        from megatron_cream.extras.clex.gradients import weights_gradient
+        from megatron_cream.extras.clex.trained_rotary import weights_gradient
 
         table = model.rotary_pos_emb.table
         weights_gradient(table, float(len(scales)))

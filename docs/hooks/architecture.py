@@ -27,7 +27,7 @@ ROWS: list[dict[str, str]] = [
         "corpus": "text to indexed dataset",
     },
     {
-        "extras": "CLEX, hybrid, restart, TE's loss",
+        "extras": "CLEX, hybrid, TE's loss",
         "data": "what training reads",
     },
     {

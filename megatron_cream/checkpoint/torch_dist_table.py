@@ -38,7 +38,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cream.errors import UserError, name_damaged
-from megatron_cream.mcore.safe_globals import is_extra_state_name, named_by_megatron
 
 RecordKey = tuple[str, tuple[int, ...]]
 """Key and offset of a chunk; () is the offset of an object."""
@@ -329,6 +328,8 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Return what is accepted beyond torch's list and Megatron's, as ``safe_globals`` takes it."""
+    from megatron_cream.mcore.build_model import named_by_megatron
+
     names = {**_IN_OBJECTS, **dict.fromkeys(_trusted_names())}
     found = {name: _named(here or name) for name, here in names.items()}
     return [(value, name) for name, value in (found | named_by_megatron()).items()]
@@ -370,6 +371,8 @@ def _validate_hidden_pickle(value: Any, place: str) -> None:
 
 def _find_placeholder(module: str, name: str) -> Any:
     """Find nothing that runs: the pickle is looked through for its names alone."""
+    from megatron_cream.mcore.build_model import is_extra_state_name
+
     listed = is_extra_state_name(module, name) or f"{module}.{name}" in _trusted_names()
     return _Placeholder if listed else None
 

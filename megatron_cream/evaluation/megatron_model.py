@@ -31,8 +31,8 @@ from megatron_cream.evaluation.forward import (
     tails,
 )
 from megatron_cream.evaluation.long_attention import BeyondWindow
+from megatron_cream.mcore.build_model import PipelineStage
 from megatron_cream.mcore.cpu import is_installed
-from megatron_cream.mcore.pipeline_stage import PipelineStage
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
 from megatron_cream.rope.huggingface import claimed_window
 

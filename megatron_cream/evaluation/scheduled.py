@@ -2,26 +2,35 @@
 """Passes through a model that is being trained, by Megatron's own schedule at any layout.
 
 ``MegatronModel`` has a model to itself; here the trainer's wrappers, attention, virtual stages and
-sequence parallelism stay as they are.
+sequence parallelism stay as they are. All that ``while_training`` needs of the trainer is here.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import get_signal_handler, get_timers, training
+from megatron.training.async_utils import maybe_finalize_async_save
+from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_cream.evaluation.forward import ForwardPass, PassScores, score_rows
 from megatron_cream.evaluation.megatron_model import ContextShard, output_input
+from megatron_cream.mcore.trainer import write_scalars
+
+if TYPE_CHECKING:
+    from megatron_cream.evaluation.while_training import Question
 
 
 def length_step() -> int:
@@ -139,3 +148,78 @@ def _whole_input(layer: Any) -> Iterator[None]:
         yield
     finally:
         layer.sequence_parallel = before
+
+
+def ask(
+    model: list[Any], questions: Sequence[Question], length: int, vocabulary: int
+) -> np.ndarray:
+    """Return the sums of every question ``[questions, 4]``, on every rank.
+
+    Args:
+        length: tokens of each question, before they are padded.
+        vocabulary: as for ``run_scheduled``.
+    """
+    step, rank = length_step(), mpu.get_data_parallel_rank()
+    ranks, stages = mpu.get_data_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size()
+    own = list(range(rank, len(questions), ranks))
+    # Every rank takes part in as many passes; what one has too few of is asked once more.
+    most = -(-len(questions) // ranks)
+    most = -(-most // stages) * stages
+    asked = own + [0] * (most - len(own))
+    tokens = -(-length // step) * step
+    passes = [pad_pass(questions[index].one, step) for index in asked]
+    assert all(one.tokens.shape[1] == tokens for one in passes)
+    answers = run_scheduled(model, passes, vocabulary)
+    device = next(model[0].parameters()).device
+    sums = torch.zeros(len(questions), 4, dtype=torch.float64, device=device)
+    first = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
+    if answers and first:
+        for index, scores in zip(own, answers, strict=False):
+            sums[index] = torch.tensor(questions[index].read(scores), dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return sums.cpu().numpy()
+
+
+@contextmanager
+def as_served(args: Namespace, model: list[Any]) -> Iterator[list[Any]]:
+    """Gather weights that an overlapped optimizer has not yet; yield the chunks' rotaries.
+
+    Their lengths may be set: afterwards they turn as in training again.
+    """
+    overlaps = training.should_disable_forward_pre_hook(args)
+    if overlaps:
+        training.disable_forward_pre_hook(model)
+    try:
+        with ExitStack() as stack:
+            rotaries = [unwrap_model(chunk).rotary_pos_emb for chunk in model]
+            for rotary in rotaries:
+                stack.enter_context(rotary.as_served())
+            yield rotaries
+    finally:
+        if overlaps:
+            training.enable_forward_pre_hook(model)
+
+
+def must_stop(args: Namespace) -> bool:
+    """Return whether a rank was told to stop: time is short then, and a checkpoint comes first."""
+    return bool(args.exit_signal_handler and any(get_signal_handler().signals_received()))
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Keep what is done out of the rate of the next line of the log."""
+    get_timers()("interval-time").stop()
+    yield
+    get_timers()("interval-time", log_level=0).start(barrier=True)
+
+
+def finish_async_save() -> None:
+    """Wait until a checkpoint that is being written is whole."""
+    maybe_finalize_async_save(blocking=True)
+
+
+def tell(values: dict[str, float], iteration: int, seconds: float) -> None:
+    """Print figures on the last rank, and write them where Megatron writes its own."""
+    words = " | ".join(f"{name}: {value:.6g}" for name, value in values.items())
+    print_rank_last(f" validation after iteration {iteration} | {words} | {seconds:.1f} s")
+    write_scalars({f"validation/{name}": value for name, value in values.items()}, iteration)

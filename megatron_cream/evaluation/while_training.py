@@ -14,7 +14,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,11 @@ class Validation:
     def __init__(self, args: Namespace) -> None:
         self.args = args
         self._questions: dict[int, list[Question]] | None = None
+        self._saved: tuple[str, int] | None = None
+
+    def has_saved(self, iteration: int) -> bool:
+        """Return whether the run's own checkpoint of an iteration was saved here already."""
+        return self._saved == (self.args.save, iteration)
 
     def after_iteration(
         self,
@@ -187,38 +192,44 @@ class Validation:
         opt_param_scheduler: Any,
         iteration: int,
         operations: float,
-        *_: Any,
+        context: Any,
+        data: Any,
     ) -> None:
         """Validate if it is time; the arguments are those of ``checkpoint_and_decide_exit``."""
         if iteration % self.args.validate_interval and iteration != self.args.train_iters:
             return
-        if _must_stop(self.args):
-            return
-        from megatron.training import get_timers
-        from megatron.training.training import save_checkpoint_and_time
+        from megatron_cream.evaluation import scheduled
 
-        get_timers()("interval-time").stop()
-        begin = time.perf_counter()
-        values = self._measure(model)
-        _tell(values, iteration, time.perf_counter() - begin)
-        get_timers()("interval-time", log_level=0).start(barrier=True)
+        if scheduled.must_stop(self.args):
+            return
+        state = iteration, model, optimizer, opt_param_scheduler, operations
+        # A pass may run out of memory: what is to be saved of this iteration is whole before.
+        last = iteration == self.args.train_iters and self.args.save
+        if last and iteration % self.args.save_interval:  # Megatron would after its loop
+            scheduled.training.save_checkpoint_and_time(*state, context, train_data_iterator=data)
+            self._saved = self.args.save, iteration
+        with scheduled.untimed():
+            scheduled.finish_async_save()
+            begin = time.perf_counter()
+            values = self._measure(model)
+            scheduled.tell(values, iteration, time.perf_counter() - begin)
         if self.args.keep_best is not None and self._is_best(values):
             with _weights_alone_to(self.args, self._folder):
-                save_checkpoint_and_time(
-                    iteration, model, optimizer, opt_param_scheduler, operations, {}
-                )
+                scheduled.training.save_checkpoint_and_time(*state, {})
             self._note_best(values, iteration)
 
     def _measure(self, model: list[Any]) -> dict[str, float]:
         """Return all figures by name, on every rank."""
+        from megatron_cream.evaluation import scheduled
+
         if self._questions is None:
             self._questions = _make_questions(self.args)
         found: dict[str, float] = {}
-        with _as_served(self.args, model) as rotaries:
+        with scheduled.as_served(self.args, model) as rotaries:
             for length, questions in self._questions.items():
                 for rotary in rotaries:
                     rotary.set_length(length)
-                sums = _ask(self.args, model, length, questions)
+                sums = scheduled.ask(model, questions, length, vocabulary(self.args))
                 found |= self._figures(length, questions, sums)
         return found
 
@@ -284,13 +295,6 @@ def _read_best(folder: Path) -> dict[str, Any] | None:
     return (json.loads(path.read_text("utf-8")) if path.is_file() else None) or None
 
 
-def _must_stop(args: Namespace) -> bool:
-    """Return whether a rank was told to stop: time is short then, and a checkpoint comes first."""
-    from megatron.training import get_signal_handler
-
-    return bool(args.exit_signal_handler and any(get_signal_handler().signals_received()))
-
-
 @contextmanager
 def _weights_alone_to(args: Namespace, folder: Path) -> Iterator[None]:
     """Have checkpoints saved in ``folder`` without the optimizer: to export, not to go on from."""
@@ -301,63 +305,3 @@ def _weights_alone_to(args: Namespace, folder: Path) -> Iterator[None]:
         yield
     finally:
         vars(args).update(before)
-
-
-def _tell(values: dict[str, float], iteration: int, seconds: float) -> None:
-    from megatron.training.utils import print_rank_last
-
-    from megatron_cream.mcore.trainer import write_scalars
-
-    words = " | ".join(f"{name}: {value:.6g}" for name, value in values.items())
-    print_rank_last(f" validation after iteration {iteration} | {words} | {seconds:.1f} s")
-    write_scalars({f"validation/{name}": value for name, value in values.items()}, iteration)
-
-
-def _ask(args: Namespace, model: list[Any], length: int, questions: list[Question]) -> np.ndarray:
-    """Return the sums of every question ``[questions, 4]``, on every rank."""
-    from megatron.core import mpu
-
-    from megatron_cream.evaluation.scheduled import length_step, pad_pass, run_scheduled
-
-    step, rank = length_step(), mpu.get_data_parallel_rank()
-    ranks, stages = mpu.get_data_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size()
-    own = list(range(rank, len(questions), ranks))
-    # Every rank takes part in as many passes; what one has too few of is asked once more.
-    most = -(-len(questions) // ranks)
-    most = -(-most // stages) * stages
-    asked = own + [0] * (most - len(own))
-    tokens = -(-length // step) * step
-    passes = [pad_pass(questions[index].one, step) for index in asked]
-    assert all(one.tokens.shape[1] == tokens for one in passes)
-    answers = run_scheduled(model, passes, vocabulary(args))
-    device = next(model[0].parameters()).device
-    sums = torch.zeros(len(questions), 4, dtype=torch.float64, device=device)
-    first = mpu.get_tensor_model_parallel_rank() == mpu.get_context_parallel_rank() == 0
-    if answers and first:
-        for index, scores in zip(own, answers, strict=False):
-            sums[index] = torch.tensor(questions[index].read(scores), dtype=torch.float64)
-    torch.distributed.all_reduce(sums)
-    return sums.cpu().numpy()
-
-
-@contextmanager
-def _as_served(args: Namespace, model: list[Any]) -> Iterator[list[Any]]:
-    """Gather weights that an overlapped optimizer has not yet; yield the chunks' rotaries.
-
-    Their lengths may be set: afterwards they turn as in training again.
-    """
-    from megatron.core.utils import unwrap_model
-    from megatron.training import training
-
-    overlaps = training.should_disable_forward_pre_hook(args)
-    if overlaps:
-        training.disable_forward_pre_hook(model)
-    try:
-        with ExitStack() as stack:
-            rotaries = [unwrap_model(chunk).rotary_pos_emb for chunk in model]
-            for rotary in rotaries:
-                stack.enter_context(rotary.as_served())
-            yield rotaries
-    finally:
-        if overlaps:
-            training.enable_forward_pre_hook(model)

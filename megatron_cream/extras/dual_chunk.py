@@ -22,7 +22,7 @@ from megatron_cream.attention.methods import AttentionChoice
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.extra import Extra
+from megatron_cream.mcore.hooks import Extra
 from megatron_cream.rope.scaling import RopeScaling
 
 FLAG = "--dual-chunk"

@@ -27,10 +27,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.extra import Extra
+from megatron_cream.mcore.hooks import Extra
 
 _LOCAL = {Symbols.ATTENTION, Symbols.MLP, Symbols.MOE, Symbols.PIPE}
-_UNROTATED = {Symbols.MLA: "MLA", Symbols.DS_ATTENTION: "sparse MLA"}
+_REFUSED = {
+    Symbols.MLA: f"positions do not reach MLA; use {Symbols.ATTENTION!r}",
+    Symbols.DS_ATTENTION: f"positions do not reach sparse MLA; use {Symbols.ATTENTION!r}",
+    Symbols.MTP_SEPARATOR: "multi-token prediction is not supported",
+}
 
 
 def validate_pattern(args: Namespace) -> None:
@@ -42,17 +46,9 @@ def validate_pattern(args: Namespace) -> None:
     flag, pattern = _flag_and_pattern(args)
     if pattern is None:
         return
-    for symbol, name in _UNROTATED.items():
+    for symbol, why in _REFUSED.items():
         if symbol in pattern:
-            raise UserError(
-                f"{flag} is {pattern!r}: it must be without {symbol!r}, positions do not reach "
-                f"{name}; use {Symbols.ATTENTION!r}"
-            )
-    if Symbols.MTP_SEPARATOR in pattern:
-        raise UserError(
-            f"{flag} is {pattern!r}: it must be without {Symbols.MTP_SEPARATOR!r}, multi-token "
-            "prediction is not supported"
-        )
+            raise UserError(f"{flag} is {pattern!r}: it must be without {symbol!r}, {why}")
     if Symbols.ATTENTION not in pattern:
         raise UserError(
             f"{flag} is {pattern!r}: it must have attention, {Symbols.ATTENTION!r}; nothing else "

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.extra import Extra
-from megatron_cream.mcore.trainer import patch_checkpoint_and_decide_exit
+from megatron_cream.mcore import trainer
+from megatron_cream.mcore.argument_table import flag_of
+from megatron_cream.mcore.hooks import Extra
+from megatron_cream.mcore.validation import validate_left_out
 from megatron_cream.options import parse_length
 
 _ONLY_WITH = ("validate_data", "validate_key_tokens", "keep_best")
+_FEWEST = {"validate_interval": 1, "validate_documents": 1, "validate_cases": 0}
 
 
 class LongValidation(Extra):
@@ -44,10 +47,15 @@ class LongValidation(Extra):
         if args.validate_lengths is None:
             for name in _ONLY_WITH:
                 if (value := getattr(args, name)) is not None:
-                    flag = "--" + name.replace("_", "-")
-                    raise UserError(f"{flag} is {value}: it needs --validate-lengths as well")
+                    raise UserError(
+                        f"{flag_of(name)} is {value}: it needs --validate-lengths as well"
+                    )
             return
-        _validate_numbers(args)
+        for name, fewest in _FEWEST.items():
+            if (value := getattr(args, name)) < fewest:
+                raise UserError(f"{flag_of(name)} is {value}: it must be at least {fewest}")
+        if (shortest := min(args.validate_lengths)) < 2:
+            raise UserError(f"--validate-lengths has {shortest}: it must be at least 2 tokens")
         if args.validate_data is None:
             raise UserError("--validate-data is missing: --validate-lengths needs held-out text")
         if extension.draws_scales:
@@ -56,7 +64,7 @@ class LongValidation(Extra):
                 f"{extension.rope_interpolation}: it is not possible with trained frequencies; "
                 "leave it out, and evaluate checkpoints"
             )
-        _validate_megatron(args)
+        validate_left_out(args, "with_lengths", " with --validate-lengths")
         from megatron_cream.evaluation.while_training import metric_names
 
         names = metric_names(args)
@@ -78,36 +86,9 @@ class LongValidation(Extra):
             return
         from megatron_cream.evaluation.while_training import Validation
 
-        patch_checkpoint_and_decide_exit.apply(Validation(args).after_iteration)
-
-
-def _validate_numbers(args: Namespace) -> None:
-    for name, fewest in (
-        ("validate_interval", 1),
-        ("validate_documents", 1),
-        ("validate_cases", 0),
-    ):
-        value = getattr(args, name)
-        if value < fewest:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {value}: it must be at least {fewest}")
-    if (shortest := min(args.validate_lengths)) < 2:
-        raise UserError(f"--validate-lengths has {shortest}: it must be at least 2 tokens")
-
-
-def _validate_megatron(args: Namespace) -> None:
-    """Refuse what holds every pass of a run to one length."""
-    if getattr(args, "tp_comm_overlap", False):
-        raise UserError(
-            "--tp-comm-overlap is given with --validate-lengths: its buffers have the trained "
-            "length; leave one of them out"
-        )
-    graphs = getattr(args, "cuda_graph_impl", None)
-    if graphs not in (None, "none"):
-        raise UserError(
-            f"--cuda-graph-impl is {graphs} with --validate-lengths: graphs have the trained "
-            "length; leave one of them out"
-        )
+        validation = Validation(args)
+        trainer.patch_checkpoint_and_decide_exit.apply(validation.after_iteration)
+        trainer.patch_save_checkpoint_and_time.apply(validation.has_saved)
 
 
 def _validate_best(args: Namespace) -> None:

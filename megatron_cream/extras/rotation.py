@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.extra import Extra
+from megatron_cream.mcore.hooks import Extra
 
 FLAG = "--rope-kernel"
 _NAMES = {"triton": "Triton", "te": "Transformer Engine"}

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.extra import Extra
+from megatron_cream.mcore.hooks import Extra
 
 FLAG = "--te-cross-entropy"
 

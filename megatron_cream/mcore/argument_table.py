@@ -55,6 +55,7 @@ class Argument:
         unless, where: the argument without or with which alone it is required.
         refused: why a run must leave it out.
         with_scales: why a run whose samples have scales, as with CLEX, must leave it out.
+        with_lengths: why a run that validates at other lengths must leave it out.
         needs_gpu: it must be left out with --cpu.
         cpu: the value that --cpu sets.
         one_rank: the value of the same model on one rank.
@@ -78,6 +79,7 @@ class Argument:
     where: str | None = None
     refused: str | None = None
     with_scales: str | None = None
+    with_lengths: str | None = None
     needs_gpu: bool = False
     cpu: Any = UNSET
     one_rank: Any = UNSET
@@ -211,12 +213,22 @@ _ROWS = (
     *_each("fp8_param_gather", meta=False),
     *_each("recompute_granularity recompute_method", **_MEMORY),
     *_each("recompute_num_layers", range=COUNT, **_MEMORY),
-    *_each("tp_comm_overlap", evaluated=False, meta=False),
+    *_each(
+        "tp_comm_overlap",
+        with_lengths="its buffers have the trained length",
+        evaluated=False,
+        meta=False,
+    ),
     *_each("rope_kernel", evaluated="te"),
     *_each("dual_chunk", evaluated=None),  # evaluation has an attention of its own
     *_each("te_cross_entropy", evaluated=False),  # logits are what is asked for
     *_each("perform_initialization", off="--no-initialization", meta=False),
-    *_each("cuda_graph_impl", default="none", with_scales="the rotation of clex is not captured"),
+    *_each(
+        "cuda_graph_impl",
+        default="none",
+        with_scales="the rotation of clex is not captured",
+        with_lengths="graphs have the trained length",
+    ),
     *_each("enable_cuda_graph external_cuda_graph optimizer_cuda_graph", needs_gpu=True),
     *_each("async_save optimizer_cpu_offload", needs_gpu=True),
     # Batch, optimizer and schedule
@@ -306,6 +318,7 @@ _ROWS = (
 ARGUMENTS: dict[str, Argument] = {row.name: row for row in _ROWS}
 
 Value = Literal["cpu", "one_rank", "evaluated", "meta", "hugging_face", "estimated"]
+Reason = Literal["refused", "with_scales", "with_lengths"]
 Mark = Literal["needs_gpu", "same_model", "restored", "scales_rope"]
 
 

@@ -40,6 +40,7 @@ def install() -> None:
         torch._dynamo.config.disable = True
     # Twenty lines per rank on GPU packages that are missing: here they are meant to be.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set")  # by Megatron, always
     # Its random-state tracker wonders, at every dropout, why the CPU's state changed with the
     # GPU's: they are one.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda record: False)
@@ -101,7 +102,7 @@ def _validate_weight_shards(args: Any) -> None:
     for name, size in (("tensor", tensor), ("expert_tensor", experts)):
         shards = getattr(args, f"{name}_parallel_num_weight_shards")
         if shards not in (None, size):
-            flag = f"--{name.replace('_', '-')}-parallel-num-weight-shards"
+            flag = flag_of(f"{name}_parallel_num_weight_shards")
             raise UserError(
                 f"{flag} is {shards} with --cpu: it must be left out, or be {size}, as many as "
                 f"{name.replace('_', '-')} parallelism has ranks"
@@ -142,10 +143,14 @@ def _answer(answer: Callable[[], Any], *names: str) -> None:
         _replace(f"torch.cuda:{name}")(lambda own: lambda *_, **__: answer())
 
 
-def _cpu() -> Any:
+def _torch() -> Any:
     import torch
 
-    return torch.device("cpu")
+    return torch
+
+
+def _cpu() -> Any:
+    return _torch().device("cpu")
 
 
 def _properties() -> SimpleNamespace:
@@ -192,38 +197,19 @@ _answer(_Inert, "current_stream", "default_stream")
 _replace("torch.cuda:Stream", "torch.cuda:Event")(lambda own: type(own.__name__, (_Inert,), {}))
 
 
-@_replace("torch.cuda:get_rng_state", "torch.cuda.random:get_rng_state")
-def _get_rng_state(own: Any) -> Any:
-    import torch
-
-    return lambda *_, **__: torch.get_rng_state()
+def _both(name: str) -> tuple[str, str]:
+    return f"torch.cuda:{name}", f"torch.cuda.random:{name}"
 
 
-@_replace("torch.cuda:set_rng_state", "torch.cuda.random:set_rng_state")
-def _set_rng_state(own: Any) -> Any:
-    import torch
-
-    return lambda state, *_, **__: torch.set_rng_state(state)
-
-
-@_replace(
-    *("torch.cuda:manual_seed", "torch.cuda.random:manual_seed"),
-    *("torch.cuda:manual_seed_all", "torch.cuda.random:manual_seed_all"),
+_replace(*_both("get_rng_state"))(lambda own: lambda *_, **__: _torch().get_rng_state())
+_replace(*_both("set_rng_state"))(lambda own: lambda state, *_, **__: _torch().set_rng_state(state))
+_replace(*_both("manual_seed"), *_both("manual_seed_all"))(
+    lambda own: lambda seed: _torch().default_generator.manual_seed(seed)
 )
-def _manual_seed(own: Any) -> Any:
-    import torch
-
-    return lambda seed: torch.default_generator.manual_seed(seed)
-
-
-@_replace("torch.cuda:default_generators")
-def _default_generators(own: Any) -> Any:
-    """Megatron's random-state tracker sets the state of the current device's generator."""
-    import torch
-
-    return UserDict({torch.device("cpu"): torch.default_generator})
-
-
+# Megatron's random-state tracker sets the state of the current device's generator.
+_replace("torch.cuda:default_generators")(
+    lambda own: UserDict({_cpu(): _torch().default_generator})
+)
 _replace("torch:Tensor.cuda", "torch:Tensor.pin_memory", "torch.nn:Module.cuda")(
     lambda own: lambda self, *_, **__: self
 )

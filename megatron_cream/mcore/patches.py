@@ -17,20 +17,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cream.errors import MissingPackageError
+from megatron_cream.errors import MissingPackageError, UserError
 
 RELEASE = "0.19.2"
 """The megatron-core that patches and hooks are made for."""
 
 MARK = "__megatron_cream_patch__"
-"""Attribute of every replacement: the patch that made it, and what was there before."""
+"""Attribute of every replacement: what was there before."""
 
-_DECLARED_IN = ("attention_rotation", "trainer", "cpu")  # modules of this package
+_DECLARED_IN = ("rotary", "trainer", "cpu")  # modules of this package
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,46 +57,28 @@ class Patch:
         Raises:
             ImportError: this release of Megatron has no such name or parameter.
         """
-        current = self._current()
-        mark = getattr(current, MARK, None)
-        if mark is not None and not settings:
+        current = self.current()
+        if hasattr(current, MARK) and not settings:
             return current
-        own = current if mark is None else mark.own
+        own = getattr(current, MARK, current)
         replacement = self.make(own, *settings)
         if replacement is not own:
-            setattr(replacement, MARK, _Mark(self, own))
+            setattr(replacement, MARK, own)
             self._set(replacement)
         return replacement
-
-    def restore(self) -> None:
-        """Put back what was there before ``apply``."""
-        mark = getattr(self._current(), MARK, None)
-        if mark is not None:
-            self._set(mark.own)
-
-    @contextmanager
-    def applied(self, *settings: Any) -> Iterator[Any]:
-        """Apply for the time of a block; yields the replacement."""
-        try:
-            yield self.apply(*settings)
-        finally:
-            self.restore()
 
     @property
     def in_place(self) -> bool:
         """Whether the name is replaced in this process now."""
         module = self.symbols[0].partition(":")[0]
-        return module in sys.modules and hasattr(self._current(), MARK)
+        return module in sys.modules and hasattr(self.current(), MARK)
 
-    def validate(self) -> None:
-        """Hold the patch against the installed release.
+    def current(self) -> Any:
+        """Return what is under the name now.
 
         Raises:
-            ImportError: it has no such name or parameter.
+            ImportError: this release of Megatron has no such name or parameter.
         """
-        self._current()
-
-    def _current(self) -> Any:
         for symbol in self.symbols:
             owner, name = _owner(symbol)
             if not hasattr(owner, name):
@@ -114,12 +95,6 @@ class Patch:
         for symbol in self.symbols:
             owner, name = _owner(symbol)
             setattr(owner, name, value)
-
-
-@dataclass(frozen=True)
-class _Mark:
-    patch: Patch
-    own: Any
 
 
 _patches: dict[str, Patch] = {}
@@ -173,13 +148,34 @@ def validate_all() -> str:
     """
     found = registered()
     for each in found:
-        each.validate()
+        each.current()
     return f"{len(found)} patches fit the installed megatron-core"
 
 
 def applied() -> list[str]:
     """Return the names of what is replaced in this process now, each group once."""
     return list(dict.fromkeys(each.group for each in _patches.values() if each.in_place))
+
+
+def validate_release(advice: str) -> None:
+    """Refuse a megatron of another release than this package is made for.
+
+    pip sees to it for an installed one; a clone beside a script comes before that.
+
+    Args:
+        advice: what to do.
+
+    Raises:
+        UserError: naming where it was found.
+    """
+    from megatron.core import package_info
+
+    wanted = RELEASE.rpartition(".")[0]
+    if f"{package_info.MAJOR}.{package_info.MINOR}" != wanted:
+        raise UserError(
+            f"megatron-core is {package_info.__shortversion__}, from {package_info.__file__}: it "
+            f"must be {wanted}; {advice}"
+        )
 
 
 def set_built(module: Any, name: str, value: Any) -> None:

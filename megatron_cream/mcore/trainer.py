@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches of Megatron's trainer: how it parses, starts, logs and saves."""
+"""Patches of Megatron's trainer (how it parses, starts, logs and saves), and its restart."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import queue
@@ -49,15 +50,16 @@ def patch_parse_and_validate_args(
     "nowhere else.",
 )
 def patch_pretrain(
-    own: Callable[..., Any], swap: Callable[[dict[str, Any]], None]
+    own: Callable[..., Any], swap: Callable[[Namespace, dict[str, Any]], None]
 ) -> Callable[..., Any]:
-    """Have the arguments of a script's call, by name, changed in place by ``swap``."""
+    """Have ``swap`` change the arguments of a script's call, by name; it gets Megatron's too."""
+    from megatron.training import get_args
 
     @functools.wraps(own)
     def pretrain(*args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(own).bind(*args, **kwargs)
         with one_line_errors():
-            swap(call.arguments)
+            swap(get_args(), call.arguments)
         return own(*call.args, **call.kwargs)
 
     return pretrain
@@ -129,14 +131,34 @@ def write_scalars(values: dict[str, float], iteration: int) -> None:
 def patch_checkpoint_and_decide_exit(
     own: Callable[..., bool], after_iteration: Callable[..., None]
 ) -> Callable[..., bool]:
-    """Have ``after_iteration`` called with the same arguments before a checkpoint is due."""
+    """Have ``after_iteration`` called with the same arguments behind a checkpoint that is due."""
 
     @functools.wraps(own)
     def checkpoint_and_decide_exit(*args: Any, **kwargs: Any) -> bool:
+        must_exit = own(*args, **kwargs)
         after_iteration(*args, **kwargs)
-        return own(*args, **kwargs)
+        return must_exit
 
     return checkpoint_and_decide_exit
+
+
+@patch(
+    "megatron.training.training:save_checkpoint_and_time",
+    needs=("iteration",),
+    why="Megatron saves the last iteration when its loop is over. Our validation comes before that "
+    "and may run out of memory, so it saves first, and that iteration is not saved again.",
+)
+def patch_save_checkpoint_and_time(
+    own: Callable[..., None], is_saved: Callable[[int], bool]
+) -> Callable[..., None]:
+    """Save nothing where ``is_saved(iteration)``."""
+
+    @functools.wraps(own)
+    def save_checkpoint_and_time(iteration: int, *args: Any, **kwargs: Any) -> None:
+        if not is_saved(iteration):
+            own(iteration, *args, **kwargs)
+
+    return save_checkpoint_and_time
 
 
 @patch(
@@ -191,3 +213,36 @@ def patch_save(
         return request
 
     return save
+
+
+def restart_inside(start: Callable[..., None], args: Namespace) -> None:
+    """Call ``start(args, store=..., inprocess_call_wrapper=...)``, and again after a failure.
+
+    Megatron 0.19.2 wraps its ``pretrain`` for nvidia-resiliency-ext, which calls it again after a
+    failure. By then the arguments are gone (``destroy_global_state``), the model's config has the
+    failed attempt's functions in it, and all attempts share one store, because the parameter that
+    the attempt's number should come by has a type that the package does not look for. So what is
+    wrapped here is everything from the arguments on, and each attempt has its own copy of them.
+
+    Args:
+        start: takes the two on to ``pretrain``, which gives every attempt keys of its own in the
+            store.
+        args: validated, and set in Megatron's globals.
+    """
+    from megatron.training import inprocess_restart
+    from megatron.training.global_vars import set_global_variables
+    from nvidia_resiliency_ext.inprocess import CallWrapper
+
+    untouched = copy.deepcopy(args)
+
+    def attempt(call: Any = None) -> None:
+        own = args
+        if call.iteration:
+            own = copy.deepcopy(untouched)
+            set_global_variables(own)
+        start(own, store=store, inprocess_call_wrapper=call)
+
+    # The package hands its wrapper to the parameter that has its type, and not the type's name.
+    attempt.__annotations__["call"] = CallWrapper
+    wrapped, store = inprocess_restart.maybe_wrap_for_inprocess_restart(attempt)
+    wrapped()

@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
-from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.argument_table import ARGUMENTS, flag_of
+from megatron_cream.mcore.argument_table import ARGUMENTS, Reason, flag_of
 from megatron_cream.options import is_finite
 
 
@@ -82,36 +81,31 @@ def validate_ranges(args: Namespace) -> None:
         )
 
 
-def validate_left_out(args: Namespace) -> None:
+def validate_left_out(args: Namespace, fact: Reason = "refused", beside: str = "") -> None:
     """Refuse arguments that a run cannot have, or that nothing here reads.
+
+    Args:
+        fact: of the table, which says why.
+        beside: for the message, what they do not go with.
 
     Raises:
         UserError: naming the flag, its value and what to do.
     """
     for row in ARGUMENTS.values():
-        if row.refused and not row.is_left_out(args):
-            value = getattr(args, row.name)
-            raise UserError(f"{flag_of(row.name)} is {value}: it must be left out, {row.refused}")
-
-
-def validate_with_scales(args: Namespace, extension: ExtensionConfig) -> None:
-    """Refuse arguments that do not go with a scale per sample (CLEX).
-
-    Raises:
-        UserError: naming the flag, its value and what to do.
-    """
-    for row in ARGUMENTS.values() if extension.draws_scales else ():
-        if row.with_scales and not row.is_left_out(args):
-            raise UserError(
-                f"{flag_of(row.name)} is {getattr(args, row.name)}: --rope-interpolation is "
-                f"{extension.rope_interpolation!r}, so it must be left out, {row.with_scales}"
-            )
+        why = getattr(row, fact)
+        if why and not row.is_left_out(args):
+            found = f"{flag_of(row.name)} is {getattr(args, row.name)}{beside}"
+            raise UserError(f"{found}: it must be left out, {why}")
 
 
 _ARGUMENT = re.compile(r"\bargs\.(\w+)")
 _FIELD = re.compile(r"\b[a-z]+(?:_[a-z0-9]+)+\b")
 _PREFIXES = ("", "ddp_", "dist_ckpt_", "moe_", "optimizer_")  # a config's field to its flag
-_BEGIN, _END = "- arguments -", "- end of arguments -"
+_LEFT_OUT = (
+    r"^[^\n]*- arguments -.*?- end of arguments -[^\n]*\n?",  # some 850, without a switch
+    r"^WARNING: one_logger package is required[^\n]*\n",  # by a page inside NVIDIA
+    r"^WARNING: TensorBoard writing requested[^\n]*\n",  # by another cause; the start block says it
+)
 
 
 @contextmanager
@@ -141,7 +135,7 @@ def megatron_validation_errors(
             raise UserError(f"Megatron refuses these flags: {_last_line(output)}") from None
         raise
     if tell:
-        print(without_arguments(output.getvalue()), end="", flush=True)
+        print(shortened(output.getvalue()), end="", flush=True)
 
 
 def _with_flags(reason: str, args: Namespace | None) -> str:
@@ -176,18 +170,12 @@ def _last_line(output: io.StringIO) -> str:
     return lines[-1] if lines else "it exits without a reason"
 
 
-def without_arguments(text: str) -> str:
-    """Return what Megatron's validation printed without its list of some 850 arguments.
+def shortened(text: str) -> str:
+    """Return what Megatron's validation printed without what tells a user nothing.
 
-    There is no switch for the list. Whole it is in TensorBoard and in every checkpoint.
+    Its list of arguments is whole in TensorBoard and in every checkpoint.
     """
-    kept, inside = [], False
-    for line in text.splitlines(keepends=True):
-        begins, ends = _BEGIN in line, _END in line
-        if not (inside or begins):
-            kept.append(line)
-        inside = (inside or begins) and not ends
-    return "".join(kept)
+    return re.sub("|".join(_LEFT_OUT), "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def validate_with_megatron(args: Namespace, defaults: dict[str, Any]) -> Namespace:
@@ -203,7 +191,7 @@ def validate_with_megatron(args: Namespace, defaults: dict[str, Any]) -> Namespa
     from megatron.training.arguments import validate_args
 
     validated = copy.deepcopy(args)
-    validated.calculate_per_token_loss = True  # as training will; startup.py says why
+    validated.calculate_per_token_loss = True  # as training will; pretrain.py says why
     with megatron_validation_errors(validated):
         validate_args(validated, defaults)
     return validated

@@ -14,7 +14,7 @@ from megatron_cream.config import (
 )
 from megatron_cream.errors import UserError
 from megatron_cream.mcore.argument_table import rotary_dim
-from megatron_cream.mcore.extra import extras
+from megatron_cream.mcore.hooks import extras
 from megatron_cream.mcore.validation import make_readable
 from megatron_cream.positions import STRATEGIES
 from megatron_cream.positions.strategy import strategy_class

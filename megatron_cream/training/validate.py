@@ -7,6 +7,7 @@ Training, a script's start and the dry run ask these functions, so that they agr
 from __future__ import annotations
 
 import math
+import sys
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +18,15 @@ from megatron_cream.data.text_sources import PACK_MULTIPLE
 from megatron_cream.errors import UserError
 from megatron_cream.mcore import cpu
 from megatron_cream.mcore.argument_table import flag_of
-from megatron_cream.mcore.extra import extras
+from megatron_cream.mcore.hooks import extras
 from megatron_cream.mcore.validation import (
     validate_left_out,
     validate_model_config,
     validate_ranges,
     validate_required,
     validate_with_megatron,
-    validate_with_scales,
 )
-from megatron_cream.training import blend, resume
+from megatron_cream.training import datasets, resume
 from megatron_cream.training.arguments import extension_from_args
 
 
@@ -60,9 +60,11 @@ def validate_our_flags(args: Namespace) -> ExtensionConfig:
     validate_supported(args)
     if args.cpu:
         cpu.validate_flags(args)
-    blend.validate_blend(args)
+    datasets.validate_blend(args)
     extension = extension_from_args(args)
-    validate_with_scales(args, extension)
+    if extension.draws_scales:
+        beside = f" with --rope-interpolation {extension.rope_interpolation}"
+        validate_left_out(args, "with_scales", beside)
     for extra in extras():
         extra.validate_flags(args, extension)
     return extension
@@ -81,7 +83,7 @@ def validate_files(args: Namespace, validated: Namespace, extension: ExtensionCo
     validate_packages(args)
     validate_model_config(validated)
     validate_tokenizer(args)
-    blend.validate_datasets(args, extension)
+    datasets.validate_datasets(args, extension)
     resume.validate_checkpoint(args, extension)
     resume.validate_same_schedule(validated)
 
@@ -204,10 +206,17 @@ def validate_packages(args: Namespace) -> None:
             f"--optimizer is {args.optimizer!r}: it needs the package emerging-optimizers; adam "
             "and sgd need none"
         )
+    if args.wandb_project and "wandb" not in sys.modules and find_spec("wandb") is None:
+        raise UserError("--wandb-project is given: it needs the package wandb, pip install wandb")
     if args.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise UserError(
             "--transformer-impl is 'transformer_engine', which is not installed: pip install "
             "'.[gpu]' (megatron_cream's extra), or give --transformer-impl local"
+        )
+    if args.inprocess_restart and find_spec("nvidia_resiliency_ext") is None:
+        raise UserError(
+            "--inprocess-restart is given: it needs the package nvidia-resiliency-ext, without "
+            "which Megatron would train as if it were not"
         )
     for extra in extras():
         extra.validate_machine(args)

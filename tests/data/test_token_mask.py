@@ -189,7 +189,7 @@ def damage(prefix, how):
     ],
 )
 def test_a_mask_that_cannot_be_right_is_refused(tmp_path, mask, how, words):
-    from megatron_cream.training.blend import _validate_mask
+    from megatron_cream.training.datasets import _validate_mask
 
     prefix = write(tmp_path / "a", mask, recorded(mask))
     _validate_mask(read_index(prefix))

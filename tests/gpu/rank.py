@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 def keep_first_gradient(path: str) -> None:
     """Write the weights' gradient ``[size]`` of the first step, as all ranks have it."""
-    from megatron_cream.extras.clex import gradients
+    from megatron_cream.extras.clex import trained_rotary
 
-    own = gradients.weights_gradient
+    own = trained_rotary.weights_gradient
 
     def weights_gradient(*args):
         gradient = own(*args)
@@ -26,7 +26,7 @@ def keep_first_gradient(path: str) -> None:
             torch.save(gradient.cpu(), path)
         return gradient
 
-    gradients.weights_gradient = weights_gradient
+    trained_rotary.weights_gradient = weights_gradient
 
 
 if __name__ == "__main__":

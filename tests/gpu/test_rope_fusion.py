@@ -39,7 +39,7 @@ def angles(batch, interleaved=False):
 
 
 def both_ways(t_wide, t, freqs, interleaved=False):
-    from megatron_cream.mcore.attention_rotation import rotate
+    from megatron_cream.mcore.rotary import rotate
 
     results = []
     upstream = torch.randn_like(t)
@@ -64,8 +64,7 @@ def test_samples_with_positions_of_their_own(batch, interleaved):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_attention_factor_of_partly_rotated_heads(batch, interleaved):
-    from megatron_cream.mcore.attention_rotation import rotate
-    from megatron_cream.mcore.rotary import PositionRotaryEmbedding
+    from megatron_cream.mcore.rotary import PositionRotaryEmbedding, rotate
     from megatron_cream.rope import make_scaling
 
     scaling = make_scaling("yarn", dim=D // 2, factor=64.0, original_length=S)
@@ -95,7 +94,7 @@ def test_packed_documents():
 def test_strided_queries_are_not_copied():
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_cream.mcore.attention_rotation import rotate
+    from megatron_cream.mcore.rotary import rotate
 
     _, t = strided(S, 2, H, D)
     seen = []

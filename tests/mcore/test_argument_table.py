@@ -47,7 +47,7 @@ def test_megatron_has_every_argument_by_its_flag(actions, row):
     action = actions[row.name]
     assert (row.off or argument_table.flag_of(row.name)) in action.option_strings
     assert (action.const is False) == (row.off is not None), "what a flag turns off stands in off"
-    if row.refused or row.with_scales or row.default is not None:
+    if row.refused or row.with_scales or row.with_lengths or row.default is not None:
         left_out = Namespace(**{row.name: action.default})
         assert row.is_left_out(left_out), f"its default is {action.default}"
 
@@ -117,13 +117,20 @@ def test_norms_around_one_are_not_exported():
 
 
 def test_what_has_no_place_beside_a_scale_per_sample_is_refused():
-    from megatron_cream.config import ExtensionConfig
-    from megatron_cream.mcore.validation import validate_with_scales
+    from megatron_cream.mcore.validation import validate_left_out
 
-    clex = ExtensionConfig(8, 32, 8, rope_interpolation="clex", rope_factor=4.0)
     given = Namespace(use_megatron_fsdp=True, use_torch_fsdp2=False, cuda_graph_impl="none")
-    validate_with_scales(given, ExtensionConfig(8, 32, 8))
-    with pytest.raises(UserError, match="--use-megatron-fsdp is True.*is 'clex'.*left out"):
-        validate_with_scales(given, clex)
+    with pytest.raises(UserError, match="--use-megatron-fsdp is True with clex: it must be left o"):
+        validate_left_out(given, "with_scales", " with clex")
     given.use_megatron_fsdp = False
-    validate_with_scales(given, clex)
+    validate_left_out(given, "with_scales", " with clex")
+
+
+def test_what_has_one_length_is_refused_beside_others():
+    from megatron_cream.mcore.validation import validate_left_out
+
+    given = Namespace(tp_comm_overlap=False, cuda_graph_impl="none")
+    validate_left_out(given, "with_lengths")
+    for name, value in (("tp_comm_overlap", True), ("cuda_graph_impl", "local")):
+        with pytest.raises(UserError, match=f"is {value}.*have the trained length"):
+            validate_left_out(Namespace(**vars(given) | {name: value}), "with_lengths")

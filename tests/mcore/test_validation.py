@@ -17,11 +17,12 @@ def test_help_is_printed(monkeypatch, capsys):
 
 
 def test_megatrons_list_of_arguments_is_left_out_and_the_rest_kept():
-    from megatron_cream.mcore.validation import without_arguments
+    from megatron_cream.mcore.validation import shortened
 
     text = "using 1 GPU\n--- arguments ---\n  lr ... 1\n--- end of arguments ---\nlast\n"
-    assert without_arguments(text) == "using 1 GPU\nlast\n"
-    assert without_arguments("a\nb") == "a\nb"
+    assert shortened(text) == "using 1 GPU\nlast\n"
+    text += "WARNING: one_logger package is required\nWARNING: TensorBoard writing requested x\nb"
+    assert shortened(text) == "using 1 GPU\nlast\nb"
 
 
 def test_a_run_prints_no_list_of_arguments(reference):

@@ -38,7 +38,7 @@ def case(name):
 
 def table(std):
     """A table and its weights; W_down of standard deviation 50 brings pairs to their limits."""
-    from megatron_cream.extras.clex.frequencies import ScaleTable
+    from megatron_cream.extras.clex import ScaleTable
     from megatron_cream.rope import make_scaling
 
     scaling = make_scaling("clex", dim=16, factor=7.5, original_length=96)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cream.extras.clex.frequencies import divisors
+from megatron_cream.extras.clex import divisors
 from megatron_cream.extras.clex.ode import VectorField, limits, solve
 from megatron_cream.rope.scaling import rounded_list
 
@@ -111,7 +111,7 @@ def test_frequencies_are_rounded_as_a_servers():
     ],
 )
 def test_end_of_a_step_refuses(monkeypatch, finite, gradient, checked, message):
-    from megatron_cream.extras.clex import gradients
+    from megatron_cream.extras.clex import trained_rotary
 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: None)
     forgotten = []
@@ -127,9 +127,9 @@ def test_end_of_a_step_refuses(monkeypatch, finite, gradient, checked, message):
         ddp_config=SimpleNamespace(check_for_nan_in_grad=checked),
     )
     if message is None:
-        gradients.finish([chunk], 1.0)
+        trained_rotary.finish([chunk], 1.0)
         assert forgotten and (weights.main_grad == gradient).all()
         return
     with pytest.raises(RuntimeError, match=message):
-        gradients.finish([chunk], 1.0)
+        trained_rotary.finish([chunk], 1.0)
     assert (weights.main_grad == 0).all()

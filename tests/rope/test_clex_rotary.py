@@ -49,7 +49,7 @@ def step_gradient(module, scales):
 @pytest.mark.parametrize("length", [50, 96, 97, 400, 768, 2000])
 def test_evaluation_turns_as_the_frozen_export(length):
     """Bit for bit, at any length; beyond T at the scale that the length asks for."""
-    from megatron_cream.extras.clex.frequencies import freeze
+    from megatron_cream.extras.clex import freeze
     from megatron_cream.mcore.rotary import PositionRotaryEmbedding
 
     module = rotary()
@@ -87,7 +87,7 @@ def test_gradient_against_finite_differences():
     direction = torch.randn(module.weights.shape, generator=generator)
 
     def value(move):
-        from megatron_cream.extras.clex.frequencies import solve_weights
+        from megatron_cream.extras.clex import solve_weights
 
         field = module.table.field
         weights = module.weights.detach().double() + move * direction
@@ -157,7 +157,7 @@ def test_export_is_what_transformers_computes():
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from megatron_cream.extras.clex.frequencies import freeze
+    from megatron_cream.extras.clex import freeze
 
     module = rotary()
     frozen = freeze(module.scaling, module.weights.detach(), 8.0)

@@ -176,7 +176,7 @@ class TestRotary:
 class TestMarks:
     @given(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(1, 9))
     def test_samples(self, far, length):
-        from megatron_cream.data.batch import mark_far, take_marks
+        from megatron_cream.training.step import mark_far, take_marks
 
         ids = torch.stack([torch.arange(length) + (1000 if one else 0) for one in far])
         marked = mark_far(ids, None, 1000)
@@ -187,7 +187,7 @@ class TestMarks:
 
     @given(st.lists(st.tuples(st.integers(1, 7), st.integers(0, 30)), min_size=1, max_size=6))
     def test_packed_documents(self, documents):
-        from megatron_cream.data.batch import mark_far, take_marks
+        from megatron_cream.training.step import mark_far, take_marks
 
         ids = torch.cat([torch.arange(size) + first for size, first in documents])[None]
         ends = np.cumsum([0, *(size for size, _ in documents)])

@@ -68,7 +68,7 @@ def both(options):
     for name in list(sys.modules):  # Megatron has imported it, to compile
         if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
             del sys.modules[name]
-    from megatron_cream.mcore import attention_rotation
+    from megatron_cream.mcore import rotary
     from megatron_cream.rope import rotation_kernel
 
     unfused = outcome(options, triton=False)
@@ -76,7 +76,7 @@ def both(options):
     for name in ("rotate", "rotate_mixed"):
         own = getattr(rotation_kernel, name)
         setattr(rotation_kernel, name, lambda *a, own=own: (seen.append(own.__name__), own(*a))[1])
-    attention_rotation.rotate = None  # a layer that still turned by angles would stop here
+    rotary.rotate = None  # a layer that still turned by angles would stop here
     return unfused, outcome(options, triton=True), seen
 
 

@@ -100,7 +100,7 @@ class TestAttentionFactorOnRotatedDimensions:
         from megatron.core.models.common.embeddings import rope_utils
         from megatron.core.transformer import attention
 
-        from megatron_cream.mcore.attention_rotation import patch_apply_rotary_pos_emb
+        from megatron_cream.mcore.rotary import patch_apply_rotary_pos_emb
 
         def kernel(t, freqs, interleaved=False):
             attention.kernel_calls += 1

@@ -50,10 +50,9 @@ def trainers_log(flags, moved):
     from megatron_cream import pretrain
     from megatron_cream.mcore import hooks
     from megatron_cream.mcore.argument_table import cpu_flags
-    from megatron_cream.training import startup
 
     sys.argv = ["pretrain", "--cpu", *cpu_flags(), *flags]
     args = pretrain.prepare()
-    with mock.patch("megatron_cream.training.scalars.Scalars") as scalars:
-        startup.ready(args, hooks.megatron_config(args))
+    with mock.patch("megatron_cream.training.progress.Scalars") as scalars:
+        pretrain.get_ready(args, hooks.megatron_config(args))
     return scalars.called

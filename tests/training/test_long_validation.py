@@ -11,6 +11,7 @@ from support import calls, ranks, recorder
 from support.arguments import arguments
 from support.evaluation import VOCABULARY, write_small_hf
 
+from megatron_cream.checkpoint.doctor import validate_iteration
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import open_model
 from megatron_cream.evaluation.forward import PassScores
@@ -136,13 +137,48 @@ def test_the_best_one_survives_a_stop_at_any_place(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_told_to_stop_does_not_validate_first(monkeypatch):
-    import megatron.training
+    from megatron_cream.evaluation import scheduled
 
     handler = Namespace(signals_received=lambda: [False, True])
-    monkeypatch.setattr(megatron.training, "get_signal_handler", lambda: handler)
+    monkeypatch.setattr(scheduled, "get_signal_handler", lambda: handler)
     args = Namespace(validate_interval=4, train_iters=8, exit_signal_handler=True)
     monkeypatch.setattr(Validation, "_measure", lambda *_: pytest.fail("validated"))
-    Validation(args).after_iteration([], None, None, 4, 0.0)
+    Validation(args).after_iteration([], None, None, 4, 0.0, {}, None)
+
+
+def train_out_of_memory(flags, at, file):
+    """Train, with no memory left for the validation after iteration ``at``."""
+    own = Validation.after_iteration
+
+    def after_iteration(self, model, optimizer, scheduler, iteration, *rest):
+        if iteration == at:
+            self._measure = lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+        own(self, model, optimizer, scheduler, iteration, *rest)
+
+    Validation.after_iteration = after_iteration
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.train(flags, file)
+
+
+@pytest.mark.parametrize("at", [4, 10])  # where a checkpoint is due, and after the last iteration
+def test_a_checkpoint_is_whole_before_a_validation_that_fails(tmp_path, dataset, flags, at):
+    save = tmp_path / "out"
+    words = [*flags, "--save", str(save), "--save-interval", "4"]
+    words += asked(dataset, "--validate-cases", "0")
+    calls.call(tmp_path, train_out_of_memory, 1, words, at, str(tmp_path / "scalars"))
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(at)
+    validate_iteration(save / f"iter_{at:07d}", str(save))
+
+
+def test_the_last_iteration_is_saved_once(tmp_path, dataset, flags):
+    save = tmp_path / "out"
+    words = [*flags, "--save", str(save), "--save-interval", "4"]
+    words += asked(dataset, "--validate-cases", "0", "--keep-best", "perplexity-400")
+    calls.call(tmp_path, recorder.train, 1, words, str(tmp_path / "scalars"))
+    log = (tmp_path / "rank0.log").read_text()
+    assert log.count(f"saving checkpoint at iteration      10 to {save} ") == 1
+    assert "Overwriting old" not in log
+    validate_iteration(save / "iter_0000010", str(save))
 
 
 def test_key_tokens_are_summed_apart():

@@ -11,7 +11,7 @@ N, T = 256, 2048
 
 @pytest.fixture
 def repetition():
-    from megatron_cream.training.tokens_read import repetition
+    from megatron_cream.training.start_block import repetition
 
     return repetition
 

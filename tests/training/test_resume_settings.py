@@ -66,7 +66,8 @@ def test_resuming_a_distributed_optimizer_on_a_layout_it_cannot_read(sharded):
 @pytest.fixture
 def resumed(monkeypatch, tmp_path):
     """Makes the settings of a run at 16 x N from those that a checkpoint has, and flags."""
-    from megatron_cream.training import resume, startup
+    from megatron_cream import pretrain
+    from megatron_cream.training import resume
     from megatron_cream.training.arguments import add_arguments, extension_from_args
 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
@@ -80,7 +81,7 @@ def resumed(monkeypatch, tmp_path):
         parser.set_defaults(load=str(tmp_path), pretrained_checkpoint=None, finetune=False)
         parser.set_defaults(**others)
         args = parser.parse_args(["--target-length", "15360", *flags])
-        startup._take_over_settings(args)
+        pretrain._take_over_settings(args)
         return extension_from_args(args)
 
     return make

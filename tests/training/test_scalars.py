@@ -8,7 +8,7 @@ from support import calls, forks, recorder
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.positions import coverage, make_strategy
-from megatron_cream.training.scalars import COVERAGE, MIDDLE, TOKENS, PositionsSoFar, Scalars
+from megatron_cream.training.progress import COVERAGE, MIDDLE, TOKENS, PositionsSoFar, Scalars
 
 BATCH = 4  # of the flags that tests share
 

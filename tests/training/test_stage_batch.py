@@ -21,8 +21,8 @@ def test_a_middle_stage_validates_at_the_positions_and_scale_of_the_others(datas
     from megatron.core.datasets.utils import Split
 
     from megatron_cream.config import SETTINGS_KEY
-    from megatron_cream.data.batch import _plain_positions
     from megatron_cream.data.dataset import SpanDataset, SpanDatasetConfig
+    from megatron_cream.training.step import _plain_positions
 
     extension = ExtensionConfig(96, 8 * original, original, position_strategy="cream", **rope)
     config = SpanDatasetConfig(

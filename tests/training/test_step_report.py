@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_cream.training import step_report
-from megatron_cream.training.step_report import StepReport, kind_of_gpu
+from megatron_cream.training import progress
+from megatron_cream.training.progress import StepReport, kind_of_gpu
 
 
 def said(durations, planned=(2.0, 0.5)):
@@ -49,12 +49,12 @@ def test_what_the_planner_does_not_know_has_no_report(monkeypatch):
     from megatron_cream.planning import expected, stages
 
     plan = SimpleNamespace(step=SimpleNamespace(total=3.0))
-    monkeypatch.setattr(step_report, "kind_of_gpu", lambda: "h200")
+    monkeypatch.setattr(progress, "kind_of_gpu", lambda: "h200")
     monkeypatch.setattr(expected, "plan_of", lambda args, gpu, node: (plan, gpu.memory / node))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     args = SimpleNamespace(cpu=False)
     monkeypatch.setattr(stages, "why_not_estimated", lambda args: None)
-    assert step_report.step_report(args).planned == (3.0, 139 / 2)
+    assert progress.step_report(args).planned == (3.0, 139 / 2)
     monkeypatch.setattr(stages, "why_not_estimated", lambda args: "--num-experts is 8")
-    assert step_report.step_report(args) is None
-    assert step_report.step_report(SimpleNamespace(cpu=True)) is None
+    assert progress.step_report(args) is None
+    assert progress.step_report(SimpleNamespace(cpu=True)) is None

@@ -21,7 +21,7 @@ def datasets(tmp_path_factory):
 
 @pytest.fixture
 def lines():
-    from megatron_cream.training.tokens_read import tokens_read
+    from megatron_cream.training.start_block import tokens_read
 
     def call(data, samples, unit="window", strategy="full", split="100,0,0"):
         args = Namespace(
@@ -67,3 +67,10 @@ def test_packed_documents_are_counted_by_their_samples(lines, datasets):
     _, b = datasets
     (line,) = lines([b], samples=50, unit="packed-documents")
     assert line.startswith("4800 of 9600 tokens, the most repeated once")
+
+
+def test_a_dataset_that_is_named_twice_has_both_weights(lines, datasets):
+    a, b = datasets
+    assert lines(["0.5", a, "0.2", b, "0.3", a], samples=250) == lines(
+        ["0.8", a, "0.2", b], samples=250
+    )

@@ -120,7 +120,7 @@ def frequencies(stretch: Tensor, powers: Tensor, low: Tensor, high: float) -> Te
     """Return float32 frequencies ``[scales, d / 2]``, as ``rounded_list`` rounds a server's.
 
     A pair whose ``stretch`` is no number turns as at t = 1: a step goes on with numbers to its end,
-    which refuses it (``gradients.finish``).
+    which refuses it (``trained_rotary.finish``).
 
     Args:
         stretch: ``log_stretch``.

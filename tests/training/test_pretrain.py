@@ -28,13 +28,14 @@ def test_without_torchrun_there_is_one_line(monkeypatch, capsys):
 def test_without_a_gpu_cpu_is_named(monkeypatch):
     import torch
 
-    from megatron_cream.training import startup
+    from megatron_cream import pretrain
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match="no GPU here .CUDA_VISIBLE_DEVICES is ''.*--cpu"):
-        startup.require_gpu([])
-    startup.require_gpu(["--help"])
+        pretrain.require_gpu()
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    pretrain.prepare_process("x")
 
 
 def test_gpu_present_refuses_the_stand_in(monkeypatch):

@@ -30,11 +30,11 @@ def test_blends_that_cannot_be_read(refused, words, part):
 
 
 def test_blends_that_can(tmp_path, monkeypatch):
-    from megatron_cream.training import blend
+    from megatron_cream.training import datasets
 
     listed = tmp_path / "list"
     listed.write_text("0.3 A 0.7 B")
-    empty = dict.fromkeys((*blend._WHOLE, *blend._PER_SPLIT, "per_split_data_args_path"))
+    empty = dict.fromkeys((*datasets._WHOLE, *datasets._PER_SPLIT, "per_split_data_args_path"))
     split = tmp_path / "split.json"
     split.write_text('{"train": ["A"], "valid": "B", "test": "B C"}')
     for given in (
@@ -45,12 +45,12 @@ def test_blends_that_can(tmp_path, monkeypatch):
         {"data_args_path": str(listed)},
         {"per_split_data_args_path": str(split)},
     ):
-        blend.validate_blend(Namespace(**{**empty, "split": None, **given}))
+        datasets.validate_blend(Namespace(**{**empty, "split": None, **given}))
     with pytest.raises(FileNotFoundError):
-        blend.validate_blend(Namespace(**{**empty, "data_args_path": str(tmp_path / "none")}))
+        datasets.validate_blend(Namespace(**{**empty, "data_args_path": str(tmp_path / "none")}))
     split.write_text('{"train": ["A"]}')
     with pytest.raises(UserError, match="--per-split-data-args-path is .*train, valid and test"):
-        blend.validate_blend(Namespace(**{**empty, "per_split_data_args_path": str(split)}))
+        datasets.validate_blend(Namespace(**{**empty, "per_split_data_args_path": str(split)}))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
