@@ -72,7 +72,6 @@ def load_model(
             names what Megatron does not write.
     """
     # Megatron's: a run has it only once its own flags are parsed.
-    from megatron_cream.extras.hybrid import without_stages
     from megatron_cream.mcore.build_model import build_model, initialize_ranks, load_weights
 
     folder = require_checkpoint(path)
@@ -85,7 +84,6 @@ def load_model(
             "how its positions are interpolated"
         )
     _validate_trained_rope(path, args, extension)
-    args.hybrid_layer_pattern = without_stages(getattr(args, "hybrid_layer_pattern", None))
     initialize_ranks(layout)
     attention = saved_attention(args)
     module = build_model(args, extension, layout)

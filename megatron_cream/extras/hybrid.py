@@ -86,11 +86,6 @@ def configure_local_layers(config: Any, args: Namespace) -> None:
     config.hybrid_stack_spec = local_stack(config.transformer)
 
 
-def without_stages(pattern: str | None) -> str | None:
-    """Return a pattern for one pipeline stage; layers keep their numbers in the checkpoint."""
-    return None if pattern is None else pattern.replace(Symbols.PIPE, "")
-
-
 def local_stack(config: TransformerConfig) -> ModuleSpec:
     """Return a spec of attention, MLP and expert layers out of Megatron's local modules.
 

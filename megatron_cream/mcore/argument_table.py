@@ -334,6 +334,12 @@ def values(fact: Value) -> dict[str, Any]:
     return {name: value for name, value in found if value is not UNSET}
 
 
+def one_rank_values(args: Namespace) -> dict[str, Any]:
+    """Return the values of the same model on one rank; layers keep their numbers in a checkpoint."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    return values("one_rank") | {"hybrid_layer_pattern": pattern and pattern.replace("|", "")}
+
+
 def marked(fact: Mark) -> list[str]:
     """Return the names of all arguments that a fact holds for."""
     return [row.name for row in ARGUMENTS.values() if getattr(row, fact)]

@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.argument_table import values, vocabulary
+from megatron_cream.mcore.argument_table import one_rank_values, values, vocabulary
 from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.mcore.hooks import model_config
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
@@ -84,7 +84,7 @@ def build_model(args: Namespace, extension: ExtensionConfig, layout: ParallelLay
 
     The arguments are changed to those of an evaluation at ``layout``.
     """
-    vars(args).update(values("one_rank") | values("evaluated"))
+    vars(args).update(one_rank_values(args) | values("evaluated"))
     args.tensor_model_parallel_size = layout.tensor
     args.expert_tensor_parallel_size = layout.tensor
     args.pipeline_model_parallel_size = layout.pipeline

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
-from megatron_cream.mcore.argument_table import cpu_flags, values
+from megatron_cream.mcore.argument_table import cpu_flags, one_rank_values, values
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,8 @@ def _command_line(first: Sequence[str], last: Sequence[str], world_size: int) ->
 
 def one_rank(args: Namespace) -> Namespace:
     """Return the arguments of the same model, its vocabulary padded alike, on one rank."""
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    changes: dict[str, Any] = {"world_size": 1, "data_parallel_size": 1}
-    if pattern:
-        changes["hybrid_layer_pattern"] = pattern.replace("|", "")
-    return Namespace(**{**vars(args), **values("one_rank"), **changes})
+    alone = {"world_size": 1, "data_parallel_size": 1}
+    return Namespace(**{**vars(args), **one_rank_values(args), **alone})
 
 
 def model_ranks(args: Namespace) -> list[int]:
