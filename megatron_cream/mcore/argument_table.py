@@ -335,7 +335,7 @@ def values(fact: Value) -> dict[str, Any]:
 
 
 def one_rank_values(args: Namespace) -> dict[str, Any]:
-    """Return the values of the same model on one rank; layers keep their numbers in a checkpoint."""
+    """Return the values of the same model on one rank, whose layers keep their numbers."""
     pattern = getattr(args, "hybrid_layer_pattern", None)
     return values("one_rank") | {"hybrid_layer_pattern": pattern and pattern.replace("|", "")}
 
