@@ -3,6 +3,7 @@
 
 Memory is linear in the number of tokens: q, turned k, v, the output and one number per query and
 head are kept for the backward pass, which turns q anew and cuts the same pairs into fewer tiles.
+Over context-parallel ranks k and v are kept as they came, this rank's, and gathered again.
 
 Everything made here lies as ``[s, b, h, d]`` and is seen as ``[b, h, s, d]``. PyTorch finds a cuDNN
 graph again by the shapes and strides of q, k and v alone, so those of a tile's output, its gradient
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from megatron_cream.attention import sdpa
 from megatron_cream.attention.bands import Bands, Tile, TileShape
 from megatron_cream.attention.sdpa import TileAttention
 from megatron_cream.attention.turning import Rotation, Turning, takes_triton, wide
+
+if TYPE_CHECKING:
+    from megatron_cream.attention.shards import Shards
 
 Span = tuple[int, int]
 
@@ -54,17 +58,18 @@ def banded_attention(
     bands: Bands,
     rotation: Rotation,
     scale: float,
-    documents: Sequence[Document],
+    lengths: tuple[int, ...] | Shards,
 ) -> Tensor:
     """Return attention ``[b, h, n, d]`` over ``bands`` of unrotated q and k.
 
     Args:
         q: ``[b, h, n, d]``.
-        k, v: ``[b, g, m, d]``, g dividing h.
+        k, v: ``[b, g, n, d]``, g dividing h.
         scale: of the logits.
-        documents: in each row of the batch; they cover all rows of q, k and v once.
+        lengths: tokens of the documents in each row of the batch, which attend only to
+            themselves; they sum to n. Or how they are dealt out over context-parallel ranks.
     """
-    return _Banded.apply(q, k, v, bands, rotation, scale, tuple(documents))
+    return _Banded.apply(q, k, v, bands, rotation, scale, lengths)
 
 
 class _Banded(torch.autograd.Function):
@@ -77,36 +82,51 @@ class _Banded(torch.autograd.Function):
         bands: Bands,
         rotation: Rotation,
         scale: float,
-        documents: tuple[Document, ...],
+        lengths: tuple[int, ...] | Shards,
     ) -> Tensor:
+        shards = None
+        if isinstance(lengths, tuple):
+            documents = whole_documents(lengths)
+        else:
+            shards, documents = lengths, lengths.documents
         turning = _turning(bands, rotation, documents, q)
         out, lse = _empty(q), torch.empty(q.shape[:3], dtype=wide(q), device=q.device)
-        kept = []
-        for document in documents:
-            keys = turning.keys(_cut(k, document.keys))
-            kept.extend(keys)
+        saved = [q, out, lse] if shards is None else [q, out, lse, k, v]
+        if shards is not None:
+            k, v = shards.gather(k), shards.gather(v)
+        kept = [turning.keys(_cut(k, document.keys)) for document in documents]
+        for document, keys in zip(documents, kept, strict=True):
             values = _cut(v, document.keys)
             for row, place, tokens in document.queries:
                 own, *merged = (_cut(x, (row, row + tokens)) for x in (q, out, lse))
                 for group in bands.groups(place, place + tokens):
                     outputs = list(_attend(group, turning, own, place, keys, values, scale))
-                    _merge(*merged, place, outputs)
-        ctx.save_for_backward(q, v, out, lse, *kept)
-        ctx.settings = bands, rotation, scale, documents
+                    _merge(merged[0], merged[1], place, outputs)
+        if shards is None:
+            saved += [v, *(key for keys in kept for key in keys)]
+        ctx.save_for_backward(*saved)
+        ctx.settings = bands, rotation, scale, documents, shards
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, v, out, lse, *kept = ctx.saved_tensors
-        bands, rotation, scale, documents = ctx.settings
+        q, out, lse, *others = ctx.saved_tensors
+        bands, rotation, scale, documents, shards = ctx.settings
         turning = _turning(bands, rotation, documents, q)
+        if shards is None:
+            v, *keys = others
+            frames = len(keys) // len(documents)
+            kept = [keys[i : i + frames] for i in range(0, len(keys), frames)]
+        else:
+            k, v = (shards.gather(x) for x in others)
+            kept = [turning.keys(_cut(k, document.keys)) for document in documents]
         merged = _laid_out(grad), out, lse
         dq, dk, dv = _empty(q), _empty(v), _empty(v)
-        frames = len(kept) // len(documents)
-        for i, document in enumerate(documents):
-            keys = kept[i * frames : (i + 1) * frames]
-            own = (*keys, *(_cut(x, document.keys) for x in (v, dk, dv)))
+        for document, turned in zip(documents, kept, strict=True):
+            own = (*turned, *(_cut(x, document.keys) for x in (v, dk, dv)))
             _pull_back((*merged, q, dq), own, bands, turning, document.queries, scale)
+        if shards is not None:
+            dk, dv = shards.scatter(dk), shards.scatter(dv)
         return (dq, dk, dv, None, None, None, None)
 
 
@@ -208,8 +228,8 @@ def _pull_back(
             (query,) = turning.turn(_cut(q, tile.rows, place), tile.rows[0], [frame])
             key, value = (_cut(x, tile.columns) for x in (turning.key(tile, keys), values))
             merged = (_cut(x, tile.rows, place) for x in (grad, out, lse))
-            inputs = (_mirror(x, tile) for x in (*merged, query, key, value))
-            found = sdpa.backward(*inputs, tile.shape is not TileShape.FULL, scale)
+            inputs = [_mirror(x, tile) for x in (*merged, query, key, value)]
+            found = sdpa.backward(inputs, tile.shape is not TileShape.FULL, scale)
             for total, part, span, by in zip(
                 (sum_q, *sums), found, (tile.rows, tile.columns, tile.columns),
                 (frame, key_frame, None), strict=True,

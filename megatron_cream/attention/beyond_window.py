@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_cream.attention import bands
-from megatron_cream.attention.banded import banded_attention, whole_documents
+from megatron_cream.attention.banded import banded_attention
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.errors import UserError
 from megatron_cream.rope.scaling import RopeScaling
@@ -136,8 +136,7 @@ def _attend(
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     rotation = Rotation.of(scaling.at_length(tokens), q, interleaved)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    documents = whole_documents(lengths)
-    return banded_attention(q, k, v, tiles, rotation, scale, documents).transpose(1, 2)
+    return banded_attention(q, k, v, tiles, rotation, scale, lengths).transpose(1, 2)
 
 
 def _validate(

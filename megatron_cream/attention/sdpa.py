@@ -7,6 +7,7 @@ pass that is handed the *merged* output and sum computes exactly its tile's shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -47,21 +48,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tile
     return TileAttention(out, lse[..., : q.shape[2]])
 
 
-def backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(inputs: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v of one tile.
 
     Args:
-        grad, out, lse: of the *merged* attention at this tile's queries.
+        inputs: gradient of the output, output and log-sum-exp of the *merged* attention at this
+            tile's queries; q, k and v of the tile.
     """
+    grad, out, lse, q, k, v = inputs
     lse = lse.contiguous()
     if not q.is_cuda:
         heads = k.shape[1]

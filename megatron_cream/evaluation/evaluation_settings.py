@@ -303,10 +303,10 @@ class EvaluationSettings:
 
     def _validate_attention(self) -> None:
         choice = attention_choice(self)
-        if choice is not None and self.context_parallel_size > 1:
+        if choice and choice.name != "dual_chunk" and self.context_parallel_size > 1:
             raise UserError(
                 f"{choice.flag} with --context-parallel-size {self.context_parallel_size}: it must "
-                "be 1, chunks of a sequence are on several ranks"
+                "be 1; only --dual-chunk goes over several context-parallel ranks"
             )
 
     def _validate_model(self) -> None:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from megatron_cream.attention.banded import banded_attention, whole_documents
+from megatron_cream.attention.banded import banded_attention
 from megatron_cream.attention.bands import Bands
 from megatron_cream.attention.rows import attend_rows
+from megatron_cream.attention.shards import shards_of
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.evaluation.forward import running_tails, seen_keys, tail_mask
 from megatron_cream.rope.scaling import RopeScaling
@@ -29,6 +31,8 @@ class BeyondWindow:
     interleaved: bool = False
     factor_in_scale: bool = False
     """Whether the softmax scale has the attention factor of the RoPE in it."""
+    group: ProcessGroup | None = None
+    """Context-parallel ranks that a pass is dealt out over, each of which hands its tokens in."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Return attention ``[b, h, n, d]``: of a whole pass, or of what follows kept keys.
@@ -45,15 +49,17 @@ class BeyondWindow:
         if seen is not None:
             key, value = key[:, :, : seen.tokens], value[:, :, : seen.tokens]
         tokens = key.shape[2]
+        if self.group is not None:
+            whole = shards_of((tokens * self.group.size(),), self.group, query.device)
+            return banded_attention(query, key, value, self.bands, rotation, scale, whole)
         if query.shape[2] < tokens:
             return self._after_kept(query, key, value, scale, rotation)
         count, tail = running_tails()
         context = tokens - count * tail if count > 1 else tokens
         inside = slice(None), slice(None), slice(context)
         before = banded_attention(
-            query[inside], key[inside], value[inside], self.bands, rotation, scale,
-            whole_documents((context,)),
-        )  # fmt: skip
+            query[inside], key[inside], value[inside], self.bands, rotation, scale, (context,)
+        )
         if context == tokens:
             return before
         device = query.device

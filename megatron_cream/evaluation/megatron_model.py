@@ -31,7 +31,7 @@ from megatron_cream.evaluation.forward import (
     tails,
 )
 from megatron_cream.evaluation.long_attention import BeyondWindow
-from megatron_cream.mcore.build_model import PipelineStage
+from megatron_cream.mcore.build_model import PipelineStage, leave_unrotated
 from megatron_cream.mcore.cpu import is_installed
 from megatron_cream.parallel_layout import ONE_PROCESS, ParallelLayout
 from megatron_cream.rope.huggingface import claimed_window
@@ -90,18 +90,25 @@ class MegatronModel(ScoringModel):
         Raises:
             UserError: naming the flag; the model has another attention or RoPE.
         """
-        rotary = self.stage.module.rotary_pos_emb
+        stage, rotary = self.stage, self.stage.module.rotary_pos_emb
         scaling = rotary.scaling
-        if not self.shares_context or scaling.varies_with_length or self.extension.trained:
+        beyond = BeyondWindow(
+            bands,
+            scaling,
+            rotary.rotary_interleaved,
+            rotary.attention_factor_in_softmax,
+            stage.context_group if self.layout.context > 1 else None,
+        )
+        if (
+            scaling.varies_with_length
+            or self.extension.trained
+            or not stage.replace_core_attention(partial(CoreAttention, attend=beyond.attend))
+        ):
             raise UserError(
                 f"{flag} with --checkpoint {self.name}: its attention must have no window or "
                 f"scaling of its own, and its RoPE must be fixed; it is {scaling.summary}"
             )
-        self.stage.leave_unrotated()
-        beyond = BeyondWindow(
-            bands, scaling, rotary.rotary_interleaved, rotary.attention_factor_in_softmax
-        )
-        self.stage.replace_core_attention(partial(CoreAttention, attend=beyond.attend))
+        leave_unrotated(stage.module)
 
     def set_length(self, length: int) -> None:
         """Set angles for sequences of ``length`` tokens."""

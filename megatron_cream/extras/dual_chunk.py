@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cream.attention.banded import banded_attention, whole_documents
+from megatron_cream.attention.banded import banded_attention
 from megatron_cream.attention.bands import dual_chunk
 from megatron_cream.attention.methods import AttentionChoice
+from megatron_cream.attention.shards import shards_of
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
+from megatron_cream.mcore.build_model import leave_unrotated
 from megatron_cream.mcore.hooks import Extra
 from megatron_cream.rope.scaling import RopeScaling
 
@@ -46,7 +48,6 @@ class DualChunk(Extra):
         _choice(args, extension)
         needs = (
             ("--position-strategy", extension.position_strategy, "full", ": chunks are counted"),
-            ("--context-parallel-size", args.context_parallel_size, 1, ": ranks have no chunks"),
             ("--attention-dropout", args.attention_dropout, 0.0, ""),
             ("--window-size", args.window_size, None, ""),
             ("--no-rope-freq", args.no_rope_freq, None, ": every layer is rotated"),
@@ -108,16 +109,15 @@ def use_dual_chunk(model: torch.nn.Module, chunk_size: int, local_size: int) -> 
     from megatron.core.transformer.attention import Attention
 
     rotary: Any = model.rotary_pos_emb
+    leave_unrotated(model)
     for module in model.modules():
         if isinstance(module, Attention):
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs: (args, {**kwargs, "rotary_pos_emb": None}), with_kwargs=True
-            )
             module.core_attention = DualChunkCore(
                 module.config,
                 rotary.scaling,
                 {"chunk_size": chunk_size, "local_size": local_size},
                 rotary.attention_factor_in_softmax,
+                module.pg_collection.cp,
             )
 
 
@@ -129,6 +129,7 @@ class DualChunkCore(torch.nn.Module):
         scaling: the RoPE underneath.
         sizes: of ``attention.bands.dual_chunk``.
         factor_in_softmax: whether the softmax scale has the attention factor in it.
+        group: context-parallel ranks that a sequence is dealt out over.
     """
 
     def __init__(
@@ -137,8 +138,10 @@ class DualChunkCore(torch.nn.Module):
         scaling: RopeScaling,
         sizes: dict[str, int],
         factor_in_softmax: bool,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        self.group = group if group is not None and group.size() > 1 else None
         self.scaling, self.sizes, self.interleaved = scaling, sizes, config.rotary_interleaved
         self.factor_in_softmax = factor_in_softmax
         self._rotation: Rotation | None = None
@@ -159,10 +162,13 @@ class DualChunkCore(torch.nn.Module):
         packed = query.dim() == 3
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        lengths = _lengths(_ends(packed_seq_params)) if packed else (query.shape[0],)
+        ranks = 1 if self.group is None else self.group.size()
+        tokens = query.shape[0] * ranks
+        lengths: Any = _lengths(_ends(packed_seq_params)) if packed else (tokens,)
+        if self.group is not None:
+            lengths = shards_of(lengths, self.group, query.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        documents = whole_documents(lengths)
-        out = banded_attention(q, k, v, dual_chunk(**self.sizes), rotation, self.scale, documents)
+        out = banded_attention(q, k, v, dual_chunk(**self.sizes), rotation, self.scale, lengths)
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out.squeeze(1) if packed else out
 

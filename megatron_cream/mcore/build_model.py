@@ -180,15 +180,6 @@ class PipelineStage:
             group = mpu.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(values, last, group)
 
-    def leave_unrotated(self) -> None:
-        """Have every layer hand unrotated queries and keys to its core attention."""
-        for layer in self.module.modules():
-            if isinstance(layer, Attention):
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs: (args, {**kwargs, "rotary_pos_emb": None}),
-                    with_kwargs=True,
-                )
-
     def replace_core_attention(self, attention: Callable[[Any], torch.nn.Module]) -> bool:
         """Give every layer an ``attention(config)``; return whether that was possible.
 
@@ -204,3 +195,12 @@ class PipelineStage:
             if isinstance(layer, Attention):
                 layer.core_attention = attention(config)
         return True
+
+
+def leave_unrotated(model: torch.nn.Module) -> None:
+    """Have every attention layer hand unrotated queries and keys to its core attention."""
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "rotary_pos_emb": None}), with_kwargs=True
+            )

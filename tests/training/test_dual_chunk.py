@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """--dual-chunk: a step's loss and gradients are those of the dense softmax, and what is refused."""
 
+import os
 from argparse import Namespace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from support import forks, ranks
@@ -15,10 +18,12 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.forward import ForwardPass
 from megatron_cream.extras import dual_chunk
+from megatron_cream.parallel_layout import ParallelLayout
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
 TOKENS, VOCABULARY = 137, 64
+CONFIG = Namespace(rotary_interleaved=False, softmax_scale=None, kv_channels=16)
 
 
 class DenseCore(torch.nn.Module):
@@ -32,8 +37,7 @@ class DenseCore(torch.nn.Module):
         return out.transpose(0, 1).flatten(2).to(query.dtype)
 
 
-def step(exact, in_softmax, interleaved):
-    """Loss per token and gradients of one step, with the dense softmax or ours."""
+def build(in_softmax, interleaved, ranks=1):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
@@ -42,7 +46,7 @@ def step(exact, in_softmax, interleaved):
     from megatron_cream.mcore.rotary import fold_attention_factor_into_softmax, install_rotary
     from megatron_cream.rope import make_scaling
 
-    initialize_ranks()
+    initialize_ranks(ParallelLayout(context=ranks))
     torch.manual_seed(1)
     config = TransformerConfig(
         num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2,
@@ -56,6 +60,12 @@ def step(exact, in_softmax, interleaved):
     model = GPTModel(config, spec, VOCABULARY, 256, position_embedding_type="rope")
     install_rotary(model, scaling, attention_factor_in_softmax=in_softmax)
     dual_chunk.use_dual_chunk(model, Q, LOCAL)
+    return model, scaling
+
+
+def step(exact, in_softmax, interleaved):
+    """Loss per token and gradients of one step, with the dense softmax or ours."""
+    model, scaling = build(in_softmax, interleaved)
     if exact:
         for layer in model.decoder.layers:
             layer.self_attention.core_attention = DenseCore(scaling, interleaved)
@@ -79,13 +89,78 @@ def test_a_step_is_that_of_the_dense_softmax(in_softmax, interleaved):
         torch.testing.assert_close(*map(torch.from_numpy, (one, other)), atol=1e-5, rtol=1e-3)
 
 
+def own_tokens(lengths, rank, ranks):
+    """Where the tokens of a rank are: pieces r and 2 CP - 1 - r of every document."""
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    pieces = [torch.arange(a, b).chunk(2 * ranks) for a, b in pairwise(starts)]
+    return torch.cat([torch.cat((x[rank], x[2 * ranks - 1 - rank])) for x in pieces])
+
+
+def context_step(ranks):
+    """Loss per token and gradients of one step whose sequence is dealt out over ranks."""
+    model, _ = build(False, False, ranks)
+    model.config.context_parallel_size = ranks  # built with 1, which Megatron's CPU attention needs
+    own = own_tokens((TOKENS - 1,), int(os.environ["RANK"]), ranks)
+    tokens = torch.randint(VOCABULARY, (2, TOKENS - 1))[:, own]
+    ids = own.expand(2, -1)
+    loss = model(input_ids=tokens, position_ids=ids, attention_mask=None, labels=tokens)
+    loss.sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for gradient in gradients:
+        torch.distributed.all_reduce(gradient)
+    return own.numpy(), loss.detach().numpy(), [g.numpy() for g in gradients]
+
+
+def packed_pass(ranks):
+    """Output and gradients of q, k, v of packed documents, this rank's tokens."""
+    from megatron_cream.rope import make_scaling
+
+    torch.distributed.init_process_group("gloo")
+    lengths = (48, 4, 92, 16)
+    scaling = make_scaling("none", dim=16, base=100.0, factor=1.0, original_length=64)
+    core = dual_chunk.DualChunkCore(
+        CONFIG, scaling, {"chunk_size": Q, "local_size": LOCAL}, False,
+        torch.distributed.group.WORLD,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    own = own_tokens(lengths, torch.distributed.get_rank(), ranks)
+    shapes = [(sum(lengths), heads, 16) for heads in (4, 2, 2, 4)]
+    whole = [torch.randn(x, generator=generator, dtype=torch.float64) for x in shapes]
+    *tensors, weight = (x[own].requires_grad_() for x in whole)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    packed = Namespace(cu_seqlens_q=ends, cu_seqlens_q_padded=None)
+    out = core(*tensors, packed_seq_params=packed)
+    gradients = torch.autograd.grad((out * weight.flatten(1)).sum(), tensors)
+    return own.numpy(), *(x.detach().numpy() for x in (out, *gradients))
+
+
+def joined(parts):
+    """The values of all ranks' tokens in the order of the sequence."""
+    own, values = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return values[own.argsort()]
+
+
+def test_context_parallel_ranks_take_the_step_of_one():
+    (one,), two = forks.call_ranks(1, context_step, 1), forks.call_ranks(2, context_step, 2)
+    losses = joined([(own, loss.T) for own, loss, _ in two])
+    np.testing.assert_allclose(losses, one[1].T, atol=1e-5, rtol=1e-4)
+    assert len(one[2]) > 10
+    for found, wanted in zip(two[0][2], one[2], strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_packed_documents_over_context_parallel_ranks():
+    (one,), two = forks.call_ranks(1, packed_pass, 1), forks.call_ranks(2, packed_pass, 2)
+    for i in range(1, 5):
+        np.testing.assert_allclose(joined([(x[0], x[i]) for x in two]), one[i], atol=1e-11)
+
+
 def test_packed_documents_begin_anew():
-    config = Namespace(rotary_interleaved=False, softmax_scale=None, kv_channels=16)
     from megatron_cream.rope import make_scaling
 
     scaling = make_scaling("none", dim=16, base=100.0, factor=1.0, original_length=64)
     core = dual_chunk.DualChunkCore(
-        config, scaling, {"chunk_size": Q, "local_size": LOCAL}, False
+        CONFIG, scaling, {"chunk_size": Q, "local_size": LOCAL}, False
     )  # fmt: skip
     q, k, v = (torch.randn(160, heads, 16, dtype=torch.float64) for heads in (4, 2, 2))
     ends = torch.tensor([0, 43, 44, 160], dtype=torch.int32)
@@ -159,7 +234,6 @@ def test_sizes_by_the_window_that_rope_reaches():
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"context_parallel_size": 2}, "--context-parallel-size is 2 with --dual-chunk: .* be 1"),
         ({"attention_dropout": 0.1}, "--attention-dropout is 0.1 .* be 0.0"),
         ({"window_size": (64, 0)}, "--window-size is .* left out"),
         ({"no_rope_freq": 4}, "--no-rope-freq is 4 with --dual-chunk: .* left out"),
