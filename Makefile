@@ -23,6 +23,9 @@ PYTEST_RUN = pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadsc
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Where this is set, every process of the tests would compile the package and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-repo types coverage test-slurm test-engines image lint format check docs \
   package setup lock
 
