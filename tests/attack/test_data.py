@@ -10,7 +10,6 @@ lost file or a dataset that is wrong in silence.
 """
 
 import gzip
-import importlib.util
 import json
 import lzma
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.attack import SEED, kills, rounds
+from support.commands import load_file
 
 from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cream.corpus.tokenizers import train_bpe
@@ -39,9 +39,7 @@ TEXTS = ["alpha beta", "κόσμε 🎈", "a", "", "x" * 300, "the same again", 
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_file(ROOT / "tools" / f"{name}.py")
     return tool.main
 
 

@@ -5,7 +5,6 @@ Each input gives the right result, or a UserError or OSError that names the flag
 ``support/attack.py`` says what decides its size and its seed.
 """
 
-import importlib.util
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 from support.arguments import arguments
 from support.attack import SEED, kills, rounds
-from support.commands import exit_status
+from support.commands import exit_status, load_file
 from support.evaluation import run, write_small_hf
 from support.runs import write_dataset
 
@@ -50,10 +49,7 @@ def drawing(part):
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "tools" / f"{name}.py")
 
 
 def flipped(data, rng):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support import hf_models, ranks
 from support.checkpoints import DAMAGES, copy_run, data_file, flip
+from support.commands import load_file
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
@@ -170,12 +171,9 @@ def test_a_disk_that_is_full_does_not_end_a_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tool(iteration, capsys):
-    import importlib.util
 
     path = Path(__file__).parents[2] / "tools/doctor.py"
-    spec = importlib.util.spec_from_file_location("doctor_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_file(path)
     assert tool.main([str(iteration.parent)]) == 0
     assert capsys.readouterr().out.endswith("whole\n")
     flip(data_file(iteration), 50_000)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations to documents: two formats, one text, the ids that transformers gives."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import exit_status
+from support.commands import exit_status, load_file
 
 from megatron_cream import ownership
 from megatron_cream.corpus.chat import messages_of
@@ -35,10 +34,7 @@ SHAREGPT = {
 @pytest.fixture(scope="module")
 def tool():
     path = Path(__file__).parents[2] / "tools" / "render_chat.py"
-    spec = importlib.util.spec_from_file_location("render_chat", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import gzip
-import importlib.util
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from support.commands import exit_status
+from support.commands import exit_status, load_file
 
 from megatron_cream.corpus import encode, records
 from megatron_cream.corpus.preprocess import PreprocessConfig
@@ -293,9 +292,7 @@ def test_tool_prints_one_line_for_an_error(job):
 @pytest.fixture
 def tool():
     """The tool as a module; it handles SIGTERM, which is undone."""
-    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    loaded = load_file(TOOL)
     before = signal.getsignal(signal.SIGTERM)
     yield loaded
     signal.signal(signal.SIGTERM, before)

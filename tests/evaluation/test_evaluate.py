@@ -2,7 +2,6 @@
 """What a command line lacks is said in one line, before a model is loaded."""
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.arguments import arguments
-from support.commands import exit_status
+from support.commands import exit_status, load_file
 from support.evaluation import run
 
 from megatron_cream.checkpoint import hf_folder
@@ -23,10 +22,7 @@ LINE = "line amber-oak: REGISTER_CONTENT is <67890>"
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "tools" / f"{name}.py")
 
 
 @pytest.fixture(scope="module")

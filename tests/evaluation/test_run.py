@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run writes each case at once, continues where it was killed, and says what is wrong."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.arguments import arguments
-from support.commands import exit_status
+from support.commands import exit_status, load_file
 from support.evaluation import run
 
 from megatron_cream.evaluation.compare import compare
@@ -27,10 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def tool():
     """tools/evaluate.py as a module."""
-    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "tools" / "evaluate.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every launch script against the plan that it quotes, and what it does step by step."""
 
-import importlib.util
 import os
 import re
 import signal
@@ -10,7 +9,7 @@ import time
 
 import pytest
 from support import forks, launch
-from support.commands import exit_status
+from support.commands import exit_status, load_file
 
 from megatron_cream import cli
 from megatron_cream.cli import make_parser
@@ -36,10 +35,7 @@ BESIDE_THE_PLAN = {
 def load_table():
     """examples/launch_scripts.py, which says how each script is planned."""
     path = launch.ROOT / "examples" / "launch_scripts.py"
-    spec = importlib.util.spec_from_file_location("launch_scripts", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(path)
 
 
 def planned(script):

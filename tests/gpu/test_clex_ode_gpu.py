@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLEX's ODE on a GPU: the host's solution and gradient, and nothing that waits for the device."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.commands import load_file
 
 from megatron_cream.mcore import cpu
 
@@ -18,9 +18,7 @@ from megatron_cream.extras.clex import ode_triton  # noqa: E402
 from megatron_cream.extras.clex.ode import solve  # noqa: E402
 
 _path = Path(__file__).parents[1] / "rope" / "clex_interpreted.py"
-_spec = importlib.util.spec_from_file_location("clex_interpreted", _path)
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
+cases = load_file(_path)
 
 
 def on_device(*arrays):

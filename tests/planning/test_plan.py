@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tool: its table, file and errors, and the script that it prints."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import load_file
 
 from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload
 from megatron_cream.planning import stages
@@ -29,10 +29,7 @@ LAYOUT = ParallelLayout(8, 8, 1, 16)
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("plan", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(TOOL)
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.commands import exit_status
+from support.commands import exit_status, load_file
 
 from megatron_cream.positions import Coverage, coverage, make_strategy
 from megatron_cream.positions.command import default_samples
@@ -19,10 +18,7 @@ LENGTHS = ["--train-length", "256", "--target-length", "4096"]
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("plot_positions", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(TOOL)
 
 
 def pixels(path):

@@ -2,7 +2,6 @@
 """The site builds without a warning, and its troubleshooting page quotes messages that exist."""
 
 import ast
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from support.commands import load_file
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.repository
@@ -22,10 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 
 
 def load_hook(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "hooks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "docs" / "hooks" / f"{name}.py")
 
 
 @pytest.fixture(scope="module")

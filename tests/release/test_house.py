@@ -2,19 +2,17 @@
 """The tree stays a house to live in: small files and functions, each name once, each explained."""
 
 import ast
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.commands import load_file
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted(ROOT.glob("megatron_cream/**/*.py"))
 CODE = [*PACKAGE, *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("examples/**/*.py"))]
-SPEC = importlib.util.spec_from_file_location("architecture", ROOT / "docs/hooks/architecture.py")
-PICTURE = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(PICTURE)
+PICTURE = load_file(ROOT / "docs/hooks/architecture.py")
 TREES = {path: ast.parse(path.read_text()) for path in CODE}
 MOST_MODULES = 186
 MOST_LINES, MOST_LINES_OF_FUNCTION = 400, 50

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLEX's ODE by the GPU's kernels, which Triton interprets here, equals the one on the host."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.commands import load_file
 
 from megatron_cream.extras.clex import divisors
 from megatron_cream.extras.clex.ode import VectorField, limits, solve
@@ -21,9 +21,7 @@ triton = pytest.importorskip("triton", reason="comes with torch on Linux")
 from megatron_cream.extras.clex import ode_triton  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("clex_interpreted.py")
-_spec = importlib.util.spec_from_file_location("clex_interpreted", SCRIPT)
-child = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(child)
+child = load_file(SCRIPT)
 
 
 @pytest.fixture(scope="module")

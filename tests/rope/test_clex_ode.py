@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLEX's ODE: closed form, another solver on the published equation, gradients, error of a step."""
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 from scipy.optimize import approx_fprime
+from support.commands import load_file
 
 from megatron_cream.extras.clex.ode import VectorField, grid, limits, solve
 from megatron_cream.rope import make_scaling
@@ -78,10 +78,7 @@ def test_same_as_another_solver_on_the_published_equation(act, width, base):
 def benchmark():
     """tools/benchmark_ode.py as a module."""
     path = Path(__file__).parents[2] / "tools" / "benchmark_ode.py"
-    spec = importlib.util.spec_from_file_location("benchmark_ode", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(path)
 
 
 @pytest.mark.parametrize("act", ["tanh", "silu"])
