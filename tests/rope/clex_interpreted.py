@@ -15,7 +15,7 @@ CASES = {
     "a last scale that is not whole": (8, 2, "silu", 0.5, [1.0, 2.0, 3.0, 3.5]),
     "one scale, without t = 1": (16, 1, "silu", 0.5, [4.5]),
     "padded": (80, 1, "silu", 0.1, [1.0, 2.0, 2.5]),
-    "padded, in blocks": (80, 2, "tanh", 0.5, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]),
+    "padded, in blocks": (80, 2, "tanh", 0.5, [1.0, 2.0, 3.0]),
     "an odd number of pairs": (6, 3, "tanh", 0.5, [1.0, 2.0]),
     "a whole tile": (128, 1, "tanh", 0.5, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 7.3]),
     "a whole tile, silu": (128, 1, "silu", 0.5, [1.0, 2.0, 3.0, 4.0]),

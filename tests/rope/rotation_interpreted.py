@@ -20,6 +20,8 @@ CASES = {
     "turned three ways": (3, 2, 2, 2, 2, 16, 12, False, 3),
     "many heads": (2, 1, 1, 40, 1, 128, 128, False, 1),
 }
+# The interpreter takes a second per case, and a program differs by its type in rounding alone.
+INTERPRETED_IN_BFLOAT16 = ("grouped queries", "interleaved, partial", "turned three ways")
 
 
 def exact(x, angles, interleaved, factor):
@@ -101,7 +103,8 @@ def check_mixed(mixed, tables, n, interleaved, wanted, v, weights, gradient, dty
 
 def main(device):
     for dtype in (torch.float32, torch.bfloat16):
-        for name in CASES:
+        few = device == "cpu" and dtype == torch.bfloat16
+        for name in INTERPRETED_IN_BFLOAT16 if few else CASES:
             torch.manual_seed(0)
             check(name, device, dtype)
             print(f"{name}, {dtype}: right")
