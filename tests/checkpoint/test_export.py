@@ -3,7 +3,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -175,7 +174,7 @@ print(before, between, peak())
 """
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path):
+def test_memory_does_not_grow_with_the_model(tmp_path, quick_python):
     """A model of half a gigabyte is converted in a quarter of one, on top of the imports."""
     source = models.make(
         tmp_path / "source",
@@ -187,7 +186,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     )
     size = (source / "model.safetensors").stat().st_size
     folders = [str(source), str(tmp_path / "imported"), str(tmp_path / "out")]
-    ended = subprocess.run([sys.executable, "-c", _PEAK, *folders], capture_output=True, text=True)
+    ended = subprocess.run([quick_python, "-c", _PEAK, *folders], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     before, imported, exported = map(int, ended.stdout.split())
     print(f"\n{size / 2**20:.0f} MiB: before {before / 2**20:.0f} MiB, after the import "

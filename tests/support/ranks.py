@@ -80,6 +80,12 @@ def train(
     return Run(read_losses(folder, ranks), read_losses(folder, ranks, column=2), log, status)
 
 
+def largest_difference(a: dict[int, float], b: dict[int, float]) -> float:
+    """Return it, of losses of the same iterations."""
+    assert a.keys() == b.keys()
+    return max(abs(a[i] - b[i]) for i in a)
+
+
 @contextlib.contextmanager
 def process(function: Callable[..., None], *arguments: object) -> Iterator[None]:
     """Run a function that does not end in a fork of the server, which is killed at the end."""

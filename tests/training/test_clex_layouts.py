@@ -4,10 +4,11 @@
 import pytest
 import torch
 from support import ranks
+from support.runs import ITERATIONS
 
 CLEX = ["--rope-interpolation", "clex"]
 LOW = ["--lr", "1e-5", "--min-lr", "1e-6"]
-KEPT = ["--save-interval", "10", "--eval-iters", "0", *LOW]
+KEPT = ["--save-interval", str(ITERATIONS), "--eval-iters", "0", *LOW]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 VIRTUAL = [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]
@@ -70,7 +71,7 @@ def one_rank(tmp_path_factory, train):
 
 def test_weights_are_trained(one_rank, start):
     before, _ = stored(start, 4)
-    after, gradient = stored(one_rank[1], 10)
+    after, gradient = stored(one_rank[1], ITERATIONS)
     assert before.count_nonzero() == before.numel()
     assert 1e-6 < (after - before).abs().max() < 1e-3
     assert gradient.norm() > 1e-4
@@ -85,9 +86,9 @@ SLOW = ("TP2 x PP2 x DP2",)  # eight ranks, each with an ODE
 )
 def test_same_as_one_rank(name, tmp_path, train, one_rank):
     count, layout = LAYOUTS[name]
-    reference, expected = one_rank[0], stored(one_rank[1], 10)
-    run, found = train(tmp_path, *layout, count=count), stored(tmp_path / "out", 10)
-    assert run.losses.keys() == reference.losses.keys() == set(range(1, 11))
+    reference, expected = one_rank[0], stored(one_rank[1], ITERATIONS)
+    run, found = train(tmp_path, *layout, count=count), stored(tmp_path / "out", ITERATIONS)
+    assert run.losses.keys() == reference.losses.keys() == set(range(1, ITERATIONS + 1))
     for iteration in run.losses:
         assert run.losses[iteration] == pytest.approx(reference.losses[iteration], abs=1e-5)
         assert run.norms[iteration] == pytest.approx(reference.norms[iteration], rel=1e-5)
@@ -117,22 +118,24 @@ def test_no_weight_decay(tmp_path, train, start):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "layout"), [(2, TP2), (2, PP2)], ids=["TP2", "PP2"])
 def test_resumes_at_another_layout(count, layout, tmp_path, flags, start, train, one_rank):
-    train(tmp_path, "--save-interval", "5", "--exit-interval", "5")
+    train(tmp_path, "--save-interval", "3", "--exit-interval", "3")
     folder = str(tmp_path / "out")
     again = [*flags, *CLEX, "--load", folder, "--save", folder, *KEPT, *layout]
     run = ranks.train(tmp_path / "again", again, count)
-    assert sorted(run.losses) == [6, 7, 8, 9, 10]
+    assert sorted(run.losses) == [4, 5, 6]
     for iteration, loss in run.losses.items():
         assert loss == pytest.approx(one_rank[0].losses[iteration], abs=1e-5)
 
 
 def test_resumes_bit_for_bit(tmp_path, flags, train, one_rank):
-    train(tmp_path, "--save-interval", "5", "--exit-interval", "5")
+    train(tmp_path, "--save-interval", "3", "--exit-interval", "3")
     folder = str(tmp_path / "out")
     again = [*flags, *CLEX, "--load", folder, "--save", folder, *KEPT]
     run = ranks.train(tmp_path / "again", again)
-    assert run.losses == {i: one_rank[0].losses[i] for i in range(6, 11)}
-    for ours, other in zip(stored(tmp_path / "out", 10), stored(one_rank[1], 10), strict=True):
+    assert run.losses == {i: one_rank[0].losses[i] for i in (4, 5, 6)}
+    for ours, other in zip(
+        stored(tmp_path / "out", ITERATIONS), stored(one_rank[1], ITERATIONS), strict=True
+    ):
         assert torch.equal(ours, other)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import ranks
+from support.runs import ITERATIONS
 
 USERS_SCRIPT = """
 from beside import add_own_flag, provider, step
@@ -202,6 +203,6 @@ STOCK = {
 def test_stock_script(stock, layout, tmp_path, flags):
     ours = ranks.train(tmp_path / "ours", [*flags, *layout], 2)
     theirs = ranks.train(tmp_path / "theirs", [*flags, *layout], 2, script=stock)
-    assert len(ours.losses) == 10
+    assert len(ours.losses) == ITERATIONS
     assert theirs.losses == ours.losses
     assert theirs.lines("> Megatron-Core version"), "not the script's own output"

@@ -10,6 +10,7 @@ import torch
 from support import calls, ranks, recorder
 from support.arguments import arguments
 from support.evaluation import VOCABULARY, write_small_hf
+from support.runs import ITERATIONS
 
 from megatron_cream.checkpoint.doctor import validate_iteration
 from megatron_cream.errors import UserError
@@ -42,7 +43,7 @@ def train(folder, words):
 def asked(dataset, *more):
     return [
         *("--validate-lengths", *map(str, LENGTHS), "--validate-data", dataset),
-        *("--validate-interval", "4", "--validate-documents", "3", *more),
+        *("--validate-interval", "2", "--validate-documents", "3", *more),
     ]
 
 
@@ -70,13 +71,13 @@ LAYOUTS = {
 def test_measures_what_evaluation_does(tmp_path, dataset, flags, initial, layout):
     save = tmp_path / "out"
     words = [*flags, *LAYOUTS[layout], "--pretrained-checkpoint", initial, "--save", str(save)]
-    words += ["--save-interval", "10"]
+    words += ["--save-interval", str(ITERATIONS)]
     words += asked(dataset, "--validate-cases", "0", "--keep-best", "perplexity-400")
     found, log = train(tmp_path, words)
-    assert sorted(found) == [4, 8, 10]
-    assert found[10] == pytest.approx(perplexities(save, dataset), rel=1e-4)
-    shown = f"{found[8]['perplexity-96']:.6g} | perplexity-400: {found[8]['perplexity-400']:.6g}"
-    assert f" validation after iteration 8 | perplexity-96: {shown} | " in log
+    assert sorted(found) == [2, 4, 6]
+    assert found[ITERATIONS] == pytest.approx(perplexities(save, dataset), rel=1e-4)
+    shown = f"{found[4]['perplexity-96']:.6g} | perplexity-400: {found[4]['perplexity-400']:.6g}"
+    assert f" validation after iteration 4 | perplexity-96: {shown} | " in log
     # The best one is a checkpoint of its own, and the only one there.
     best = json.loads((save / "best" / "best.json").read_text())
     assert best["value"] == min(values["perplexity-400"] for values in found.values())
@@ -100,7 +101,7 @@ def test_cases_are_those_of_evaluation(tmp_path, dataset, flags):
     words = [*flags[: at - 1], *flags[at + 3 :], "--tokenizer-type", "HuggingFaceTokenizer"]
     words += ["--tokenizer-model", tokenizer, "--padded-vocab-size", str(VOCABULARY)]
     words += ["--tensor-model-parallel-size", "2", "--save", str(tmp_path / "out")]
-    words += ["--save-interval", "10"]
+    words += ["--save-interval", str(ITERATIONS)]
     words += asked(dataset, "--validate-task", "passkey", "--validate-cases", "3")
     words[words.index("96", words.index("--validate-lengths"))] = "640"
     found, _ = train(tmp_path, words)
@@ -110,8 +111,8 @@ def test_cases_are_those_of_evaluation(tmp_path, dataset, flags):
     prompt = open_prompt(settings)
     (row,) = score_cases(settings, open_model(settings), prompt, "passkey")["lengths"]
     wanted = row["logprob_per_token"]
-    assert found[10]["passkey-log-likelihood-640"] == pytest.approx(wanted, rel=1e-4)
-    assert found[10]["passkey-640"] == row["hit"]
+    assert found[ITERATIONS]["passkey-log-likelihood-640"] == pytest.approx(wanted, rel=1e-4)
+    assert found[ITERATIONS]["passkey-640"] == row["hit"]
 
 
 def test_the_best_one_survives_a_stop_at_any_place(tmp_path, monkeypatch):

@@ -8,16 +8,12 @@ import torch
 from support import ranks
 from support.arguments import arguments
 from support.evaluation import write_small_hf
+from support.ranks import largest_difference
 from support.runs import write_dataset
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
 
 MIXED = ["--mixed-windows", "--plain-share", "0.5", "--train-iters", "4"]
-
-
-def largest_difference(a, b):
-    assert a.keys() == b.keys()
-    return max(abs(a[i] - b[i]) for i in a)
 
 
 @pytest.fixture(scope="module")

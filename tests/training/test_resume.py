@@ -23,7 +23,7 @@ def blend(flags, tmp_path_factory):
     position = flags.index("--data-path")
     others = flags[:position] + flags[position + 2 :]
     mixed = ["--data-path", "0.3", first, "0.7", second, "--split", "100,0,0", "--eval-iters", "0"]
-    return [*others, *mixed, "--num-workers", "2"]
+    return [*others, *mixed, "--num-workers", "2", "--train-iters", "10"]
 
 
 @pytest.fixture(scope="module")
