@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
-# What the launch scripts share: variables, arrays of flags by theme, and the three steps. A script
+# What the launch scripts share: variables, and arrays of flags by theme; steps.sh has the steps. A script
 # sets what its model and its layout are, sources this file, and ends in: extend "$@"
 #
 #   examples/llama-2-7b/32k.sh                        import, train, export
@@ -9,20 +9,30 @@
 #
 # Variables that every script takes; docs/examples.md has all of them:
 #   HF, BASE         Hugging Face model; the checkpoint that it is imported to, the first time
-#   DATA             indexed dataset (tools/preprocess_data.py), without .bin
+#   DATA             indexed dataset (tools/preprocess_data.py), without .bin; or a blend: 0.3 a 0.7 b
+#   RETRIEVAL_SHARE  of the samples that are documents which ask for what they said (0.5; 0 for none)
 #   OUT, EXPORT      checkpoints of this run; Hugging Face folder that it ends in
 #   METHOD, ROPE     cream, pose, randpos; yarn, linear (the papers'), ntk, clex ...
 #   NODES, NODE_RANK, GPUS_PER_NODE, HEAD, PORT
 #   STEPS            any of: import train export
+#   RETRIES          new starts after a crash (3)
+#   PREFLIGHT        1: looks for a slow node before training
+#   PROFILE          torch or nsys: traces some steps of some ranks
 #   FP8              1: products of the layers in FP8 (not measured here yet)
 #
-# USR1 or TERM saves a checkpoint and ends in status 75: start the same command again to go on. An
+# USR1 or TERM saves a checkpoint and ends in status 75 (STOPPED_STATUS): start the same command again to go on. An
 # import or export has SIGNAL_SECONDS to finish; after that it is stopped, to be made anew.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python}
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+
+say() { echo "$NAME: $*" >&2; }
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
 
 # From the first line on: Slurm signals all processes of a job, whatever each of them is at.
 SIGNALLED="" ON_SIGNAL=""
@@ -35,6 +45,8 @@ trap signalled USR1 TERM
 
 # shellcheck source=torchrun.sh
 source "$HERE/examples/torchrun.sh"
+# shellcheck source=steps.sh
+source "$HERE/examples/steps.sh"
 
 # Without ROPE the trainer chooses, yarn. It did choose linear: a run that began so is found again and
 # goes on so.
@@ -57,6 +69,8 @@ EXPORT=${EXPORT:-$OUT-hf}
 STEPS=${STEPS:-import train export}
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-200}
 IMPORT_PATIENCE=${IMPORT_PATIENCE:-600}
+RETRIES=${RETRIES:-3}
+PREFLIGHT=${PREFLIGHT:-0}
 BEAT_SECONDS=${BEAT_SECONDS:-5} # between two signs of an import that is under way
 
 NODES=${NODES:-1}
@@ -90,6 +104,26 @@ SAVE_RETAIN_INTERVAL=${SAVE_RETAIN_INTERVAL#0}
 CHECKPOINT_GB=${CHECKPOINT_GB:-0}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
 
+# A share of the samples are documents that ask for what they said a few thousand tokens before, with a
+# loss on the answers alone: docs/study.md has what that changes. A run goes on as it began.
+SHARE_FILE=$OUT/retrieval-share
+if [ -z "${RETRIEVAL_SHARE:-}" ]; then
+    RETRIEVAL_SHARE=${PLANNED_RETRIEVAL_SHARE:-0.5}
+    if [ "$(iteration)" != 0 ]; then RETRIEVAL_SHARE=$(cat "$SHARE_FILE" 2>/dev/null || echo 0); fi
+fi
+[[ $RETRIEVAL_SHARE =~ ^(0|0?\.[0-9]+)$ ]] ||
+    fail "RETRIEVAL_SHARE is $RETRIEVAL_SHARE: it must be a share below 1, 0.5 say, or 0 for none"
+RETRIEVAL=${RETRIEVAL:-$BASE-retrieval-$SEQ_LENGTH}
+read -ra DATA_PATH <<<"${DATA:-}"
+if [ "$RETRIEVAL_SHARE" != 0 ]; then
+    [ "${#DATA_PATH[@]}" -gt 1 ] || DATA_PATH=(1 "${DATA_PATH[@]}")
+    # Weights of a blend need not add up to 1.
+    read -ra DATA_PATH < <(awk -v share="$RETRIEVAL_SHARE" -v data="$RETRIEVAL" '{
+        for (i = 1; i < NF; i += 2) sum += $i
+        for (i = 1; i < NF; i += 2) printf "%.6g %s ", (1 - share) * $i / sum, $(i + 1)
+        printf "%s %s\n", share, data }' <<<"${DATA_PATH[*]}")
+fi
+
 POSITION_ARGS=(--position-strategy "$METHOD" ${PLAIN_SHARE:+--plain-share "$PLAIN_SHARE"})
 
 ROPE_ARGS=()
@@ -114,7 +148,7 @@ TRAINING_ARGS=(
 )
 
 DATA_ARGS=(
-    --data-path "${DATA:-}" --split "${SPLIT:-99,1,0}"
+    --data-path "${DATA_PATH[@]}" --split "${SPLIT:-99,1,0}"
     --tokenizer-type NullTokenizer --vocab-size "$VOCAB_SIZE"
     --no-create-attention-mask-in-dataloader
 )
@@ -124,6 +158,8 @@ CHECKPOINT_ARGS=(
     --save-interval "$SAVE_INTERVAL"
     ${SAVE_RETAIN_INTERVAL:+--save-retain-interval "$SAVE_RETAIN_INTERVAL"}
     --eval-interval "${EVAL_INTERVAL:-100}" --eval-iters "${EVAL_ITERS:-4}"
+    # Ranks wait for each other while a checkpoint is read: 10 minutes, and those of 2 GB/s.
+    --distributed-timeout-minutes "${TIMEOUT_MINUTES:-$((10 + CHECKPOINT_GB / 120))}"
 )
 
 # Checkpoints are written while training goes on; a signal ends it with one more.
@@ -154,27 +190,57 @@ LOSS_ARGS=(--cross-entropy-loss-fusion --cross-entropy-fusion-impl native)
 # With FP8=1. Weights are gathered in bf16: gathered in FP8, the optimizer would start from rounded ones.
 FP8_ARGS=(--fp8-format hybrid --fp8-recipe tensorwise)
 
-say() { echo "$NAME: $*" >&2; }
-
-fail() {
-    echo "error: $*" >&2
-    exit 2
-}
+# PROFILE=torch writes OUT/torch_profile/rank-N.json.gz, PROFILE=nsys OUT/nsys/node-N.nsys-rep.
+PROFILE_ARGS=() PROFILER=()
+if [ -n "${PROFILE:-}" ]; then
+    read -ra PROFILE_RANKS <<<"${PROFILE_RANKS:-0}"
+    read -r FIRST_STEP LAST_STEP <<<"${PROFILE_STEPS:-10 12}"
+    PROFILE_ARGS=(
+        --profile --profile-ranks "${PROFILE_RANKS[@]}"
+        --profile-step-start "$FIRST_STEP" --profile-step-end "$LAST_STEP"
+    )
+fi
+case ${PROFILE:-} in
+"") ;;
+torch) PROFILE_ARGS+=(--use-pytorch-profiler) ;;
+nsys)
+    PROFILER=(
+        nsys profile --sample none --trace "cuda,nvtx" --force-overwrite true
+        --capture-range cudaProfilerApi --capture-range-end stop --output "$OUT/nsys/node-$NODE_RANK"
+    )
+    ;;
+*) fail "PROFILE is $PROFILE: it must be torch or nsys" ;;
+esac
 
 # The exact flags of a run, with those of the command line last.
 all_args() {
     ALL_ARGS=(
         "${MODEL_ARGS[@]}" "${EXTENSION_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}"
         "${DATA_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${RESILIENCE_ARGS[@]}" "${LOGGING_ARGS[@]}"
-        "${GPU_ARGS[@]}" "${LOSS_ARGS[@]}"
+        "${GPU_ARGS[@]}" "${LOSS_ARGS[@]}" "${PROFILE_ARGS[@]}"
     )
     if [ "${FP8:-0}" = 1 ]; then ALL_ARGS+=("${FP8_ARGS[@]}"); fi
     ALL_ARGS+=("$@")
 }
 
+# What the steps look at as well is said by a variable, or they would look elsewhere than Megatron.
+variable_of() {
+    case ${1%%=*} in
+    --save | --load) echo OUT ;;
+    --pretrained-checkpoint) echo BASE ;;
+    --train-iters) echo ITERATIONS ;;
+    --save-interval) echo SAVE_INTERVAL ;;
+    --save-retain-interval) echo SAVE_RETAIN_INTERVAL ;;
+    --data-path) echo DATA ;;
+    esac
+}
+
 extend() {
-    local word dry_run="" given=()
+    local word dry_run="" given=() variable
     for word in "$@"; do
+        variable=$(variable_of "$word")
+        [ -z "$variable" ] ||
+            fail "${word%%=*} is given: it must be set by $variable, which this script reads as well"
         if [ "$word" = --dry-run ]; then dry_run=1; else given+=("$word"); fi
     done
     set -- "${given[@]}"
@@ -198,225 +264,4 @@ extend() {
         if [ -n "$SIGNALLED" ]; then stop; fi
         "${step}_step" "$@"
     done
-}
-
-# Where a file system does not know its own limit (a quota, a bucket), df says more and nothing is
-# refused.
-enough_space() {
-    local folder=$OUT free most
-    [ "$NODE_RANK" = 0 ] || return 0
-    while [ ! -e "$folder" ]; do folder=$(dirname "$folder"); done
-    free=$(df -Pk "$folder" 2>/dev/null | awk 'NR == 2 { print $4 }' || true)
-    [[ $free =~ ^[0-9]+$ ]] || return 0
-    free=$((free * 1024 / 1000000000)) most=$(most_checkpoints)
-    [ "$free" -ge $((most * CHECKPOINT_GB)) ] || fail "OUT is $OUT: $free GB are free there, it must have" \
-        "$((most * CHECKPOINT_GB)) for $most checkpoints of $CHECKPOINT_GB (fewer: SAVE_INTERVAL," \
-        "SAVE_RETAIN_INTERVAL; CHECKPOINT_GB=0 starts without asking)"
-}
-
-# Most checkpoints that a run will have at once beside those that it has now. One that is not retained
-# goes when the next one is whole.
-most_checkpoints() {
-    local here=0 most=0 last now
-    now=$(iteration)
-    while [ "$now" -lt "$ITERATIONS" ]; do
-        last=$now
-        now=$(((now / SAVE_INTERVAL + 1) * SAVE_INTERVAL))
-        if [ "$now" -gt "$ITERATIONS" ]; then now=$ITERATIONS; fi
-        here=$((here + 1))
-        if [ "$here" -gt "$most" ]; then most=$here; fi
-        if [ -n "$SAVE_RETAIN_INTERVAL" ] && [ $((last % ${SAVE_RETAIN_INTERVAL:-1})) != 0 ]; then
-            here=$((here - 1))
-        fi
-    done
-    echo "$most"
-}
-
-# Node 0 says which checkpoints will be removed, and marks a run whose script decided that.
-say_retention() {
-    [ "$NODE_RANK" = 0 ] || return 0
-    if [ -n "$RETAINS_AS_PLANNED" ]; then
-        mkdir -p "$OUT"
-        touch "$MARK"
-    else
-        rm -f "$MARK"
-    fi
-    if [ -n "$SAVE_RETAIN_INTERVAL" ]; then
-        say "a checkpoint is removed when the next one is whole, but for those of every" \
-            "$SAVE_RETAIN_INTERVAL iterations (SAVE_RETAIN_INTERVAL=0 keeps all)"
-    elif [ -n "${PLANNED_RETAIN_INTERVAL:-}" ]; then
-        say "all checkpoints are kept (SAVE_RETAIN_INTERVAL=$PLANNED_RETAIN_INTERVAL removes older ones)"
-    fi
-}
-
-# A launcher that may start the run again looks for STOPPED_FILE, and not at exit statuses, which
-# tell of the node that ended worst.
-stop() {
-    say "stopped at iteration $(iteration) of $ITERATIONS: the same command goes on from there"
-    if [ "$NODE_RANK" = 0 ] && [ -n "${STOPPED_FILE:-}" ]; then
-        iteration >"$STOPPED_FILE"
-    fi
-    exit 75
-}
-
-import_step() {
-    if has_checkpoint "$BASE"; then
-        say "$BASE is there: it is not imported again"
-    elif [ "$NODE_RANK" = 0 ]; then
-        beat >/dev/null 2>&1 &
-        convert import --hf "$HF" --output "$BASE"
-    else
-        wait_for_import
-    fi
-    if [ -n "$SIGNALLED" ]; then stop; fi
-}
-
-# Says to the nodes that wait that the import is under way, as long as this shell lives and imports.
-beat() {
-    local count=0
-    trap '' USR1
-    trap - TERM
-    mkdir -p "$(dirname "$BASE")"
-    while kill -0 $$ 2>/dev/null && ! has_checkpoint "$BASE"; do
-        echo "$(date +%s) $((++count))" >"$BASE.importing"
-        sleep "$BEAT_SECONDS" || true
-    done
-    rm -f "$BASE.importing"
-}
-
-# The folder gets its name when it is whole. Clocks of nodes differ, so a beat is new when it is
-# another than the last one.
-wait_for_import() {
-    local last="" now since=$SECONDS
-    say "waiting for node 0 to import $HF to $BASE"
-    until has_checkpoint "$BASE"; do
-        [ -z "$SIGNALLED" ] || stop
-        now=$(cat "$BASE.importing" 2>/dev/null || true)
-        if [ "$now" != "$last" ]; then last=$now since=$SECONDS; fi
-        [ $((SECONDS - since)) -lt "$IMPORT_PATIENCE" ] ||
-            fail "BASE is $BASE: node 0 imports nothing to it since $IMPORT_PATIENCE seconds (IMPORT_PATIENCE)"
-        sleep "$BEAT_SECONDS" || true # it gets the signal as well
-    done
-}
-
-# Of Megatron's own: a tracker, or the file of a folder that is one checkpoint.
-has_checkpoint() {
-    [ -f "$1/latest_checkpointed_iteration.txt" ] || [ -f "$1/metadata.json" ]
-}
-
-# An import or export. Folders get their names when they are whole, so one that is stopped leaves
-# nothing that the next one would take for a checkpoint.
-convert() {
-    local status=0
-    TIMER=
-    child finish_soon "$PYTHON" "$HERE/tools/convert_checkpoint.py" "$@" || status=$?
-    [ -z "$TIMER" ] || kill "$TIMER" 2>/dev/null || true
-    if [ "$status" != 0 ] && [ -n "$SIGNALLED" ]; then stop; fi
-    return "$status"
-}
-
-finish_soon() {
-    say "a signal: this step has $SIGNAL_SECONDS seconds to finish"
-    (
-        trap '' USR1
-        sleep "$SIGNAL_SECONDS" &
-        # shellcheck disable=SC2064  # the number of this process, now
-        trap "kill $! 2>/dev/null; exit" TERM
-        wait $! && kill -TERM "$CHILD"
-    ) >/dev/null 2>&1 &
-    TIMER=$!
-}
-
-# child ON_SIGNAL COMMAND...: runs a command to its end and returns its status; ON_SIGNAL is called
-# at a signal. The command never sees USR1, which ends what does not handle it; Ctrl-C ends it.
-child() {
-    local on_signal=$1
-    shift
-    (
-        trap '' USR1
-        trap - INT TERM
-        exec "$@"
-    ) &
-    CHILD=$!
-    ON_SIGNAL=$on_signal
-    [ -z "$SIGNALLED" ] || "$on_signal"
-    # A signal ends the wait, not the child.
-    until ended "$CHILD"; do wait "$CHILD" || true; done
-    ON_SIGNAL=
-    wait "$CHILD"
-}
-
-ended() { ! kill -0 "$1" 2>/dev/null; }
-
-train_step() {
-    if finished; then
-        say "$OUT has all $ITERATIONS iterations"
-        return
-    fi
-    say_retention
-    ask_machine
-    all_args "$@"
-    if [ "$NODES" = 1 ]; then
-        launch_on_one_node "$GPUS_PER_NODE"
-    else
-        LAUNCH_ARGS=(
-            --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE"
-            --master-addr "$HEAD" --master-port "$PORT"
-        )
-    fi
-    local status=0
-    child save_now "$PYTHON" -m torch.distributed.run "${LAUNCH_ARGS[@]}" \
-        -m megatron_cream.pretrain "${ALL_ARGS[@]}" || status=$?
-    # The signal may come before a worker can save, or end one whose peers are gone: go on later.
-    if [ -n "$SIGNALLED" ]; then stop; fi
-    if [ "$status" != 0 ]; then exit "$status"; fi
-    finished || stop # EXIT_MINUTES
-}
-
-finished() { [ "$(iteration)" -ge "$ITERATIONS" ]; }
-
-python_does() { (trap "" USR1 && exec "$PYTHON" -c "$1") 2>/dev/null; }
-
-# What a run can use of this machine; flags of the command line still come last.
-ask_machine() {
-    # The output layer adds gradients up in a kernel of Apex, which NGC's images have.
-    if ! python_does "import fused_weight_gradient_mlp_cuda"; then
-        say "Apex's fused_weight_gradient_mlp_cuda is not installed: --no-gradient-accumulation-fusion"
-        GPU_ARGS+=(--no-gradient-accumulation-fusion)
-    fi
-    # Before 2.19 Transformer Engine's cross entropy was not one to train with.
-    if python_does "from megatron_cream.extras.te_cross_entropy import why_absent as why; exit(bool(why()))"; then
-        LOSS_ARGS=(--te-cross-entropy)
-    fi
-    # An async save hands tensors to another process, expandable ones by pidfd_getfd (number 438).
-    if [[ ${RESILIENCE_ARGS[*]} == *--async-save* && ${PYTORCH_CUDA_ALLOC_CONF:-} == *expandable_segments:True* ]] &&
-        ! python_does "$MAY_SHARE"; then
-        say "this system does not let processes share expandable segments: PYTORCH_CUDA_ALLOC_CONF is unset"
-        unset PYTORCH_CUDA_ALLOC_CONF
-    fi
-}
-
-MAY_SHARE='
-import ctypes, os
-theirs = os.open("/dev/null", os.O_RDONLY)
-child = os.fork()
-if not child:
-    call = ctypes.CDLL(None).syscall
-    os._exit(call(438, os.pidfd_open(os.getppid()), theirs, 0) < 0)
-exit(bool(os.waitpid(child, 0)[1]))'
-
-# torchrun gives its workers 30 s after a TERM. A checkpoint may take longer, so a signal goes past
-# it to the workers, which save one, and torchrun ends when they do. It may not have started them.
-save_now() {
-    until pkill -TERM -P "$CHILD" || ended "$CHILD"; do sleep 1 || true; done
-}
-
-export_step() {
-    [ "$NODE_RANK" = 0 ] || return 0
-    if [ -e "$EXPORT" ]; then
-        say "$EXPORT is there: it is not written again"
-        return
-    fi
-    finished || fail "$OUT is at iteration $(iteration): it must reach $ITERATIONS to be exported"
-    convert export --checkpoint "$OUT" --output "$EXPORT"
 }

@@ -89,6 +89,10 @@ COMMANDS = {
         "megatron_cream.planning.plan",
         "Plan a run: layout, memory per GPU, time, command, next to full-length training.",
     ),
+    "preflight": Command(
+        "megatron_cream.planning.preflight",
+        "Find the slow node of a job before it trains; started by torchrun.",
+    ),
     "import": Command(
         "megatron_cream.checkpoint.import_hf",
         "Convert a Hugging Face checkpoint to Megatron's format, on a CPU, at any size.",

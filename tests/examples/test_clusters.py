@@ -34,12 +34,19 @@ def script_sees(shell, tmp_path, **variables):
     return done.stdout.split(" ")
 
 
+def container_of(replica):
+    [container] = replica["template"]["spec"]["containers"]
+    return container
+
+
 def test_a_pytorchjob_starts_the_same_pod_on_every_node(tmp_path):
     spec = load("kubernetes/pytorchjob.yaml")["spec"]["pytorchReplicaSpecs"]
     master, worker = spec["Master"], spec["Worker"]
     assert master["template"] == worker["template"]
     assert master["replicas"] + worker["replicas"] == 4
-    assert {master["restartPolicy"], worker["restartPolicy"]} == {"OnFailure"}, "status 75 as well"
+    assert {master["restartPolicy"], worker["restartPolicy"]} == {"ExitCode"}
+    given = {each["name"]: each.get("value") for each in container_of(master)["env"]}
+    assert int(given["STOPPED_STATUS"]) >= 128, "or what stopped would have failed for good"
     pod = master["template"]["spec"]
     [container] = pod["containers"]
     assert container["name"] == "pytorch", "the operator looks for that name"
@@ -62,8 +69,13 @@ def test_a_trainjob_starts_the_same_pod_on_every_node(tmp_path):
     label = node["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"]
     assert label == "trainer" and node["name"] == "node", "Trainer looks for both"
     pod = node["template"]["spec"]["template"]["spec"]
-    assert pod["restartPolicy"] == "OnFailure", "status 75 as well"
     [container] = pod["containers"]
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy asks for that"
+    disrupted, failed = node["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert disrupted["action"] == "Ignore" and failed["action"] == "FailJob"
+    assert failed["onExitCodes"]["containerName"] == container["name"]
+    again = failed["onExitCodes"]["values"]
+    assert 75 in again and not {1, 2} & set(again), "what stopped goes on, what failed does not"
     mounted = {volume["name"] for volume in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     trainer = job["spec"]["trainer"]
@@ -119,7 +131,7 @@ def test_kubernetes_imports_and_exports_without_a_gpu():
     trained = load("kubernetes/pytorchjob.yaml")["spec"]["pytorchReplicaSpecs"]["Master"]
     [trainer] = trained["template"]["spec"]["containers"]
     runs = {each["name"]: each.get("value") for each in trainer["env"]}
-    assert runs.pop("STEPS") == "train"
+    assert runs.pop("STEPS") == "train" and runs.pop("STOPPED_STATUS")
     for step in ("import", "export"):
         job = yaml.safe_load(text.replace("import-or-export", step))
         assert job["metadata"]["name"] == f"llama-2-70b-128k-{step}"
@@ -290,7 +302,7 @@ def test_slurm_refuses_what_it_cannot_start(slurm):
 
 SBATCH = (
     '#!/usr/bin/env bash\nprintf "%q " "$STEPS" "$@" >>"$LOG"; echo >>"$LOG"\n'
-    'echo "$(wc -l <"$LOG");cluster"\n'
+    'cp "${@: -2:1}" "${LOG%/*}/$STEPS.run"; echo "$(wc -l <"$LOG");cluster"\n'
 )
 
 
@@ -316,7 +328,12 @@ def test_slurm_imports_trains_and_exports_in_jobs_of_their_own(tmp_path):
     done, jobs = submitted(tmp_path, script, "--account", "me", **cpus)
     assert done.returncode == 0, done.stderr
     assert [job[0] for job in jobs] == ["import", "train", "export"]
-    assert all(job[-2:] == [str(SLURM), script] and "me" in job for job in jobs)
+    assert all(job[-1] == script and "me" in job for job in jobs)
+    assert [job[-2] == str(SLURM) for job in jobs] == [False, True, False]
+    for job in (jobs[0], jobs[2]):
+        assert "--exclusive" not in (tmp_path / f"{job[0]}.run").read_text(), "holds no GPU node"
+        assert launch.flags(job)["--cpus-per-task"] == ("8",)
+    assert "in the default partition" not in done.stdout
     assert all("--kill-on-invalid-dep=yes" in job for job in jobs), "what failed holds no queue"
     flags = [launch.flags(job) for job in jobs]
     assert [each["--nodes"] for each in flags] == [("1",), ("4",), ("1",)]
@@ -325,7 +342,8 @@ def test_slurm_imports_trains_and_exports_in_jobs_of_their_own(tmp_path):
     waits = [each.get("--dependency") for each in flags]
     assert waits == [None, ("afterok:1",), ("afterok:2",)]
     assert flags[1]["--signal"] == ("B:USR1@603",), "120 s and 966 GB at 2 GB/s"
-    _, jobs = submitted(tmp_path, str(EXAMPLES / "llama-2-7b" / "32k.sh"), NODES="2")
+    done, jobs = submitted(tmp_path, str(EXAMPLES / "llama-2-7b" / "32k.sh"), NODES="2")
+    assert "8 CPUs and 32 GB each in the default partition" in done.stdout
     train = launch.flags(jobs[1])
     assert train["--nodes"] == ("2",) and train["--signal"][0] == "B:USR1@300"
     done, jobs = submitted(tmp_path, "no/such.sh")

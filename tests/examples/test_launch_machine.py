@@ -71,7 +71,7 @@ def test_segments_do_not_expand_where_an_async_save_could_not_share_them(tmp_pat
 
 def test_the_question_whether_processes_may_share_is_answered():
     """Status 0 or 1, and 1 where the system call is refused."""
-    text = (launch.ROOT / "examples" / "common.sh").read_text()
+    text = (launch.ROOT / "examples" / "steps.sh").read_text()
     code = re.search(r"^MAY_SHARE='(.*?)'$", text, re.M | re.S)[1]
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert asked.returncode in (0, 1) and not asked.stderr
@@ -125,6 +125,132 @@ def test_space_can_be_left_unasked(tmp_path):
     train(tmp_path, SEVENTY, STUB_FREE_GB="1", CHECKPOINT_GB="0")
 
 
+def crashing(folder, *iterations, **variables):
+    """A run whose trainer crashes, its newest checkpoint at each of these, and then ends well."""
+    (folder / "out").mkdir(exist_ok=True)
+    (folder / "crashes").write_text("".join(f"{number}\n" for number in iterations))
+    variables = {
+        "STUB_CRASHES": str(folder / "crashes"),
+        "DATA": "d",
+        "STEPS": "train",
+        **variables,
+    }
+    done, calls = launch.run(SEVEN, folder, **variables)
+    return done, sum("megatron_cream.pretrain" in words for words, _ in calls)
+
+
+def test_a_run_that_crashes_goes_on_from_its_newest_checkpoint(tmp_path):
+    done, starts = crashing(tmp_path, 100, 300)
+    assert done.returncode == 0, done.stderr
+    assert starts == 3
+    assert "crash 1, exit status 1: going on from iteration 100, 2 more starts" in done.stderr
+    assert "crash 2, exit status 1: going on from iteration 300, 1 more starts" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("crashes", "retries", "starts", "said"),
+    [
+        ((0, 0), "3", 2, "crashed twice since the checkpoint of iteration 0"),
+        ((100, 200, 200), "9", 3, "crashed twice since the checkpoint of iteration 200"),
+        ((100, 200, 300), "2", 3, "crash 3, exit status 1: no start is left (RETRIES=2)"),
+        ((100,), "0", 1, "crash 1, exit status 1: no start is left (RETRIES=0)"),
+    ],
+)
+def test_starts_after_crashes_are_bounded(crashes, retries, starts, said, tmp_path):
+    done, started = crashing(tmp_path, *crashes, RETRIES=retries)
+    assert done.returncode == 1 and started == starts, done.stderr
+    assert said in done.stderr
+
+
+def test_what_the_user_has_to_mend_is_no_crash(tmp_path):
+    done, starts = crashing(tmp_path, 0, STUB_USER_ERROR="1")
+    assert done.returncode == 2 and starts == 1, done.stderr
+
+
+def test_a_preflight_comes_before_each_start(tmp_path):
+    done, starts = crashing(tmp_path, 100, PREFLIGHT="1")
+    assert done.returncode == 0 and starts == 2
+    started = [
+        words[words.index("-m", 2) + 1] for words, _ in launch.calls(tmp_path) if "-m" in words
+    ]
+    assert started == ["megatron_cream", "megatron_cream.pretrain"] * 2
+
+
+def test_half_of_the_samples_are_retrieval_documents(tmp_path):
+    """Made by the step import, on the CPU; one variable leaves them out."""
+    (tmp_path / "retrieval.idx").touch()
+    flags = launch.flags(train(tmp_path)[0])
+    retrieval = str(tmp_path / "retrieval")
+    assert flags["--data-path"] == ("0.5", "d", "0.5", retrieval)
+    shares = {"RETRIEVAL_SHARE": "0.2", "OUT": str(tmp_path / "b")}
+    done, calls = launch.run(SEVEN, tmp_path, DATA="3 a 1 b", STEPS="train", **shares)
+    assert launch.flags(calls[-1][0])["--data-path"] == ("0.6", "a", "0.2", "b", "0.2", retrieval)
+    words, _ = train(tmp_path, RETRIEVAL_SHARE="0", OUT=str(tmp_path / "c"))
+    assert launch.flags(words)["--data-path"] == ("d",)
+    for wrong in ("1", "half", "-0.5"):
+        done, _ = launch.run(SEVEN, tmp_path, DATA="d", RETRIEVAL_SHARE=wrong)
+        assert done.returncode == 2 and f"RETRIEVAL_SHARE is {wrong}: it must" in done.stderr
+
+
+def test_retrieval_documents_are_made_once_before_training(tmp_path):
+    variables = {"DATA": "d", "RETRIEVAL": str(tmp_path / "made"), "HAYSTACK": "books notes"}
+    done, calls = launch.run(SEVEN, tmp_path, STEPS="train", **variables)
+    assert done.returncode == 2 and "the step import makes it, RETRIEVAL_SHARE=0" in done.stderr
+    done, calls = launch.run(SEVEN, tmp_path, STEPS="import", **variables)
+    assert done.returncode == 0, done.stderr
+    made = launch.flags(calls[-1][0])
+    assert calls[-1][0][0].endswith("make_retrieval_data.py")
+    assert made["--documents"] == ("17601",) and made["--length"] == ("4096",)
+    assert made["--tokenizer-model"] == ("meta-llama/Llama-2-7b-hf",)
+    assert made["--haystack"] == ("books", "notes") and "--answers-only" in made
+    before = len(calls)
+    assert len(launch.run(SEVEN, tmp_path, STEPS="import", **variables)[1]) == before
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path):
+    tracker = tmp_path / "out" / "latest_checkpointed_iteration.txt"
+    train(tmp_path, RETRIEVAL_SHARE="0.3")
+    tracker.write_text("400")
+    assert "0.3" in launch.flags(train(tmp_path)[0])["--data-path"]
+    tracker.write_text("400")
+    (tmp_path / "out" / "retrieval-share").unlink()  # it began when there were none
+    assert launch.flags(train(tmp_path)[0])["--data-path"] == ("d",)
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable"),
+    [("--save", "OUT"), ("--train-iters=9", "ITERATIONS"), ("--data-path", "DATA")],
+)
+def test_what_the_script_reads_itself_is_said_by_a_variable(flag, variable, tmp_path):
+    done, calls = launch.run(SEVEN, tmp_path, flag, "x", DATA="d")
+    assert done.returncode == 2 and not calls
+    assert f"{flag.partition('=')[0]} is given: it must be set by {variable}" in done.stderr
+
+
+def test_profiles_of_chosen_ranks_and_steps(tmp_path):
+    flags = launch.flags(train(tmp_path, PROFILE="torch", PROFILE_RANKS="0 9")[0])
+    assert flags["--profile-ranks"] == ("0", "9") and "--use-pytorch-profiler" in flags
+    assert (flags["--profile-step-start"], flags["--profile-step-end"]) == (("10",), ("12",))
+    (tmp_path / "nsys").write_text(
+        '#!/bin/sh\necho "$@" >"$STUB_LOG.nsys"\n'
+        'until [ "$1" = "$PYTHON" ]; do shift; done\nexec "$@"\n'
+    )
+    (tmp_path / "nsys").chmod(0o755)
+    words, _ = train(tmp_path, PROFILE="nsys", PROFILE_STEPS="20 21", OUT=str(tmp_path / "b"))
+    assert launch.flags(words)["--profile-step-start"] == ("20",)
+    assert "--use-pytorch-profiler" not in words
+    assert f"--output {tmp_path}/b/nsys/node-0" in (tmp_path / "calls.nsys").read_text()
+    done, _ = launch.run(SEVEN, tmp_path, DATA="d", PROFILE="perf")
+    assert done.returncode == 2 and "PROFILE is perf: it must be torch or nsys" in done.stderr
+
+
+def test_ranks_wait_longer_for_a_larger_checkpoint(tmp_path):
+    flags = launch.flags(train(tmp_path, SEVENTY)[0])
+    assert flags["--distributed-timeout-minutes"] == ("18",)
+    flags = launch.flags(train(tmp_path, TIMEOUT_MINUTES="60", OUT=str(tmp_path / "b"))[0])
+    assert flags["--distributed-timeout-minutes"] == ("60",)
+
+
 def retained(folder, **variables):
     words, said = train(folder, SEVENTY, STUB_REACHES="1000", **variables)
     return launch.flags(words).get("--save-retain-interval"), said
@@ -174,7 +300,7 @@ def test_a_node_stops_waiting_for_an_import_that_failed(tmp_path):
     ]
     said = [node.communicate(timeout=60)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [5, 2]
-    assert "node 0 imports nothing to it since 1 seconds" in said[1]
+    assert "node 0 makes nothing of it since 1 seconds" in said[1]
 
 
 def test_a_node_waits_as_long_as_an_import_is_under_way(tmp_path):

@@ -89,7 +89,7 @@ def examples(tmp_path):
     """A folder with what launch scripts source."""
     folder = tmp_path / "examples"
     (folder / "mine").mkdir(parents=True)
-    for name in ("common.sh", "torchrun.sh"):
+    for name in ("common.sh", "steps.sh", "torchrun.sh"):
         (folder / name).write_text((launch.ROOT / "examples" / name).read_text())
     return folder
 
