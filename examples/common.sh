@@ -108,7 +108,7 @@ LOG_INTERVAL=${LOG_INTERVAL:-10}
 # loss on the answers alone: docs/study.md has what that changes. A run goes on as it began.
 SHARE_FILE=$OUT/retrieval-share
 if [ -z "${RETRIEVAL_SHARE:-}" ]; then
-    RETRIEVAL_SHARE=${PLANNED_RETRIEVAL_SHARE:-0.5}
+    RETRIEVAL_SHARE=0.5
     if [ "$(iteration)" != 0 ]; then RETRIEVAL_SHARE=$(cat "$SHARE_FILE" 2>/dev/null || echo 0); fi
 fi
 [[ $RETRIEVAL_SHARE =~ ^(0|0?\.[0-9]+)$ ]] ||

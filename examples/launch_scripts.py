@@ -22,7 +22,10 @@ from megatron_cream.errors import one_line_errors
 from megatron_cream.planning.plan import compare, launch_script
 
 LLAMA_2_7B = {
-    "notes": ["The recipe is CREAM's published one: 1000 steps of 32 samples, 2e-5 after 10 steps."]
+    "notes": [
+        "RETRIEVAL_SHARE=0 ROPE=linear is CREAM's published recipe: 1000 steps of 32 samples, 2e-5",
+        "after 10 steps.",
+    ]
 }
 CHAT = {
     "name": "llama-2-7b-chat",
@@ -32,7 +35,7 @@ CHAT = {
         "or more, 2e-5 without warm-up. Conversations become text by megatron-cream render-chat;",
         "every token is trained, the user's too.",
     ],
-    "variables": {"WARMUP": "0"},
+    "variables": {"WARMUP": "0", "RETRIEVAL_SHARE": "0"},
     "data": "data/conversations",
 }
 # A name of its own, or it would go on in the run of 128k.sh.
@@ -48,6 +51,12 @@ LARGE_BATCH = {
 SEVENTY = (
     "--gpus 32 --tensor-model-parallel-size 4 --pipeline-model-parallel-size 4 "
     "--num-virtual-stages-per-pipeline-rank 5 --tp-comm-overlap"
+)
+
+# Megatron-Core's reference mapping, on half as many GPUs for a batch of 32.
+MIXTRAL = (
+    "--gpus 32 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 4 "
+    "--expert-model-parallel-size 8"
 )
 
 # Where below this folder: how it is planned, and what the script says beside the plan.
@@ -82,6 +91,8 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         {},
     ),
     "mistral-7b/128k.sh": ("mistral-7b --gpus 8 --target-length 131072", {}),
+    "mixtral-8x7b/64k.sh": (f"mixtral-8x7b --target-length 65536 {MIXTRAL}", {}),
+    "mixtral-8x7b/128k.sh": (f"mixtral-8x7b --target-length 131072 {MIXTRAL}", {}),
     "qwen2.5-7b/128k.sh": ("qwen2.5-7b --gpus 8 --target-length 131072", {}),
     "qwen2.5-7b/256k.sh": ("qwen2.5-7b --gpus 8 --target-length 262144", {}),
     "qwen2.5-32b/128k.sh": (

@@ -178,6 +178,8 @@ train_step() {
         "such dataset; the step import makes it, RETRIEVAL_SHARE=0 trains without"
     say_retention
     if [ "$NODE_RANK" = 0 ]; then mkdir -p "$OUT" && echo "$RETRIEVAL_SHARE" >"$SHARE_FILE"; fi
+    all_args "$@"
+    set_environment
     ask_machine
     all_args "$@"
     if [ "$NODES" = 1 ]; then
@@ -235,6 +237,27 @@ finished() { [ "$(iteration)" -ge "$ITERATIONS" ]; }
 
 python_does() { (trap "" USR1 && exec "$PYTHON" -c "$1") 2>/dev/null; }
 
+# Environment variables of NVIDIA's recipes for Hopper; one that is set already is kept.
+set_environment() {
+    # Freed memory is joined again, so that none is lost to fragments.
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+    [ $((NODES * GPUS_PER_NODE)) -gt 1 ] || return 0
+    # Multicast buffers of NCCL would take memory of every GPU, and its links do not need them.
+    export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+    # NCCL cannot register expandable segments; with CUDA graphs Megatron asks for this.
+    export NCCL_GRAPH_REGISTER=${NCCL_GRAPH_REGISTER:-0}
+    # Norms leave 16 multiprocessors to what is sent meanwhile.
+    export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-16}
+    export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
+    # Where layers send, kernels start in the order of the host: sending before the product that hides
+    # it. Elsewhere gradients and stages need not wait in one queue with products.
+    local connections=8
+    if [[ " ${ALL_ARGS[*]} " =~ --(tensor-model|context)-parallel-size\ ([2-9]|[1-9][0-9]+)\  ]]; then
+        connections=1
+    fi
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$connections}
+}
+
 # What a run can use of this machine; flags of the command line still come last.
 ask_machine() {
     # The output layer adds gradients up in a kernel of Apex, which NGC's images have.
@@ -242,6 +265,8 @@ ask_machine() {
         say "Apex's fused_weight_gradient_mlp_cuda is not installed: --no-gradient-accumulation-fusion"
         GPU_ARGS+=(--no-gradient-accumulation-fusion)
     fi
+    # Asks for Transformer Engine, so a dry run goes without.
+    if [[ ${MODEL_ARGS[*]} == *--num-experts* ]]; then GPU_ARGS+=(--moe-permute-fusion); fi
     # Before 2.19 Transformer Engine's cross entropy was not one to train with.
     if python_does "from megatron_cream.extras.te_cross_entropy import why_absent as why; exit(bool(why()))"; then
         LOSS_ARGS=(--te-cross-entropy)

@@ -9,7 +9,7 @@ has from GPUS_PER_NODE (8). Every script of examples/ does this on --dry-run.
 
 Quicker than ``planning.stages.check_stages``, which builds every rank of a copy of the model: here
 the first, a middle and the last stage are built, by one rank each, and compared with the closed
-forms of ``planning.memory``.
+forms of ``planning.models``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from megatron_cream.errors import UserError, one_line_errors
 from megatron_cream.mcore import fake_world
 from megatron_cream.mcore.argument_table import rotary_dim
 from megatron_cream.mcore.fake_world import RankView, rank_view
-from megatron_cream.planning.expected import expected_lines
-from megatron_cream.planning.memory import stage_parameters
+from megatron_cream.planning.models import stage_parameters
 from megatron_cream.planning.stages import (
+    expected_lines,
     layout_from_args,
     shape_from_args,
     stage_line,

@@ -75,6 +75,8 @@ class ParallelLayout:
         recompute: layers keep their input alone and are run again in the backward pass.
         recompute_layers: so many do, the first of each virtual stage; all of them where None.
         virtual: virtual stages per pipeline rank: its layers in as many pieces, interleaved.
+        expert: ranks that the experts of a layer are spread over, each with whole ones; they are
+            among those of the tensor, context and data parallel groups.
     """
 
     tensor: int = 1
@@ -86,6 +88,7 @@ class ParallelLayout:
     recompute: bool = False
     virtual: int = 1
     recompute_layers: int | None = None
+    expert: int = 1
 
     @property
     def gpus(self) -> int:
@@ -94,10 +97,16 @@ class ParallelLayout:
 
     def __str__(self) -> str:
         context = f" CP{self.context}" if self.context > 1 else ""
+        expert = f" EP{self.expert}" if self.expert > 1 else ""
         virtual = f" VP{self.virtual}" if self.virtual > 1 else ""
-        sizes = f"TP{self.tensor} PP{self.pipeline}{virtual}{context} DP{self.data}"
+        sizes = f"TP{self.tensor} PP{self.pipeline}{virtual}{context}{expert} DP{self.data}"
         blocks = "" if self.recompute_layers is None else f" {self.recompute_layers}"
         return sizes + (f", recompute{blocks}" if self.recompute else "")
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that have the same experts of a pipeline stage."""
+        return self.gpus // (self.pipeline * self.expert)
 
     @property
     def telling_stages(self) -> list[int]:

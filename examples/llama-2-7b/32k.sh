@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Llama-2-7B to 32K on 8 H100, trained at 4096 tokens.
-# The recipe is CREAM's published one: 1000 steps of 32 samples, 2e-5 after 10 steps.
+# RETRIEVAL_SHARE=0 ROPE=linear is CREAM's published recipe: 1000 steps of 32 samples, 2e-5
+# after 10 steps.
 #
 # megatron-cream plan llama-2-7b --gpus 8 --target-length 32768
 #   TP1 PP1 DP8: 63.9 GiB per GPU, 1.34 s per step, 1000 steps in 22.3 min
@@ -15,19 +16,6 @@ TARGET_LENGTH=32768
 ORIGINAL_LENGTH=4096
 VOCAB_SIZE=32000
 CHECKPOINT_GB=${CHECKPOINT_GB:-94}
-
-# Freed memory is joined again, so that none is lost to fragments.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# Multicast buffers of NCCL would take memory of every GPU, and its links do not need them.
-export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
-# NCCL cannot register expandable segments; with CUDA graphs Megatron asks for this.
-export NCCL_GRAPH_REGISTER=${NCCL_GRAPH_REGISTER:-0}
-# Norms leave 16 multiprocessors to what is sent meanwhile.
-export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-16}
-# The same in the backward pass.
-export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
-# No layer sends: gradients and stages need not wait in one queue with products.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
 
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

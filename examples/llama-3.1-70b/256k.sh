@@ -19,19 +19,6 @@ NODES=${NODES:-4}
 SAVE_INTERVAL=${SAVE_INTERVAL:-200}
 CHECKPOINT_GB=${CHECKPOINT_GB:-988}
 
-# Freed memory is joined again, so that none is lost to fragments.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# Multicast buffers of NCCL would take memory of every GPU, and its links do not need them.
-export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
-# NCCL cannot register expandable segments; with CUDA graphs Megatron asks for this.
-export NCCL_GRAPH_REGISTER=${NCCL_GRAPH_REGISTER:-0}
-# Norms leave 16 multiprocessors to what is sent meanwhile.
-export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-16}
-# The same in the backward pass.
-export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
-# Kernels start in the order of the host: sending before the product that hides it.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

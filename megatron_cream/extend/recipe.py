@@ -13,8 +13,7 @@ from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, parse_length
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.cost import GPUS, Gpu, product_share
-from megatron_cream.planning.memory import GIB, RESERVE_GIB, stage_parameters
-from megatron_cream.planning.models import BaseModel
+from megatron_cream.planning.models import GIB, RESERVE_GIB, BaseModel, stage_parameters
 from megatron_cream.planning.propose import Cluster, Plan, propose
 from megatron_cream.planning.script import layout_flags, warm_up
 from megatron_cream.positions import STRATEGIES

@@ -14,8 +14,15 @@ from dataclasses import dataclass
 
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
-from megatron_cream.planning.memory import WEIGHT, largest_stage, layer_matrices
-from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.models import (
+    MODELS,
+    WEIGHT,
+    dense_parameters,
+    expert_matrices,
+    expert_parameters,
+    largest_stage,
+    layer_matrices,
+)
 
 ATTENTION_SHARE = 0.50
 """Of the bf16 peak: causal flash attention, forward and backward, per operation of the causal half.
@@ -131,8 +138,8 @@ class StepTime:
 def layer_flops(shape: ModelShape, seq_length: int) -> float:
     """Return the operations per token of one layer, forward and backward.
 
-    6 for every weight, and 6 s a d for the causal half of attention, which grouped queries do not
-    change: 12 L h s / 2 for the L layers of a model whose a d is h.
+    6 for every weight that a token meets, and 6 s a d for the causal half of attention, which
+    grouped queries do not change: 12 L h s / 2 for the L layers of a model whose a d is h.
     """
     return _product_flops(shape) + 6.0 * seq_length * shape.heads * shape.head_dim
 
@@ -140,7 +147,11 @@ def layer_flops(shape: ModelShape, seq_length: int) -> float:
 def _product_flops(shape: ModelShape) -> float:
     # Biases are additions: they are no part of the 6.
     bias = (shape.heads + 2 * shape.groups) * shape.head_dim if shape.qkv_bias else 0
-    return 6.0 * (layer_matrices(shape) - bias)
+    flops = 6.0 * (layer_matrices(shape) - bias)
+    if shape.experts and shape.experts_per_token:
+        routed = expert_matrices(shape) * shape.experts_per_token / shape.experts
+        flops += 6.0 * (routed + shape.experts * shape.hidden)
+    return flops
 
 
 def model_flops(shape: ModelShape, seq_length: int) -> float:
@@ -157,14 +168,18 @@ def layer_traffic(shape: ModelShape, fp8: bool = False) -> float:
 
     In bf16, forward and backward: two norms 20 h, two residual additions 24 h, rotation of
     queries and keys 8 (a + g) d, the MLP's gate 16 f. FP8 reads each product's input and
-    gradient of its output, and writes them and their transposes: 4 bytes per value.
+    gradient of its output, and writes them and their transposes: 4 bytes per value. A token that
+    goes to k experts has k gates, and is sorted by expert and back: 8 (1 + k) h.
     """
     rotated = (shape.heads + shape.groups) * shape.head_dim
-    traffic = 44.0 * shape.hidden + 8 * rotated + 16 * shape.ffn
+    gates = (shape.experts_per_token or 1) * shape.ffn
+    traffic = 44.0 * shape.hidden + 8 * rotated + 16 * gates
+    if shape.experts_per_token:
+        traffic += 8 * (1 + shape.experts_per_token) * shape.hidden
     if fp8:
         heads, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-        inputs = 2 * shape.hidden + heads + shape.ffn
-        gradients = heads + 2 * keys + 2 * shape.hidden + 2 * shape.ffn
+        inputs = 2 * shape.hidden + heads + gates
+        gradients = heads + 2 * keys + 2 * shape.hidden + 2 * gates
         traffic += 4.0 * (inputs + gradients)
     return traffic
 
@@ -272,9 +287,13 @@ def exposed_seconds(
     ring = 3 * values * (layout.context - 1) / _speed(gpu, layout.tensor * layout.context, node)
     attention = 6.0 * work.attended * shape.heads * shape.head_dim * tokens / layout.tensor
     attention /= gpu.tflops * 1e12 * ATTENTION_SHARE
+    # A token goes to its experts and back, and so do the gradients; nothing runs beside it.
+    experts = (4 + 2 * layout.recomputed(layers)) * (shape.experts_per_token or 0) * hidden
+    experts *= (layout.expert - 1) / layout.expert / layout.tensor
+    experts /= _speed(gpu, layout.expert, node)
     stages = 2 * hidden / layout.tensor / _speed(gpu, layout.gpus, node)
     stages *= OVERLAP * layout.virtual if layout.virtual > 1 else min(1, layout.pipeline - 1)
-    return layers * (tensor + max(0.0, ring - attention)) + stages
+    return layers * (tensor + experts + max(0.0, ring - attention)) + stages
 
 
 def _exposed_passes(layout: ParallelLayout, work: Workload, tuning: Tuning, again: float) -> float:
@@ -301,10 +320,18 @@ def replica_seconds(
     tuning: Tuning = MEGATRON_DEFAULTS,
 ) -> float:
     """Return the seconds in which a GPU scatters gradients and gathers bf16 weights."""
-    replicas = layout.context * layout.data
-    parameters = largest_stage(shape, layout)
-    sent = (tuning.gradient_bytes + WEIGHT) * parameters * (replicas - 1) / replicas
-    return sent / _ring_speed(gpu, layout.tensor, layout.tensor * replicas, node)
+    stage = largest_stage(shape, layout)
+    groups = [
+        (dense_parameters(shape, layout, stage), layout.tensor, layout.context * layout.data),
+        (expert_parameters(shape, layout, stage), layout.expert, layout.expert_copies),
+    ]
+    return sum(
+        (tuning.gradient_bytes + WEIGHT)
+        * parameters
+        * ((copies - 1) / copies)
+        / _ring_speed(gpu, stride, stride * copies, node)
+        for parameters, stride, copies in groups
+    )
 
 
 def _speed(gpu: Gpu, ranks: int, node: int) -> float:
@@ -333,8 +360,12 @@ def _update(
     its product does that; once a step their norm is taken (4), and of this rank's share gradient,
     copy and moments are read (16) and copy, moments and weight written (14).
     """
-    parameters = largest_stage(shape, layout)
+    stage = largest_stage(shape, layout)
+    dense = dense_parameters(shape, layout, stage)
+    experts = expert_parameters(shape, layout, stage)
+    own = dense / (layout.data * layout.context) + experts / layout.expert_copies
     gradient = tuning.gradient_bytes
-    share = (gradient + 2 * tuning.optimizer_bytes + WEIGHT) / (layout.data * layout.context)
     each = 0 if tuning.fused_gradients else WEIGHT + 2 * gradient
-    return parameters * (each * batches + gradient + share) / gpu.memory_rate
+    moved = (dense + experts) * (each * batches + gradient)
+    moved += own * (gradient + 2 * tuning.optimizer_bytes + WEIGHT)
+    return moved / gpu.memory_rate

@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the model that is extended, by name or config.json, and Megatron's flags for it."""
+"""The models that people extend, Megatron's flags for them, and the bytes they need per GPU.
+
+Memory is for bf16 training with the distributed optimizer, Transformer Engine's fused layers, flash
+attention and no dropout. Megatron has an estimator of its own (``megatron.training
+.theoretical_memory_usage``). Its 6 + 12 / DP bytes per parameter are the same as here; its
+parameters leave out biases and uneven stages, and its optimizer is not divided by the context
+parallel size, over which Megatron does shard it. Its activations are those of arXiv:2205.05198,
+table 2, whose MLP is not gated: a SwiGLU layer keeps 6 f bytes per token and not 4 f. So
+activations are counted here tensor by tensor; docs/planning.md has them next to a GPU's own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +27,9 @@ from megatron_cream.checkpoint.model_shape import (
     size_flags,
     window_of,
 )
-from megatron_cream.checkpoint.weight_map import FAMILIES
 from megatron_cream.errors import UserError, naming
 from megatron_cream.options import read_object
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
 from megatron_cream.rope.huggingface import scaling_from_hf
 
 
@@ -83,6 +93,8 @@ _TABLE = [
     # Version 0.1 has a sliding window of 4096 tokens, which longer positions cannot extend.
     _mistral("mistral-7b-v0.2", 32, 4096, 14336, 32, 8,  128, 32000,  32768,  1e6,   1e-5),
     _mistral("mistral-7b-v0.3", 32, 4096, 14336, 32, 8,  128, 32768,  32768,  1e6,   1e-5),
+    _llama("mixtral-8x7b",      32, 4096, 14336, 32, 8,  128, 32000,  32768,  1e6,   1e-5,
+           architecture="MixtralForCausalLM", experts=8, experts_per_token=2),
     # Base models; trained at 32768 tokens (arXiv:2412.15115), whatever their config.json allows.
     _qwen("qwen2.5-7b",         28, 3584, 18944, 28, 4,  128, 152064, 32768,  1e6,   1e-6),
     _qwen("qwen2.5-14b",        48, 5120, 13824, 40, 8,  128, 152064, 32768,  1e6,   1e-5),
@@ -94,6 +106,7 @@ MODELS: dict[str, BaseModel] = {model.name: model for model in _TABLE}
 
 _ALIASES = {
     "mistral-7b": "mistral-7b-v0.3",
+    "mixtral-8x7b-v0.1": "mixtral-8x7b",
     "llama-2-34b": "codellama-34b",
     "llama-34b": "codellama-34b",
     "code-llama-34b": "codellama-34b",
@@ -110,6 +123,7 @@ _ON_THE_HUB = {
     "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
     "mistral-7b-v0.2": "mistral-community/Mistral-7B-v0.2",
     "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "qwen2.5-14b": "Qwen/Qwen2.5-14B",
     "qwen2.5-32b": "Qwen/Qwen2.5-32B",
@@ -200,12 +214,6 @@ def model_from_hf(config: dict[str, Any], name: str) -> BaseModel:
 
 
 def _validate_plannable(shape: ModelShape) -> None:
-    if shape.experts:
-        dense = [name for name, family in FAMILIES.items() if not family.experts]
-        raise UserError(
-            f"architecture in config.json is {shape.architecture}: it must be one of "
-            f"{', '.join(dense)}"
-        )
     if shape.window is not None:
         raise UserError(
             f"sliding_window in config.json is {shape.window}: it must be off, tokens further "
@@ -222,3 +230,176 @@ def megatron_flags(model: BaseModel) -> list[list[str]]:
     """
     rotary = ["--position-embedding-type", "rope", "--rotary-base", f"{model.theta:.0f}"]
     return [size_flags(model), kind_flags(model), rotary]
+
+
+GIB = 2**30
+
+VOCAB_MULTIPLE = 128
+"""Megatron's --make-vocab-size-divisible-by; it pads to that times the tensor parallel size."""
+
+WEIGHT = 2
+"""Bytes per parameter: bf16. Gradients and optimizer are as ``Tuning`` says."""
+
+SAVED = 14
+"""Bytes per parameter of a checkpoint: bf16 weight, fp32 copy and two moments."""
+
+FP8_COPIES = 2
+"""Bytes per parameter of a layer's products beside bf16: a weight and its transpose in FP8."""
+
+RESERVE_GIB = 5.0
+"""Left free: CUDA context, NCCL's buffers, workspaces and the allocator's fragmentation.
+
+Measured on one H200 as what PyTorch reserves above what it has allocated at the peak: 1.6 to 4.1.
+"""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each GPU of one pipeline stage.
+
+    Attributes:
+        weights, gradients, optimizer: what stays.
+        activations: what layers keep between forward and backward, all micro-batches in flight.
+        working: the peak above these: the logits and their softmax, or one layer's backward.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+def padded_vocab(shape: ModelShape, tensor: int) -> int:
+    """Return the rows of the embedding that Megatron makes for a tensor parallel size."""
+    multiple = VOCAB_MULTIPLE * tensor
+    return math.ceil(shape.vocabulary / multiple) * multiple
+
+
+def layer_matrices(shape: ModelShape) -> int:
+    """Return the parameters of one layer that tensor parallelism divides, biases of q, k, v too."""
+    qkv = (shape.heads + 2 * shape.groups) * shape.head_dim
+    attention = qkv * shape.hidden + shape.heads * shape.head_dim * shape.hidden
+    feed_forward = 0 if shape.experts else _feed_forward(shape)
+    return attention + feed_forward + (qkv if shape.qkv_bias else 0)
+
+
+def expert_matrices(shape: ModelShape) -> int:
+    """Return the parameters of all experts of one layer, which expert parallelism divides."""
+    return (shape.experts or 0) * _feed_forward(shape)
+
+
+def _feed_forward(shape: ModelShape) -> int:
+    return 3 * shape.hidden * shape.ffn
+
+
+def layer_norms(shape: ModelShape) -> int:
+    """Return the parameters of one layer that every rank has whole: norms, and a router."""
+    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    return norms + (shape.experts or 0) * shape.hidden
+
+
+def dense_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Return the parameters on each GPU of a pipeline stage that are no experts'."""
+    layers = layout.layers_of(stage, shape.layers)
+    matrices = layers * layer_matrices(shape)
+    norms = layers * layer_norms(shape)
+    table = padded_vocab(shape, layout.tensor) * shape.hidden
+    last = stage == layout.pipeline - 1
+    matrices += table if stage == 0 else 0
+    # A tied output layer on another stage than the embedding is a copy of it.
+    matrices += table if last and (not shape.tied or layout.pipeline > 1) else 0
+    return matrices // layout.tensor + norms + (shape.hidden if last else 0)
+
+
+def expert_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Return the parameters of experts on each GPU of a pipeline stage."""
+    return layout.layers_of(stage, shape.layers) * expert_matrices(shape) // layout.expert
+
+
+def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
+    """Return the parameters on each GPU of a pipeline stage; padding of the vocabulary counts."""
+    return dense_parameters(shape, layout, stage) + expert_parameters(shape, layout, stage)
+
+
+def largest_stage(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Return the pipeline stage each of whose GPUs has most parameters."""
+    return max(layout.telling_stages, key=lambda stage: stage_parameters(shape, layout, stage))
+
+
+def layer_activations(shape: ModelShape, tensor: int = 1, fp8: bool = False) -> float:
+    """Return the bytes per token that one layer keeps for its backward pass.
+
+    Inputs and outputs of both norms 8 h; queries and the output of attention 4 a d; keys and
+    values 4 g d; log-sum-exp of attention 4 a; gate and up projection and their product 6 f.
+    Tensor parallelism divides all of it, because sequence parallelism goes with it. In FP8 the
+    inputs of the four products have 1 byte: outputs of the norms and that of the MLP's gate need
+    no other copy, the output of attention is kept in bf16 as well. Each of the experts that a token
+    goes to keeps what an MLP does, and its input, 2 h; all experts are taken to get as many tokens.
+    """
+    attention = shape.head_dim * (4 * shape.heads + 4 * shape.groups) + 4 * shape.heads
+    mlp, moved = 6 * shape.ffn, 0
+    if shape.experts_per_token:
+        mlp, moved = shape.experts_per_token * mlp, shape.experts_per_token * 2 * shape.hidden
+    kept = 8 * shape.hidden + attention + mlp + moved
+    if fp8:
+        kept += shape.head_dim * shape.heads - 2 * shape.hidden - mlp / 6 - moved / 2
+    return kept / tensor
+
+
+def output_activations(shape: ModelShape, tensor: int = 1) -> float:
+    """Return the bytes per token of the last norm and of logits in bf16 and softmax in fp32."""
+    logits = 6 * padded_vocab(shape, tensor) / tensor
+    return 4 * shape.hidden / tensor + logits
+
+
+def stage_memory(
+    shape: ModelShape,
+    layout: ParallelLayout,
+    work: Workload,
+    stage: int,
+    parameters: int | None = None,
+    tuning: Tuning = MEGATRON_DEFAULTS,
+) -> StageMemory:
+    """Return what a GPU of pipeline stage ``stage`` (from 0) needs under Megatron's schedules.
+
+    Args:
+        parameters: on that GPU, where they are known better than ``stage_parameters``.
+    """
+    experts = expert_parameters(shape, layout, stage)
+    if parameters is None:
+        parameters = dense_parameters(shape, layout, stage) + experts
+    layers = layout.layers_of(stage, shape.layers)
+    tokens = work.seq_length * work.micro_batch // layout.context
+    in_flight = layout.in_flight(work, stage)
+    whole = layer_activations(shape, layout.tensor, tuning.fp8)
+    again = layout.recomputed(layers)
+    kept = again * 2 * shape.hidden / layout.tensor + (1 - again) * whole
+    # Backward of a layer: gradients of what it kept, which recomputation makes first.
+    working = 2 * whole if again else whole
+    if stage == layout.pipeline - 1:
+        working = max(working, output_activations(shape, layout.tensor))
+    copies = layers * layer_matrices(shape) / layout.tensor + experts if tuning.fp8 else 0
+    shared = (parameters - experts) / (layout.data * layout.context)
+    return StageMemory(
+        weights=WEIGHT * parameters + FP8_COPIES * copies,
+        gradients=parameters * tuning.gradient_bytes,
+        optimizer=tuning.optimizer_bytes * (shared + experts / layout.expert_copies),
+        activations=tokens * in_flight * layers * kept,
+        working=tokens * working,
+    )
+
+
+def peak_memory(
+    shape: ModelShape, layout: ParallelLayout, work: Workload, tuning: Tuning = MEGATRON_DEFAULTS
+) -> StageMemory:
+    """Return the memory of the stage that needs most."""
+    stages = (
+        stage_memory(shape, layout, work, stage, tuning=tuning) for stage in layout.telling_stages
+    )
+    return max(stages, key=lambda memory: memory.total)

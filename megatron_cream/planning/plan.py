@@ -12,11 +12,9 @@ from typing import Any
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, Tuning, Workload
 from megatron_cream.planning.cost import GPUS, Gpu, product_share
-from megatron_cream.planning.memory import RESERVE_GIB
-from megatron_cream.planning.models import BaseModel, find_model, hub_name, title_of
+from megatron_cream.planning.models import RESERVE_GIB, BaseModel, find_model, hub_name, title_of
 from megatron_cream.planning.propose import Cluster, Plan, propose
-from megatron_cream.planning.published import CheckPublished
-from megatron_cream.planning.report import Comparison, plain_values, table
+from megatron_cream.planning.report import CheckPublished, Comparison, plain_values, table
 from megatron_cream.planning.script import (
     BF16_GRADIENTS,
     BF16_MOMENTS,
@@ -56,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--gpu", choices=tuple(GPUS), default="h100", help="SXM part (default: h100)")
     _add_machine(add)
-    for name in ("tensor-model", "pipeline-model", "context"):
+    for name in ("tensor-model", "pipeline-model", "context", "expert-model"):
         add(f"--{name}-parallel-size", type=_positive, help="of the CREAM run (default: chosen)")
     virtual_help = "virtual stages per pipeline rank, 1 for none (default: chosen)"
     add("--num-virtual-stages-per-pipeline-rank", type=_positive, help=virtual_help)
@@ -288,6 +286,7 @@ def _fixed(args: argparse.Namespace) -> dict[str, int]:
         "tensor": args.tensor_model_parallel_size,
         "pipeline": args.pipeline_model_parallel_size,
         "context": args.context_parallel_size,
+        "expert": args.expert_model_parallel_size,
         "virtual": args.num_virtual_stages_per_pipeline_rank,
     }
     return {name: size for name, size in sizes.items() if size is not None}

@@ -7,13 +7,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
 from megatron_cream.planning.cost import Gpu, StepTime, model_flops, step_time
-from megatron_cream.planning.memory import GIB, StageMemory, peak_memory
-from megatron_cream.planning.models import BaseModel
+from megatron_cream.planning.models import GIB, BaseModel, StageMemory, peak_memory
 
 LARGEST_SEARCH = 65536
 """GPUs up to which a smallest cluster is looked for."""
@@ -82,7 +82,7 @@ def propose(
         shape: the model, its sizes.
         cluster: GPUs in all and per node, memory in GiB, the share of their peak that is reached.
         work: lengths in tokens and batch sizes of a step.
-        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``, ``virtual``.
+        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``, ``virtual``, ``expert``.
         tuning: options of the run that change its speed.
         micro_batches: sizes to try beside that of ``work``.
 
@@ -201,7 +201,7 @@ def layouts(
     split and whole groups of as many micro-batches as there are stages.
 
     Args:
-        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``, ``virtual``.
+        fixed: sizes that are given: ``tensor``, ``pipeline``, ``context``, ``virtual``, ``expert``.
     """
     fixed = fixed or {}
     for tensor in _divisors(gpus):
@@ -219,10 +219,22 @@ def layouts(
                 if not _divides_samples(work, context, data, "context" in fixed):
                     continue
                 layout = ParallelLayout(tensor, pipeline, context, data, *ends)
-                for virtual in _virtual_stages(shape, layout, work):
-                    if fixed.get("virtual", virtual) == virtual:
-                        yield replace(layout, virtual=virtual)
-                        yield replace(layout, virtual=virtual, recompute=True)
+                inner = product(
+                    _virtual_stages(shape, layout, work),
+                    _expert_sizes(shape, layout, gpus_per_node),
+                )
+                for virtual, expert in inner:
+                    given = {"virtual": virtual, "expert": expert}
+                    if all(fixed.get(name, size) == size for name, size in given.items()):
+                        yield replace(layout, **given)
+                        yield replace(layout, **given, recompute=True)
+
+
+def _expert_sizes(shape: ModelShape, layout: ParallelLayout, node: int) -> list[int]:
+    """Return the numbers of ranks that a layer's experts can be spread over, within a node."""
+    ranks = layout.gpus // layout.pipeline
+    sizes = _divisors(shape.experts) if shape.experts else [1]
+    return [size for size in sizes if ranks % size == 0 and size <= node]
 
 
 def _virtual_stages(shape: ModelShape, layout: ParallelLayout, work: Workload) -> list[int]:

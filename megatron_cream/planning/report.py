@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints a plan as a table for a person, and as plain values for a file."""
+"""Prints a plan as a table for a person and as plain values, and plans beside published runs.
+
+``published.json`` has a row for each run whose tokens per second per GPU were published: model (and
+layers, where it is not whole), GPUs, layout, tokens per sample, samples per step, precision, what
+was measured, its source, and in ``missed`` why a plan is more than ``TOLERANCE`` away.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, Tuning
-from megatron_cream.planning.memory import GIB
-from megatron_cream.planning.models import BaseModel
+from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
+from megatron_cream.planning.cost import GPUS, product_share, step_time
+from megatron_cream.planning.models import GIB, MODELS, BaseModel
 from megatron_cream.planning.propose import Cluster, Plan, propose
 
 
@@ -146,7 +154,7 @@ def advice(found: Comparison) -> list[str]:
 
 def _room_for_another(found: Comparison) -> list[str]:
     """Name the layout that gradients in bf16 would leave room for, where it is faster."""
-    tuning = dataclasses.replace(found.tuning, gradient_bytes=2)
+    tuning = replace(found.tuning, gradient_bytes=2)
     work, now = found.short.work, found.short
     plan = propose(found.shape, found.cluster, work, dict(found.fixed), tuning)
     saved = 1 - plan.step.total / now.step.total
@@ -163,7 +171,7 @@ def _fewer_gpus(found: Comparison) -> str:
     gpus = found.cluster.gpus
     while gpus % 2 == 0:
         gpus //= 2
-        cluster = dataclasses.replace(found.cluster, gpus=gpus)
+        cluster = replace(found.cluster, gpus=gpus)
         try:
             plan = propose(found.shape, cluster, found.short.work, tuning=found.tuning)
         except UserError:
@@ -217,3 +225,95 @@ def _plan_values(found: Comparison, plan: Plan) -> dict[str, Any]:
         "step": dataclasses.asdict(plan.step) | {"total": plan.step.total},
         "mfu": plan.mfu(found.shape, found.cluster),
     }
+
+
+TOLERANCE = 0.12
+"""Of what was measured, within which a plan is to be."""
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A run that somebody measured.
+
+    Attributes:
+        document: tokens of a document in a packed sample, or None where attention spans samples.
+        launch_ms: of its machine's host, where that was measured.
+        measured: tokens per second per GPU.
+        missed: why the plan is further away than ``TOLERANCE``, or None where it is not.
+    """
+
+    name: str
+    shape: BaseModel
+    gpu: str
+    layout: ParallelLayout
+    work: Workload
+    tuning: Tuning
+    measured: float
+    source: str
+    missed: str | None
+    launch_ms: float | None = None
+
+    @property
+    def planned(self) -> float:
+        """Tokens per second per GPU by the plan."""
+        gpu = GPUS[self.gpu]
+        if self.launch_ms is not None:
+            gpu = replace(gpu, launch_ms=self.launch_ms)
+        step = step_time(self.shape, self.layout, self.work, gpu, product_share(), 8, self.tuning)
+        return self.work.tokens / self.layout.gpus / step.total
+
+    @property
+    def error(self) -> float:
+        """Plan over measurement, less 1."""
+        return self.planned / self.measured - 1
+
+
+def published_runs() -> list[PublishedRun]:
+    """Return all rows of ``published.json``."""
+    text = files("megatron_cream.planning").joinpath("published.json").read_text("utf-8")
+    return [_run(row) for row in json.loads(text)]
+
+
+def _run(row: dict[str, Any]) -> PublishedRun:
+    shape, layout = MODELS[row["model"]], ParallelLayout(**row["layout"])
+    if "layers" in row:
+        shape = replace(shape, layers=row["layers"])
+    layout = replace(layout, data=row["gpus"] // layout.gpus)
+    return PublishedRun(
+        row["name"],
+        shape,
+        row["gpu"],
+        layout,
+        Workload(row["seq_length"], row["global_batch"], document=row["document"]),
+        Tuning(row["fp8"], row["tp_overlap"], row["fused_gradients"]),
+        row["tokens_per_second_per_gpu"],
+        row["source"],
+        row["missed"],
+        row.get("launch_ms"),
+    )
+
+
+def published_table(runs: Sequence[PublishedRun]) -> str:
+    """Return a Markdown table: run, layout, tokens per second per GPU measured and planned."""
+    lines = [
+        "| run | GPUs | layout | tokens / batch | measured | planned | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        cells = [run.name, f"{run.layout.gpus} {run.gpu.upper()}", str(run.layout)]
+        cells += [f"{run.work.seq_length} / {run.work.global_batch}", f"{run.measured:,}"]
+        cells += [f"{run.planned:,.0f}", f"{100 * run.error:+.0f} %"]
+        lines.append(f"| {' | '.join(cells)}{' (missed)' if run.missed else ''} |")
+    return "\n".join(lines)
+
+
+class CheckPublished(argparse.Action):
+    """Print the table and end, as --help does: no model is needed."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print and end."""
+        print(published_table(published_runs()))
+        parser.exit()

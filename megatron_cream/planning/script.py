@@ -10,11 +10,23 @@ from pathlib import Path
 
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
-from megatron_cream.planning.environment import environment_lines
-from megatron_cream.planning.memory import GIB, SAVED, peak_memory
-from megatron_cream.planning.models import BaseModel, megatron_flags
+from megatron_cream.planning.models import GIB, SAVED, BaseModel, megatron_flags, peak_memory
 from megatron_cream.planning.report import Comparison, summary
 from megatron_cream.torchrun import ONE_NODE
+
+
+def environment(layout: ParallelLayout) -> dict[str, str]:
+    """Return the environment variables of NVIDIA's recipes for a run on ``layout``.
+
+    ``examples/steps.sh`` sets the same, each with its reason.
+    """
+    variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if layout.gpus == 1:
+        return variables
+    variables |= {"NCCL_NVLS_ENABLE": "0", "NCCL_GRAPH_REGISTER": "0"}
+    variables |= {f"NVTE_{way}_LAYERNORM_SM_MARGIN": "16" for way in ("FWD", "BWD")}
+    sends = layout.tensor > 1 or layout.context > 1
+    return {**variables, "CUDA_DEVICE_MAX_CONNECTIONS": "1" if sends else "8"}
 
 
 def run_flags(
@@ -36,7 +48,7 @@ def run_flags(
         "SIZE": size,
         "KIND": kind,
         "ROPE": rotary + rope_flags(shape, target),
-        "LAYOUT": layout_flags(layout, tuning),
+        "LAYOUT": layout_flags(layout, tuning) + expert_flags(shape, layout),
         "EXTENSION": [
             *("--seq-length", length, "--max-position-embeddings", length),
             *("--target-length", str(target), *_position_flags(work.seq_length, target)),
@@ -131,6 +143,26 @@ def layout_flags(layout: ParallelLayout, tuning: Tuning = MEGATRON_DEFAULTS) -> 
     return flags
 
 
+def expert_flags(shape: BaseModel, layout: ParallelLayout) -> list[str]:
+    """Return Megatron's flags for a layer of experts: how it is spread, and trained.
+
+    Each rank has whole experts (--expert-tensor-parallel-size 1), which reach further than parts of
+    all. The router's loss that keeps experts evenly busy has the weight of Megatron's own examples.
+    """
+    if not shape.experts:
+        return []
+    flags = [
+        "--expert-model-parallel-size",
+        str(layout.expert),
+        "--expert-tensor-parallel-size",
+        "1",
+    ]
+    flags += ["--moe-token-dispatcher-type", "alltoall"]
+    flags += ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "1e-2"]
+    # Several experts of a rank in one product.
+    return flags + (["--moe-grouped-gemm"] if layout.expert < shape.experts else [])
+
+
 def rope_flags(shape: BaseModel, target: int) -> list[str]:
     """Return our flags for RoPE at ``target`` tokens, from the window the model has.
 
@@ -182,7 +214,7 @@ def script(flags: dict[str, list[str]], layout: ParallelLayout, gpus_per_node: i
         [
             where,
             "# BASE: checkpoint to start from, DATA: indexed dataset, OUT: checkpoints of this run",
-            *environment_lines(layout),
+            *(f"export {name}=${{{name}:-{value}}}" for name, value in environment(layout).items()),
             f"LAUNCH=({launch})",
             *arrays,
             'torchrun "${LAUNCH[@]}" -m megatron_cream.pretrain \\',
@@ -240,8 +272,6 @@ class LaunchScript:
             "set -euo pipefail",
             "",
             *_variables(self, found, flags["ROPE"]),
-            "",
-            *environment_lines(found.short.layout),
             "",
             f"# shellcheck source={os.path.relpath(common, path.parent)}",
             f'source "$(dirname "${{BASH_SOURCE[0]}}")/{os.path.relpath(common, path.parent)}"',

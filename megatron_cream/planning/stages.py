@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a layout rank by rank in one process, checks its stages and says what they hold."""
+"""Builds a layout rank by rank in one process, checks its stages, and says what a run will take."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,17 @@ from megatron_cream.mcore import fake_world
 from megatron_cream.mcore.argument_table import ARGUMENTS, flag_of, values
 from megatron_cream.mcore.fake_world import RankView, rank_view
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
-from megatron_cream.planning.memory import GIB, stage_memory
+from megatron_cream.planning.cost import GPUS, Gpu, product_share, step_time
+from megatron_cream.planning.models import (
+    GIB,
+    RESERVE_GIB,
+    SAVED,
+    WEIGHT,
+    peak_memory,
+    stage_memory,
+)
+from megatron_cream.planning.propose import Cluster, Plan
+from megatron_cream.planning.report import duration
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,11 @@ def why_not_estimated(args: Namespace) -> str | None:
         return f"--recompute-num-layers is {args.recompute_num_layers}, estimates are for 1"
     if args.fp8 and (args.fp8_param_gather or args.fp8_recipe not in ("tensorwise", "delayed")):
         return "estimates of FP8 are for --fp8-recipe tensorwise without --fp8-param-gather"
+    if args.num_experts and args.expert_tensor_parallel_size != 1:
+        size = args.expert_tensor_parallel_size
+        return f"--expert-tensor-parallel-size is {size}, estimates are for 1"
+    if args.num_experts and args.moe_layer_freq != 1:
+        return f"--moe-layer-freq is {args.moe_layer_freq}, estimates are for 1"
     modules = set(args.recompute_modules or ()) - {"core_attn"}
     if args.recompute_granularity == "selective" and modules:
         return f"--recompute-modules is {' '.join(sorted(modules))}, estimates are for core_attn"
@@ -228,9 +244,57 @@ def layout_from_args(args: Namespace) -> ParallelLayout:
         recompute=args.recompute_granularity == "full",
         recompute_layers=args.recompute_num_layers if args.recompute_method == "block" else None,
         virtual=args.virtual_pipeline_model_parallel_size or 1,
+        expert=args.expert_model_parallel_size,
     )
 
 
 def workload_from_args(args: Namespace) -> Workload:
     """Return what a step takes in."""
     return Workload(args.seq_length, args.global_batch_size, args.micro_batch_size)
+
+
+def machine() -> tuple[str, Gpu, int]:
+    """Return the kind of GPU that GPU_KIND names (h100 without it), and GPUS_PER_NODE (8).
+
+    Raises:
+        UserError: an unknown kind, or no number.
+    """
+    name, node = os.environ.get("GPU_KIND", "h100"), os.environ.get("GPUS_PER_NODE", "8")
+    if name not in GPUS:
+        raise UserError(f"GPU_KIND is {name!r}: it must be one of {', '.join(GPUS)}")
+    if not node.isdecimal() or int(node) < 1:
+        raise UserError(f"GPUS_PER_NODE is {node!r}: it must be the number of GPUs of a node")
+    return name, GPUS[name], int(node)
+
+
+def plan_of(args: Namespace, gpu: Gpu, node: int) -> tuple[Plan, float]:
+    """Return the plan of the layout that the arguments have, and the MFU of its step."""
+    shape, layout = shape_from_args(args), layout_from_args(args)
+    work, tuning = workload_from_args(args), tuning_from_args(args)
+    cluster = Cluster(args.world_size, gpu, gpu.memory, product_share(), node)
+    step = step_time(shape, layout, work, gpu, cluster.mfu, node, tuning)
+    plan = Plan(layout, work, peak_memory(shape, layout, work, tuning), step)
+    return plan, plan.mfu(shape, cluster)
+
+
+def expected_lines(args: Namespace) -> list[str]:
+    """Return time, MFU and checkpoints of a run for a person; its model must be estimated."""
+    name, gpu, node = machine()
+    plan, mfu = plan_of(args, gpu, node)
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    step = plan.step.total
+    time = f"{duration(step)} per step, MFU {100 * mfu:.1f} %, {steps} steps in "
+    lines = [f"on {name} as planned: {time}{duration(steps * step)}"]
+    needed, room = plan.memory.total / GIB, gpu.memory - RESERVE_GIB
+    if needed > room:
+        lines.append(f"warning: {needed:.1f} GiB are needed, {name} leaves {room:g} to fill")
+    if not (args.save and args.save_interval):
+        return lines
+    saved = (WEIGHT if args.no_save_optim else SAVED) * shape_from_args(args).parameters / 1e9
+    every = min(args.save_interval, steps)
+    kept = f"all of the run have {-(-steps // every) * saved:,.0f} GB"
+    if args.save_retain_interval:
+        kept = "each is removed when the next one is whole, but for those of every "
+        kept += f"{args.save_retain_interval} steps"
+    rate = f"one every {every} steps is {saved / (every * step):.2f} GB/s"
+    return [*lines, f"a checkpoint has {saved:,.0f} GB, {rate}; {kept}"]

@@ -13,7 +13,7 @@ from support.commands import exit_status, load_file
 
 from megatron_cream import cli
 from megatron_cream.cli import make_parser
-from megatron_cream.planning.memory import GIB
+from megatron_cream.planning.models import GIB
 from megatron_cream.planning.plan import compare
 from megatron_cream.planning.report import duration
 from megatron_cream.planning.script import argv, found_flags

@@ -38,8 +38,7 @@ from support.runs import write_dataset  # noqa: E402
 from megatron_cream import torchrun  # noqa: E402
 from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload  # noqa: E402
 from megatron_cream.planning.cost import GPUS, Gpu, product_share, step_time  # noqa: E402
-from megatron_cream.planning.memory import GIB, peak_memory  # noqa: E402
-from megatron_cream.planning.models import MODELS, BaseModel  # noqa: E402
+from megatron_cream.planning.models import GIB, MODELS, BaseModel, peak_memory  # noqa: E402  # noqa: E402
 from megatron_cream.planning.script import argv, run_flags  # noqa: E402
 
 WORK, LONG = Workload(4096, 8), Workload(8192, 8)

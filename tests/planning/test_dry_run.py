@@ -11,11 +11,11 @@ from megatron_cream.dry_run import _check_positions, world_size
 from megatron_cream.errors import UserError
 from megatron_cream.parallel_layout import ParallelLayout, Workload
 from megatron_cream.planning.cost import GPUS, model_flops, product_share, step_time
-from megatron_cream.planning.expected import machine
 from megatron_cream.planning.models import MODELS
 from megatron_cream.planning.propose import uneven_ends
 from megatron_cream.planning.report import duration
 from megatron_cream.planning.script import argv, run_flags
+from megatron_cream.planning.stages import machine
 from megatron_cream.positions import make_strategy
 
 SMALL = dataclasses.replace(

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload
-from megatron_cream.planning import cost, memory, propose
-from megatron_cream.planning.memory import padded_vocab
-from megatron_cream.planning.models import MODELS
+from megatron_cream.planning import cost, propose
+from megatron_cream.planning import models as memory
+from megatron_cream.planning.models import MODELS, padded_vocab
 from megatron_cream.planning.propose import SHORTEST_SLICE, layouts, uneven_ends
 
 LLAMA, LLAMA_70B, SMOL = (MODELS[n] for n in ("llama-2-7b", "llama-2-70b", "smollm2-135m"))

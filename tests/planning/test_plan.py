@@ -16,8 +16,7 @@ from support.commands import load_file
 
 from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload
 from megatron_cream.planning import stages
-from megatron_cream.planning.memory import GIB, stage_memory
-from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.models import GIB, MODELS, stage_memory
 from megatron_cream.planning.report import duration
 from megatron_cream.planning.script import argv, rope_flags, run_flags, script
 from megatron_cream.planning.stages import tuning_from_args

@@ -4,8 +4,8 @@
 import pytest
 
 from megatron_cream import cli
-from megatron_cream.planning import published
-from megatron_cream.planning.published import TOLERANCE, published_runs
+from megatron_cream.planning import report
+from megatron_cream.planning.report import TOLERANCE, published_runs
 
 RUNS = published_runs()
 
@@ -34,7 +34,7 @@ def test_few_rows_are_missed_and_both_precisions_are_there():
 
 def test_a_slower_machine_leaves_the_tolerance(monkeypatch):
     """The table would notice a constant that is wrong by a quarter."""
-    monkeypatch.setattr(published, "product_share", lambda: 0.75 * 0.612)
+    monkeypatch.setattr(report, "product_share", lambda: 0.75 * 0.612)
     assert sum(abs(run.error) > TOLERANCE for run in RUNS) > len(RUNS) / 2
 
 

@@ -8,8 +8,7 @@ import pytest
 from support import forks, planning
 
 from megatron_cream.parallel_layout import ParallelLayout, Tuning, Workload
-from megatron_cream.planning.memory import GIB, padded_vocab, stage_memory, stage_parameters
-from megatron_cream.planning.models import MODELS
+from megatron_cream.planning.models import GIB, MODELS, padded_vocab, stage_memory, stage_parameters
 from megatron_cream.planning.propose import uneven_ends
 from megatron_cream.planning.script import argv, layout_flags, run_flags
 from megatron_cream.planning.stages import RankView, _check_copy, _check_layers, _check_parameters

@@ -46,11 +46,11 @@ def test_kinds_of_gpus(name, kind, monkeypatch):
 
 
 def test_what_the_planner_does_not_know_has_no_report(monkeypatch):
-    from megatron_cream.planning import expected, stages
+    from megatron_cream.planning import stages
 
     plan = SimpleNamespace(step=SimpleNamespace(total=3.0))
     monkeypatch.setattr(progress, "kind_of_gpu", lambda: "h200")
-    monkeypatch.setattr(expected, "plan_of", lambda args, gpu, node: (plan, gpu.memory / node))
+    monkeypatch.setattr(stages, "plan_of", lambda args, gpu, node: (plan, gpu.memory / node))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     args = SimpleNamespace(cpu=False)
     monkeypatch.setattr(stages, "why_not_estimated", lambda args: None)
