@@ -222,7 +222,7 @@ def rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
     """
     places: list[int | None] = [*nodes, *([None] if len(nodes) % 2 else [])]
     found = []
-    for _ in range(min(ROUNDS, len(places) - 1)):
+    for _ in range(min(ROUNDS, len(places) - 1) if len(nodes) > 1 else 0):
         half = len(places) // 2
         met = zip(places[:half], reversed(places[half:]), strict=True)
         found.append([(a, b) for a, b in met if a is not None and b is not None])

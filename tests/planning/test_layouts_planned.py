@@ -500,3 +500,53 @@ def test_ties_go_to_the_layout_that_splits_less(monkeypatch):
     monkeypatch.setattr(propose, "layouts", lambda *a, **k: reversed(list(order(*a, **k))))
     found = propose.propose(SMOL, cluster(6), Workload(4096, 6)).layout
     assert (found.tensor, found.pipeline) == (1, 1)
+
+
+MIXTRAL = MODELS["mixtral-8x7b"]
+
+
+def test_a_token_meets_two_of_eight_experts():
+    """12.9 B of 46.7 B parameters, as its authors count them; attention aside."""
+    active = cost.model_flops(MIXTRAL, 0) / 6 + MIXTRAL.vocabulary * MIXTRAL.hidden  # the table
+    assert active == pytest.approx(12.9e9, rel=0.005)
+    assert MIXTRAL.parameters == pytest.approx(46.7e9, rel=0.001)
+    one = dataclasses.replace(MIXTRAL, experts=1, experts_per_token=1)
+    dense = dataclasses.replace(MIXTRAL, experts=None, experts_per_token=None)
+    routers = 6 * 32 * 4096
+    assert cost.model_flops(one, 4096) == cost.model_flops(dense, 4096) + routers
+
+
+@pytest.mark.parametrize("expert", [1, 2, 4, 8])
+def test_experts_are_held_once_by_the_ranks_that_share_them(expert):
+    """Whatever the spread, the ranks of a stage hold each parameter as often as they are copies."""
+    layout = ParallelLayout(2, 2, 1, 4, expert=expert)
+    stage = memory.stage_memory(MIXTRAL, layout, CREAM, 0)
+    dense = memory.dense_parameters(MIXTRAL, layout, 0)
+    experts = memory.expert_parameters(MIXTRAL, layout, 0)
+    assert experts * expert == 16 * 8 * 3 * 4096 * 14336
+    assert stage.gradients == 4 * (dense + experts)
+    # The optimizer of all experts of a stage, over its eight ranks, is there once.
+    assert stage.optimizer == 12 * (dense / 4 + 16 * 8 * 3 * 4096 * 14336 / 8)
+
+
+def test_only_tokens_whose_expert_is_elsewhere_are_sent():
+    """Four passes of two copies of a token in bf16, by the formula and the node's links alone."""
+    gpu, work = cost.GPUS["h100"], Workload(4096, 64)
+    apart = [
+        cost.exposed_seconds(MIXTRAL, ParallelLayout(1, 1, 1, 64, expert=size), work, gpu)
+        for size in (1, 2, 8)
+    ]
+    sent = 32 * 4 * 2 * 2 * 4096 * 4096 / gpu.node_rate
+    assert apart == pytest.approx([0, sent / 2, sent * 7 / 8])
+    across = ParallelLayout(1, 1, 1, 64, expert=8)
+    slow = cost.exposed_seconds(MIXTRAL, across, work, gpu, node=4)
+    assert slow == pytest.approx(apart[2] * gpu.node_rate / gpu.network_rate)
+
+
+def test_experts_stay_in_a_node_and_are_divided_evenly():
+    found = list(layouts(MIXTRAL, 32, CREAM, 4))
+    assert {layout.expert for layout in found} == {1, 2, 4}
+    assert all(layout.gpus // layout.pipeline % layout.expert == 0 for layout in found)
+    fixed = layouts(MIXTRAL, 32, CREAM, 8, {"expert": 8, "tensor": 1})
+    assert {(layout.expert, layout.tensor) for layout in fixed} == {(8, 1)}
+    assert all(layout.expert == 1 for layout in layouts(LLAMA, 8, CREAM))

@@ -14,6 +14,7 @@ from megatron_cream.planning.script import argv, layout_flags, run_flags
 from megatron_cream.planning.stages import RankView, _check_copy, _check_layers, _check_parameters
 
 CREAM = Workload(4096, 32)
+MIXTRAL = dataclasses.replace(MODELS["mixtral-8x7b"], layers=4, hidden=512, ffn=256, head_dim=16)
 QWEN = dataclasses.replace(MODELS["qwen2.5-7b"], layers=9, vocabulary=150000)
 
 
@@ -47,16 +48,20 @@ def test_70b_on_1024_ranks():
         (MODELS["smollm2-135m"], ParallelLayout(3, 2, 1, 2), CREAM),  # tied, padded, 3 heads a rank
         (QWEN, ParallelLayout(4, 4, 1, 2, *uneven_ends(9, 4)), CREAM),  # biases, uneven, padded
         (QWEN, ParallelLayout(2, 1, 4, 2, recompute=True), Workload(131072, 2)),  # context parallel
+        (MIXTRAL, ParallelLayout(2, 2, 1, 4, virtual=2, expert=4), CREAM),  # among tensor and data
+        (MIXTRAL, ParallelLayout(2, 1, 2, 1, expert=2), CREAM),  # four experts of a layer per rank
     ],
-    ids=["tied", "uneven", "context"],
+    ids=["tied", "uneven", "context", "experts", "several experts"],
 )
 def test_stages_hold_what_the_closed_forms_say(shape, layout, work):
     views, parameters, lines = forks.call(planning.views, planned(shape, layout, work), layout.gpus)
     padding = (padded_vocab(shape, layout.tensor) - shape.vocabulary) * shape.hidden
     assert parameters == shape.parameters + (1 if shape.tied else 2) * padding
     stages = layout.stages(shape.layers)
+    assert [view.parameters for view in views] == [
+        stage_parameters(shape, layout, view.stage) for view in views
+    ]
     for view in views:
-        assert view.parameters == stage_parameters(shape, layout, view.stage)
         assert view.layers == tuple(n + 1 for n in stages[view.stage])
     assert "memory is not estimated" not in "\n".join(lines)
     assert len(lines) == layout.pipeline + 1
@@ -84,7 +89,7 @@ def test_virtual_stages_experts_and_other_layouts_are_built_too():
     views, parameters, lines = forks.call(planning.views, flags, 8)
     assert sum(view.counted for view in views[:4]) == parameters
     assert views[2].counted > 0, "experts of the second expert-parallel rank"
-    assert "--num-experts is 4" in "\n".join(lines)
+    assert "--expert-tensor-parallel-size is 2" in "\n".join(lines), "as Megatron chooses"
 
 
 def test_a_hybrid_model_is_built_too():
