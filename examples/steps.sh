@@ -64,17 +64,27 @@ stop() {
 }
 
 import_step() {
-    make_once "$BASE" "has_checkpoint $BASE" \
+    make_once "$BASE" "has_checkpoint $BASE" convert \
         "$HERE/tools/convert_checkpoint.py" import --hf "$HF" --output "$BASE"
-    # Needs no GPU either. So many documents that none is read twice.
-    [ "$RETRIEVAL_SHARE" = 0 ] || make_once "$RETRIEVAL" "test -f $RETRIEVAL.idx" \
-        "$HERE/tools/make_retrieval_data.py" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HF" \
-        --length "$SEQ_LENGTH" --documents "$(retrieval_documents)" --answers-only ${HAYSTACK:+--haystack $HAYSTACK} \
-        --workers "${WORKERS:-$(nproc)}" --output-prefix "$RETRIEVAL"
+    # Needs no GPU either.
+    [ "$RETRIEVAL_SHARE" = 0 ] || make_once "$RETRIEVAL" "test -f $RETRIEVAL.idx" make_documents
 }
 
-retrieval_documents() {
-    awk -v n="$((ITERATIONS * GLOBAL_BATCH))" -v share="$RETRIEVAL_SHARE" 'BEGIN { print int(1.1 * share * n) + 1 }'
+# By the model's own tokenizer, which an import keeps; with bos where the text has it; so many that none
+# is read twice.
+make_documents() {
+    local tokenizer haystack words=() number
+    for tokenizer in "$BASE/release/hf" "$BASE/hf" "$HF"; do
+        [ ! -d "$tokenizer" ] || break
+    done
+    read -ra haystack <<<"${HAYSTACK:-}"
+    [ ${#haystack[@]} = 0 ] || words+=(--haystack "${haystack[@]}")
+    if grep -qs '"prepended_bos": true' "${DATA_PATH[1]:-}.json"; then words+=(--prepend-bos); fi
+    number=$(awk "BEGIN { print int(1.1 * $RETRIEVAL_SHARE * $ITERATIONS * $GLOBAL_BATCH) + 1 }")
+    convert "$HERE/tools/make_retrieval_data.py" \
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$tokenizer" --length "$SEQ_LENGTH" \
+        --documents "$number" --answers-only "${words[@]}" \
+        --workers "${WORKERS:-$(nproc)}" --output-prefix "$RETRIEVAL"
 }
 
 # make_once WHAT IS_THERE COMMAND...: node 0 makes what is not there yet, and other nodes wait for it.
@@ -85,7 +95,7 @@ make_once() {
         say "$what is there: it is not made again"
     elif [ "$NODE_RANK" = 0 ]; then
         beat "$what" "$is_there" >/dev/null 2>&1 &
-        convert "$@"
+        "$@"
     else
         wait_for "$what" "$is_there"
     fi

@@ -382,4 +382,6 @@ def _describe_added_tokens(tokenizer: Tokenizer, job: PreprocessJob) -> str:
     tail = "no eod" if job.eod is None else f"eod {job.eod}"
     wanted = getattr(tokenizer, "template", "")
     note = f"; the tokenizer's own template is {wanted}" if wanted else ""
+    if job.bos is None and getattr(tokenizer, "begins_with_bos", False):
+        note += ", as the model was trained: --prepend-bos does as it does"
     return f"each document: {head}, its tokens, {tail}{note}"

@@ -89,6 +89,7 @@ class RetrievalConfig:
         metavar="TEXT",
     )
     append_eod: bool = flag_field(**APPEND_EOD)
+    prepend_bos: bool = flag_field("begin each document with the bos token", default=False)
     questions: int = flag_field("most questions of a task", default=MOST_QUESTIONS, metavar="Q")
     tasks: int = flag_field(
         "most tasks of a document; with 1 it is one list or text that fills it",
@@ -151,10 +152,13 @@ def _maker(config: RetrievalConfig) -> DocumentMaker:
     tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
     if config.append_eod and tokenizer.eod is None:
         raise UserError("--append-eod: the tokenizer has no token that ends a document")
+    if config.prepend_bos and tokenizer.bos is None:
+        raise UserError("--prepend-bos: the tokenizer has no token that begins a text")
     haystack = read_haystack(list(config.haystack)) if config.haystack else None
     eod = tokenizer.eod if config.append_eod else None
+    bos = tokenizer.bos if config.prepend_bos else None
     return DocumentMaker(
-        tokenizer, config.length, config.seed, haystack, eod, config.questions, config.tasks
+        tokenizer, config.length, config.seed, haystack, eod, config.questions, config.tasks, bos
     )
 
 
@@ -195,7 +199,7 @@ def _describe_settings(
         "eod_id": tokenizer.eod,
         "bos_id": tokenizer.bos,
         "appended_eod": config.append_eod,
-        "prepended_bos": False,
+        "prepended_bos": config.prepend_bos,
         "min_tokens": 1,
         "max_tokens": None,
         "dtype": dtype.name,
@@ -256,12 +260,13 @@ class DocumentMaker:
 
     Args:
         tokenizer: encodes them.
-        length: tokens of each, the end of document included.
+        length: tokens of each, the end of document and the beginning of text included.
         seed: what they are drawn from.
         haystack: text of the user's.
         eod: token at the end of each, None for none.
         questions: most questions of a task.
         tasks: most tasks of a document, 1 to 4.
+        bos: token at the beginning of each, None for none.
 
     Raises:
         UserError: ``length`` is below ``SHORTEST``.
@@ -276,12 +281,14 @@ class DocumentMaker:
         eod: int | None = None,
         questions: int = MOST_QUESTIONS,
         tasks: int = 4,
+        bos: int | None = None,
     ) -> None:
         if length < SHORTEST:
             raise UserError(f"--length is {length}: it must be at least {SHORTEST} tokens")
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
         self.haystack, self.eod, self.questions, self.tasks = haystack, eod, questions, tasks
         self._anchor = tokenizer.encode([_ANCHOR])[0]
+        self._head = [] if bos is None else [np.array([bos])]
 
     def make(self, number: int) -> np.ndarray:
         """Return the tokens int64 ``[length]`` of document ``number``."""
@@ -305,13 +312,14 @@ class DocumentMaker:
     def _tasks(self, number: int) -> tuple[Rng, list[_FittedTask]]:
         """Return the tasks of a document, and the generator that its filler is drawn from."""
         rng = philox.generator(self.seed, number, _STREAM)
-        room = self.length - (self.eod is not None)
+        room = self.length - (self.eod is not None) - len(self._head)
         return rng, [self._fitted(rng, budget) for budget in _budgets(rng, room, self.tasks)]
 
     def _joined(self, rng: Rng, parts: list[np.ndarray]) -> np.ndarray:
         end = [] if self.eod is None else [np.array([self.eod])]
-        left = self.length - sum(map(len, [*parts, *end]))
-        return np.concatenate([self._filler(rng, left), *parts, *end]).astype(np.int64)
+        left = self.length - sum(map(len, [*self._head, *parts, *end]))
+        whole = [*self._head, self._filler(rng, left), *parts, *end]
+        return np.concatenate(whole).astype(np.int64)
 
     def _answers(self, passages: list[Passage], tokens: np.ndarray) -> np.ndarray:
         """Return bool ``[tokens]``: which tokens have a character of an answer.

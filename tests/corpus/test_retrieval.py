@@ -319,3 +319,16 @@ def test_tokens_that_cannot_be_located_are_refused(maker, monkeypatch):
     monkeypatch.setattr(type(maker.tokenizer), "locate", lambda self, text: true(self, text + "x"))
     with pytest.raises(UserError, match="--answers-only: .*--engine reference"):
         maker.make_masked(0)
+
+
+def test_a_document_begins_with_bos_where_that_is_asked_for(tokenizer, job):
+    """Only its filler is another: tasks and what is trained stand where they did."""
+    bos, number = 7, 3
+    plain = DocumentMaker(tokenizer, LENGTH, 1234)
+    begun = DocumentMaker(tokenizer, LENGTH, 1234, bos=bos)
+    tokens, mask = begun.make_masked(number)
+    assert tokens[0] == bos and len(tokens) == len(mask) == LENGTH
+    assert mask.any() and not mask[0]
+    assert plain.make(number)[0] != bos
+    with pytest.raises(UserError, match="--prepend-bos: the tokenizer has no token that begins"):
+        make_dataset(replace(job, prepend_bos=True), progress=False)

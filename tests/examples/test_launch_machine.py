@@ -205,6 +205,20 @@ def test_retrieval_documents_are_made_once_before_training(tmp_path):
     assert len(launch.run(SEVEN, tmp_path, STEPS="import", **variables)[1]) == before
 
 
+def test_retrieval_documents_begin_as_the_text_does(tmp_path):
+    """With bos or without; by the tokenizer that the import has kept."""
+    kept = tmp_path / "base" / "release" / "hf"
+    kept.mkdir(parents=True)
+    for name, bos in (("with", "true"), ("without", "false")):
+        (tmp_path / f"{name}.json").write_text(f'{{\n  "prepended_bos": {bos}\n}}\n')
+        where = {"DATA": str(tmp_path / name), "RETRIEVAL": str(tmp_path / f"of-{name}")}
+        done, calls = launch.run(SEVEN, tmp_path, STEPS="import", **where)
+        assert done.returncode == 0, done.stderr
+        made = launch.flags(calls[-1][0])
+        assert ("--prepend-bos" in made) == (name == "with")
+        assert made["--tokenizer-model"] == (str(kept),)
+
+
 def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path):
     tracker = tmp_path / "out" / "latest_checkpointed_iteration.txt"
     train(tmp_path, RETRIEVAL_SHARE="0.3")
