@@ -7,7 +7,7 @@ attention and no dropout. Megatron has an estimator of its own (``megatron.train
 parameters leave out biases and uneven stages, and its optimizer is not divided by the context
 parallel size, over which Megatron does shard it. Its activations are those of arXiv:2205.05198,
 table 2, whose MLP is not gated: a SwiGLU layer keeps 6 f bytes per token and not 4 f. So
-activations are counted here tensor by tensor; docs/planning.md has them next to a GPU's own.
+activations are counted tensor by tensor; docs/planning.md has them next to a GPU's own.
 """
 
 from __future__ import annotations
@@ -233,7 +233,6 @@ def megatron_flags(model: BaseModel) -> list[list[str]]:
 
 
 GIB = 2**30
-
 VOCAB_MULTIPLE = 128
 """Megatron's --make-vocab-size-divisible-by; it pads to that times the tensor parallel size."""
 
@@ -285,17 +284,13 @@ def layer_matrices(shape: ModelShape) -> int:
     """Return the parameters of one layer that tensor parallelism divides, biases of q, k, v too."""
     qkv = (shape.heads + 2 * shape.groups) * shape.head_dim
     attention = qkv * shape.hidden + shape.heads * shape.head_dim * shape.hidden
-    feed_forward = 0 if shape.experts else _feed_forward(shape)
+    feed_forward = 0 if shape.experts else 3 * shape.hidden * shape.ffn
     return attention + feed_forward + (qkv if shape.qkv_bias else 0)
 
 
 def expert_matrices(shape: ModelShape) -> int:
     """Return the parameters of all experts of one layer, which expert parallelism divides."""
-    return (shape.experts or 0) * _feed_forward(shape)
-
-
-def _feed_forward(shape: ModelShape) -> int:
-    return 3 * shape.hidden * shape.ffn
+    return (shape.experts or 0) * 3 * shape.hidden * shape.ffn
 
 
 def layer_norms(shape: ModelShape) -> int:
