@@ -284,6 +284,6 @@ def lines(speeds: Sequence[Speeds], kind: str | None) -> list[str]:
 
 
 def _kind(device: torch.device) -> str | None:
-    from megatron_cream.training.step_report import kind_of_gpu
+    from megatron_cream.training.progress import kind_of_gpu
 
     return kind_of_gpu() if device.type == "cuda" else None

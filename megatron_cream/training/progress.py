@@ -121,8 +121,7 @@ class StepReport:
 def step_report(args: Namespace) -> StepReport | None:
     """Return the report of a run, or None where the planner does not know its model or GPU."""
     from megatron_cream.planning.cost import GPUS
-    from megatron_cream.planning.expected import plan_of
-    from megatron_cream.planning.stages import why_not_estimated
+    from megatron_cream.planning.stages import plan_of, why_not_estimated
 
     kind = None if args.cpu else kind_of_gpu()
     if kind is None or why_not_estimated(args) is not None:
