@@ -54,8 +54,8 @@ def test_it_prints_positions_of_the_samples_that_are_trained_first():
 
 
 def test_a_model_outside_the_estimates_says_why():
-    lines = forks.call(planning.dry_run_lines, planned("--window-size", "9,0"), 16)
-    assert "nothing is estimated: --window-size" in "\n".join(lines)
+    lines = forks.call(planning.dry_run_lines, planned("--num-experts", "4"), 16)
+    assert "nothing is estimated: --expert-tensor-parallel-size is 2" in "\n".join(lines)
 
 
 def test_it_says_what_a_run_and_its_checkpoints_take(monkeypatch):
