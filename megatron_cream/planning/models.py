@@ -341,7 +341,7 @@ def layer_activations(shape: ModelShape, tensor: int = 1, fp8: bool = False) -> 
     mlp, moved = 6 * shape.ffn, 0
     if shape.experts_per_token:
         mlp, moved = shape.experts_per_token * mlp, shape.experts_per_token * 2 * shape.hidden
-    kept = 8 * shape.hidden + attention + mlp + moved
+    kept: float = 8 * shape.hidden + attention + mlp + moved
     if fp8:
         kept += shape.head_dim * shape.heads - 2 * shape.hidden - mlp / 6 - moved / 2
     return kept / tensor

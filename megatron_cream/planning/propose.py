@@ -224,10 +224,11 @@ def layouts(
                     _expert_sizes(shape, layout, gpus_per_node),
                 )
                 for virtual, expert in inner:
+                    one = replace(layout, virtual=virtual, expert=expert)
                     given = {"virtual": virtual, "expert": expert}
                     if all(fixed.get(name, size) == size for name, size in given.items()):
-                        yield replace(layout, **given)
-                        yield replace(layout, **given, recompute=True)
+                        yield one
+                        yield replace(one, recompute=True)
 
 
 def _expert_sizes(shape: ModelShape, layout: ParallelLayout, node: int) -> list[int]:

@@ -173,7 +173,8 @@ def test_the_telling_stages_tell_all():
         most = max(memory.stage_memory(shape, layout, work, s).total for s in whole)
         assert memory.peak_memory(shape, layout, work).total == most
         most = max(memory.stage_parameters(shape, layout, s) for s in whole)
-        assert memory.largest_stage(shape, layout) == most
+        largest = memory.largest_stage(shape, layout)
+        assert memory.stage_parameters(shape, layout, largest) == most
 
 
 def test_optimizer_is_shared_by_data_and_context_parallel_ranks():
