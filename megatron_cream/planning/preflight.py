@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_cream.errors import UserError
@@ -109,7 +110,7 @@ class Preflight:
         from torch import distributed
 
         self.device, self.seconds = device, seconds
-        self.control = distributed.new_group(backend="gloo")
+        self.control: Any = distributed.new_group(backend="gloo")
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         self.gpu = int(os.environ.get("LOCAL_RANK", "0"))
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -123,11 +124,11 @@ class Preflight:
         """Return the speeds of all processes, by rank."""
         products = self._finish("matrix products", self.products)
         own = [rank for rank, (node, _) in enumerate(self.places) if node == self.node_index]
-        within = self._finish("all-reduce within nodes", lambda: self.reduce(own))
+        within = self._finish("all-reduce within nodes", partial(self.reduce, own))
         between: list[float | None] = []
         for pairs in rounds(sorted(self.names)):
             ranks = self._partners(pairs)
-            between.append(self._finish("all-reduce of two nodes", lambda r=ranks: self.reduce(r)))
+            between.append(self._finish("all-reduce of two nodes", partial(self.reduce, ranks)))
         best = max((speed for speed in between if speed is not None), default=None)
         speeds = Speeds(self.names[self.node_index], self.gpu, products, within, best)
         return self._gather(speeds)
@@ -163,7 +164,7 @@ class Preflight:
         # Names of groups have a number in them that all processes must count alike: whoever has no
         # partner makes one of itself.
         members = list(ranks) or [self.rank]
-        group = distributed.new_group(members, use_local_synchronization=True)
+        group: Any = distributed.new_group(members, use_local_synchronization=True)
         if len(members) < 2:
             return None
         gpu = self.device.type == "cuda"
@@ -274,11 +275,11 @@ def lines(speeds: Sequence[Speeds], kind: str | None) -> list[str]:
         found.append(f"node {node}, {len(own)} processes: {', '.join(parts)}")
     if kind is not None:
         gpu = GPUS[kind]
-        node, network = gpu.node_rate / 1e9, gpu.network_rate / 1e9
+        inside, network = gpu.node_rate / 1e9, gpu.network_rate / 1e9
         products = product_share() * gpu.tflops
         found.append(
             f"plans for {kind} count on: matrix products {products:.3g} TFLOP/s, "
-            f"links within a node {node:.3g} GB/s, a network card {network:.3g}"
+            f"links within a node {inside:.3g} GB/s, a network card {network:.3g}"
         )
     return found
 
