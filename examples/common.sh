@@ -115,6 +115,7 @@ fi
     fail "RETRIEVAL_SHARE is $RETRIEVAL_SHARE: it must be a share below 1, 0.5 say, or 0 for none"
 RETRIEVAL=${RETRIEVAL:-$BASE-retrieval-$SEQ_LENGTH}
 read -ra DATA_PATH <<<"${DATA:-}"
+[ "${#DATA_PATH[@]}" -gt 0 ] || DATA_PATH=("")
 if [ "$RETRIEVAL_SHARE" != 0 ]; then
     [ "${#DATA_PATH[@]}" -gt 1 ] || DATA_PATH=(1 "${DATA_PATH[@]}")
     # Weights of a blend need not add up to 1.

@@ -275,8 +275,11 @@ ask_machine() {
         say "Apex's fused_weight_gradient_mlp_cuda is not installed: --no-gradient-accumulation-fusion"
         GPU_ARGS+=(--no-gradient-accumulation-fusion)
     fi
-    # Asks for Transformer Engine, so a dry run goes without.
-    if [[ ${MODEL_ARGS[*]} == *--num-experts* ]]; then GPU_ARGS+=(--moe-permute-fusion); fi
+    # Megatron refuses these where there is no GPU, so a dry run goes without: tokens are sorted by
+    # expert in one kernel, and the experts of a rank are one product.
+    if [[ ${MODEL_ARGS[*]} == *--num-experts* ]]; then
+        GPU_ARGS+=(--moe-permute-fusion --moe-grouped-gemm)
+    fi
     # Before 2.19 Transformer Engine's cross entropy was not one to train with.
     if python_does "from megatron_cream.extras.te_cross_entropy import why_absent as why; exit(bool(why()))"; then
         LOSS_ARGS=(--te-cross-entropy)

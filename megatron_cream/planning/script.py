@@ -158,9 +158,7 @@ def expert_flags(shape: BaseModel, layout: ParallelLayout) -> list[str]:
         "1",
     ]
     flags += ["--moe-token-dispatcher-type", "alltoall"]
-    flags += ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "1e-2"]
-    # Several experts of a rank in one product.
-    return flags + (["--moe-grouped-gemm"] if layout.expert < shape.experts else [])
+    return [*flags, "--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "1e-2"]
 
 
 def rope_flags(shape: BaseModel, target: int) -> list[str]:

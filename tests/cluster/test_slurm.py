@@ -141,7 +141,7 @@ def test_what_fails_or_is_cancelled_is_not_requeued(job):
 
 
 def test_a_crash_is_started_again_in_the_same_job(job):
-    run = job(ITERATIONS="40", CRASHES="once")
+    run = job(ITERATIONS="40", CRASHING="once")
     assert run.end() == "COMPLETED", run.said()
     assert run.exported() and "back into the queue" not in run.said()
     assert run.said().count("node 1 starts") == 2 and run.said().count("node 0 starts") == 1
@@ -149,7 +149,7 @@ def test_a_crash_is_started_again_in_the_same_job(job):
 
 
 def test_a_run_that_crashes_at_the_same_place_ends(job):
-    run = job(ITERATIONS="40", CRASHES="always")
+    run = job(ITERATIONS="40", CRASHING="always")
     assert run.end() == "FAILED", run.said()
     assert run.said().count("crashed twice since the checkpoint of iteration 0") == 2, "each node"
     assert run.said().count("node 0 starts") == 2 and "back into the queue" not in run.said()

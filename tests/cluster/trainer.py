@@ -3,8 +3,8 @@
 
 An iteration takes a tenth of a second. Import and export, torchrun and its workers do with USR1 and
 TERM what the real ones do: nothing for USR1, so that it ends them; a worker saves at a TERM, and
-node 0 needs three seconds for that, when the others have long ended. CRASHES=once ends node 1's
-first worker badly, CRASHES=always every one.
+node 0 needs three seconds for that, when the others have long ended. CRASHING=once ends node 1's
+first worker badly, CRASHING=always every one.
 """
 
 import os
@@ -51,7 +51,7 @@ def work(save, node, last):
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     iteration = int(tracker.read_text()) if tracker.exists() else 0
     print(f"node {node} starts at iteration {iteration}", flush=True)
-    crashed, crashes = save / f"crashed-{node}", os.environ.get("CRASHES")
+    crashed, crashes = save / f"crashed-{node}", os.environ.get("CRASHING")
     if crashes == "always" or (crashes == "once" and node == 1 and not crashed.exists()):
         crashed.touch()
         sys.exit(1)

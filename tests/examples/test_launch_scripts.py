@@ -28,7 +28,7 @@ BESIDE_THE_PLAN = {
     *("--exit-signal-handler", "--async-save", "--use-persistent-ckpt-worker", "--async-strategy"),
     *("--log-interval", "--log-throughput", "--tensorboard-dir", "--tensorboard-log-interval"),
     *("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl"),
-    *("--manual-gc", "--manual-gc-interval"),
+    *("--manual-gc", "--manual-gc-interval", "--distributed-timeout-minutes"),
 }
 
 
@@ -224,7 +224,7 @@ def test_import_train_export_and_nothing_twice(tmp_path):
     assert done.returncode == 0, done.stderr
     assert started(calls) == ["import", "torch.distributed.run", "export"]
     train, export = launch.flags(calls[-2][0]), launch.flags(calls[-1][0])
-    assert train["--data-path"] == ("books",)
+    assert train["--data-path"] == ("0.5", "books", "0.5", str(tmp_path / "retrieval"))
     assert train["--lr"] == ("1e-5",), "flags of the command line come last"
     assert train["--nproc-per-node"] == ("8",) and train["--local-addr"] == ("127.0.0.1",)
     assert launch.flags(calls[0][0])["--hf"] == ("meta-llama/Llama-2-7b-hf",)

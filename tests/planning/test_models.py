@@ -99,7 +99,7 @@ def test_a_folder_reads_back_as_its_shape(shape, tmp_path):
         ("meta-llama/Llama-3.1-70B-Instruct", "llama-3.1-70b"),
         ("mistralai/Mistral-7B-v0.3", "mistral-7b-v0.3"),
         ("mistral-7b", "mistral-7b-v0.3"),
-        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
         ("codellama/CodeLlama-34b-hf", "codellama-34b"),
         ("Qwen/Qwen2.5-32B", "qwen2.5-32b"),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),

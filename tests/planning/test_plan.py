@@ -275,6 +275,7 @@ def test_selective_recompute_of_other_modules_is_not_estimated(monkeypatch, modu
     monkeypatch.setattr(stages, "values", lambda fact: {})
     args = Namespace(
         tensor_model_parallel_size=1,
+        num_experts=None,
         recompute_granularity="selective",
         recompute_method=None,
         fp8=None,

@@ -25,8 +25,11 @@ def call(world, job):
 
 def measured(rank, world, port):
     """Return the error of a preflight, or nothing."""
+    import torch
+
     from megatron_cream.planning import preflight
 
+    torch.cuda.is_available = lambda: False  # the CPU stands in for one where Megatron is loaded
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     place |= {"RANK": str(rank), "GROUP_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ.update(place, LOCAL_RANK="0", CUDA_VISIBLE_DEVICES="")
