@@ -84,7 +84,7 @@ make_documents() {
     convert "$HERE/tools/make_retrieval_data.py" \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$tokenizer" --length "$SEQ_LENGTH" \
         --documents "$number" --answers-only "${words[@]}" \
-        --workers "${WORKERS:-$(nproc)}" --output-prefix "$RETRIEVAL"
+        --workers "${WORKERS:-8}" --output-prefix "$RETRIEVAL"
 }
 
 # make_once WHAT IS_THERE COMMAND...: node 0 makes what is not there yet, and other nodes wait for it.
