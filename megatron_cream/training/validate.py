@@ -207,7 +207,7 @@ def validate_packages(args: Namespace) -> None:
             "and sgd need none"
         )
     if args.wandb_project and "wandb" not in sys.modules and find_spec("wandb") is None:
-        raise UserError("--wandb-project is given: it needs the package wandb, pip install wandb")
+        raise UserError("--wandb-project is given: it needs the package wandb")
     if args.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
         raise UserError(
             "--transformer-impl is 'transformer_engine', which is not installed: pip install "
