@@ -125,11 +125,10 @@ def find_start(args: Namespace) -> RunStart | None:
     Raises:
         UserError: a tracker file that names nothing.
     """
-    load, pretrained = args.load, args.pretrained_checkpoint
-    if pretrained and not (load and (Path(load) / TRACKER).is_file()):
+    if pretrained := _pretrained(args):
         flag, root = "--pretrained-checkpoint", Path(pretrained)
-    elif load:
-        flag, root = "--load", Path(load)
+    elif args.load:
+        flag, root = "--load", Path(args.load)
     else:
         return None
     name = read_tracker(root)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -314,16 +315,15 @@ class Counts:
         longest: tokens of the longest document, before eod and bos, kept or not.
     """
 
-    dropped: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
     listed: list[list[str]] = field(default_factory=list)
     longest: int = 0
 
     def add(self, dropped: dict[str, int], errors: dict[str, int]) -> None:
         """Add the counts of a part or shard."""
-        for total, more in ((self.dropped, dropped), (self.errors, errors)):
-            for name, count in more.items():
-                total[name] = total.get(name, 0) + count
+        self.dropped.update(dropped)
+        self.errors.update(errors)
 
     def list_errors(self, listed: list[list[str]]) -> None:
         """Add named bad records as long as there is room."""

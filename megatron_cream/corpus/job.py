@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -329,7 +330,8 @@ def count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
     Raises:
         UserError: there is a bad record, and none is to be skipped.
     """
-    counts = Counts({"shorter_than_min_tokens": 0, "longer_than_max_tokens": 0, DUPLICATES: 0})
+    reasons = ("shorter_than_min_tokens", "longer_than_max_tokens", DUPLICATES)
+    counts = Counts(Counter(dict.fromkeys(reasons, 0)))
     for part in parts:
         found = part.metadata
         dropped = {"shorter_than_min_tokens": found.shorter, "longer_than_max_tokens": found.longer}

@@ -185,16 +185,13 @@ def _write(
 def _describe_settings(
     config: RetrievalConfig, tokenizer: Tokenizer, dtype: np.dtype
 ) -> dict[str, Any]:
+    same = ("questions", "tasks", "answers_only", "tokenizer_type", "tokenizer_model")
     return {
         "kind": "retrieval",
         "seed": config.seed,
         "length": config.length,
         "haystack": list(config.haystack),
-        "questions": config.questions,
-        "tasks": config.tasks,
-        "answers_only": config.answers_only,
-        "tokenizer_type": config.tokenizer_type,
-        "tokenizer_model": config.tokenizer_model,
+        **{name: getattr(config, name) for name in same},
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod,
         "bos_id": tokenizer.bos,
