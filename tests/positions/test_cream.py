@@ -211,10 +211,10 @@ def seconds_per_layout(strategy, bursts=12, count=250):
     times = []
     indices = itertools.count()
     for _ in range(bursts):
-        begin = time.perf_counter()
+        begin = time.process_time()
         for index in itertools.islice(indices, count):
             strategy.layout(1234, index).position_ids  # noqa: B018
-        times.append((time.perf_counter() - begin) / count)
+        times.append((time.process_time() - begin) / count)
     return min(times)
 
 
