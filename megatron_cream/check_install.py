@@ -104,7 +104,8 @@ def _write_dataset(folder: Path) -> Path:
             tokenizer_type="ByteLevelTokenizer",
             output_prefix=str(prefix),
             append_eod=True,
-        )
+        ),
+        progress=False,
     )
     return prefix
 
