@@ -99,62 +99,52 @@ def test_variants_can_be_asked_for_and_have_names_of_their_own(study):
         assert variant.rope in (None, *SCALINGS)
 
 
-def test_the_committed_results_are_the_table_that_is_documented(study):
-    from results import table
+@pytest.mark.parametrize("page", ["docs/study.md", "docs/choosing.md", "README.md"])
+def test_the_tables_of_a_page_are_those_of_the_committed_results(study, page):
+    from results import filled
 
-    docs = STUDY.parents[1] / "docs"
-    rows = table(STUDY / "results").splitlines()[2:]
-    page = (docs / "study.md").read_text("utf-8")
-    assert all(row in page for row in rows)
-    shown = (
-        (docs / "choosing.md").read_text("utf-8").split("## Measured with retrieval documents")[1]
-    )
-    quoted = [line for line in shown.splitlines() if line.startswith("| `")][:6]
-    assert len(quoted) == 6 and all(row in rows for row in quoted)
+    text = (STUDY.parents[1] / page).read_text("utf-8")
+    assert filled(text, STUDY / "results") == text
+    assert page != "docs/study.md" or text.count("<!-- results: ") >= 8
 
 
-def test_the_documented_differences_are_those_of_the_results(study):
-    from results import difference
+def test_a_table_is_written_below_its_command_in_place_of_the_old_one(study):
+    from results import filled, price, read_runs
 
-    page = (STUDY.parents[1] / "docs" / "study.md").read_text("utf-8")
-    name = "{}-questions-64-retrieval-0.30"
-    for other in ("plain", "pose"):
-        shown = difference(STUDY / "results", name.format("cream"), name.format(other))
-        assert shown in page
-
-
-def test_the_documented_tables_of_rivals_and_price_are_those_of_the_results(study):
-    from results import difference, price, rivals
-
-    page = (STUDY.parents[1] / "docs" / "study.md").read_text("utf-8")
-    assert rivals(STUDY / "results") in page and price(STUDY / "results") in page
-    name = "{}-answers-only-0.50"
-    shown = difference(STUDY / "results", name.format("scatter"), name.format("cream"))
-    assert shown in page
+    page = "# A\n<!-- results: price scatter-answers-only-0.50 -->\n| old |\n|---|\n\nprose\n"
+    table = price(read_runs(STUDY / "results", ["scatter-answers-only-0.50"]))
+    done = filled(page, STUDY / "results")
+    assert done.endswith(f"-->\n{table}\n\nprose\n") and "old" not in done
+    assert filled(done, STUDY / "results") == done
 
 
-def test_differences_have_the_interval_of_their_cases_and_seeds(study, tmp_path):
-    from results import difference
+def test_differences_have_the_interval_of_their_cases_and_seeds(study, tmp_path, monkeypatch):
+    import results
+
+    seeds = {"all": (1, 2), "none": (1, 2), "half": (1, 3)}
+    known = [study.Variant(name, "cream", seed=s) for name in seeds for s in seeds[name]]
+    monkeypatch.setattr(results, "VARIANTS", known)
 
     def write(name, seed, hits):
-        tasks = dict.fromkeys(
-            ("longchat-lines", "kv-retrieval", "niah-multikey", "needle", "passkey"),
-            dict.fromkeys(("4096", "8192", "16384", "32768"), {"hits": hits}),
-        )
-        run = {"variant": {"name": name, "seed": seed}, "tasks": tasks}
-        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(run))
+        tasks = dict.fromkeys(results.COLUMNS[1:], dict.fromkeys(("4096", "32768"), {"hits": hits}))
+        (tmp_path / f"{name}-seed{seed}.json").write_text(json.dumps({"tasks": tasks}))
+
+    def difference(*names):
+        return results.difference(results.read_runs(tmp_path, names))
 
     for seed in (1, 2):
         write("all", seed, "1" * 100)
         write("none", seed, "0" * 100)
     write("half", 1, "10" * 50)
-    write("half", 3, "1" * 100)  # a seed that the others do not have
-    assert "| passkey | +100 [+100, +100] |" in difference(tmp_path, "all", "none")
-    assert "| passkey | +0 [+0, +0] |" in difference(tmp_path, "all", "all")
+    assert "| passkey | +100 [+100, +100] |" in difference("all", "none")
     # One seed and 100 cases of a fair coin: 1.96 * 5 points to either side.
-    assert "| needle | +50 [+40, +60] |" in difference(tmp_path, "half", "none")
+    assert "| needle | +50 [+40, +60] |" in difference("half", "none")
+    (tmp_path / "half-seed1.json").unlink()
+    write("half", 3, "1" * 100)  # a seed that the others do not have
     with pytest.raises(SystemExit, match="no seed of both"):
-        difference(tmp_path, "none", "absent")
+        difference("half", "none")
+    with pytest.raises(SystemExit, match="no run of absent"):
+        difference("none", "absent")
 
 
 def test_a_model_is_scored_for_real(study, tmp_path):
