@@ -198,7 +198,7 @@ def test_variants_that_are_asked_for_are_run_in_that_order(run):
 
 
 def test_tables_of_rivals_and_of_the_price_are_of_runs_that_have_them(study, tmp_path):
-    from results import price, rivals
+    from results import price, read_runs, rivals
 
     def hits(*found):
         return dict(zip(("32768", "16384", "8192"), ({"hit": hit} for hit in found), strict=False))
@@ -213,8 +213,12 @@ def test_tables_of_rivals_and_of_the_price_are_of_runs_that_have_them(study, tmp
     (tmp_path / "cream-seed1.json").write_text(json.dumps({"tasks": tasks}))
     old = {"perplexity": {"2048": {"perplexity": 1}}}
     (tmp_path / "plain-seed1.json").write_text(json.dumps({"tasks": old}))
-    assert rivals(tmp_path).splitlines()[2:] == ["| `cream-seed1` | 3 2 1 | 5 4 | 8 7 6 | 10 9 |"]
-    assert price(tmp_path).splitlines()[2:] == ["| `cream-seed1` | 1.5 2.5 4.5 8.5 |"]
+    runs = read_runs(tmp_path)
+    assert rivals(runs).splitlines()[2:] == ["| `cream` | 1 | 8 7 6 | 10 9 | 3 2 1 | 5 4 |"]
+    assert price(runs).splitlines()[2:] == ["| `cream` | 1 | 1.5 2.5 4.5 8.5 |"]
+    second = tasks | {"longchat-lines": hits(3, 2, 1)}
+    (tmp_path / "cream-seed2.json").write_text(json.dumps({"tasks": second}))
+    assert rivals(read_runs(tmp_path)).splitlines()[2].endswith("| 2 2 2 | 5 4 |")  # the mean
 
 
 def test_several_gpus_share_the_variants(run):
