@@ -18,7 +18,7 @@ from megatron_cream.evaluation.html_page import (
     paragraph,
 )
 from megatron_cream.evaluation.result_files import read_result
-from megatron_cream.evaluation.results import markdown, percent, short
+from megatron_cream.evaluation.results import markdown, short
 from megatron_cream.evaluation.store import write_whole
 from megatron_cream.extend.commands import Commands
 from megatron_cream.extend.recipe import ExtendSettings, Recipe
@@ -98,7 +98,7 @@ def _rows(pairs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 def _cell(row: dict[str, Any]) -> str:
     if "hit" not in row:
         return f"{row['perplexity']:.4g}"
-    return percent(row["hit"])
+    return f"{100 * row['hit']:.0f}"  # the title says %
 
 
 def _note(pairs: dict[str, list[dict[str, Any]]]) -> str:
