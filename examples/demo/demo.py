@@ -118,7 +118,8 @@ def make_base(folder: Path) -> Path:
 
 def extensions(folder: Path, base: Path, rope: str) -> list[dict[str, Any]]:
     """Extend the base model in two ways; return the perplexities of all models."""
-    works = {name: extend_by(folder, base, name, rope) for name in ("pose", "cream")}
+    works = {"pose": extend_by(folder, base, "pose", rope)}
+    works["cream"] = extend_by(folder, base, "cream", rope, reuse=str(works["pose"]))
     before = read_result(works["pose"] / "before" / "perplexity")
     results = [{**before, "name": "base"}]
     if not SCALINGS[rope].trained_by:  # those have no angles without weights of their own
@@ -128,7 +129,7 @@ def extensions(folder: Path, base: Path, rope: str) -> list[dict[str, Any]]:
     return results
 
 
-def extend_by(folder: Path, base: Path, strategy: str, rope: str) -> Path:
+def extend_by(folder: Path, base: Path, strategy: str, rope: str, reuse: str | None = None) -> Path:
     """Run ``megatron-cream extend``; return its working folder."""
     settings = ExtendSettings(
         hf=str(base),
@@ -148,6 +149,7 @@ def extend_by(folder: Path, base: Path, strategy: str, rope: str) -> Path:
         lengths=LENGTHS,
         tasks=("perplexity",),
         workers=1,
+        reuse=reuse,
     )
     extend(settings)
     return settings.work_folder
