@@ -178,8 +178,7 @@ def _write(
             bar.update(len(arrays[0]))
     ones = np.ones(config.documents, dtype=np.int64)
     write_index(staged + ".idx", dtype, [(lengths, ones)], config.documents, config.documents)
-    settings = _describe_settings(config, maker.tokenizer, dtype)
-    return write_metadata(staged, settings, Counts())
+    return write_metadata(staged, _describe_settings(config, maker.tokenizer, dtype), Counts())
 
 
 def _describe_settings(
@@ -260,10 +259,9 @@ class DocumentMaker:
         length: tokens of each, the end of document and the beginning of text included.
         seed: what they are drawn from.
         haystack: text of the user's.
-        eod: token at the end of each, None for none.
+        eod, bos: tokens at the end and the beginning of each, None for none.
         questions: most questions of a task.
         tasks: most tasks of a document, 1 to 4.
-        bos: token at the beginning of each, None for none.
 
     Raises:
         UserError: ``length`` is below ``SHORTEST``.
