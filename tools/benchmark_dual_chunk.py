@@ -70,7 +70,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, chunk: int, loc
     k = _turn(k, bands.key_positions[0](places), inv_freq)
     queries = [_turn(q, positions(places), inv_freq) for positions in bands.query_positions]
     outputs = []
-    for group in bands.groups(s):
+    for group in bands.groups(0, s):
         answers = []
         for tile in group:
             rows, columns = slice(*tile.rows), slice(*tile.columns)

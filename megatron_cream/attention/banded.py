@@ -12,9 +12,9 @@ and its log-sum-exp must follow from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import batched, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from megatron_cream.attention.shards import Shards
 
 Span = tuple[int, int]
+
+# Whose queries are turned together: launches cost the host more than short tiles the GPU.
+_GROUPS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,8 @@ class _Banded(torch.autograd.Function):
             values = _cut(v, document.keys)
             for row, place, tokens in document.queries:
                 own, *merged = (_cut(x, (row, row + tokens)) for x in (q, out, lse))
-                for group in bands.groups(place, place + tokens):
-                    outputs = list(_attend(group, turning, own, place, keys, values, scale))
-                    _merge(merged[0], merged[1], place, outputs)
+                for groups in batched(bands.groups(place, place + tokens), _GROUPS_AT_ONCE):
+                    _attend(groups, turning, (own, *merged), place, keys, values, scale)
         if shards is None:
             saved += [v, *(key for keys in kept for key in keys)]
         ctx.save_for_backward(*saved)
@@ -136,29 +138,34 @@ def _turning(bands: Bands, rotation: Rotation, documents: Sequence[Document], q:
 
 
 def _attend(
-    group: Sequence[Tile],
+    groups: Sequence[Sequence[Tile]],
     turning: Turning,
-    q: Tensor,
+    rows: tuple[Tensor, ...],
     place: int,
     keys: Sequence[Tensor],
     values: Tensor,
     scale: float,
-) -> Iterator[tuple[Tile, TileAttention]]:
-    """Yield each tile's attention; queries that several share are turned in one launch.
+) -> None:
+    """Write the output and log-sum-exp of some groups, whose queries are turned in one launch.
 
     Args:
-        q: ``[b, h, n, d]``, unrotated, of the places from ``place`` on.
+        rows: q, unrotated, and where output and log-sum-exp go, of the places from ``place`` on.
         keys: of the whole document, turned.
     """
-    for rows in dict.fromkeys(tile.rows for tile in group):
-        tiles = [tile for tile in group if tile.rows == rows]
-        frames = sorted({turning.query_frames[tile.band] for tile in tiles})
-        turned = turning.turn(_cut(q, rows, place), rows[0], frames)
-        by_frame = dict(zip(frames, turned, strict=True))
-        for tile in tiles:
-            query = by_frame[turning.query_frames[tile.band]]
+    q, out, lse = rows
+    tiles = [tile for group in groups for tile in group]
+    span = min(tile.rows[0] for tile in tiles), max(tile.rows[1] for tile in tiles)
+    frames = sorted({turning.query_frames[tile.band] for tile in tiles})
+    turned = turning.turn(_cut(q, span, place), span[0], frames)
+    by_frame = dict(zip(frames, turned, strict=True))
+    for group in groups:
+        outputs = []
+        for tile in group:
+            query = _cut(by_frame[turning.query_frames[tile.band]], tile.rows, span[0])
             key = _cut(turning.key(tile, keys), tile.columns)
-            yield tile, _run(query, key, _cut(values, tile.columns), tile, scale)
+            value = _cut(values, tile.columns)
+            outputs.append((tile, _run(query, key, value, tile, scale)))
+        _merge(out, lse, place, outputs)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> TileAttention:
@@ -276,7 +283,7 @@ def _holds(span: Span, stretch: Span) -> bool:
 
 def _cut(x: Tensor, span: Span, first: int = 0) -> Tensor:
     """Return the tokens of ``span`` of a tensor whose first token is ``first``."""
-    return x[:, :, span[0] - first : span[1] - first]
+    return x.narrow(2, span[0] - first, span[1] - span[0])
 
 
 def _mirror(x: Tensor, tile: Tile) -> Tensor:

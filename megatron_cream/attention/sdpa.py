@@ -37,7 +37,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tile
         return TileAttention(
             *_aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         )
-    if _takes_cudnn(q):
+    if _takes_cudnn(q, k):
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
@@ -67,7 +67,7 @@ def backward(inputs: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tens
     # Nothing is dropped: the state of a random generator, which the kernels take, is not read.
     state = torch.empty(2, dtype=torch.int64, device=q.device).unbind()
     lengths = None, None, q.shape[2], k.shape[2]
-    if _takes_cudnn(q):
+    if _takes_cudnn(q, k):
         lse = lse.reshape(*lse.shape, *[1] * (_sum_dimensions() - 3))
         found = _aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, lse, *state, None, *lengths, 0.0, causal, scale=scale
@@ -80,14 +80,27 @@ def backward(inputs: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tens
     return dq, dk, dv
 
 
-def _takes_cudnn(q: Tensor) -> bool:
-    return q.dtype in (torch.bfloat16, torch.float16) and torch.backends.cuda.cudnn_sdp_enabled()
+def _takes_cudnn(q: Tensor, k: Tensor) -> bool:
+    """Return whether cuDNN's kernels surely take a tile; flash attention takes every other.
+
+    The operators are called past the checks that PyTorch has before them: no single token, heads
+    of at most 128 in multiples of 8, lengths from 64 on where cuDNN is old. Tiles that are shorter
+    than a block of the kernels gain nothing by cuDNN, and its backward pass has crashed on them.
+    """
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and min(q.shape[2], k.shape[2]) >= 128
+        and q.shape[3] <= 128
+        and q.shape[3] % 8 == 0
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 @cache
 def _sum_dimensions() -> int:
     """Return how many dimensions this PyTorch gives cuDNN's log-sum-exp: 3, or 4 with a 1."""
-    x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device="cuda")
     lse = _aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, False, False)[1]
     return int(lse.dim())
 

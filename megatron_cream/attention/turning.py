@@ -86,6 +86,9 @@ class Turning:
         self.key_frames = [frames.index(at) for at in bands.key_positions]
         # [frames, period, d_rot]
         self._tables = rotation.table(torch.stack([at(places) for at in frames]))
+        # [1, d_rot], turns nothing.
+        half = torch.ones_like(self._tables[0, :1, ::2])
+        self._still = torch.cat((half, half - 1), dim=-1)
 
     def keys(self, k: Tensor) -> list[Tensor]:
         """Return a document's keys turned by each distinct frame of keys."""
@@ -121,7 +124,9 @@ class Turning:
             from megatron_cream.rope.rotation_kernel import turn_back
 
             tables = [
-                (self._still(n) if frame is None else self._at([frame], place, n)[0])[:, None, None]
+                (self._still.expand(n, -1) if frame is None else self._at([frame], place, n)[0])[
+                    :, None, None
+                ]
                 for frame, _ in parts
             ]
             grads = [part.permute(2, 0, 1, 3) for _, part in parts]
@@ -145,12 +150,6 @@ class Turning:
         if first + n <= self._period:
             return tables[:, first : first + n]
         return tables[:, torch.arange(first, first + n, device=tables.device) % self._period]
-
-    def _still(self, n: int) -> Tensor:
-        """Return the table ``[n, d_rot]`` that turns nothing, one row in memory."""
-        row = torch.zeros_like(self._tables[0, 0])
-        row[: len(row) // 2] = 1
-        return row.expand(n, -1)
 
 
 def takes_triton(x: Tensor) -> bool:

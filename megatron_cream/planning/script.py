@@ -239,6 +239,7 @@ class LaunchScript:
         notes: lines of comment.
         variables: shell variables with other defaults than the plan has.
         data: example of a dataset, for people.
+        more: flags that the plan does not have, by the array of ``common.sh`` that takes them.
     """
 
     command: str
@@ -249,6 +250,7 @@ class LaunchScript:
     notes: Sequence[str] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     data: str = "data/books"
+    more: Mapping[str, str] = field(default_factory=dict)
 
     def text(self, found: Comparison, path: Path) -> str:
         """Return the script that starts the run of a plan; it is to stand at ``path``.
@@ -278,6 +280,8 @@ class LaunchScript:
             "",
             *_array("PARALLEL_ARGS", flags["LAYOUT"]),
             "",
+            *(f"{array}+=({flags})" for array, flags in self.more.items()),
+            *([""] if self.more else []),
             *_fp8_lines(found),
             'extend "$@"',
         ]

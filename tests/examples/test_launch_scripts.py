@@ -65,6 +65,7 @@ def test_scripts_are_what_the_planner_writes():
 def test_all_models_of_the_list_have_a_script():
     assert set(NAMES) >= {
         *("llama-2-7b/32k", "llama-2-7b/256k", "llama-2-7b/chat-32k", "llama-2-13b/32k"),
+        "llama-2-7b/chunkllama-16k",
         *("llama-2-70b/32k", "llama-2-70b/128k", "llama-3-70b/128k", "llama-3.1-70b/256k"),
         *("llama-3.1-8b/256k", "mistral-7b/128k", "qwen2.5-7b/128k", "qwen2.5-32b/128k"),
     }
@@ -78,6 +79,10 @@ def test_a_script_trains_with_the_planned_flags(script, tmp_path):
     mine, theirs = launch.flags(words), launch.flags(argv(flags))
     if "chat" in script.stem:
         theirs["--lr-warmup-iters"] = ("0",)  # the recipe for chat models has none
+    if "chunkllama" in script.stem:
+        theirs |= {"--lr-warmup-iters": ("48",), "--lr-decay-style": ("cosine",)}
+        theirs |= {"--rope-interpolation": ("none",), "--dual-chunk": ()}
+        theirs |= {"--sample-unit": ("packed-documents",)}
     for flag in theirs.keys() - PLACES:
         assert mine.get(flag) == theirs[flag], flag
     retained = {"--save-retain-interval"} & mine.keys()

@@ -110,6 +110,9 @@ LAYOUTS = {
     "packed, dual chunk, 1 GPU": Layout(1, (*PACKED, *DUAL_CHUNK), role="reference"),
     "packed, dual chunk, TP2": Layout(2, (*PACKED, *DUAL_CHUNK, *TP2)),
     "packed, dual chunk, CP2": Layout(2, (*PACKED, *DUAL_CHUNK, *CP2)),
+    "packed, dual chunk, other sizes": Layout(
+        1, (*PACKED, *DUAL_CHUNK, "chunk_size=32"), role="angles"
+    ),
     "CLEX, 1 GPU": _clex(1, role="reference"),
     "CLEX, 1 GPU, micro-batch 1": _clex(1, "--micro-batch-size", "1"),
     "CLEX, DP2, distributed optimizer": _clex(2, "--use-distributed-optimizer"),

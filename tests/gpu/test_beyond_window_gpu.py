@@ -45,3 +45,20 @@ def test_output_and_gradients_equal_the_dense_softmax(method, interleaved, turni
     reference = [wanted, *torch.autograd.grad((wanted * weight).sum(), exact)]
     for one, other in zip(found, reference, strict=True):
         assert (one.detach().cpu().double() - other).norm() < 2e-2 * other.norm()
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_tiles_that_cudnn_takes_give_what_float64_gives(heads):
+    """Chunks of 256 tokens, the last of 232: what the tiles of the other test are too short for."""
+    scaling = make_scaling("none", dim=64, base=1e4, factor=1.0, original_length=384)
+    torch.manual_seed(0)
+    shapes = ((1, 1000, 4, 64), (1, 1000, heads, 64), (1, 1000, heads, 64))
+    fast = [torch.randn(x, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in shapes]
+    exact = [x.detach().cpu().double().requires_grad_() for x in fast]
+    weight = torch.randn(shapes[0], dtype=torch.float64)
+    found = []
+    for tensors in (fast, exact):
+        out = dual_chunk_attention(*tensors, scaling, chunk_size=288, local_size=32)
+        found.append([out, *torch.autograd.grad((out * weight.to(out)).sum(), tensors)])
+    for one, other in zip(*found, strict=True):
+        assert (one.detach().cpu().double() - other).norm() < 2e-2 * other.norm()
