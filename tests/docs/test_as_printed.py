@@ -54,10 +54,10 @@ def run(command, folder, **variables):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, quick_python):
     """What the quickstart leaves behind: a model, its import, a trained checkpoint, an export."""
     work = tmp_path_factory.mktemp("trained")
-    run("examples/quickstart/smoke.sh", ROOT, WORK=str(work))
+    run("examples/quickstart/smoke.sh", ROOT, WORK=str(work), PYTHON=quick_python)
     return work
 
 
