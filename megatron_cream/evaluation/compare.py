@@ -23,7 +23,8 @@ from megatron_cream.evaluation.store import (
 # What must be the same for runs to be compared; missing in a run of another kind of task.
 _SAME = (
     *("task", "prompt", "shots", "seeds", "first_seed", "cases", "cases_file", "most_tokens"),
-    *("records_of", "samples", "ruler_tasks", "haystack_content", "qa_content", "words_content"),
+    *("records_of", "query_aware", "samples", "ruler_tasks"),
+    *("haystack_content", "qa_content", "words_content"),
     *("data", "documents", "document_tokens", "stride", "truncate", "key_tokens"),
 )
 

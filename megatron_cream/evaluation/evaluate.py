@@ -63,7 +63,9 @@ _RULER = frozenset(("haystack", "qa", "words", "samples", "threshold"))
 _LONGPPL = frozenset(("judge", "judge_short", "key_tokens", "save_key_tokens"))
 _WINDOWS = frozenset(("stride", "truncate"))
 _DOCUMENTS = frozenset(("data", "documents", "skip_documents", "document_tokens"))
-_CASES = frozenset(("cases", "seeds", "first_seed", "most_tokens", "cases_file", "shots"))
+_CASES = frozenset(
+    ("cases", "seeds", "first_seed", "most_tokens", "cases_file", "shots", "query_aware")
+)
 _WITHOUT = {
     "ruler": _CASES | _DOCUMENTS | _WINDOWS | _LONGPPL | {"batch_tokens"},
     "longppl": _RULER | _CASES | _WINDOWS | {"prompt", "bos"},

@@ -92,6 +92,9 @@ class EvaluationSettings:
         type=parse_length,
         most=_LONGEST,
     )
+    query_aware: bool = flag_field(
+        "kv-retrieval: the key is named in front of the pairs as well", default=False
+    )
     cases_file: str | None = flag_field(
         "published cases of longchat-lines or kv-retrieval (JSONL, .xz, .gz)", default=None
     )
@@ -188,6 +191,12 @@ class EvaluationSettings:
         self._validate_numbers()
         if self.records_of is not None:
             self._validate_records()
+        if self.query_aware and list(self.tasks) != ["kv-retrieval"]:
+            raise UserError(
+                f"--query-aware is given for {', '.join(self.tasks)}: it is for kv-retrieval alone"
+            )
+        if self.query_aware and self.shots:
+            raise UserError(f"--query-aware with --shots {self.shots}: it must be 0")
         if self.cases_file is not None:
             self._validate_cases_file(self.cases_file)
         if {"perplexity", "longppl"} & set(self.tasks):

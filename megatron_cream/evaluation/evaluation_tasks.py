@@ -43,6 +43,7 @@ class EvaluationTask:
         placed: whether the answer stands at a place in the context.
         harder_from: lengths from which on a case has more in it that must fit.
         records: whether its pieces are records that may have prose between them.
+        aware: as ``texts``, with the question in front of the context too; None where it cannot be.
         least: smallest number of pieces that makes a haystack; one per case if None.
         most: how many different pieces there are.
     """
@@ -54,6 +55,7 @@ class EvaluationTask:
     placed: bool = True
     harder_from: tuple[int, ...] = ()
     records: bool = False
+    aware: Callable[[int, int, int], list[DrawText]] | None = None
     least: int | None = 1
     most: int = sys.maxsize
 
@@ -64,24 +66,27 @@ class EvaluationTask:
         seed: int,
         cases: int,
         records_of: int | None = None,
+        query_aware: bool = False,
     ) -> list[HaystackCases]:
         """Return haystacks of ``length`` tokens with ``cases`` questions in all.
 
         With ``records_of``, tokens, longer haystacks have the records and questions of one of that
-        length, and prose between them.
+        length, and prose between them. ``query_aware`` names the question in front as well, so that
+        each has a haystack of its own.
 
         Raises:
             UserError: the length is too short for the task, or too long.
         """
         least = cases if self.least is None else self.least
+        texts = self.aware if query_aware and self.aware else self.texts
         if records_of is not None and length > records_of:
             return [
                 self._spaced(builder, draw, (length, records_of), (seed, number), least)
-                for number, draw in enumerate(self.texts(records_of, seed, cases))
+                for number, draw in enumerate(texts(records_of, seed, cases))
             ]
         return [
             builder.fit(self.name, draw, length, seed, number, least, self.most)
-            for number, draw in enumerate(self.texts(length, seed, cases))
+            for number, draw in enumerate(texts(length, seed, cases))
         ]
 
     def _spaced(
@@ -111,6 +116,15 @@ def _together(text: Callable[..., HaystackText]) -> Callable[[int, int, int], li
     return lambda length, seed, cases: [partial(text, seed, cases)]
 
 
+def _each_aware(text: Callable[..., HaystackText]) -> Callable[[int, int, int], list[DrawText]]:
+    """Return the ``aware`` of a task whose questions are otherwise about one haystack."""
+
+    def texts(length: int, seed: int, cases: int) -> list[DrawText]:
+        return [partial(text, seed, cases, aware=case) for case in range(cases)]
+
+    return texts
+
+
 _TASKS = (
     EvaluationTask(
         "passkey",
@@ -135,6 +149,7 @@ _TASKS = (
         _together(task_texts.key_values),
         lambda seed: task_texts.key_values(seed, 1, 3),
         records=True,
+        aware=_each_aware(task_texts.key_values),
         least=None,
         most=task_texts.MOST_LINES,
     ),

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice, takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,16 +112,19 @@ class ScoringModel(Protocol):
         exact at any layout.
         """
         for prompt, most in zip(prompts, new_tokens, strict=True):
-            tokens = prompt.astype(np.int64)
-            while len(tokens) < len(prompt) + most:
-                last = torch.tensor([len(tokens) - 1])
-                one = ForwardPass(torch.from_numpy(tokens)[None], last, torch.zeros(1, 1).long())
-                (scores,) = self.run(iter([one]))
-                best = int(scores.best)
-                if best in stop:
-                    break
-                tokens = np.append(tokens, best)
-            yield tokens[len(prompt) :]
+            written = takewhile(lambda token: token not in stop, next_tokens(self, prompt))
+            yield np.fromiter(islice(written, most), np.int64)
+
+
+def next_tokens(model: ScoringModel, prompt: np.ndarray) -> Iterator[int]:
+    """Yield what greedy decoding writes after a prompt ``[n]``, a pass over all for each token."""
+    tokens = prompt.astype(np.int64)
+    while True:
+        last = torch.tensor([len(tokens) - 1])
+        one = ForwardPass(torch.from_numpy(tokens)[None], last, torch.zeros(1, 1).long())
+        (scores,) = model.run(iter([one]))
+        yield int(scores.best)
+        tokens = np.append(tokens, int(scores.best))
 
 
 @contextmanager

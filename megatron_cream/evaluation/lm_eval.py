@@ -4,21 +4,22 @@
     python -m megatron_cream.evaluation.lm_eval --model megatron_cream \\
         --model_args checkpoint=runs/cream,cpu=true --tasks TASK
 
-takes lm-eval's own flags. Log-likelihoods, whole or rolling; tasks that generate need the Hugging
-Face export.
+takes lm-eval's own flags. Log-likelihoods, whole or rolling, and greedy generation.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
-from megatron_cream.evaluation.forward import ForwardPass
+from megatron_cream.evaluation.forward import ForwardPass, next_tokens
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -147,15 +148,48 @@ class MegatronCreamLM(TemplateLM):
         return results
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refuse: scoring does not generate.
+        """Return what greedy decoding writes after each context, up to a string that stops it.
+
+        A request is (context, settings): ``until`` strings, and ``max_gen_toks``. What is longer
+        than ``max_length`` with the tokens to write is cut at its beginning. Every token costs a
+        pass over the whole text: an export with ``--model hf`` is faster, and writes the same.
 
         Raises:
-            UserError: saying what to do instead.
+            UserError: sampling is asked for, or more tokens than ``max_length`` has.
         """
-        raise UserError(
-            "--model megatron_cream has no generation: export the checkpoint with "
-            "tools/convert_checkpoint.py export, and use --model hf or vllm for this task"
-        )
+        shown = self.model.primary and not disable_tqdm
+        return [
+            self._write(*request.args)
+            for request in tqdm(requests, "generate_until", disable=not shown)
+        ]
+
+    def _write(self, context: str, how: dict[str, Any]) -> str:
+        if how.get("do_sample") and how.get("temperature", 1) != 0:
+            raise UserError("--gen_kwargs has do_sample=True: megatron_cream decodes greedily")
+        most = _count("max_gen_toks", how.get("max_gen_toks", _NEW_TOKENS))
+        if most >= self.max_length:
+            raise UserError(
+                f"max_gen_toks is {most}: it must be below max_length, {self.max_length}"
+            )
+        until = how.get("until") or []
+        stops = [until] if isinstance(until, str) else [text for text in until if text]
+        prompt = np.array(self.tok_encode(context)[most - self.max_length :], dtype=np.int64)
+        if not len(prompt):
+            prompt = np.array([self.prefix_token_id])
+        ends = self.model.stop_tokens or (self.tokens.eod,)
+        written: list[int] = []
+        text = ""
+        for token in islice(next_tokens(self.model, prompt), most):
+            if token in ends:
+                break
+            written.append(token)
+            text = self.tokens.decode(written)
+            if any(stop in text for stop in stops):
+                break
+        return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
+
+
+_NEW_TOKENS = 256  # lm-eval's own
 
 
 def _count(name: str, value: Any) -> int:

@@ -11,6 +11,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,27 @@ _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 def read_haystacks(
-    task: str, path: str, builder: HaystackBuilder, limit: int, places: int
+    task: str,
+    path: str,
+    builder: HaystackBuilder,
+    limit: int,
+    places: int,
+    query_aware: bool = False,
 ) -> list[HaystackCases]:
     """Return the first ``limit`` cases of a file, key-value pairs at ``places`` gold places each.
+
+    With ``query_aware`` their key stands in front of the pairs as well.
 
     Raises:
         UserError: a task without published files, or a file of another task.
     """
     validate_has_published(task)
     count = places if task == "kv-retrieval" else 1
+    read = partial(_published_pairs, aware=True) if query_aware else _PUBLISHED[task]
     texts = []
     for number, case in enumerate(read_cases(path)[:limit], 1):
         try:
-            texts += [_PUBLISHED[task](case, index, count) for index in range(count)]
+            texts += [read(case, index, count) for index in range(count)]
         except ValueError as exc:
             raise UserError(
                 f"--cases-file is {path}: case {number} is not of {task}, {exc}"
@@ -107,7 +116,9 @@ def _published_lines(case: dict[str, Any], index: int, count: int) -> HaystackTe
     return HaystackText(prompt.rstrip(), [], [Question("", cue, (str(answer),), place)])
 
 
-def _published_pairs(case: dict[str, Any], index: int, count: int) -> HaystackText:
+def _published_pairs(
+    case: dict[str, Any], index: int, count: int, aware: bool = False
+) -> HaystackText:
     """Return a case of Lost in the Middle, its record moved to place ``index`` of ``count``.
 
     Raises:
@@ -124,7 +135,8 @@ def _published_pairs(case: dict[str, Any], index: int, count: int) -> HaystackTe
     at = round(even_places(count)[index] * len(pairs))
     pairs.insert(at, gold)
     lines = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
-    intro = f"{_KV_INTRO}\n\nJSON data:\n{{{lines}}}\n"
+    before = f"{_KV_INTRO}\n\n" + f'Key: "{gold[0]}"\n\n' * aware
+    intro = f"{before}JSON data:\n{{{lines}}}\n"
     return HaystackText(intro, [], [key_question(*gold, at / max(1, len(pairs) - 1))])
 
 

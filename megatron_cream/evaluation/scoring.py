@@ -129,6 +129,7 @@ def _case_settings(settings: EvaluationSettings, prompt: Prompt) -> dict[str, An
         "cases_file_content": file and hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16],
         "most_tokens": settings.most_tokens,
         **({"records_of": settings.records_of} if settings.records_of else {}),
+        **({"query_aware": True} if settings.query_aware else {}),
     }
 
 
@@ -166,7 +167,14 @@ def make_haystacks(settings: EvaluationSettings, prompt: Prompt, task: str) -> l
     """
     builder = _builder(settings, prompt, task)
     if settings.cases_file is not None:
-        return read_haystacks(task, settings.cases_file, builder, settings.seeds, settings.cases)
+        return read_haystacks(
+            task,
+            settings.cases_file,
+            builder,
+            settings.seeds,
+            settings.cases,
+            settings.query_aware,
+        )
     return _draw(settings, builder, task, settings.lengths)
 
 
@@ -198,8 +206,9 @@ def _draw(
     kind, made = TASKS[task], []
     for length in lengths:
         seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+        how = settings.cases, settings.records_of, settings.query_aware
         groups: Iterable[list[HaystackCases]] = (
-            kind.make(builder, length, seed, settings.cases, settings.records_of) for seed in seeds
+            kind.make(builder, length, seed, *how) for seed in seeds
         )
         if not kind.placed:  # each case is a haystack, and none of them is needed for the others
             groups = ([one] for group in groups for one in group)

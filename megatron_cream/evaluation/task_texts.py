@@ -142,13 +142,22 @@ def longchat(seed: int, cases: int, count: int) -> HaystackText:
     return HaystackText(_LINES_INTRO, body, _questions(pairs, cases, _line_question))
 
 
-def key_values(seed: int, cases: int, count: int) -> HaystackText:
-    """Return a JSON object of UUIDs, as in Lost in the Middle (2307.03172)."""
+def key_values(seed: int, cases: int, count: int, *, aware: int | None = None) -> HaystackText:
+    """Return a JSON object of UUIDs, as in Lost in the Middle (2307.03172).
+
+    Args:
+        aware: ask question ``aware`` alone, and name its key in front of the object as well.
+    """
     pairs = _pairs_of_uuids(seed)[:count]
     body = [f'"{key}": "{value}",\n ' for key, value in pairs]
     body[0] = "{" + body[0]
     body[-1] = body[-1].rstrip(" ,\n") + "}\n"
-    return HaystackText(_KV_INTRO, body, _questions(pairs, cases, key_question))
+    asked = _questions(pairs, cases, key_question)
+    if aware is None:
+        return HaystackText(_KV_INTRO, body, asked)
+    before, after = _KV_INTRO.split("\n\n")
+    intro = f"{before}\n{asked[aware].text}\n\n{after}"
+    return HaystackText(intro, body, [asked[aware]])
 
 
 @lru_cache(maxsize=8)

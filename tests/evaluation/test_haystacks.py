@@ -220,6 +220,23 @@ def test_key_value_pairs_are_json_with_every_answer():
         assert pairs[key] == value
 
 
+def test_query_aware_cases_name_the_key_on_both_sides_of_the_same_pairs(prompt):
+    kit, decode = HaystackBuilder(prompt), prompt.tokenizer.decode
+    (plain,) = TASKS["kv-retrieval"].make(kit, LENGTH, 5, 3)
+    cases = TASKS["kv-retrieval"].make(kit, LENGTH, 5, 3, None, True)
+    assert [decode(c.tails[0].answer) for c in cases] == [decode(t.answer) for t in plain.tails]
+    for case in cases:
+        (tail,) = case.tails
+        key = re.search(r'\nKey: "(.*)"\nCorresponding', decode(tail.tokens)).group()
+        before, pairs = decode(case.context).split("JSON data:\n")
+        assert before.endswith(key.removesuffix("\nCorresponding") + "\n\n")
+        assert (
+            json.loads(pairs).items()
+            <= json.loads(decode(plain.context).split("JSON data:\n")[1]).items()
+        )
+        assert len(case.context) + len(tail.tokens) == LENGTH
+
+
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.records])
 def test_records_of_a_shorter_case_spread_over_a_longer_one(prompt, task):
     kit, decode = HaystackBuilder(prompt), prompt.tokenizer.decode
@@ -244,3 +261,14 @@ def test_records_are_of_tasks_that_have_some():
     for changes in ({"tasks": ["needle"]}, {"tasks": ["kv-retrieval"], "cases_file": "f"}):
         with pytest.raises(UserError, match="--records-of is 2048 .* longchat-lines and kv-"):
             arguments(hf="h", records_of=2048, **changes).validate()
+
+
+def test_query_aware_is_of_key_value_pairs():
+    from support.arguments import arguments
+
+    for changes, message in (
+        ({"tasks": ["needle"]}, "--query-aware is given for needle"),
+        ({"tasks": ["kv-retrieval"], "shots": 2}, "--query-aware with --shots 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            arguments(hf="h", query_aware=True, **changes).validate()

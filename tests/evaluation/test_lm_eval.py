@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from megatron_cream.corpus.tokenizers import ByteLevelTokenizer
 from megatron_cream.errors import UserError
 
 
@@ -31,8 +32,11 @@ def test_log_likelihoods(small_hf, tmp_path):
     count = len(wanted)
     rows = logits[-count - 1 : -1].gather(1, torch.tensor(wanted)[:, None])
     assert found == pytest.approx(rows.sum().item(), abs=1e-4)
-    with pytest.raises(ValueError, match="has no generation: export"):
-        model.generate_until([request])
+    asked = SimpleNamespace(args=("What is the pass", {"max_gen_toks": 5}))
+    (text,) = model.generate_until([asked], disable_tqdm=True)
+    tokens = torch.tensor([model.tok_encode(asked.args[0])])
+    made = hf.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert text == model.tokens.decode(made[0, tokens.shape[1] :].tolist())
 
 
 @pytest.fixture
@@ -54,6 +58,57 @@ def lm(monkeypatch):
     monkeypatch.delitem(sys.modules, "megatron_cream.evaluation.lm_eval", raising=False)
     yield importlib.import_module("megatron_cream.evaluation.lm_eval")
     sys.modules.pop("megatron_cream.evaluation.lm_eval", None)
+
+
+class Writer:
+    """A model that goes on writing the same text, one byte at a time."""
+
+    stop_tokens, primary = (), True
+
+    def __init__(self, text):
+        self.text, self.read = text.encode(), []
+
+    def run(self, passes):
+        for one in passes:
+            self.read.append(one.tokens[0].tolist())
+            best = self.text[(len(self.read) - 1) % len(self.text)]
+            yield SimpleNamespace(best=torch.tensor([[best]]))
+
+
+@pytest.fixture
+def writer(lm):
+    """The model class around a model that writes ``a blue sky, then Q: ...``."""
+    model = lm.MegatronCreamLM.__new__(lm.MegatronCreamLM)
+    model.model, model.tokens = Writer("a blue sky\n then Q: on"), ByteLevelTokenizer()
+    model.max_length = 40
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "passes"),
+    [
+        ({"until": ["Q:", "\n"], "max_gen_toks": 20}, "a blue sky", 11),
+        ({"until": "sky", "max_gen_toks": 20}, "a blue ", 10),
+        ({"until": [""], "max_gen_toks": 4}, "a bl", 4),
+    ],
+)
+def test_generation_ends_before_what_stops_it(writer, how, text, passes):
+    (found,) = writer.generate_until([SimpleNamespace(args=("x" * 90, how))], disable_tqdm=True)
+    assert found == text and len(writer.model.read) == passes
+    # The beginning of what is too long is cut.
+    assert len(writer.model.read[0]) == 40 - how["max_gen_toks"]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"do_sample": True, "temperature": 1.0}, "do_sample=True: megatron_cream decodes"),
+        ({"max_gen_toks": 40}, "max_gen_toks is 40: it must be below max_length, 40"),
+    ],
+)
+def test_generation_that_cannot_be_is_refused(writer, how, message):
+    with pytest.raises(UserError, match=message):
+        writer.generate_until([SimpleNamespace(args=("x", how))], disable_tqdm=True)
 
 
 @pytest.mark.parametrize(
