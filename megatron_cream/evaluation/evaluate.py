@@ -119,7 +119,7 @@ def _tasks(task: str, named: list[str] | None, data: str | None) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     """Run a parsed command line and print its tables."""
     if args.task == "compare":
-        from megatron_cream.evaluation.compare import compare
+        from megatron_cream.evaluation.results_page import compare
 
         print(compare(args.runs, args.output))
         return

@@ -233,7 +233,7 @@ class EvaluationSettings:
             )
 
     def _validate_cases_file(self, path: str) -> None:
-        from megatron_cream.evaluation.published_cases import read_cases, validate_has_published
+        from megatron_cream.evaluation.evaluation_tasks import read_cases, validate_has_published
 
         if self.most_tokens is not None:
             raise UserError(

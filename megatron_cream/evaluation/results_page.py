@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes one page of finished runs, and puts their figures into a model card."""
+"""Compares finished runs, makes one page of them, and puts their figures into a model card."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,19 +14,111 @@ from typing import Any
 
 import megatron_cream
 from megatron_cream.errors import MissingPackageError, UserError
-from megatron_cream.evaluation.compare import different_settings, with_different_names
-from megatron_cream.evaluation.html_page import (
-    folded,
-    html_picture,
-    html_settings,
-    html_table,
-    is_page,
-    make_page,
-    paragraph,
-)
 from megatron_cream.evaluation.result_files import read_result
-from megatron_cream.evaluation.results import Result, joined_rows, notes, result_rows, short
-from megatron_cream.evaluation.store import RESULT_FILE, write_whole
+from megatron_cream.evaluation.results import (
+    Result,
+    joined_rows,
+    joined_table,
+    notes,
+    result_rows,
+    short,
+)
+from megatron_cream.evaluation.store import (
+    CONTENT,
+    RESULT_FILE,
+    SETTINGS_FILE,
+    note_missing_matplotlib,
+    write_table,
+    write_whole,
+)
+from megatron_cream.positions.plots import has_matplotlib
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="megatron_cream">
+<title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
+  padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: right }}
+th:first-child, td:first-child {{ text-align: left }}
+th button {{ all: unset; cursor: pointer; font-weight: bold }}
+th button:focus-visible {{ outline: 2px solid #0072b2 }}
+th[aria-sort=ascending] button::after {{ content: " \\25b2" }}
+th[aria-sort=descending] button::after {{ content: " \\25bc" }}
+img {{ max-width: 100% }} pre {{ background: #f4f4f4; padding: .8rem; overflow-x: auto }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+<script>
+for (const button of document.querySelectorAll("th button")) button.onclick = () => {{
+  const head = button.parentElement, table = head.closest("table"), column = head.cellIndex;
+  const down = head.getAttribute("aria-sort") === "ascending";
+  for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const key = row => row.cells[column].textContent;
+  const order = (a, b) => {{
+    const [x, y] = [parseFloat(a), parseFloat(b)];
+    if (isNaN(x) !== isNaN(y)) return isNaN(x) ? 1 : -1;
+    return isNaN(x) ? a.localeCompare(b) : x - y;
+  }};
+  const rows = [...table.tBodies[0].rows].sort((a, b) => order(key(a), key(b)));
+  table.tBodies[0].append(...(down ? rows.reverse() : rows));
+}};
+</script>
+</body></html>
+"""
+
+
+def make_page(title: str, body: str) -> str:
+    """Return a page; ``body`` is HTML, ``title`` a text."""
+    return _PAGE.format(title=html.escape(title), body=body)
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page that ``make_page`` made."""
+    with open(path, "rb") as file:
+        return b'content="megatron_cream"' in file.read(200)
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose rows can be sorted by any column; the first row names the columns."""
+    names = "".join(f"<th><button>{_cell(cell)}</button></th>" for cell in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
+    )
+    return f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    return html.escape(text.replace("\\*", "*"))  # as Markdown has it
+
+
+def paragraph(text: str) -> str:
+    """Return a text as a paragraph."""
+    return f"<p>{_cell(text)}</p>"
+
+
+def html_picture(results: Sequence[Result], title: str) -> str:
+    """Return the picture of runs of one task; nothing where matplotlib is not installed."""
+    if not has_matplotlib():
+        return ""
+    from megatron_cream.evaluation.pictures import picture
+
+    image = io.BytesIO()
+    picture(results).savefig(image, format="png", dpi=110)
+    data = base64.b64encode(image.getvalue()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+
+
+def html_settings(settings: dict[str, Any]) -> str:
+    """Return settings as JSON in a block."""
+    return f"<pre>{html.escape(json.dumps(settings, indent=2))}</pre>"
+
+
+def folded(title: str, body: str) -> str:
+    """Return HTML that is shown when its title is clicked."""
+    return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
+
 
 _ROWS = ("lengths", "positions", "places")  # of a result: figures, no settings
 _SOURCE = "megatron_cream"
@@ -174,3 +270,77 @@ def _metrics(task: str, row: dict[str, Any]) -> list[tuple[str, str, float]]:
         names = [("longppl", "LongPPL")] * ("longppl" in row) + [("perplexity", "perplexity")]
         return [(key, name, round(row[key], 4)) for key, name in names]
     return [("accuracy", "exact answers, %", round(100 * row["hit"], 2))]
+
+
+# What must be the same for runs to be compared; missing in a run of another kind of task.
+_SAME = (
+    *("task", "prompt", "shots", "seeds", "first_seed", "cases", "cases_file", "most_tokens"),
+    *("records_of", "query_aware", "samples", "ruler_tasks"),
+    *("haystack_content", "qa_content", "words_content"),
+    *("data", "documents", "document_tokens", "stride", "truncate", "key_tokens"),
+)
+
+
+def compare(runs: Sequence[str], output: str | None) -> str:
+    """Return the table of ``runs``; write table.md, result.json and picture.png to ``output``.
+
+    Raises:
+        FileNotFoundError: a run that is not finished.
+        UserError: runs of different tasks, or of different cases.
+    """
+    if output is not None:
+        _validate_folder(Path(output))
+    results = [read_result(run) for run in runs]
+    for run, result in zip(runs, results, strict=True):
+        _validate_same_cases(runs[0], results[0], run, result)
+    results = with_different_names(runs, results)
+    table = joined_table(results)
+    if output is not None:
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / RESULT_FILE, (json.dumps(results, indent=2) + "\n").encode())
+        write_table(folder, table, results)
+        note_missing_matplotlib()
+    return table
+
+
+def _validate_folder(folder: Path) -> None:
+    """Refuse a folder with files of those names that an earlier comparison did not write."""
+    written = folder / RESULT_FILE
+    if (folder / SETTINGS_FILE).exists() or (written.exists() and not _is_list(written)):
+        raise UserError(
+            f"--output is {folder}: it has results of something else, which would be overwritten; "
+            "it must be a new folder, or that of an earlier comparison"
+        )
+
+
+def _is_list(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text("utf-8")), list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _validate_same_cases(
+    first: str, wanted: dict[str, Any], run: str, found: dict[str, Any]
+) -> None:
+    for key in different_settings(wanted, found)[:1]:
+        raise UserError(
+            f"RUN {run} has {key} {found.get(key)}: {first} has {wanted.get(key)}; runs to "
+            "compare must have the same cases"
+        )
+
+
+def different_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return which of the settings that decide the cases differ between two results."""
+    of_both = [key for key in CONTENT if key in one and key in other]
+    return [key for key in (*_SAME, *of_both) if one.get(key) != other.get(key)]
+
+
+def with_different_names(
+    runs: Sequence[str | Path], results: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Name runs by their folders where two models have the same name."""
+    if len({result["name"] for result in results}) == len(results):
+        return results
+    return [{**result, "name": Path(run).name} for run, result in zip(runs, results, strict=True)]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
-from megatron_cream.evaluation.evaluation_tasks import TASKS
+from megatron_cream.evaluation.evaluation_tasks import TASKS, read_haystacks
 from megatron_cream.evaluation.forward import (
     ForwardPass,
     PassScores,
@@ -30,7 +30,6 @@ from megatron_cream.evaluation.forward import (
 )
 from megatron_cream.evaluation.haystacks import CaseTail, HaystackBuilder, HaystackCases
 from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.published_cases import read_haystacks
 from megatron_cream.evaluation.result_files import CASE_RECORDS, NUMBER_CASE_RECORDS
 from megatron_cream.evaluation.results import case_results
 from megatron_cream.evaluation.store import ResultStore, open_store

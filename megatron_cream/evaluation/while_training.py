@@ -28,7 +28,7 @@ from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.forward import ForwardPass, PassScores
 from megatron_cream.evaluation.haystacks import HaystackBuilder
 from megatron_cream.evaluation.intervals import perplexity_of
-from megatron_cream.evaluation.key_tokens import SHORT, KeyTokens, read_key_tokens
+from megatron_cream.evaluation.longppl import SHORT, KeyTokens, read_key_tokens
 from megatron_cream.evaluation.perplexity import hash_documents, read_first_tokens
 from megatron_cream.evaluation.prompts import Prompt
 from megatron_cream.evaluation.results import short

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import megatron_cream
-from megatron_cream.evaluation.html_page import (
+from megatron_cream.evaluation.result_files import read_result
+from megatron_cream.evaluation.results import markdown, short
+from megatron_cream.evaluation.results_page import (
     folded,
     html_picture,
     html_settings,
@@ -17,8 +19,6 @@ from megatron_cream.evaluation.html_page import (
     make_page,
     paragraph,
 )
-from megatron_cream.evaluation.result_files import read_result
-from megatron_cream.evaluation.results import markdown, short
 from megatron_cream.evaluation.store import write_whole
 from megatron_cream.extend.commands import Commands
 from megatron_cream.extend.recipe import ExtendSettings, Recipe

@@ -26,8 +26,8 @@ from support.evaluation import run, write_small_hf
 from support.runs import write_dataset
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.compare import compare
-from megatron_cream.evaluation.published_cases import read_cases
+from megatron_cream.evaluation.evaluation_tasks import read_cases
+from megatron_cream.evaluation.results_page import compare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -12,10 +12,9 @@ import pytest
 
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.evaluation_tasks import TASKS
+from megatron_cream.evaluation.evaluation_tasks import TASKS, read_haystacks
 from megatron_cream.evaluation.haystacks import HaystackBuilder
 from megatron_cream.evaluation.prompts import Prompt, render
-from megatron_cream.evaluation.published_cases import read_haystacks
 
 LENGTH = 3001
 

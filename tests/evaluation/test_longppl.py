@@ -15,11 +15,11 @@ from support.evaluation import VOCABULARY
 from megatron_cream.corpus.assemble import write_index
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import longppl as longppl_module
-from megatron_cream.evaluation.compare import compare
 from megatron_cream.evaluation.evaluate import evaluate, format_results
-from megatron_cream.evaluation.key_tokens import read_key_tokens
+from megatron_cream.evaluation.longppl import read_key_tokens
 from megatron_cream.evaluation.pictures import picture
 from megatron_cream.evaluation.result_files import read_result
+from megatron_cream.evaluation.results_page import compare
 
 LENGTHS, TOKENS, DOCUMENTS = (4608, 5600), 5600, 2
 

@@ -19,9 +19,9 @@ from megatron_cream import cli
 from megatron_cream.corpus.tokenizers import load_tokenizer
 from megatron_cream.evaluation import evaluate as evaluation
 from megatron_cream.evaluation import ruler
-from megatron_cream.evaluation.compare import compare
 from megatron_cream.evaluation.prompts import open_prompt
 from megatron_cream.evaluation.result_files import read_result
+from megatron_cream.evaluation.results_page import compare
 from megatron_cream.evaluation.ruler import making
 from megatron_cream.evaluation.ruler.answers import ruler_results
 from megatron_cream.evaluation.ruler.making import open_cases

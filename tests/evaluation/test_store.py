@@ -7,13 +7,13 @@ import pytest
 from support.arguments import arguments
 from support.evaluation import run
 
-from megatron_cream.evaluation.compare import compare
 from megatron_cream.evaluation.result_files import (
     CASE_RECORDS,
     DOCUMENT_RECORDS,
     NUMBER_CASE_RECORDS,
     read_result,
 )
+from megatron_cream.evaluation.results_page import compare
 from megatron_cream.evaluation.store import ResultStore
 
 SETTINGS = {"task": "needle", "seeds": 2}
