@@ -137,7 +137,7 @@ def read_file(path: Path) -> tuple[str, list[Row]]:
     Raises:
         UserError: no format has such rows, or a row lacks something.
     """
-    kind, rows = "", []
+    kind, rows = "", list[Row]()
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if not line.strip():
             continue

@@ -33,7 +33,7 @@ CASES = [
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(str(STUDY))
-    for name in ("study", "variants", "results", "score"):
+    for name in ("study", "variants", "results", "score", "rank"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import study
 
@@ -258,3 +258,30 @@ def test_a_run_that_fails_ends_the_study_and_says_why(run, capsys):
     assert left == 2 and steps == [("train", "cream-seed1")]
     assert "out of memory" in capsys.readouterr().out
     assert run(*only)[0] == 0
+
+
+class TestRank:
+    """LongPPL's order of models beside that of their retrieval."""
+
+    def test_ranks_of_equal_values_are_their_mean(self, study):
+        from rank import spearman
+
+        assert spearman([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+        # By hand: ranks 1.5 1.5 3 and 1 2 3, of which the correlation is sqrt(3) / 2.
+        assert spearman([5, 5, 9], [1, 2, 3]) == pytest.approx(3**0.5 / 2)
+
+    def test_table(self, study, tmp_path):
+        from rank import retrieval, table
+
+        rows, found = {}, {}
+        for i, name in enumerate(("a", "b", "c")):
+            kept = {"needle": {"8192": {"hit": 10 * i}, "4096": {"hit": 1}}}
+            (tmp_path / f"{name}.json").write_text(json.dumps({"tasks": kept}))
+            rows[name] = {8192: {"longppl": 5.0 - i, "perplexity": 20.0 + i}}
+            found[name] = retrieval(tmp_path / "runs" / name, tmp_path)
+        lines = table(rows, found).splitlines()
+        assert lines[2] == "| `a` | 5.000, 20.000, 0.0 |"
+        assert lines[5] == "| rank correlation of LongPPL, of PPL | +1.00, -1.00 |"
+        assert lines[-1] == "3 models; retrieval is the mean of needle"
+        with pytest.raises(ValueError, match="neither .*d.json nor .*scores"):
+            retrieval(tmp_path / "runs" / "d", tmp_path)
