@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lm-eval's requests on a Megatron checkpoint give transformers' log-likelihoods."""
 
-import importlib
+import importlib.util
 import runpy
 import sys
 from types import ModuleType, SimpleNamespace
@@ -42,22 +42,23 @@ def test_log_likelihoods(small_hf, tmp_path):
 @pytest.fixture
 def lm(monkeypatch):
     """The module with a stand-in for what it takes from lm-eval where that is not installed."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        parts = {
-            "lm_eval": {},
-            "lm_eval.api": {},
-            "lm_eval.api.model": {"TemplateLM": object},
-            "lm_eval.api.registry": {"register_model": lambda name: lambda cls: cls},
-        }
-        for name, values in parts.items():
-            module = ModuleType(name)
-            vars(module).update(values)
-            monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "megatron_cream.evaluation.lm_eval", raising=False)
-    yield importlib.import_module("megatron_cream.evaluation.lm_eval")
-    sys.modules.pop("megatron_cream.evaluation.lm_eval", None)
+    name = "megatron_cream.evaluation.lm_eval"
+    if importlib.util.find_spec("lm_eval") is not None:
+        yield importlib.import_module(name)  # once: lm-eval keeps models by name
+        return
+    parts = {
+        "lm_eval": {},
+        "lm_eval.api": {},
+        "lm_eval.api.model": {"TemplateLM": object},
+        "lm_eval.api.registry": {"register_model": lambda name: lambda cls: cls},
+    }
+    for part, values in parts.items():
+        module = ModuleType(part)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, part, module)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name, None)
 
 
 class Writer:
