@@ -219,8 +219,9 @@ def test_key_value_pairs_are_json_with_every_answer():
         assert pairs[key] == value
 
 
-def test_query_aware_cases_name_the_key_on_both_sides_of_the_same_pairs(prompt):
-    kit, decode = HaystackBuilder(prompt), prompt.tokenizer.decode
+def test_query_aware_cases_name_the_key_on_both_sides_of_the_same_pairs():
+    kit = HaystackBuilder(Prompt(ByteLevelTokenizer()))
+    decode = kit.prompt.tokenizer.decode
     (plain,) = TASKS["kv-retrieval"].make(kit, LENGTH, 5, 3)
     cases = TASKS["kv-retrieval"].make(kit, LENGTH, 5, 3, None, True)
     shared = json.loads(decode(plain.context).split("JSON data:\n")[1])

@@ -17,7 +17,12 @@ from support import ruler as given
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import ruler
 from megatron_cream.evaluation.ruler import Materials, make_cases
-from megatron_cream.evaluation.ruler.materials import WordPairs, _listed
+from megatron_cream.evaluation.ruler.materials import (
+    QuestionSet,
+    RulerQuestion,
+    WordPairs,
+    _listed,
+)
 
 THEIRS = json.loads((Path(__file__).parent / "data" / "ruler.json").read_text("utf-8"))
 ALIKE = [(task, setting) for task, settings in THEIRS.items() for setting in settings]
@@ -78,6 +83,25 @@ def test_what_needs_no_file():
 def test_too_short_a_length_is_refused(task):
     with pytest.raises(UserError, match="--lengths has 200: it is too short for"):
         make_cases(task, 200, 1, given.count)
+
+
+def test_a_long_question_has_no_others_documents_rather_than_none():
+    """The first questions' documents are short, so that many fit; those of the last fit alone."""
+    short = [f"word {i}." for i in range(300)]
+    long = [f"{i} " + "much " * 30 for i in range(10)]
+    asked = [RulerQuestion("q", ["a"], list(range(10)), [])]
+    asked += [RulerQuestion("r", ["b"], list(range(300, 310)), [])]
+    materials = Materials(hotpot=QuestionSet(asked, short + long))
+    for length in range(300, 600):
+        try:
+            first, last = make_cases("qa_2", length, 2, lambda text: len(text.split()), materials)
+        except UserError as error:
+            assert f"--lengths has {length}: it is too short for qa_2" in str(error)
+        else:
+            break
+    assert last.length == length, "the shortest that has its own documents"
+    assert last.prompt.count("Document ") == 10 and all(text in last.prompt for text in long)
+    assert first.prompt.count("Document ") > 20
 
 
 def test_a_list_that_is_too_short_for_the_length_is_refused():

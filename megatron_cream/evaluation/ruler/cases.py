@@ -322,22 +322,16 @@ def make_questions(
         )
     template = sampler.template(QUESTIONS)
 
-    def draw(asked: RulerQuestion, size: int) -> RulerText | None:
+    def draw(asked: RulerQuestion, size: int) -> RulerText:
         documents = choose_documents(sampler, questions.documents, asked, size)
-        if documents is None:
-            return None
         context = "\n\n".join(
             fill(DOCUMENT, i=i, document=text) for i, text in enumerate(documents, 1)
         )
         return RulerText(fill(template, context=context, query=asked.question), asked.answers)
 
-    def draw_first(size: int) -> RulerText:
-        made = draw(questions.asked[0], size)
-        if made is None:
-            raise UserError(f"{task}: the first question of --qa has more than {size} documents")
-        return made
-
-    size = sampler.find_size(draw_first, _QUESTIONS_STEP, QUESTIONS.new_tokens)
+    size = sampler.find_size(
+        partial(draw, questions.asked[0]), _QUESTIONS_STEP, QUESTIONS.new_tokens
+    )
     return [
         sampler.draw_case(task, partial(draw, asked), size, _QUESTIONS_STEP, QUESTIONS)
         for asked in questions.asked[:cases]
@@ -346,13 +340,15 @@ def make_questions(
 
 def choose_documents(
     sampler: CaseSampler, documents: list[str], asked: RulerQuestion, size: int
-) -> list[str] | None:
-    """Return ``size`` documents, those of the question among them; None where it has more."""
+) -> list[str]:
+    """Return ``size`` documents, those of the question among them: no others where it has more.
+
+    RULER goes on for ever where a case is too long and with fewer documents has too few.
+    """
+    size = max(size, len(asked.own))
     missing = size - len(asked.own)
     if size >= len(documents):
         chosen = (documents * -(-size // len(documents)))[:size]
-    elif missing < 0:
-        return None
     elif missing <= len(asked.near):
         numbers = asked.own + sampler.random.sample(asked.near, missing)
         chosen = [documents[i] for i in numbers]

@@ -204,7 +204,7 @@ class CaseSampler:
     def draw_text(
         self,
         task: str,
-        draw: Callable[[int], RulerText | None],
+        draw: Callable[[int], RulerText],
         size: int,
         step: int,
         new_tokens: int,
@@ -212,7 +212,7 @@ class CaseSampler:
         """Return a case that fits, and its length.
 
         Args:
-            draw: number of pieces to a case; None where there is none of so few.
+            draw: number of pieces to a case.
 
         Raises:
             UserError: cases of the fewest pieces do not fit.
@@ -220,10 +220,9 @@ class CaseSampler:
         length = 0
         for _ in range(_TRIES):
             text = draw(size)
-            if text is not None:
-                length = self.count(text.text) + new_tokens
-                if length <= self.length:
-                    return text, length
+            length = self.count(text.text) + new_tokens
+            if length <= self.length:
+                return text, length
             if size > step:
                 size -= step
         raise UserError(
@@ -234,7 +233,7 @@ class CaseSampler:
     def draw_case(
         self,
         task: str,
-        draw: Callable[[int], RulerText | None],
+        draw: Callable[[int], RulerText],
         size: int,
         step: int,
         wording: TaskWording,
