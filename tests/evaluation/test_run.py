@@ -53,7 +53,7 @@ def test_files_of_a_run(finished):
     assert (folder / "table.md").read_text().strip() == printed
     result = read_result(folder)
     assert [row["cases"] for row in result["lengths"]] == [6, 6]
-    assert "| 768\\* |" in printed and "longer than the window" in printed
+    assert "| 768\\* |" in printed and "longer than the model's window" in printed
     for row in result["lengths"]:
         assert 0 <= row["hit_low"] <= row["hit"] <= row["hit_high"] <= 1
 
