@@ -24,6 +24,7 @@ from megatron_cream.attention import sdpa
 from megatron_cream.attention.bands import Bands, Tile, TileShape
 from megatron_cream.attention.sdpa import TileAttention
 from megatron_cream.attention.turning import Rotation, Turning, takes_triton, wide
+from megatron_cream.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_cream.attention.shards import Shards
@@ -47,6 +48,11 @@ class Document:
     keys: Span
     queries: tuple[tuple[int, int, int], ...]
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has, on all ranks."""
+        return self.keys[1] - self.keys[0]
+
 
 def whole_documents(lengths: Sequence[int]) -> tuple[Document, ...]:
     """Return documents of ``lengths`` tokens, one behind the other, with all their queries."""
@@ -68,11 +74,29 @@ def banded_attention(
     Args:
         q: ``[b, h, n, d]``.
         k, v: ``[b, g, n, d]``, g dividing h.
-        scale: of the logits.
+        scale: of the logits, which ``bands.logit_factor`` of a document's length multiplies.
         lengths: tokens of the documents in each row of the batch, which attend only to
             themselves; they sum to n. Or how they are dealt out over context-parallel ranks.
+
+    Raises:
+        UserError: a type that no kernel takes.
     """
+    require_type(q.dtype, q.is_cuda)
     return _Banded.apply(q, k, v, bands, rotation, scale, lengths)
+
+
+def require_type(dtype: torch.dtype, on_gpu: bool) -> None:
+    """Check that there is a kernel for tensors of this type.
+
+    Raises:
+        UserError: there is none.
+    """
+    if on_gpu and dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(
+            "attention beyond the window on a GPU has tensors of "
+            f"{str(dtype).removeprefix('torch.')}: its kernels need --dtype bfloat16 or float16 "
+            "(--bf16 or --fp16 of training)"
+        )
 
 
 class _Banded(torch.autograd.Function):
@@ -100,10 +124,11 @@ class _Banded(torch.autograd.Function):
         kept = [turning.keys(_cut(k, document.keys)) for document in documents]
         for document, keys in zip(documents, kept, strict=True):
             values = _cut(v, document.keys)
+            own_scale = scale * bands.logit_factor(document.tokens)
             for row, place, tokens in document.queries:
                 own, *merged = (_cut(x, (row, row + tokens)) for x in (q, out, lse))
                 for groups in batched(bands.groups(place, place + tokens), _GROUPS_AT_ONCE):
-                    _attend(groups, turning, (own, *merged), place, keys, values, scale)
+                    _attend(groups, turning, (own, *merged), place, keys, values, own_scale)
         if shards is None:
             saved += [v, *(key for keys in kept for key in keys)]
         ctx.save_for_backward(*saved)
@@ -126,14 +151,15 @@ class _Banded(torch.autograd.Function):
         dq, dk, dv = _empty(q), _empty(v), _empty(v)
         for document, turned in zip(documents, kept, strict=True):
             own = (*turned, *(_cut(x, document.keys) for x in (v, dk, dv)))
-            _pull_back((*merged, q, dq), own, bands, turning, document.queries, scale)
+            own_scale = scale * bands.logit_factor(document.tokens)
+            _pull_back((*merged, q, dq), own, bands, turning, document.queries, own_scale)
         if shards is not None:
             dk, dv = shards.scatter(dk), shards.scatter(dv)
         return (dq, dk, dv, None, None, None, None)
 
 
 def _turning(bands: Bands, rotation: Rotation, documents: Sequence[Document], q: Tensor) -> Turning:
-    longest = max(document.keys[1] - document.keys[0] for document in documents)
+    longest = max(document.tokens for document in documents)
     return Turning(bands, rotation, longest, q.device)
 
 

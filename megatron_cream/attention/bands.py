@@ -9,6 +9,7 @@ which a plain attention kernel exists. The softmax runs over all tiles of a quer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -54,6 +55,7 @@ class Bands:
         backward_tiles: of the same queries, tiles that hold every pair once, in an order that
             lets the gradients of one token be summed up soon.
         period: tokens after which ``query_positions`` and ``key_positions`` begin anew, or None.
+        original_length: tokens up to which logits are as they are; 0 for any length.
     """
 
     query_positions: tuple[Callable[[Tensor], Tensor], ...]
@@ -62,10 +64,23 @@ class Bands:
     groups: Callable[[int, int], Iterable[tuple[Tile, ...]]]
     backward_tiles: Callable[[int, int], Iterable[Tile]]
     period: int | None = None
+    original_length: int = 0
+
+    def logit_factor(self, tokens: int) -> float:
+        """Return what multiplies the logits of a text of ``tokens`` tokens.
+
+        It is max(1, 0.1 ln(tokens / original) + 1) squared: engines multiply the stored keys by it
+        and the softmax scale by it once more (SGLang, dual_chunk_flashattention_backend.py).
+        """
+        if not self.original_length:
+            return 1.0
+        return max(1.0, 0.1 * math.log(tokens / self.original_length) + 1.0) ** 2
 
 
 @lru_cache(maxsize=64)
-def dual_chunk(chunk_size: int, local_size: int) -> Bands:
+def dual_chunk(
+    chunk_size: int, local_size: int, original_max_position_embeddings: int = 0
+) -> Bands:
     """Return dual chunk attention's bands: the own chunk, the one before, all earlier ones.
 
     Chunks have a stride of S = ``chunk_size - local_size`` tokens. Keys stand at j mod S in all
@@ -73,12 +88,17 @@ def dual_chunk(chunk_size: int, local_size: int) -> Bands:
     keeps the nearest distances exact, and Q = ``chunk_size`` for all earlier ones.
 
     ChunkLlama takes a ``chunk_size`` of 3/4 and a ``local_size`` of 1/8 of the trained window;
-    Qwen's ``dual_chunk_attention_config`` names both.
+    Qwen's ``dual_chunk_attention_config`` names all three; the last is of ``logit_factor``.
 
     Raises:
         UserError: a size is out of range.
     """
     stride = chunk_size - local_size
+    if original_max_position_embeddings < 0:
+        raise UserError(
+            f"original_max_position_embeddings is {original_max_position_embeddings}: it must be "
+            "at least 0 tokens"
+        )
     if local_size < 0 or stride < 1:
         raise UserError(
             f"local_size is {local_size}, chunk_size {chunk_size}: local_size must be at least 0 "
@@ -104,6 +124,7 @@ def dual_chunk(chunk_size: int, local_size: int) -> Bands:
         lambda first, end: _chunk_groups(first, end, stride),
         lambda first, end: _chunk_backward(first, end, stride),
         period=stride,
+        original_length=original_max_position_embeddings,
     )
 
 

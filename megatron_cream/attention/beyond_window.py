@@ -23,6 +23,7 @@ def dual_chunk_attention(
     *,
     chunk_size: int,
     local_size: int,
+    original_max_position_embeddings: int = 0,
     softmax_scale: float | None = None,
     lengths: Sequence[int] | None = None,
     interleaved: bool = False,
@@ -42,6 +43,9 @@ def dual_chunk_attention(
         chunk_size: Q in tokens, the largest distance. ChunkLlama: 3/4 of the trained window.
             Qwen's ``dual_chunk_attention_config``: its ``chunk_size``.
         local_size: tokens that keep their true distance. ChunkLlama: 1/8 of the trained window.
+        original_max_position_embeddings: tokens, as in Qwen's ``dual_chunk_attention_config``:
+            logits of a document of n > 0 times as many are multiplied by (0.1 ln n + 1) squared,
+            where n > 1; none are where it is 0.
         softmax_scale: of the logits; 1 / sqrt(d) if None.
         lengths: tokens of packed documents in each row of the batch; one of s tokens if None.
         interleaved: pairs of dimensions are (0, 1), (2, 3) ...
@@ -50,9 +54,9 @@ def dual_chunk_attention(
         ``[b, s, h, d]``, in the type of ``q``; memory is linear in s.
 
     Raises:
-        UserError: sizes or shapes do not fit.
+        UserError: sizes or shapes do not fit, or float32 on a GPU.
     """
-    tiles = bands.dual_chunk(chunk_size, local_size)
+    tiles = bands.dual_chunk(chunk_size, local_size, original_max_position_embeddings)
     return _attend(q, k, v, scaling, tiles, softmax_scale, lengths, interleaved)
 
 

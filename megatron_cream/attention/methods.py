@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 # By the name of the function in ``attention.bands``: its sizes, of the window and the longest text.
 METHODS: dict[str, Callable[[int, int], dict[str, int]]] = {
     # ChunkLlama's own (github.com/HKUNLP/ChunkLlama).
-    "dual_chunk": lambda window, _: {"chunk_size": 3 * window // 4, "local_size": window // 8},
+    "dual_chunk": lambda window, _: {
+        "chunk_size": 3 * window // 4,
+        "local_size": window // 8,
+        "original_max_position_embeddings": 0,  # no factor on logits
+    },
     # arXiv:2410.18745, section 4.
     "string": lambda window, _: {"shift": window // 3, "local_size": min(128, window // 3)},
     # The group that brings the longest text within the window (arXiv:2401.01325, section 4).
@@ -57,9 +61,8 @@ class AttentionChoice:
             own: ``dual_chunk_attention_config`` of the model, which goes before the defaults.
         """
         defaults = METHODS[self.name](window, longest)
-        if self.name == "dual_chunk":
-            defaults |= {key: own[key] for key in defaults if own and key in own}
-        return defaults | dict(self.given)
+        found = {key: own[key] for key in defaults if own and key in own}
+        return defaults | found | dict(self.given)
 
     def bands(self, sizes: dict[str, int]) -> Bands:
         """Return the bands of these sizes.

@@ -22,7 +22,7 @@ def attend_rows(
     v: Tensor,
     bands: Bands,
     rotation: Rotation,
-    scale: float,
+    scale: float | Tensor,
     query_places: Tensor,
     key_places: Tensor,
     visible: Tensor,
@@ -32,7 +32,7 @@ def attend_rows(
     Args:
         q: ``[b, h, n, d]``.
         k, v: ``[b, g, m, d]``, g dividing h.
-        scale: of the logits.
+        scale: of the logits, or ``[b, 1, 1, 1]``, with ``bands.logit_factor`` in it.
         query_places: int64 ``[b or 1, n]``, each query's place in its document.
         key_places: int64 ``[b or 1, m]``.
         visible: bool ``[b or 1, n, m]``, the keys that a query sees.

@@ -238,8 +238,7 @@ def _dual_chunk_fields(
     window = fields["max_position_embeddings"]
     sizes = choice.sizes(window, window, own.get("dual_chunk_attention_config"))
     choice.bands(sizes)
-    # Above 0, logits would be multiplied by a factor that grows with the text.
-    return {"dual_chunk_attention_config": {**sizes, "original_max_position_embeddings": 0}}
+    return {"dual_chunk_attention_config": sizes}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,7 +231,8 @@ def open_model(settings: EvaluationSettings, longest: int | None = None) -> Scor
         model = MegatronModel(path, changed_extension(settings), settings.layout)
     if choice := attention_choice(settings) or model.trained_attention:
         longest = longest or max(settings.lengths or [model.window])
-        sizes = choice.sizes(model.window, longest, model.dual_chunk)
+        own = model.dual_chunk if choice.name == "dual_chunk" else None
+        sizes = choice.sizes(model.window, longest, own)
         model.attend_beyond_window(choice.bands(sizes), choice.flag)
         model.settings["attention"] = {"name": choice.name, **sizes}
     return model

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megatron_cream.attention.banded import require_type
 from megatron_cream.attention.bands import Bands
 from megatron_cream.checkpoint.hf_folder import HfWeights, read_config
 from megatron_cream.checkpoint.model_shape import MOST_MODULES, validate_values
@@ -88,7 +89,8 @@ class HuggingFaceModel:
         """Attend over ``bands`` from now on.
 
         Raises:
-            UserError: naming the flag; the model has another attention or RoPE.
+            UserError: naming the flag; the model has another attention or RoPE, or a type that
+                GPUs have no kernel for.
         """
         config = self.module.config
         family = type(self.module).__name__
@@ -103,6 +105,7 @@ class HuggingFaceModel:
                 f"{flag} with --hf {self.name}: its RoPE, {scaling.summary}, changes with the "
                 "length of a text; name another with --rope-interpolation"
             )
+        require_type(self.module.dtype, self.module.device.type == "cuda")
         base = self.module.model
         base.rotary_emb = _Unrotated()
         for layer in base.layers:

@@ -55,19 +55,21 @@ class BeyondWindow:
         if query.shape[2] < tokens:
             return self._after_kept(query, key, value, scale, rotation)
         count, tail = running_tails()
-        context = tokens - count * tail if count > 1 else tokens
+        if count == 1:
+            return banded_attention(query, key, value, self.bands, rotation, scale, (tokens,))
+        context = tokens - count * tail
         inside = slice(None), slice(None), slice(context)
+        factor = self.bands.logit_factor(context + tail)  # of each question's whole text
         before = banded_attention(
-            query[inside], key[inside], value[inside], self.bands, rotation, scale, (context,)
-        )
-        if context == tokens:
-            return before
+            query[inside], key[inside], value[inside], self.bands, rotation,
+            scale * factor / self.bands.logit_factor(context), (context,),
+        )  # fmt: skip
         device = query.device
         ends = context + torch.arange(tail, device=device).repeat(count)
         places = torch.cat([torch.arange(context, device=device), ends])[None]
         visible = tail_mask(context, count, tail, device, query.dtype)[None] == 0
         after = attend_rows(
-            query[:, :, context:], key, value, self.bands, rotation, scale,
+            query[:, :, context:], key, value, self.bands, rotation, scale * factor,
             ends[None], places, visible,
         )  # fmt: skip
         return torch.cat([before, after], dim=2)
@@ -80,5 +82,10 @@ class BeyondWindow:
         if seen is not None:  # shorter sequences begin later in the buffer
             places = places - (~seen.mask).sum(1, keepdim=True)
         own = places[:, -query.shape[2] :]
+        scales: float | Tensor = scale
+        if self.bands.original_length:  # by what each text has by now
+            factors = [self.bands.logit_factor(last + 1) for last in own[:, -1].tolist()]
+            scales = scale * query.new_tensor(factors, dtype=rotation.inv_freq.dtype)
+            scales = scales.view(-1, 1, 1, 1)
         visible = (places[:, None] <= own[:, :, None]) & (places >= 0)[:, None]
-        return attend_rows(query, key, value, self.bands, rotation, scale, own, places, visible)
+        return attend_rows(query, key, value, self.bands, rotation, scales, own, places, visible)

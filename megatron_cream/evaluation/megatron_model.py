@@ -8,6 +8,7 @@ is, and answers to all ranks with one number and one token per prediction.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream.attention.bands import Bands
+from megatron_cream.checkpoint.hf_folder import find_kept_files, read_config
 from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.checkpoint.loading import load_model
 from megatron_cream.config import ExtensionConfig
@@ -65,7 +67,7 @@ class MegatronModel(ScoringModel):
         loaded = load_model(path, extension, layout)
         self.name, self.layout, self.extension = path, layout, loaded.extension
         self.trained_attention = loaded.attention
-        self.dual_chunk = dict(loaded.attention.given) if loaded.attention else None
+        self._args = loaded.args
         self.stage = PipelineStage(loaded.module)
         self.window = claimed_window(
             self.extension.rope_interpolation,
@@ -83,6 +85,20 @@ class MegatronModel(ScoringModel):
             "iteration": folder and folder.name,
             "extension": self.extension.to_dict(),
         }
+
+    @property
+    def dual_chunk(self) -> dict[str, Any] | None:
+        """Sizes that it was trained with, else those of the model that its training began with."""
+        if self.trained_attention:
+            return dict(self.trained_attention.given)
+        try:
+            kept = find_kept_files(self.name, self._args)
+        except FileNotFoundError as error:
+            if self.primary:
+                print(f"note: {error}; sizes that are not given follow from the window",
+                      file=sys.stderr)  # fmt: skip
+            return None
+        return read_config(kept).get("dual_chunk_attention_config") if kept else None
 
     def attend_beyond_window(self, bands: Bands, flag: str) -> None:
         """Attend over ``bands`` from now on.

@@ -39,7 +39,8 @@ class DualChunk(Extra):
             nargs="*",
             metavar="KEY=N",
             help="train with dual chunk attention, chunk_size=N local_size=N in tokens (default: "
-            "3/4 and 1/8 of the window that RoPE reaches)",
+            "3/4 and 1/8 of the window that RoPE reaches) and, for Qwen's factor on logits, "
+            "original_max_position_embeddings=N",
         )
 
     def validate_flags(self, args: Namespace, extension: Any) -> None:
@@ -98,13 +99,12 @@ class _Install:
         return chunks
 
 
-def use_dual_chunk(model: torch.nn.Module, chunk_size: int, local_size: int) -> None:
+def use_dual_chunk(model: torch.nn.Module, **sizes: int) -> None:
     """Give every attention layer of a model with our rotary dual chunk attention.
 
     Args:
         model: a built, unwrapped model chunk that ``install_rotary`` was called with.
-        chunk_size: Q in tokens.
-        local_size: tokens that keep their true distance.
+        sizes: of ``attention.bands.dual_chunk``.
     """
     from megatron.core.transformer.attention import Attention
 
@@ -115,7 +115,7 @@ def use_dual_chunk(model: torch.nn.Module, chunk_size: int, local_size: int) -> 
             module.core_attention = DualChunkCore(
                 module.config,
                 rotary.scaling,
-                {"chunk_size": chunk_size, "local_size": local_size},
+                sizes,
                 rotary.attention_factor_in_softmax,
                 module.pg_collection.cp,
             )

@@ -198,9 +198,20 @@ class PipelineStage:
 
 
 def leave_unrotated(model: torch.nn.Module) -> None:
-    """Have every attention layer hand unrotated queries and keys to its core attention."""
+    """Have every attention layer hand unrotated queries and keys to its core attention.
+
+    Megatron's inference then raises UserError: its cache would lose what rotates the keys.
+    """
+
+    def unrotated(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if any(kwargs.get(key) is not None for key in ("inference_context", "inference_params")):
+            raise UserError(
+                "Megatron's inference keeps keys at one position, dual chunk attention needs them "
+                "at several: answers must be decoded by megatron-cream evaluate, or by "
+                "megatron-cream chat after an export"
+            )
+        return args, {**kwargs, "rotary_pos_emb": None}
+
     for layer in model.modules():
         if isinstance(layer, Attention):
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs: (args, {**kwargs, "rotary_pos_emb": None}), with_kwargs=True
-            )
+            layer.register_forward_pre_hook(unrotated, with_kwargs=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over bands equals the dense softmax over the papers' own case distinctions."""
 
+import math
+
 import pytest
 import torch
 from support.dense_attention import (
@@ -14,6 +16,7 @@ from support.dense_attention import (
 )
 
 from megatron_cream.attention import dual_chunk_attention, self_extend_attention, string_attention
+from megatron_cream.attention.banded import require_type
 from megatron_cream.errors import UserError
 from megatron_cream.rope import make_scaling
 
@@ -89,6 +92,39 @@ def test_up_to_the_stride_it_is_ordinary_attention_bit_by_bit():
     assert torch.equal(ours, plain.transpose(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_factor_on_logits_follows_the_length_of_each_document(dtype):
+    """Against the dense softmax of each document, its queries multiplied by the factor squared."""
+    original, lengths = 48, (2 * S + 7, 48, 130, 5)
+    scaling = make_scaling("yarn", dim=16, base=100.0, factor=4.0, original_length=64)
+    tensors = inputs(sum(lengths), h=4, g=2)
+    factors = [max(1.0, 0.1 * math.log(n / original) + 1.0) for n in lengths]
+    assert factors[1] == factors[3] == 1.0 < factors[0] < factors[2] < 1.11
+    rows = torch.tensor(factors, dtype=torch.float64).repeat_interleave(torch.tensor(lengths))
+    q, k, v = tensors
+    scaled = rows[:, None, None]
+    expected = dense(q * scaled, k * scaled, v, scaling, dual_chunk_distance, lengths)
+    wanted = gradients(expected, tensors)
+    given = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    found = dual_chunk_attention(
+        *given, scaling, chunk_size=Q, local_size=LOCAL,
+        original_max_position_embeddings=original, lengths=lengths,
+    )  # fmt: skip
+    exact = dtype == torch.float64
+    assert (found - expected).abs().max() < (1e-12 if exact else 3e-6)
+    for one, gradient in zip(gradients(found.double(), given), wanted, strict=True):
+        assert (one - gradient).norm() <= (1e-12 if exact else 1e-5) * gradient.norm()
+
+
+def test_gpus_need_16_bit():
+    for dtype in (torch.float32, torch.float64):
+        require_type(dtype, on_gpu=False)
+        with pytest.raises(UserError, match="kernels need --dtype bfloat16") as said:
+            require_type(dtype, on_gpu=True)
+        assert "\n" not in str(said.value)
+    require_type(torch.bfloat16, on_gpu=True)
+
+
 def test_gradcheck():
     scaling = make_scaling("none", dim=4, base=10.0, factor=1.0, original_length=8)
     tensors = inputs(17, h=1, g=1, d=4)
@@ -106,6 +142,7 @@ def test_gradcheck():
         ({"chunk_size": 8, "local_size": 5}, "at most half"),
         ({"chunk_size": 8, "local_size": -1}, "at least 0"),
         ({"chunk_size": 8, "local_size": 2, "lengths": (4, 5)}, "sum to 9"),
+        ({"chunk_size": 8, "local_size": 2, "original_max_position_embeddings": -1}, "is -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, said):

@@ -2,12 +2,13 @@
 """--dual-chunk, --string, --self-extend: models score as with the papers' dense softmax."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from support import hf_models
+from support import forks, hf_models
 from support.arguments import arguments
 from support.dense_attention import (
     dense,
@@ -17,10 +18,12 @@ from support.dense_attention import (
 )
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from megatron_cream.attention.bands import dual_chunk
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluate import open_model
 from megatron_cream.evaluation.forward import ForwardPass
-from megatron_cream.rope import scaling_from_hf
+from megatron_cream.evaluation.long_attention import BeyondWindow
+from megatron_cream.rope import make_scaling, scaling_from_hf
 
 METHODS = {
     "dual_chunk": (["chunk_size=48", "local_size=8"], dual_chunk_distance),
@@ -35,14 +38,14 @@ class Unrotated(torch.nn.Module):
         return torch.ones_like(x[..., :1]), torch.zeros_like(x[..., :1])
 
 
-def dense_model(folder, distance):
-    """transformers' own model around the dense attention."""
+def dense_model(folder, distance, factor=1.0):
+    """transformers' own model around the dense attention, its logits multiplied by a factor."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     scaling = scaling_from_hf(model.config.to_dict())
 
     def attention(module, q, k, v, mask, **_):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return dense(q, k, v, scaling, distance, (q.shape[1],)), None
+        return dense(q * factor, k, v, scaling, distance, (q.shape[1],)), None
 
     AttentionInterface.register("dense", attention)
     model.set_attn_implementation("dense")
@@ -99,6 +102,60 @@ def test_whole_passes_tails_and_decoding(name, folder, opened):
         assert np.array_equal(answer, written(reference, prompt, 4))
 
 
+def test_logits_have_the_factor_of_the_length_that_each_text_has(folder, opened):
+    """Whole texts, tails as if each followed the context alone, and the first decoded token."""
+    original = 30
+    sizes = [*METHODS["dual_chunk"][0], f"original_max_position_embeddings={original}"]
+    model = opened("dual_chunk", dual_chunk=sizes)
+
+    def wanted(tokens):
+        factor = 0.1 * math.log(tokens.shape[1] / original) + 1.0
+        return logits_of(dense_model(folder, dual_chunk_distance, factor**2), tokens)
+
+    tokens = torch.randint(3, 120, (1, CONTEXT + 2 * TAIL))
+    head, close = model.module.get_output_embeddings(), {"atol": 1e-4, "rtol": 1e-4}
+    plain = ForwardPass(tokens, torch.arange(tokens.shape[1]), tokens)
+    whole = head(model.hidden(plain)).double()
+    torch.testing.assert_close(whole, wanted(tokens), **close)
+    assert (whole - logits_of(dense_model(folder, dual_chunk_distance), tokens)).abs().max() > 1e-3
+    one = ForwardPass(tokens, torch.arange(CONTEXT, CONTEXT + 2 * TAIL), tokens, tails=2, tail=TAIL)
+    found = head(model.hidden(one)[:, CONTEXT:]).double()
+    for i in range(2):
+        start = CONTEXT + i * TAIL
+        alone = torch.cat([tokens[:, :CONTEXT], tokens[:, start : start + TAIL]], dim=1)
+        own = found[:, i * TAIL : (i + 1) * TAIL]
+        torch.testing.assert_close(own, wanted(alone)[:, CONTEXT:], **close)
+
+
+def test_kept_keys_have_the_factor_of_the_text_so_far():
+    scaling = make_scaling("none", dim=16, base=100.0, factor=1.0, original_length=64)
+    beyond = BeyondWindow(dual_chunk(48, 8, 30), scaling)
+    q, k, v = (torch.randn(1, heads, 119, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    whole = beyond.attend(q, k, v, 0.25)
+    torch.testing.assert_close(beyond.attend(q[:, :, -3:], k, v, 0.25), whole[:, :, -3:])
+
+
+def attend_over_ranks(ranks):
+    """What evaluation's attention gives for the tokens of this rank."""
+    torch.distributed.init_process_group("gloo")
+    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    scaling = make_scaling("none", dim=16, base=100.0, factor=1.0, original_length=64)
+    beyond = BeyondWindow(dual_chunk(48, 8, 30), scaling, group=group if ranks > 1 else None)
+    generator = torch.Generator().manual_seed(1)
+    pieces = torch.arange(136).chunk(2 * ranks)
+    own = torch.cat((pieces[rank], pieces[2 * ranks - 1 - rank]))
+    shapes = [(1, heads, 136, 16) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(x, generator=generator, dtype=torch.float64) for x in shapes)
+    return own.numpy(), beyond.attend(*(x[:, :, own] for x in (q, k, v)), 0.25).numpy()
+
+
+def test_context_parallel_ranks_attend_as_one():
+    (one,), two = (forks.call_ranks(n, attend_over_ranks, n) for n in (1, 2))
+    own = np.concatenate([places for places, _ in two])
+    out = np.concatenate([out for _, out in two], axis=2)
+    np.testing.assert_allclose(out[:, :, own.argsort()], one[1], atol=1e-11)
+
+
 def test_over_another_rope_it_counts_from_the_longer_window(opened):
     model = opened("dual_chunk", dual_chunk=[], rope_interpolation="yarn", rope_factor=4.0)
     window = 4 * 96
@@ -106,13 +163,14 @@ def test_over_another_rope_it_counts_from_the_longer_window(opened):
         "name": "dual_chunk",
         "chunk_size": 3 * window // 4,
         "local_size": window // 8,
+        "original_max_position_embeddings": 0,
     }
     assert model.settings["rope"]["rope_type"] == "yarn"
     assert model.module.model.layers[0].self_attn.beyond_window.scaling.attention_factor > 1.1
 
 
 def test_sizes_of_the_model_and_of_the_text(folder, tmp_path):
-    own = {"chunk_size": 64, "local_size": 16}
+    own = {"chunk_size": 64, "local_size": 16, "original_max_position_embeddings": 40}
     shutil.copytree(folder, tmp_path / "hf")
     hf_models.edit_config(tmp_path / "hf", dual_chunk_attention_config=own)
     sizes = [
@@ -161,14 +219,12 @@ def test_an_export_names_its_sizes_and_evaluation_takes_them(tmp_path, cpu_megat
     with pytest.raises(UserError, match="--dual-chunk: local_size is 60"):
         export_checkpoint(str(tmp_path / "checkpoint"), str(tmp_path / "out"),
                           dual_chunk=["local_size=60"])  # fmt: skip
+    words = ["local_size=16", "original_max_position_embeddings=50"]
     export_checkpoint(str(tmp_path / "checkpoint"), str(tmp_path / "out"), quiet=True,
-                      dual_chunk=["local_size=16"])  # fmt: skip
+                      dual_chunk=words)  # fmt: skip
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    sizes = {"chunk_size": 72, "local_size": 16}
-    assert written["dual_chunk_attention_config"] == {
-        **sizes,
-        "original_max_position_embeddings": 0,
-    }
+    sizes = {"chunk_size": 72, "local_size": 16, "original_max_position_embeddings": 50}
+    assert written["dual_chunk_attention_config"] == sizes
     again = open_model(arguments(hf=str(tmp_path / "out"), dual_chunk=[]))
     assert again.settings["attention"] == {"name": "dual_chunk", **sizes}
 
@@ -179,13 +235,17 @@ def test_a_checkpoint_scores_as_its_export(name, tmp_path, cpu_megatron):
 
     folder = hf_models.make(tmp_path / "hf", "Llama")
     config = json.loads((folder / "config.json").read_text())
+    own = {"original_max_position_embeddings": 50}
+    if name == "dual_chunk":  # its factor on logits goes along
+        hf_models.edit_config(folder, dual_chunk_attention_config=own)
     import_checkpoint(str(folder), str(tmp_path / "checkpoint"))
     given = {name: METHODS[name][0], "lengths": [TOKENS]}
     rope = {"rope_interpolation": "yarn", "rope_factor": 2.0}
     tokens = torch.randint(3, config["vocab_size"], (1, TOKENS))
     one = ForwardPass(tokens, torch.arange(TOKENS), tokens.roll(1))
-    scores = [
-        next(iter(open_model(arguments(**place, **given, **rope)).run(iter([one]))))
-        for place in ({"hf": str(folder)}, {"checkpoint": str(tmp_path / "checkpoint")})
-    ]
+    places = {"hf": str(folder)}, {"checkpoint": str(tmp_path / "checkpoint")}
+    models = [open_model(arguments(**place, **given, **rope)) for place in places]
+    assert models[0].settings["attention"] == models[1].settings["attention"]
+    assert name != "dual_chunk" or models[1].settings["attention"].items() >= own.items()
+    scores = [next(iter(model.run(iter([one])))) for model in models]
     torch.testing.assert_close(scores[0].logprobs, scores[1].logprobs, atol=1e-4, rtol=1e-4)

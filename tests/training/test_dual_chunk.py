@@ -59,7 +59,7 @@ def build(in_softmax, interleaved, ranks=1):
     spec = get_gpt_layer_local_spec()
     model = GPTModel(config, spec, VOCABULARY, 256, position_embedding_type="rope")
     install_rotary(model, scaling, attention_factor_in_softmax=in_softmax)
-    dual_chunk.use_dual_chunk(model, Q, LOCAL)
+    dual_chunk.use_dual_chunk(model, chunk_size=Q, local_size=LOCAL)
     return model, scaling
 
 
@@ -87,6 +87,24 @@ def test_a_step_is_that_of_the_dense_softmax(in_softmax, interleaved):
     assert len(wanted) == len(found) > 10
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(*map(torch.from_numpy, (one, other)), atol=1e-5, rtol=1e-3)
+
+
+def ask_megatron_to_decode():
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    model, _ = build(False, False)
+    tokens = torch.randint(VOCABULARY, (1, 9))
+    context = StaticInferenceContext(1, 16)
+    try:
+        model.eval()(tokens, torch.arange(9)[None], None, inference_context=context)
+    except UserError as error:
+        return str(error)
+
+
+def test_megatrons_inference_is_refused_with_what_decodes():
+    said = forks.call(ask_megatron_to_decode)
+    assert "megatron-cream evaluate" in said and "megatron-cream chat" in said
+    assert "\n" not in said
 
 
 def own_tokens(lengths, rank, ranks):
@@ -204,10 +222,11 @@ def test_a_run_says_so_and_evaluation_and_export_follow(tmp_path):
         *("--original-length", "512", "--rope-interpolation", "none"),
         *("--micro-batch-size", "1", "--global-batch-size", "2", "--save-interval", "1"),
         *("--train-iters", "1", "--lr", "1e-3", "--eval-iters", "0", "--eval-interval", "9"),
-        *("--no-create-attention-mask-in-dataloader", "--attention-dropout", "0", "--dual-chunk"),
+        *("--no-create-attention-mask-in-dataloader", "--attention-dropout", "0"),
+        *("--dual-chunk", "original_max_position_embeddings=600"),
     ])  # fmt: skip
     assert run.lines("rope kernel")[0].endswith("dual chunk attention's own")
-    sizes = {"chunk_size": 384, "local_size": 64}
+    sizes = {"chunk_size": 384, "local_size": 64, "original_max_position_embeddings": 600}
     export_checkpoint(str(tmp_path / "run"), str(tmp_path / "out"), quiet=True)
     tokens = torch.randint(3, 300, (1, 900), generator=torch.Generator().manual_seed(1))
     one = ForwardPass(tokens, torch.arange(900), tokens.roll(1))
@@ -227,7 +246,11 @@ def test_sizes_by_the_window_that_rope_reaches():
         extension = ExtensionConfig(**LONG, rope_interpolation=name)
         for _ in range(2):
             dual_chunk.EXTRA.configure(config, given, extension)
-        assert given.dual_chunk == [f"chunk_size={sizes[0]}", f"local_size={sizes[1]}"]
+        assert given.dual_chunk == [
+            f"chunk_size={sizes[0]}",
+            f"local_size={sizes[1]}",
+            "original_max_position_embeddings=0",
+        ]
         assert len(config.pre_wrap_hooks) == 1
 
 
