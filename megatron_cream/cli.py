@@ -82,7 +82,7 @@ COMMANDS = {
         hides_import_warnings=True,
     ),
     "positions": Command(
-        "megatron_cream.positions.command",
+        "megatron_cream.positions.plots",
         "Report and draw where a strategy puts its tokens and which distances it trains.",
     ),
     "plan": Command(

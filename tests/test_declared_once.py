@@ -12,8 +12,7 @@ from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
 from megatron_cream.options import Option
 from megatron_cream.positions import STRATEGIES, SampleLayout, Strategy, coverage
-from megatron_cream.positions.layout import ChunkLayout
-from megatron_cream.positions.strategy import option
+from megatron_cream.positions.strategy import ChunkLayout, option
 from megatron_cream.rope import SCALINGS, RopeScaling, hf_rope_fields, scaling_from_hf
 from megatron_cream.rope.huggingface import with_rope
 from megatron_cream.training.arguments import add_arguments, extension_from_args

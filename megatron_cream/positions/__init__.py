@@ -13,13 +13,18 @@ coverage        which relative distances a strategy trains, and how often
 A new strategy is one subclass of ``Strategy``; see ``strategy``.
 """
 
-from megatron_cream.positions.contiguous import Full, RandPos
 from megatron_cream.positions.coverage import Coverage, coverage
 from megatron_cream.positions.cream import Cream
-from megatron_cream.positions.layout import SampleLayout, Span
-from megatron_cream.positions.pose import Pose
-from megatron_cream.positions.scatter import Scatter
-from megatron_cream.positions.strategy import STRATEGIES, Strategy, make_strategy
+from megatron_cream.positions.skips import Pose, Scatter
+from megatron_cream.positions.strategy import (
+    STRATEGIES,
+    Full,
+    RandPos,
+    SampleLayout,
+    Span,
+    Strategy,
+    make_strategy,
+)
 
 __all__ = [
     "STRATEGIES",

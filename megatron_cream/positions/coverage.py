@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts which relative distances a strategy ever trains, and how often.
+"""Counts which relative distances a strategy ever trains, and how often; says it in words.
 
 Attention sees only the distance between query and key. A distance that no sample contains keeps
 whatever the interpolated model makes of it, however long the run, so holes are worth finding
@@ -8,14 +8,16 @@ before the run rather than after it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span
-from megatron_cream.positions.strategy import Strategy
+from megatron_cream.positions.strategy import ChunkLayout, SampleLayout, Span, Strategy
+
+HOLES_SHOWN = 8  # in words
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,7 @@ class Coverage:
     @property
     def covered(self) -> float:
         """Share of the distances in ``[1, T)`` that at least one sample contains."""
-        if self.target_length < 2:
-            return 1.0
-        return float(np.mean(self.sample_counts[1:] > 0))
+        return _covered(self.sample_counts)
 
     @property
     def middle_thirds(self) -> tuple[float, float, float] | None:
@@ -62,8 +62,7 @@ class Coverage:
         if not len(self.middle_centres):
             return None
         thirds = np.minimum((3 * self.middle_centres / self.target_length).astype(int), 2)
-        counts = np.bincount(thirds, minlength=3) / len(thirds)
-        return _thirds(counts)
+        return _shares(np.bincount(thirds, minlength=3))
 
 
 def coverage(strategy: Strategy, samples: int, seed: int = 1234) -> Coverage:
@@ -122,14 +121,12 @@ class Tally:
     @property
     def covered(self) -> float:
         """Share of the distances in ``[1, T)`` that a layout added so far contains."""
-        if self.target_length < 2:
-            return 1.0
-        return float(np.mean(self._sample_counts()[1:] > 0))
+        return _covered(self._sample_counts())
 
     @property
     def token_thirds(self) -> tuple[float, float, float]:
         """Share of the positions added so far in each third of the target window."""
-        return _thirds(self.thirds / self.thirds.sum())
+        return _shares(self.thirds)
 
     def _sample_counts(self) -> np.ndarray:
         return np.cumsum(self.first_difference)[:-1] + self.dense_counts
@@ -189,8 +186,12 @@ class Tally:
         )
 
 
-def _thirds(shares: np.ndarray) -> tuple[float, float, float]:
-    first, middle, last = map(float, shares)
+def _covered(sample_counts: np.ndarray) -> float:
+    return float(np.mean(sample_counts[1:] > 0)) if len(sample_counts) > 1 else 1.0
+
+
+def _shares(thirds: np.ndarray) -> tuple[float, float, float]:
+    first, middle, last = map(float, thirds / thirds.sum())
     return first, middle, last
 
 
@@ -203,3 +204,65 @@ def _union(intervals: list[Span]) -> list[Span]:
         else:
             merged.append((low, high))
     return merged
+
+
+def describe(strategy: Strategy, result: Coverage) -> str:
+    """Return the report of ``coverage`` as lines of text; distances and positions in tokens."""
+    train, target = strategy.train_length, strategy.target_length
+    pairs, far = result.pair_counts[1:], result.pair_counts[train:]
+    lines = [
+        f"{strategy.name}: N = {train}, T = {target}, factor {strategy.factor:g}, "
+        f"{result.samples} samples",
+        f"distances covered: {share_text(result.covered)} of [1, {target})",
+        *_hole_lines(result),
+        "samples that contain a distance, on average:",
+        *(f"  {name:<20}{share_text(share)}" for name, share in _seen(train, result)),
+        f"pairs at distance >= N: {share_text(far.sum() / max(pairs.sum(), 1))}",
+    ]
+    if result.middle_thirds is not None:
+        lines.append(f"middle chunks' centres:  {_thirds(result.middle_thirds)}")
+    lines.append(f"trained positions:       {_thirds(result.token_thirds)}")
+    return "\n".join(lines)
+
+
+def _thirds(shares: tuple[float, float, float]) -> str:
+    names = ("first", "middle", "last")
+    return ", ".join(f"{n} third {share_text(s)}" for n, s in zip(names, shares, strict=True))
+
+
+def _hole_lines(result: Coverage) -> Iterator[str]:
+    holes = sorted(result.holes, key=lambda hole: hole[0] - hole[1])
+    if not holes:
+        yield "holes: none"
+        return
+    yield f"holes: {len(holes)}, distances that no sample contains"
+    for low, high in sorted(holes[:HOLES_SHOWN]):
+        size = high - low + 1
+        share = size / (result.target_length - 1)
+        yield f"  {range_name(low, high):<20}{size} distance{'s'[: size > 1]}, {share_text(share)}"
+    if len(holes) > HOLES_SHOWN:
+        yield f"  and {len(holes) - HOLES_SHOWN} more, none longer"
+
+
+def _seen(train: int, result: Coverage) -> Iterator[tuple[str, float]]:
+    """Mean share of samples by range of distances; ranges that are empty are left out."""
+    target = result.target_length
+    shares = result.sample_counts / result.samples
+    edges = [1, train, *(max(train, -(-i * target // 3)) for i in (1, 2)), target]
+    for low, high in zip(edges, edges[1:], strict=False):
+        if low < high:
+            yield f"[{low}, {high})", float(shares[low:high].mean())
+    if train < target:
+        yield f"least, from {train} on", float(shares[train:].min())
+
+
+def share_text(share: float) -> str:
+    """Write a share with three digits, and never 0 or 100 % for what is not quite that."""
+    if 0.999 < share < 1:
+        return f"{100 * share:.5f} %"
+    return f"{100 * share:.3g} %"
+
+
+def range_name(low: int, high: int) -> str:
+    """Write a range of distances, both ends inclusive."""
+    return f"{low}..{high}" if high > low else f"{low}"

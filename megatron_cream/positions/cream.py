@@ -34,8 +34,7 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import philox
-from megatron_cream.positions.layout import ChunkLayout, Span
-from megatron_cream.positions.strategy import Strategy, option
+from megatron_cream.positions.strategy import ChunkLayout, Span, Strategy, option
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,13 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.positions import philox
-from megatron_cream.positions.layout import ChunkLayout, SampleLayout, Span
-from megatron_cream.positions.strategy import Strategy, make_strategy
+from megatron_cream.positions.strategy import (
+    ChunkLayout,
+    SampleLayout,
+    Span,
+    Strategy,
+    make_strategy,
+)
 
 # Keep coin and scale apart from the layout of the same sample, and from shuffling.
 _PLAIN_STREAM, _SCALE_STREAM = 4, 2

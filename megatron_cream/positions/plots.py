@@ -1,28 +1,123 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports and draws where a strategy puts its tokens and which relative distances it trains."""
+"""The command ``megatron-cream positions``: reports and draws where a strategy puts its tokens."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_cream.errors import MissingPackageError, UserError
-from megatron_cream.positions import Coverage, SampleLayout, Strategy
-from megatron_cream.positions.layout import ChunkLayout
+from megatron_cream.positions import (
+    STRATEGIES,
+    Coverage,
+    SampleLayout,
+    Strategy,
+    coverage,
+    make_strategy,
+)
+from megatron_cream.positions.coverage import describe, range_name, share_text
+from megatron_cream.positions.mixtures import PlainShare
+from megatron_cream.positions.strategy import ChunkLayout, strategy_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+EXAMPLES = """
+    megatron-cream positions --strategy cream --train-length 4096 --target-length 262144
+
+Prints the report and writes a picture.
+"""
+
+MOST = {"--train-length": 2**22, "--target-length": 2**26, "--samples": 10**7}
 
 INK, MUTED, HOLE = "#22303c", "#6b7785", "#c0392b"
 CHUNKS = ("#3b6ea5", "#e39b3b", "#4f9d69", "#8d6bb0", "#c46a7d", "#5aa7b5")
 BINS = 1024  # columns of the distance panel; about one a pixel
 ROW_BINS = 512  # columns of a layout of very many pieces
-HOLES_SHOWN = 8  # in words
 MOST_BARS = 64  # a row of more chunks than these is drawn by density
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    add = parser.add_argument
+    add(
+        "--train-length",
+        "--seq-length",
+        type=int,
+        required=True,
+        metavar="N",
+        help="tokens of a sample",
+    )
+    add("--target-length", type=int, required=True, metavar="T", help="window to reach")
+    strategies = tuple(STRATEGIES)
+    add("--strategy", "--position-strategy", choices=strategies, required=True, help="of positions")
+    # Each option has the name that it has in training as well: flags can be copied from a script.
+    for cls in STRATEGIES.values():
+        for name, option in cls.declared().items():
+            flags = (f"--{name.replace('_', '-')}", cls.flag(name))
+            add(*flags, dest=name, **option.argument())
+    add("--plain-share", type=float, default=0.0, help="share of samples at plain positions")
+    add("--samples", type=int, help="samples to count (default: 32000, fewer where that is slow)")
+    add("--seed", "--position-seed", type=int, default=1234, help="of positions (default: 1234)")
+    add("--layouts", type=int, default=24, help="samples to draw (default: 24)")
+    add("--output", type=Path, metavar="FILE", help="default: positions-STRATEGY.png")
+
+
+def _validate(args: argparse.Namespace) -> None:
+    for flag, most in MOST.items():
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is not None and value > most:
+            raise UserError(f"{flag} is {value}: it must be at most {most}")
+    if not 1 <= args.layouts <= 200:
+        raise UserError(
+            f"--layouts is {args.layouts}: it must be from 1 to 200 rows of the picture"
+        )
+
+
+def default_samples(strategy: Strategy) -> int:
+    """Return a number of samples that ``coverage`` counts in seconds: 32000, a run of 1000 x 32.
+
+    Fewer where a sample has many pieces, because each pair of pieces is counted, and far fewer
+    where it has as many pieces as tokens (RandPos), because then a sample costs O(T log T).
+    """
+    runs = strategy.layout(seed=0, index=0).runs()
+    if runs is None:
+        return min(4096, max(64, 2**25 // strategy.target_length))
+    pairs = len(runs) * (len(runs) + 1) // 2
+    return min(32_000, max(256, 1_000_000 // pairs))
+
+
+def _strategy(args: argparse.Namespace, given: dict[str, Any]) -> Strategy:
+    if not args.plain_share:
+        return make_strategy(args.strategy, args.train_length, args.target_length, **given)
+    return PlainShare(
+        args.train_length,
+        args.target_length,
+        plain_share=args.plain_share,
+        inner=args.strategy,
+        options=tuple(given.items()),
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the report, write the picture and print its path."""
+    _validate(args)
+    output = args.output or Path(f"positions-{args.strategy}.png")
+    validate_picture_path(output)
+    names = [name for cls in STRATEGIES.values() for name in cls.declared()]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    own = strategy_class(args.strategy)
+    strategy = _strategy(args, own.recommended(args.train_length, args.target_length, given))
+    samples = default_samples(strategy) if args.samples is None else args.samples
+    result = coverage(strategy, samples, args.seed)
+    print(describe(strategy, result))
+    layouts = [strategy.layout(args.seed, index) for index in range(args.layouts)]
+    draw(strategy, result, layouts, output)
+    print(f"picture: {output}")
 
 
 def has_matplotlib() -> bool:
@@ -32,12 +127,10 @@ def has_matplotlib() -> bool:
 
 def require_matplotlib() -> None:
     """Raise an ImportError that says what to install, before any long work."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as exc:
+    if not has_matplotlib():
         raise MissingPackageError(
             "a picture needs matplotlib: pip install -e '.[plot]' in a checkout", name="matplotlib"
-        ) from exc
+        )
 
 
 def validate_picture_path(path: Path) -> None:
@@ -55,68 +148,6 @@ def validate_picture_path(path: Path) -> None:
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in known:
         raise UserError(f"--output is {path}: it must end in one of .{', .'.join(known)}")
-
-
-def describe(strategy: Strategy, result: Coverage) -> str:
-    """Return the report of ``coverage`` as lines of text; distances and positions in tokens."""
-    train, target = strategy.train_length, strategy.target_length
-    pairs, far = result.pair_counts[1:], result.pair_counts[train:]
-    lines = [
-        f"{strategy.name}: N = {train}, T = {target}, factor {strategy.factor:g}, "
-        f"{result.samples} samples",
-        f"distances covered: {share_text(result.covered)} of [1, {target})",
-        *_hole_lines(result),
-        "samples that contain a distance, on average:",
-        *(f"  {name:<20}{share_text(share)}" for name, share in _seen(train, result)),
-        f"pairs at distance >= N: {share_text(far.sum() / max(pairs.sum(), 1))}",
-    ]
-    if result.middle_thirds is not None:
-        lines.append(f"middle chunks' centres:  {_thirds(result.middle_thirds)}")
-    lines.append(f"trained positions:       {_thirds(result.token_thirds)}")
-    return "\n".join(lines)
-
-
-def _thirds(shares: tuple[float, float, float]) -> str:
-    names = ("first", "middle", "last")
-    return ", ".join(f"{n} third {share_text(s)}" for n, s in zip(names, shares, strict=True))
-
-
-def _hole_lines(result: Coverage) -> Iterator[str]:
-    holes = sorted(result.holes, key=lambda hole: hole[0] - hole[1])
-    if not holes:
-        yield "holes: none"
-        return
-    yield f"holes: {len(holes)}, distances that no sample contains"
-    for low, high in sorted(holes[:HOLES_SHOWN]):
-        size = high - low + 1
-        share = size / (result.target_length - 1)
-        yield f"  {range_name(low, high):<20}{size} distance{'s'[: size > 1]}, {share_text(share)}"
-    if len(holes) > HOLES_SHOWN:
-        yield f"  and {len(holes) - HOLES_SHOWN} more, none longer"
-
-
-def _seen(train: int, result: Coverage) -> Iterator[tuple[str, float]]:
-    """Mean share of samples by range of distances; ranges that are empty are left out."""
-    target = result.target_length
-    shares = result.sample_counts / result.samples
-    edges = [1, train, *(max(train, -(-i * target // 3)) for i in (1, 2)), target]
-    for low, high in zip(edges, edges[1:], strict=False):
-        if low < high:
-            yield f"[{low}, {high})", float(shares[low:high].mean())
-    if train < target:
-        yield f"least, from {train} on", float(shares[train:].min())
-
-
-def share_text(share: float) -> str:
-    """Write a share with three digits, and never 0 or 100 % for what is not quite that."""
-    if 0.999 < share < 1:
-        return f"{100 * share:.5f} %"
-    return f"{100 * share:.3g} %"
-
-
-def range_name(low: int, high: int) -> str:
-    """Write a range of distances, both ends inclusive."""
-    return f"{low}..{high}" if high > low else f"{low}"
 
 
 def draw(strategy: Strategy, result: Coverage, layouts: list[SampleLayout], output: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategy: where training tokens pretend to stand; the registry of strategies by name.
+"""Strategy and SampleLayout: where training tokens pretend to stand, and which tokens they read.
 
 A new strategy is one class: it names itself, declares its options, and makes layouts. Its flags,
 their help, checkpoint settings and checks of choices and numbers follow from the declarations.
@@ -9,6 +9,9 @@ their help, checkpoint settings and checks of choices and numbers follow from th
         most: int = option("largest shift in tokens", default=64, type=int)
 
         def layout(self, seed: int, index: int) -> SampleLayout: ...
+
+Here are the interface, the registry by name, and the two that read one span of text: plain
+positions and RandPos.
 """
 
 from __future__ import annotations
@@ -16,13 +19,92 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from megatron_cream.errors import UserError
 from megatron_cream.options import Option
-from megatron_cream.positions.layout import SampleLayout
+from megatron_cream.positions import philox
+
+Span = tuple[int, int]
+"""(offset, length) in tokens."""
+
+
+@dataclass(frozen=True)
+class SampleLayout(ABC):
+    """One sample of ``train_length`` tokens that pretends to span ``target_length``."""
+
+    train_length: int
+    target_length: int
+
+    @property
+    @abstractmethod
+    def position_ids(self) -> np.ndarray:
+        """int64 ``[train_length]``, strictly increasing, within ``[0, target_length)``.
+
+        A new array at every call, the caller's own.
+        """
+
+    @abstractmethod
+    def runs(self) -> list[Span] | None:
+        """Maximal pieces of consecutive positions as (first position, length).
+
+        None where there are about as many pieces as tokens.
+        """
+
+    def spans(self, document_length: int) -> list[Span]:
+        """Return the tokens of the document to read, as (offset, length), in reading order.
+
+        The lengths sum to ``train_length``, the spans lie inside the document and do not overlap.
+
+        Raises:
+            UserError: the document has fewer than ``train_length`` tokens.
+        """
+        if document_length < self.train_length:
+            raise UserError(
+                f"document_length is {document_length}: a sample takes train_length "
+                f"(--seq-length) = {self.train_length} tokens of one document; drop shorter ones "
+                "(--min-tokens of tools/preprocess_data.py) or train on --sample-unit packed"
+            )
+        return self._spans(int(document_length))  # numpy's integers would overflow in a draw
+
+    @abstractmethod
+    def _spans(self, document_length: int) -> list[Span]: ...
+
+
+@dataclass(frozen=True)
+class ChunkLayout(SampleLayout):
+    """A layout made of a few chunks of consecutive positions.
+
+    ``chunks`` are (first position, length), in increasing order; some may be adjacent.
+    """
+
+    chunks: tuple[Span, ...]
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        table = _all_positions(self.target_length)
+        return np.concatenate([table[start : start + length] for start, length in self.chunks])
+
+    def runs(self) -> list[Span]:
+        joined: list[Span] = []
+        for start, length in self.chunks:
+            if joined and sum(joined[-1]) == start:
+                joined[-1] = (joined[-1][0], joined[-1][1] + length)
+            elif length:
+                joined.append((start, length))
+        return joined
+
+
+@lru_cache(maxsize=4)
+def _all_positions(target_length: int) -> np.ndarray:
+    """0 .. T-1, kept: copying pieces of it is three times as fast as counting them out anew."""
+    table = np.arange(target_length, dtype=np.int64)
+    table.flags.writeable = False
+    return table
+
 
 STRATEGIES: dict[str, type[Strategy]] = {}
 """Every strategy by its name, the value of --position-strategy."""
@@ -50,12 +132,11 @@ class Strategy(ABC):
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not name:
-            return
         if name in STRATEGIES:
             raise ValueError(f"strategy {name!r} is registered twice")
-        cls.method = name
-        STRATEGIES[name] = cls
+        if name:
+            cls.method = name
+            STRATEGIES[name] = cls
 
     @classmethod
     def declared(cls) -> dict[str, Option]:
@@ -180,3 +261,55 @@ def make_strategy(name: str, train_length: int, target_length: int, **options: A
         allowed = sorted(known - {"train_length", "target_length"})
         raise UserError(f"strategy {name!r} has no option {unknown[0]!r}: it takes {allowed}")
     return cls(train_length=train_length, target_length=target_length, **options)
+
+
+@dataclass(frozen=True)
+class FullLayout(ChunkLayout):
+    """Positions 0 .. N-1 over the first N tokens."""
+
+    def _spans(self, document_length: int) -> list[Span]:
+        return [(0, self.train_length)]
+
+
+@dataclass(frozen=True)
+class Full(Strategy, name="full"):
+    """Plain positions ``0 .. N-1``: ordinary training at N."""
+
+    @property
+    def content_length(self) -> int:
+        return self.train_length
+
+    def layout(self, seed: int, index: int) -> SampleLayout:
+        return FullLayout(self.train_length, self.target_length, ((0, self.train_length),))
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value
+class RandPosLayout(SampleLayout):
+    """N sorted positions out of T over the first N tokens."""
+
+    positions: np.ndarray = field(repr=False)
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        return self.positions.copy()
+
+    def runs(self) -> None:
+        return None
+
+    def _spans(self, document_length: int) -> list[Span]:
+        return [(0, self.train_length)]
+
+
+@dataclass(frozen=True)
+class RandPos(Strategy, name="randpos"):
+    """Sorted uniform positions without replacement (Ruoss et al. 2023, arXiv:2305.16843)."""
+
+    @property
+    def content_length(self) -> int:
+        return self.train_length
+
+    def layout(self, seed: int, index: int) -> SampleLayout:
+        rng = philox.generator(seed, index)
+        positions = rng.choice(self.target_length, self.train_length, replace=False, shuffle=False)
+        positions.sort()
+        return RandPosLayout(self.train_length, self.target_length, positions)

@@ -9,8 +9,8 @@ from PIL import Image
 from support.commands import exit_status, load_file
 
 from megatron_cream.positions import Coverage, coverage, make_strategy
-from megatron_cream.positions.command import default_samples
-from megatron_cream.positions.plots import describe, draw
+from megatron_cream.positions.coverage import describe
+from megatron_cream.positions.plots import default_samples, draw
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_positions.py"
 LENGTHS = ["--train-length", "256", "--target-length", "4096"]
