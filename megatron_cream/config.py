@@ -15,7 +15,7 @@ from megatron_cream.positions import STRATEGIES, Strategy, make_strategy
 from megatron_cream.positions.mixtures import PlainShare, ScalePerSample, validate_share
 from megatron_cream.positions.strategy import strategy_class
 from megatron_cream.rope import SCALINGS, RopeScaling, compose, make_scaling
-from megatron_cream.rope.composed import mix_windows
+from megatron_cream.rope.lists import mix_windows
 from megatron_cream.rope.scaling import scaling_class
 
 SETTINGS_KEY = "megatron_cream"

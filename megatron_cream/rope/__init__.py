@@ -10,21 +10,16 @@ hf_rope_fields   what to write into a Hugging Face config
 A new interpolation is one subclass of ``RopeScaling``; see ``scaling``.
 """
 
-from megatron_cream.rope import by_pair, clex, uniform, yarn
-from megatron_cream.rope.composed import compose
 from megatron_cream.rope.huggingface import hf_rope_fields, scaling_from_hf
+from megatron_cream.rope.lists import compose
 from megatron_cream.rope.scaling import SCALINGS, RopeScaling, make_scaling, trainer_of
 
 __all__ = [
     "SCALINGS",
     "RopeScaling",
-    "by_pair",
-    "clex",
     "compose",
     "hf_rope_fields",
     "make_scaling",
     "scaling_from_hf",
     "trainer_of",
-    "uniform",
-    "yarn",
 ]

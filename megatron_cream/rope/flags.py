@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.rope.by_pair import LongRopeScaling
 from megatron_cream.rope.huggingface import scaling_from_hf
+from megatron_cream.rope.lists import LongRopeScaling
 from megatron_cream.rope.scaling import SCALINGS
 
 FACTOR_LISTS = tuple(key for key, option in LongRopeScaling.OPTIONS.items() if option.per_pair)

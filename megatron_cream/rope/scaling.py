@@ -38,6 +38,9 @@ Floats32 = npt.NDArray[np.float32]
 SCALINGS: dict[str, type[RopeScaling]] = {}
 """Every interpolation by its name, the value of --rope-interpolation."""
 
+STOPPED = 1e30
+"""Divisor of a pair that does not turn, as a list must hold a number: 2e-24 radians at 2M."""
+
 ATTENTION_FACTOR = Option("multiplies cos and sin", default_help="by the formula")
 """The option of methods that have a formula for ``RopeScaling.attention_factor``."""
 
@@ -66,6 +69,9 @@ class RopeScaling:
 
     method: ClassVar[str] = ""
     """Name of the method, which a class is registered by."""
+
+    least_dim: ClassVar[int] = 2
+    """Fewest rotated dimensions that the method can turn."""
 
     OPTIONS: ClassVar[dict[str, Option]] = {}
     """Every option of the method, by its name in config.json."""
@@ -105,16 +111,18 @@ class RopeScaling:
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not name:
-            return
         if name in SCALINGS:
             raise ValueError(f"interpolation {name!r} is registered twice")
-        cls.method = name
-        SCALINGS[name] = cls
+        if name:
+            cls.method = name
+            SCALINGS[name] = cls
 
     def __post_init__(self) -> None:
-        if self.dim < 2 or self.dim % 2:
-            raise UserError(f"dim is {self.dim}: the rotated dimensions must be even, at least 2")
+        if self.dim < self.least_dim or self.dim % 2:
+            raise UserError(
+                f"dim is {self.dim}: the rotated dimensions must be even, and for {self.name} "
+                f"at least {self.least_dim}"
+            )
         if not _is_positive(self.base):
             raise UserError(
                 f"base (--rotary-base, --rope-theta) is {_short(self.base)}: it must be "
@@ -232,7 +240,9 @@ class RopeScaling:
     @property
     def wavelengths(self) -> tuple[float, float]:
         """Shortest and longest wavelength in tokens, of the pairs that turn at all."""
-        turning = self.inv_freq[self.inv_freq > 0]
+        turning = self.inv_freq[self.divisors < STOPPED]
+        if not len(turning):
+            return math.inf, math.inf
         return 2 * math.pi / float(turning.max()), 2 * math.pi / float(turning.min())
 
     @property
@@ -343,6 +353,16 @@ def longrope_fields(scaling: RopeScaling, short: Floats, long: Floats) -> dict[s
         "short_mscale": scaling.attention_factor,
         "long_mscale": scaling.attention_factor,
     }
+
+
+class ListedScaling(RopeScaling):
+    """One that servers know as ``longrope``, by a list of its divisors."""
+
+    def rounded(self, powers: Floats32) -> Floats32:
+        return rounded_list(self.divisors, powers)
+
+    def to_hf(self) -> dict[str, Any]:
+        return longrope_fields(self, self.divisors, self.divisors)
 
 
 def _is_positive(value: Any) -> bool:

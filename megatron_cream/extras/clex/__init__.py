@@ -2,8 +2,8 @@
 """CLEX: frequencies solve an ODE over the scale, with a trained term (arXiv:2310.16450).
 
 What this package exposes is a ``rope.scaling.ScalingTrainer``, which ``ClexScaling`` names; nothing
-else outside knows it. ``rope.clex`` has its settings. Here are the frequencies of its weights: a
-table per training step, and frozen at one scale for export.
+else outside knows it. ``rope.formulas`` has its settings. Here are the frequencies of its weights:
+a table per training step, and frozen at one scale for export.
 
 ode             the equation, and its solution on the host                    (numpy)
 ode_triton      the same on a GPU, for training                               (triton)
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megatron_cream.errors import UserError
 from megatron_cream.extras.clex.ode import OdeSolution, VectorField, limits, solve
-from megatron_cream.rope.clex import ClexScaling
+from megatron_cream.rope.formulas import ClexScaling
 from megatron_cream.rope.scaling import RopeScaling, make_scaling, rounded_list
 
 if TYPE_CHECKING:

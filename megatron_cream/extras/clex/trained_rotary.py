@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from megatron_cream.errors import UserError
 from megatron_cream.extras.clex import NOT_FINITE, ScaleTable, field_of
 from megatron_cream.mcore.rotary import ROTATIONS, PositionRotaryEmbedding, rotate, rounded_powers
-from megatron_cream.rope.clex import ClexScaling, row_of
+from megatron_cream.rope.formulas import ClexScaling, row_of
 
 
 class ClexRotaryEmbedding(PositionRotaryEmbedding):

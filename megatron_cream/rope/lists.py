@@ -1,90 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interpolations that look at each pair: Llama 3's, LongRoPE's lists, CoPE, DroPE."""
+"""Interpolations by a list of divisors: LongRoPE, CoPE, DroPE, proportional, and two as one.
+
+On top: Llama 3.1 has ``llama3`` scaling in its own 131072 tokens. Dividing its positions by 8 more
+makes a model that no single method describes: the divisors of both multiply.
+
+Beside, mixed windows: sequences within the original window turn by the model's own RoPE, longer
+ones by the interpolated one (LongRoPE2, arXiv:2502.20082). Both are lists of divisors under one
+theta and one attention factor, which is what ``longrope`` is: such a model is exported, served and
+evaluated by that, and trained by the same two lists.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_cream.errors import UserError
 from megatron_cream.options import Option
+from megatron_cream.rope.formulas import LinearScaling
 from megatron_cream.rope.scaling import (
     ATTENTION_FACTOR,
+    SCALINGS,
+    STOPPED,
     Floats,
-    Floats32,
+    ListedScaling,
     RopeScaling,
     longrope_fields,
-    rounded_list,
+    make_scaling,
 )
-from megatron_cream.rope.uniform import LinearScaling
 
 if TYPE_CHECKING:
     from megatron_cream.rope.huggingface import HfRope
 
-STOPPED = 1e30
-"""Divisor of a pair that does not turn, as a list must hold a number: 2e-24 radians at 2M."""
 
-
-class Llama3Scaling(RopeScaling, name="llama3"):
-    """Llama 3.1's: long wavelengths divided by s, short ones kept, a blend between.
-
-    A pair that turns less than ``low_freq_factor`` times in the original window is divided by s,
-    one that turns more than ``high_freq_factor`` times is kept; between them the frequencies are
-    blended by the number of turns. Llama 3.1 has s = 8 over 8192 tokens, theta 500000.
-    """
-
-    OPTIONS = {
-        "low_freq_factor": Option("a pair that turns less often is divided by s", default=1.0),
-        "high_freq_factor": Option("one that turns more often is kept", default=4.0),
-    }
-    hf_types = ("llama3",)
-    hf_required = ("factor", "low_freq_factor", "high_freq_factor")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        low, high = self.option("low_freq_factor"), self.option("high_freq_factor")
-        if high <= low:
-            raise UserError(
-                f"high_freq_factor (--rope-options) is {high}: it must be more than "
-                f"low_freq_factor, {low}"
-            )
-
-    @property
-    def divisors(self) -> Floats:
-        low, high = self.option("low_freq_factor"), self.option("high_freq_factor")
-        turns = self.original_length * self.theta**-self.exponents / (2 * math.pi)
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        divisors: Floats = 1.0 / ((1.0 - kept) / self.factor + kept)
-        return divisors
-
-    def rounded(self, powers: Floats32) -> Floats32:
-        low, high = (np.float32(self.option(key)) for key in self.OPTIONS)
-        factor, one = np.float32(self.factor), np.float32(1.0)
-        plain = one / powers
-        # torch divides a number by a tensor as the reciprocal times the number.
-        wavelengths = one / plain * np.float32(2 * math.pi)
-        turns = one / wavelengths * np.float32(self.original_length)
-        kept = (turns - low) / (high - low)
-        blended = (one - kept) * plain / factor + kept * plain
-        return np.where(kept >= 1, plain, np.where(kept <= 0, plain / factor, blended))
-
-    @classmethod
-    def from_hf(cls, rope: HfRope) -> RopeScaling:
-        return rope.make(cls, *rope.from_original_window())
-
-    def to_hf(self) -> dict[str, Any]:
-        return {
-            "rope_type": "llama3",
-            "rope_theta": self.theta,
-            "factor": self.factor,
-            "original_max_position_embeddings": self.original_length,
-            **{key: self.option(key) for key in self.OPTIONS},
-        }
-
-
-class LongRopeScaling(RopeScaling, name="longrope"):
+class LongRopeScaling(ListedScaling, name="longrope"):
     """LongRoPE: a searched divisor per pair, two lists of them (arXiv:2402.13753).
 
     ``short_factor`` turns sequences up to the original window, ``long_factor`` longer ones; with
@@ -132,9 +84,6 @@ class LongRopeScaling(RopeScaling, name="longrope"):
             return float(given)
         return math.sqrt(1.0 + math.log(self.factor) / math.log(self.original_length))
 
-    def rounded(self, powers: Floats32) -> Floats32:
-        return rounded_list(self.divisors, powers)
-
     @classmethod
     def from_hf(cls, rope: HfRope) -> RopeScaling:
         return rope.make(cls, *rope.from_original_window())
@@ -144,24 +93,7 @@ class LongRopeScaling(RopeScaling, name="longrope"):
         return longrope_fields(self, *map(np.asarray, lists))
 
 
-class SlowedScaling(RopeScaling):
-    """Some pairs slowed down or stopped; exported as ``longrope`` with its divisors listed."""
-
-    @property
-    def wavelengths(self) -> tuple[float, float]:
-        turning = self.inv_freq[self.divisors < STOPPED]
-        if not len(turning):
-            return math.inf, math.inf
-        return 2 * math.pi / float(turning.max()), 2 * math.pi / float(turning.min())
-
-    def rounded(self, powers: Floats32) -> Floats32:
-        return rounded_list(self.divisors, powers)
-
-    def to_hf(self) -> dict[str, Any]:
-        return longrope_fields(self, self.divisors, self.divisors)
-
-
-class CopeScaling(SlowedScaling, name="cope"):
+class CopeScaling(ListedScaling, name="cope"):
     """CoPE: the slowest pairs fade out along a half cosine (arXiv:2602.05258).
 
     Frequencies of the c slowest pairs are multiplied by (1 + cos(pi j / (c - 1))) / 2, j = 0 ..
@@ -204,7 +136,7 @@ class CopeScaling(SlowedScaling, name="cope"):
         return result
 
 
-class DropeScaling(SlowedScaling, name="drope"):
+class DropeScaling(ListedScaling, name="drope"):
     """DroPE: no positions at all (arXiv:2512.12167); what order there is comes from the mask."""
 
     @property
@@ -251,3 +183,116 @@ class ProportionalScaling(LinearScaling, name="proportional"):
     def to_hf(self) -> dict[str, Any]:
         share = self.option("partial_rotary_factor")
         return {**super().to_hf(), "rope_type": "proportional", "partial_rotary_factor": share}
+
+
+@dataclass(frozen=True)
+class ComposedScaling(ListedScaling):
+    """``outer`` on top of ``inner``; exported as ``longrope``, exactly.
+
+    Attributes:
+        inner: scaling of the base model.
+        outer: what extends it, from the window that ``inner`` reached.
+    """
+
+    inner: RopeScaling = field(kw_only=True)
+    outer: RopeScaling = field(kw_only=True)
+
+    @property
+    def name(self) -> str:
+        return self.outer.name
+
+    @property
+    def theta(self) -> float:
+        return self.inner.theta
+
+    @property
+    def divisors(self) -> Floats:
+        return self.inner.divisors * self.outer.stretch
+
+    @property
+    def attention_factor(self) -> float:
+        return self.inner.attention_factor * self.outer.attention_factor
+
+    @property
+    def summary(self) -> str:
+        return f"{self.outer.summary}, on {self.inner.summary}"
+
+    def settings(self) -> dict[str, Any]:
+        raise UserError("a composed scaling has two settings: those of inner and of outer")
+
+
+def compose(inner: RopeScaling, outer: RopeScaling) -> RopeScaling:
+    """Return ``outer`` on top of ``inner``.
+
+    Args:
+        inner: scaling of the base model, which its config.json describes.
+        outer: what extends it, counted in tokens from the window that ``inner`` reached.
+
+    Returns:
+        A scaling whose divisors and attention factors are the products of both.
+
+    Raises:
+        UserError: methods, bases or dimensions that do not go together.
+    """
+    if not outer.goes_on_top:
+        able = " or ".join(repr(name) for name, cls in SCALINGS.items() if cls.goes_on_top)
+        raise UserError(
+            f"--rope-interpolation is {outer.name!r}: on top of the base model's {inner.name} "
+            f"(--rope-base-config) it must be {able}; the others describe all angles, "
+            "so leave out --rope-base-config and count from the first window"
+        )
+    if inner.evaluation_only:
+        raise UserError(
+            f"--rope-base-config has rope_type {inner.name!r}: angles that change with the length "
+            "cannot be built on; name the interpolation from the first window instead"
+        )
+    if inner.base != outer.base:
+        raise UserError(
+            f"base (--rotary-base, --rope-theta) is {outer.base:g}: the base model's "
+            f"(--rope-base-config) rope_theta is {inner.base:g}, and it must stay that"
+        )
+    return ComposedScaling(
+        outer.dim,
+        inner.base,
+        outer.factor,
+        outer.original_length,
+        inner=inner,
+        outer=outer,
+    )
+
+
+_NAMING_A_FACTOR = {"attention_factor", "mscale", "mscale_all_dim"}
+
+
+def mix_windows(near: RopeScaling, far: RopeScaling) -> RopeScaling:
+    """Return the ``longrope`` that turns by ``near`` up to the original window, by ``far`` beyond.
+
+    ``at_length`` of what is returned chooses. One attention factor holds at every length, because
+    transformers has one for both lists: that of ``near``, 1 for a model that was not scaled before,
+    so that within its window the model is the one that it was; or the one that the options of
+    ``far`` name. A ``longrope`` has both lists already, and is returned as it is.
+
+    Args:
+        near: the model's own RoPE.
+        far: the interpolation, of the same original window and dimensions.
+    """
+    if isinstance(far, LongRopeScaling):
+        return far
+    named = _NAMING_A_FACTOR & far.options.keys()
+    return make_scaling(
+        LongRopeScaling.method,
+        dim=far.dim,
+        base=near.theta,
+        factor=far.factor,
+        original_length=far.original_length,
+        short_factor=_listed(near, near.theta),
+        long_factor=_listed(far, near.theta),
+        attention_factor=(far if named else near).attention_factor,
+    )
+
+
+def _listed(scaling: RopeScaling, theta: float) -> list[float]:
+    """Return how many times slower than at ``theta`` each pair turns; a list holds no infinity."""
+    ratio = (scaling.theta / theta) ** scaling.exponents * scaling.divisors
+    listed: Floats = np.minimum(ratio, STOPPED)
+    return [float(value) for value in listed]
