@@ -22,7 +22,7 @@ PAGES = {
     **dict.fromkeys(("import", "export", "doctor"), "checkpoints"),
     **{"positions": "positions", "plan": "planning", "evaluate": "evaluation"},
     "chat": "evaluation",
-    **{"check-install": "install", "extend": "extend"},
+    **{"check-install": "install", "extend": "extend", "preflight": "clusters"},
 }
 FORMATS = ("", "g", ".3f")  # of a number in a help text
 SCRIPTS = {

@@ -11,7 +11,7 @@ import pytest
 from support.launch import ROOT
 
 QUICKSTART = ROOT / "examples" / "quickstart"
-STEPS = ["import", "preprocess", "preprocess", "evaluate", "pretrain", "export", "evaluate"]
+STEPS = ["preprocess", "preprocess", "import", "evaluate", "pretrain", "export", "evaluate"]
 
 
 def start(*arguments, script="smoke.sh", **variables):

@@ -30,8 +30,11 @@ from transformers import AutoTokenizer  # noqa: E402, F401
 import megatron_cream  # noqa: E402
 from megatron_cream.errors import MissingPackageError  # noqa: E402
 
+# Triton's functions are made for its interpreter or for a GPU when they are imported: a fork decides.
+KERNELS = ("merge_kernel", "ode_triton", "rotation_kernel", "rotation_programs")
+
 for module in pkgutil.walk_packages(megatron_cream.__path__, "megatron_cream."):
-    if not module.name.endswith("__main__"):
+    if module.name.rpartition(".")[2] not in ("__main__", *KERNELS):
         with contextlib.suppress(MissingPackageError):
             importlib.import_module(module.name)
 

@@ -62,7 +62,7 @@ PACKED = ["--sample-unit", "packed-documents"]
         (["--hidden-dropout", "1"], ["--hidden-dropout is 1.0", "below 1"]),
         (["--lr-warmup-fraction", "2"], ["--lr-warmup-fraction is 2.0", "from 0 to 1"]),
         (["--rotary-percent", "0"], ["--rotary-percent", "above 0"]),
-        (["--lr-warmup-iters", "10"], ["--lr-warmup-iters", "40 samples", "40 of the whole decay"]),
+        (["--lr-warmup-iters", "10"], ["--lr-warmup-iters", "40 samples", "24 of the whole decay"]),
         (["--lr-decay-style", "WSD"], ["--lr-wsd-decay-iters is missing"]),
         (["--lr-warmup-init", "1"], ["--lr-warmup-init is 1.0", "--lr"]),
         (["--global-batch-size", "5", "--micro-batch-size", "2"], ["--global-batch-size is 5"]),
