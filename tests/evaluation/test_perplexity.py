@@ -115,7 +115,7 @@ def test_checkpoint_of_any_layout(tmp_path, dataset, flags, initial):
     from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
 
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
-    save = ["--save", str(tmp_path / "out"), "--save-interval", "10"]
+    save = ["--save", str(tmp_path / "out"), "--save-interval", "10", "--train-iters", "10"]
     start = ["--pretrained-checkpoint", initial]
     trained = ranks.train(tmp_path, [*flags, *start, *save, *layout], 4)
     asked = {"checkpoint": str(tmp_path / "out"), "data": dataset, "lengths": [96, 192]}
@@ -126,7 +126,7 @@ def test_checkpoint_of_any_layout(tmp_path, dataset, flags, initial):
     assert record["extension"]["rope_factor"] == 8.0
     assert f"{record['lengths'][0]['perplexity']:.3f}" in table
     # It learned: a model that guesses has 120.
-    assert trained.losses[max(trained.losses)] < math.log(120)
+    assert trained.losses[10] < math.log(120)
     assert record["lengths"][0]["perplexity"] < 120
     # Another interpolation is another model.
     other = arguments(**asked, document_tokens=400, rope_factor=1.0)

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer  # noqa: E402, F401
 import megatron_cream  # noqa: E402
 from megatron_cream.errors import MissingPackageError  # noqa: E402
 
-# Triton's functions are made for its interpreter or for a GPU when they are imported: a fork decides.
+# Triton makes functions for its interpreter or for a GPU at their import: a fork decides which.
 KERNELS = ("merge_kernel", "ode_triton", "rotation_kernel", "rotation_programs")
 
 for module in pkgutil.walk_packages(megatron_cream.__path__, "megatron_cream."):
