@@ -321,7 +321,13 @@ def test_a_signal_during_an_import(number, seconds, tmp_path):
 
 def test_ctrl_c_ends_an_import(tmp_path):
     environment = launch.environment(tmp_path, DATA="d", STUB_IMPORT_SECONDS="60")
-    process = subprocess.Popen(["bash", str(SEVEN)], env=environment, start_new_session=True)
+    # Tests that run in the background of a shell would hand on that SIGINT is ignored.
+    process = subprocess.Popen(
+        ["bash", str(SEVEN)],
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(tmp_path / "calls", process)
     os.killpg(process.pid, signal.SIGINT)  # a terminal: to every process
     assert process.wait(60) in (130, -signal.SIGINT)
