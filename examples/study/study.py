@@ -266,11 +266,12 @@ class Study:
             factor = TARGET / WINDOW
             flags += ["--rope-interpolation", variant.rope, "--rope-factor", f"{factor:g}"]
         flags += ["--smoke"] if self.args.smoke else []
-        flags += ["--targets", variant.targets]
+        scored = variant.scored_targets or variant.targets
+        flags += ["--targets", scored]
         keys = self.args.key_tokens
         flags += ["--key-tokens", keys] if keys else []
         # Two processes: while one makes cases on the CPU, the other has the GPU.
-        controls = ("longchat-lines-of-8K", "kv-retrieval-of-8K") if variant.targets == 1 else ()
+        controls = ("longchat-lines-of-8K", "kv-retrieval-of-8K") if scored == 1 else ()
         halves = [
             ("perplexity", "longchat-lines", "kv-retrieval"),
             ("niah-multikey", "needle", "passkey", *controls),

@@ -25,6 +25,7 @@ class Variant:
         answers_only: their loss is on the answers alone.
         tasks: most tasks of a retrieval document.
         targets: its target length in units of the study's, 1 for 32K, 2 for 64K.
+        scored_targets: at whose lengths it is scored, in the same units; None for its own.
         full_length: samples and documents have the target's length, as many tokens per step.
     """
 
@@ -38,6 +39,7 @@ class Variant:
     answers_only: bool = False
     tasks: int = 4
     targets: int = 1
+    scored_targets: int | None = None
     full_length: bool = False
 
     @property
@@ -119,6 +121,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "scatter": {"method": "scatter"},
     "scatter-8": {"method": "scatter", "flags": ("--scatter-most-chunks", "8")},
     "scatter-mixed-0.25": {"method": "scatter", "flags": (*MIXED, "0.25")},
+    # Extended to twice the length that is asked for, and scored beside those extended to it.
+    "scatter-over-2": {"method": "scatter", "targets": 2, "scored_targets": 1},
+    "cream-over-2": {"method": "cream", "targets": 2, "scored_targets": 1},
     # What positions that only pretend to be far away are to replace.
     "full-length": {"method": "full", "full_length": True},
     # What extending costs within the old window: the same data, and the model as it was.
