@@ -70,7 +70,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, chunk: int, loc
     k = _turn(k, bands.key_positions[0](places), inv_freq)
     queries = [_turn(q, positions(places), inv_freq) for positions in bands.query_positions]
     outputs = []
-    for group in bands.groups(0, s):
+    for begin in range(0, s, chunk - local):
+        group = tuple(bands.tiles(begin, min(begin + chunk - local, s)))
         answers = []
         for tile in group:
             rows, columns = slice(*tile.rows), slice(*tile.columns)

@@ -2,7 +2,7 @@
 """Attention over bands: tiles by plain kernels, one softmax over all of them, exact gradients.
 
 Memory is linear in the number of tokens: q, turned k, v, the output and one number per query and
-head are kept for the backward pass, which turns q anew and cuts the same pairs into fewer tiles.
+head are kept for the backward pass, which turns q anew.
 Over context-parallel ranks k and v are kept as they came, this rank's, and gathered again.
 
 Everything made here lies as ``[s, b, h, d]`` and is seen as ``[b, h, s, d]``. PyTorch finds a cuDNN
@@ -12,9 +12,9 @@ and its log-sum-exp must follow from them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import batched, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_cream.attention import sdpa
 from megatron_cream.attention.bands import Bands, Tile, TileShape
 from megatron_cream.attention.sdpa import TileAttention
-from megatron_cream.attention.turning import Rotation, Turning, takes_triton, wide
+from megatron_cream.attention.turning import Rotation, Turning, takes_triton, turning_of, wide
 from megatron_cream.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 
-# Whose queries are turned together: launches cost the host more than short tiles the GPU.
-_GROUPS_AT_ONCE = 8
+# Of bands, whose queries are turned and merged together: enough for large tiles, and few of the
+# queries' turned copies are held.
+_PERIODS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,11 @@ class _Banded(torch.autograd.Function):
             values = _cut(v, document.keys)
             own_scale = scale * bands.logit_factor(document.tokens)
             for row, place, tokens in document.queries:
-                own, *merged = (_cut(x, (row, row + tokens)) for x in (q, out, lse))
-                for groups in batched(bands.groups(place, place + tokens), _GROUPS_AT_ONCE):
-                    _attend(groups, turning, (own, *merged), place, keys, values, own_scale)
+                for first, end in _stretches(place, place + tokens, bands.period):
+                    rows = row + first - place, row + end - place
+                    own = [_cut(x, rows) for x in (q, out, lse)]
+                    tiles = tuple(bands.tiles(first, end))
+                    _attend(tiles, turning, own, first, keys, values, own_scale)
         if shards is None:
             saved += [v, *(key for keys in kept for key in keys)]
         ctx.save_for_backward(*saved)
@@ -160,38 +163,50 @@ class _Banded(torch.autograd.Function):
 
 def _turning(bands: Bands, rotation: Rotation, documents: Sequence[Document], q: Tensor) -> Turning:
     longest = max(document.tokens for document in documents)
-    return Turning(bands, rotation, longest, q.device)
+    return turning_of(bands, rotation, min(longest, bands.period or longest), q.device)
+
+
+def _stretches(first: int, end: int, period: int | None) -> list[Span]:
+    """Return the stretches of queries that are turned and merged together, the last first.
+
+    Its tiles are the largest: while the GPU computes them, the host gets ahead with the others,
+    whose start takes it longer than some of them take the GPU.
+    """
+    size = _PERIODS_AT_ONCE * period if period else end
+    begins = reversed(range(first // size * size, end, size))
+    return [(max(first, begin), min(end, begin + size)) for begin in begins]
 
 
 def _attend(
-    groups: Sequence[Sequence[Tile]],
+    tiles: Sequence[Tile],
     turning: Turning,
-    rows: tuple[Tensor, ...],
-    place: int,
+    rows: Sequence[Tensor],
+    first: int,
     keys: Sequence[Tensor],
     values: Tensor,
     scale: float,
 ) -> None:
-    """Write the output and log-sum-exp of some groups, whose queries are turned in one launch.
+    """Write the output and log-sum-exp of queries, which are turned in one launch.
 
     Args:
-        rows: q, unrotated, and where output and log-sum-exp go, of the places from ``place`` on.
+        tiles: all of these queries.
+        rows: q, unrotated, and where output and log-sum-exp go, of the places from ``first`` on.
         keys: of the whole document, turned.
     """
     q, out, lse = rows
-    tiles = [tile for group in groups for tile in group]
-    span = min(tile.rows[0] for tile in tiles), max(tile.rows[1] for tile in tiles)
     frames = sorted({turning.query_frames[tile.band] for tile in tiles})
-    turned = turning.turn(_cut(q, span, place), span[0], frames)
-    by_frame = dict(zip(frames, turned, strict=True))
-    for group in groups:
-        outputs = []
-        for tile in group:
-            query = _cut(by_frame[turning.query_frames[tile.band]], tile.rows, span[0])
-            key = _cut(turning.key(tile, keys), tile.columns)
-            value = _cut(values, tile.columns)
-            outputs.append((tile, _run(query, key, value, tile, scale)))
-        _merge(out, lse, place, outputs)
+    queries = dict(zip(frames, turning.turn(q, first, frames), strict=True))
+
+    def merge(stretch: Span, parts: Sequence[tuple[Span, TileAttention]]) -> None:
+        found = [TileAttention(*(_cut(x, stretch, span[0]) for x in one)) for span, one in parts]
+        _merge(found, *(_cut(x, stretch, first) for x in (out, lse)))
+
+    parts = _Parts([tile.rows for tile in tiles], merge)
+    for tile in tiles:
+        query = _cut(queries[turning.query_frames[tile.band]], tile.rows, first)
+        key = _cut(turning.key(tile, keys), tile.columns)
+        value = _cut(values, tile.columns)
+        parts.add(tile.rows, _run(query, key, value, tile, scale))
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> TileAttention:
@@ -200,35 +215,18 @@ def _run(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> TileAtten
     return TileAttention(*(_mirror(x, tile) for x in found))
 
 
-def _merge(
-    out: Tensor, lse: Tensor, place: int, outputs: Sequence[tuple[Tile, TileAttention]]
-) -> None:
-    """Write the one softmax over all tiles of a group into ``out`` and ``lse``.
-
-    Args:
-        place: of the first query in them.
-    """
-    first = min(tile.rows[0] for tile, _ in outputs)
-    end = max(tile.rows[1] for tile, _ in outputs)
-    out, lse = (_cut(x, (first, end), place) for x in (out, lse))
-    if len(outputs) == 1:
-        out[:], lse[:] = outputs[0][1]
+def _merge(parts: Sequence[TileAttention], out: Tensor, lse: Tensor) -> None:
+    """Write the one softmax over all tiles of some queries into ``out`` and ``lse``."""
+    if len(parts) == 1:
+        out[:], lse[:] = parts[0]
         return
-    if takes_triton(out) and all(tile.rows == (first, end) for tile, _ in outputs):
+    if takes_triton(out):
         from megatron_cream.attention.merge_kernel import merge
 
-        merge([one.out for _, one in outputs], [one.lse for _, one in outputs], out, lse)
+        merge([part.out for part in parts], [part.lse for part in parts], out, lse)
         return
-    total = torch.full_like(lse, -torch.inf)
-    merged = torch.zeros(out.shape, dtype=lse.dtype, device=out.device)
-    for tile, one in outputs:
-        rows = _cut(total, tile.rows, first)
-        rows.copy_(torch.logaddexp(rows, one.lse))
-    for tile, one in outputs:
-        share = (one.lse - _cut(total, tile.rows, first)).exp().unsqueeze(-1)
-        _cut(merged, tile.rows, first).addcmul_(one.out.to(merged.dtype), share)
-    out.copy_(merged)
-    lse.copy_(total)
+    lse[:] = torch.stack([part.lse for part in parts]).logsumexp(0)
+    out[:] = sum(part.out.to(lse.dtype) * (part.lse - lse).exp().unsqueeze(-1) for part in parts)
 
 
 def _pull_back(
@@ -247,15 +245,15 @@ def _pull_back(
         queries: the stretches of its queries that are here.
     """
     *keys, values, dk, dv = columns
-    tiles = [tuple(bands.backward_tiles(place, place + n)) for _, place, n in queries]
+    tiles = [tuple(bands.tiles(place, place + n)) for _, place, n in queries]
     spans = [tile.columns for some in tiles for tile in some]
     unseen = max(end for _, end in spans), dk.shape[2]  # keys after the last query that is here
     _cut(dk, unseen).zero_()
     _cut(dv, unseen).zero_()
-    sums = _Sum(spans, turning, dk), _Sum(spans, turning, dv)
+    sums = [_Parts(spans, _turn_back(turning, target)) for target in (dk, dv)]
     for (row, place, n), some in zip(queries, tiles, strict=True):
         grad, out, lse, q, dq = (_cut(x, (row, row + n)) for x in rows)
-        sum_q = _Sum([tile.rows for tile in some], turning, dq, place)
+        sum_q = _Parts([tile.rows for tile in some], _turn_back(turning, dq, place))
         for tile in some:
             frame, key_frame = turning.query_frames[tile.band], turning.key_frames[tile.band]
             (query,) = turning.turn(_cut(q, tile.rows, place), tile.rows[0], [frame])
@@ -267,21 +265,38 @@ def _pull_back(
                 (sum_q, *sums), found, (tile.rows, tile.columns, tile.columns),
                 (frame, key_frame, None), strict=True,
             ):  # fmt: skip
-                total.add(span, _mirror(part, tile), by)
+                total.add(span, (by, _mirror(part, tile)))
 
 
-class _Sum:
-    """A gradient, of which tiles give parts.
+def _turn_back(
+    turning: Turning, target: Tensor, first: int = 0
+) -> Callable[[Span, Sequence[tuple[Span, tuple[int | None, Tensor]]]], None]:
+    """Return what writes a stretch of a gradient ``[b, h, n, d]``, of the places from ``first`` on.
 
-    A stretch of tokens is written when its last part is there, so that few of them are held.
+    A part of it is the frame that it is to be turned back by, if any, and the tensor.
+    """
+
+    def write(stretch: Span, parts: Sequence[tuple[Span, tuple[int | None, Tensor]]]) -> None:
+        grads = [(frame, _cut(grad, stretch, span[0])) for span, (frame, grad) in parts]
+        turning.turn_back(grads, stretch[0], _cut(target, stretch, first))
+
+    return write
+
+
+class _Parts[Part]:
+    """What tiles give to tokens.
+
+    A stretch of tokens is finished when its last part is there, so that few of them are held.
 
     Args:
         spans: places of all parts that will be added.
-        target: ``[b, h, n, d]``, of the places from ``first`` on.
+        finish: called with a stretch and the parts that it is in, each with its span.
     """
 
     def __init__(
-        self, spans: Sequence[Span], turning: Turning, target: Tensor, first: int = 0
+        self,
+        spans: Sequence[Span],
+        finish: Callable[[Span, Sequence[tuple[Span, Part]]], None],
     ) -> None:
         edges = sorted({edge for span in spans for edge in span})
         self._missing = {
@@ -289,18 +304,17 @@ class _Sum:
             for stretch in pairwise(edges)
             if (count := sum(_holds(span, stretch) for span in spans))
         }
-        self._parts: dict[Span, list[tuple[int | None, Tensor]]] = {x: [] for x in self._missing}
-        self._turning, self._target, self._first = turning, target, first
+        self._parts: dict[Span, list[tuple[Span, Part]]] = {x: [] for x in self._missing}
+        self._finish = finish
 
-    def add(self, span: Span, part: Tensor, frame: int | None) -> None:
-        """Add a part ``[b, h, n, d]``, to be turned back by a frame."""
+    def add(self, span: Span, part: Part) -> None:
+        """Add a part."""
         for stretch in [stretch for stretch in self._missing if _holds(span, stretch)]:
-            self._parts[stretch].append((frame, _cut(part, stretch, span[0])))
+            self._parts[stretch].append((span, part))
             self._missing[stretch] -= 1
             if not self._missing[stretch]:
                 del self._missing[stretch]
-                target = _cut(self._target, stretch, self._first)
-                self._turning.turn_back(self._parts.pop(stretch), stretch[0], target)
+                self._finish(stretch, self._parts.pop(stretch))
 
 
 def _holds(span: Span, stretch: Span) -> bool:

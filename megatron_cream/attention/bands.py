@@ -50,10 +50,8 @@ class Bands:
         query_positions, key_positions: of each band, from tokens' places in their document
             (int64 ``[n]``) to the positions they are turned by.
         band_of: of a query's and a key's place, the band of the pair.
-        groups: of the queries at places ``[first, end)``, tiles by the queries they share: the
-            tiles of one group hold all keys of all its queries.
-        backward_tiles: of the same queries, tiles that hold every pair once, in an order that
-            lets the gradients of one token be summed up soon.
+        tiles: of the queries at places ``[first, end)``, tiles that hold every pair once: large
+            ones first, those of the same tokens soon after each other.
         period: tokens after which ``query_positions`` and ``key_positions`` begin anew, or None.
         original_length: tokens up to which logits are as they are; 0 for any length.
     """
@@ -61,8 +59,7 @@ class Bands:
     query_positions: tuple[Callable[[Tensor], Tensor], ...]
     key_positions: tuple[Callable[[Tensor], Tensor], ...]
     band_of: Callable[[Tensor, Tensor], Tensor]
-    groups: Callable[[int, int], Iterable[tuple[Tile, ...]]]
-    backward_tiles: Callable[[int, int], Iterable[Tile]]
+    tiles: Callable[[int, int], Iterable[Tile]]
     period: int | None = None
     original_length: int = 0
 
@@ -121,20 +118,10 @@ def dual_chunk(
         ),
         (key, key, key),
         lambda query, key: (query // stride - key // stride).clamp(max=2),
-        lambda first, end: _chunk_groups(first, end, stride),
-        lambda first, end: _chunk_backward(first, end, stride),
+        lambda first, end: _chunk_tiles(first, end, stride),
         period=stride,
         original_length=original_max_position_embeddings,
     )
-
-
-def _chunk_groups(first: int, end: int, stride: int) -> Iterator[tuple[Tile, ...]]:
-    for chunk in range(first // stride, -(-end // stride)):
-        rows = max(first, chunk * stride), min(end, (chunk + 1) * stride)
-        tiles = _nearby(rows, chunk * stride, stride)
-        if chunk > 1:
-            tiles.append(Tile(2, rows, (0, (chunk - 1) * stride), TileShape.FULL))
-        yield tuple(tiles)
 
 
 def _nearby(rows: tuple[int, int], begin: int, stride: int) -> list[Tile]:
@@ -147,11 +134,12 @@ def _nearby(rows: tuple[int, int], begin: int, stride: int) -> list[Tile]:
     return tiles
 
 
-def _chunk_backward(first: int, end: int, stride: int) -> Iterator[Tile]:
+def _chunk_tiles(first: int, end: int, stride: int) -> Iterator[Tile]:
     """Tiles in which far pairs are few large rectangles.
 
     Each tile gives a part of the gradient to all its queries and keys, so that a row of chunks at
-    a time, as forward goes, would write those of keys n / 2 times; halving writes log2(n) / 2.
+    a time would write those of keys n / 2 times; halving writes log2(n) / 2. And the queries of
+    several chunks read the keys of one head together, while a GPU has them at hand.
     """
 
     def far(begin: int, stop: int, keys: int, keys_end: int) -> Iterator[Tile]:
@@ -192,10 +180,9 @@ def string(shift: int, local_size: int) -> Bands:
             f"local_size is {local_size}, shift {shift}: local_size must be from 1 to shift"
         )
     return Bands(
-        (lambda place: place, lambda place: place - shift + local_size),
-        (lambda place: place, lambda place: place),
+        (_itself, lambda place: place - shift + local_size),
+        (_itself, _itself),
         lambda query, key: (query - key >= shift).long(),
-        lambda first, end: [tuple(_near_and_far(first, end, shift))],
         lambda first, end: _near_and_far(first, end, shift),
     )
 
@@ -218,12 +205,15 @@ def self_extend(group_size: int, window: int) -> Bands:
             f"group_size is {group_size}, window {window}: both must be at least 1 token"
         )
     return Bands(
-        (lambda place: place, lambda place: place // group_size + window - window // group_size),
-        (lambda place: place, lambda place: place // group_size),
+        (_itself, lambda place: place // group_size + window - window // group_size),
+        (_itself, lambda place: place // group_size),
         lambda query, key: (query - key > window).long(),
-        lambda first, end: [tuple(_near_and_far(first, end, window + 1))],
         lambda first, end: _near_and_far(first, end, window + 1),
     )
+
+
+def _itself(place: Tensor) -> Tensor:
+    return place
 
 
 def _near_and_far(start: int, length: int, near: int) -> Iterator[Tile]:
@@ -232,13 +222,13 @@ def _near_and_far(start: int, length: int, near: int) -> Iterator[Tile]:
     # are refused with it before a model is opened, so that a caller in this package is wrong here.
     if start:
         raise ValueError(f"queries begin at place {start} of a document: these bands need them all")
+    if length > near:
+        yield Tile(1, (near, length), (0, length - near), TileShape.CAUSAL)
     for first in range(0, length, near):
         end = min(first + near, length)
         yield Tile(0, (first, end), (first, end), TileShape.CAUSAL)
         if first:
             yield from _nearest_before(first, end, near)
-    if length > near:
-        yield Tile(1, (near, length), (0, length - near), TileShape.CAUSAL)
 
 
 def _nearest_before(first: int, end: int, near: int) -> Iterator[Tile]:

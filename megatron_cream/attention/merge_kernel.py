@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,17 +22,18 @@ def merge(outs: Sequence[Tensor], sums: Sequence[Tensor], out: Tensor, lse: Tens
         out, lse: strided as they come; the last dimension of ``out`` contiguous.
     """
     b, h, n, d = out.shape
-    outs, sums = _alike(outs), _alike(sums)
+    outs, lses = _alike(outs), torch.stack(list(sums))
     _merge[(triton.cdiv(n, _ROWS), b * h)](
-        tuple(outs), tuple(sums), out, lse, h, n,
-        *outs[0].stride()[:3], *sums[0].stride(), *out.stride()[:3], *lse.stride(),
+        tuple(outs), lses, out, lse, h, n,
+        *outs[0].stride()[:3], *lses.stride(), *out.stride()[:3], *lse.stride(),
         D=d, D_BLOCK=triton.next_power_of_2(d), ROWS=_ROWS, TILES=len(outs), num_warps=4,
     )  # fmt: skip
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return them with equal strides, the last dimension contiguous."""
-    strides = {tensor.stride() for tensor in tensors}
+    # A batch of one steps over nothing, and kernels give it strides of their own.
+    strides = {tensor.stride()[tensor.shape[0] == 1 :] for tensor in tensors}
     if len(strides) == 1 and tensors[0].stride(-1) == 1:
         return list(tensors)
     return [tensor.contiguous() for tensor in tensors]
@@ -40,7 +42,7 @@ def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:
 @triton.jit
 def _merge(
     outs, sums, out, lse, heads, n,
-    i_batch, i_head, i_row, s_batch, s_head, s_row,
+    i_batch, i_head, i_row, s_tile, s_batch, s_head, s_row,
     o_batch, o_head, o_row, l_batch, l_head, l_row,
     D: tl.constexpr, D_BLOCK: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -48,17 +50,17 @@ def _merge(
     head = (tl.program_id(1) % heads).to(tl.int64)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = rows < n
-    place = batch * s_batch + head * s_head + rows * s_row
-    highest = tl.load(sums[0] + place, mask=inside, other=0.0).to(tl.float32)
-    for tile in tl.static_range(1, TILES):
-        highest = tl.maximum(highest, tl.load(sums[tile] + place, mask=inside, other=0.0))
+    first = sums + batch * s_batch + head * s_head + rows * s_row
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    for tile in tl.static_range(TILES):
+        highest = tl.maximum(highest, tl.load(first + tile * s_tile, mask=inside, other=0.0))
     column = tl.arange(0, D_BLOCK)
     there = inside[:, None] & (column < D)[None, :]
     source = batch * i_batch + head * i_head + rows[:, None] * i_row + column[None, :]
     weight = tl.zeros((ROWS,), tl.float32)
     merged = tl.zeros((ROWS, D_BLOCK), tl.float32)
     for tile in tl.static_range(TILES):
-        share = tl.exp(tl.load(sums[tile] + place, mask=inside, other=0.0) - highest)
+        share = tl.exp(tl.load(first + tile * s_tile, mask=inside, other=0.0) - highest)
         values = tl.load(outs[tile] + source, mask=there, other=0.0).to(tl.float32)
         merged += values * share[:, None]
         weight += share

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -30,10 +30,17 @@ class Rotation:
     interleaved: bool = False
 
     @staticmethod
-    def of(scaling: RopeScaling, like: Tensor, interleaved: bool = False) -> Rotation:
-        """Return that of an interpolation, on a tensor's device, at least in float32."""
-        inv_freq = torch.as_tensor(scaling.inv_freq, dtype=wide(like), device=like.device)
-        return Rotation(inv_freq, scaling.attention_factor, interleaved)
+    def of(
+        scaling: RopeScaling, like: Tensor, interleaved: bool = False, factor_in_scale: bool = False
+    ) -> Rotation:
+        """Return that of an interpolation, on a tensor's device, at least in float32.
+
+        Equal ones are the same object, and so are their tables (``turning_of``).
+
+        Args:
+            factor_in_scale: the softmax scale has the attention factor in it, cos and sin do not.
+        """
+        return _rotation(scaling, like.device, wide(like), interleaved, factor_in_scale)
 
     def table(self, positions: Tensor) -> Tensor:
         """Return cosines and then sines ``[..., d_rot]`` of ``positions`` ``[...]``."""
@@ -65,21 +72,31 @@ class Rotation:
         return torch.cat((first, second), dim=-1)
 
 
+@lru_cache(maxsize=8)
+def _rotation(
+    scaling: RopeScaling,
+    device: torch.device,
+    kind: torch.dtype,
+    interleaved: bool,
+    factor_in_scale: bool,
+) -> Rotation:
+    # The host waits for a GPU to copy.
+    inv_freq = torch.as_tensor(scaling.inv_freq, dtype=kind, device=device)
+    return Rotation(inv_freq, 1.0 if factor_in_scale else scaling.attention_factor, interleaved)
+
+
 class Turning:
     """Turns queries and keys of documents as their bands ask.
 
     A frame is one way to turn: bands that turn keys alike (all of dual chunk attention's) share it.
 
     Args:
-        longest: document, tokens.
+        period: tokens after which positions begin anew, or of the longest document.
     """
 
-    def __init__(
-        self, bands: Bands, rotation: Rotation, longest: int, device: torch.device
-    ) -> None:
-        self._rotation = rotation
-        self._period = min(longest, bands.period or longest)
-        places = torch.arange(self._period, device=device)
+    def __init__(self, bands: Bands, rotation: Rotation, period: int, device: torch.device) -> None:
+        self._rotation, self._period = rotation, period
+        places = torch.arange(period, device=device)
         frames = list(dict.fromkeys((*bands.query_positions, *bands.key_positions)))
         self.query_frames = [frames.index(at) for at in bands.query_positions]
         self._distinct = list(dict.fromkeys(frames.index(at) for at in bands.key_positions))
@@ -150,6 +167,12 @@ class Turning:
         if first + n <= self._period:
             return tables[:, first : first + n]
         return tables[:, torch.arange(first, first + n, device=tables.device) % self._period]
+
+
+@lru_cache(maxsize=1)
+def turning_of(bands: Bands, rotation: Rotation, period: int, device: torch.device) -> Turning:
+    """Return a turning, whose tables all layers of a model share."""
+    return Turning(bands, rotation, period, device)
 
 
 def takes_triton(x: Tensor) -> bool:

@@ -6,7 +6,6 @@ Their queries and keys must come unrotated: ``attend`` rotates.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +41,7 @@ class BeyondWindow:
             key, value: ``[b, g, m, d]``; with m > n the queries are the last n of m tokens.
             scale: of the logits.
         """
-        rotation = Rotation.of(self.scaling, query, self.interleaved)
-        if self.factor_in_scale:
-            rotation = dataclasses.replace(rotation, factor=1.0)
+        rotation = Rotation.of(self.scaling, query, self.interleaved, self.factor_in_scale)
         seen = seen_keys()
         if seen is not None:
             key, value = key[:, :, : seen.tokens], value[:, :, : seen.tokens]

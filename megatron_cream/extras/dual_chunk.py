@@ -7,7 +7,6 @@ Every attention layer gets its queries and keys unrotated and a core attention t
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
 from collections.abc import Callable
 from functools import lru_cache
@@ -144,7 +143,6 @@ class DualChunkCore(torch.nn.Module):
         self.group = group if group is not None and group.size() > 1 else None
         self.scaling, self.sizes, self.interleaved = scaling, sizes, config.rotary_interleaved
         self.factor_in_softmax = factor_in_softmax
-        self._rotation: Rotation | None = None
         scale = config.softmax_scale
         self.scale = config.kv_channels**-0.5 if scale is None else scale
 
@@ -158,7 +156,7 @@ class DualChunkCore(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         """Return ``[s, b, h * d]`` of ``[s, b, h, d]``, or ``[t, h * d]`` of packed ones."""
-        rotation = self._rotation_for(query)
+        rotation = Rotation.of(self.scaling, query, self.interleaved, self.factor_in_softmax)
         packed = query.dim() == 3
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
@@ -171,17 +169,6 @@ class DualChunkCore(torch.nn.Module):
         out = banded_attention(q, k, v, dual_chunk(**self.sizes), rotation, self.scale, lengths)
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out.squeeze(1) if packed else out
-
-    def _rotation_for(self, query: Tensor) -> Rotation:
-        """Return the rotation, copied to a device once: the host waits for a GPU to copy."""
-        device, wide = query.device, torch.promote_types(query.dtype, torch.float32)
-        kept = self._rotation
-        if kept is None or (kept.inv_freq.device, kept.inv_freq.dtype) != (device, wide):
-            kept = Rotation.of(self.scaling, query, self.interleaved)
-            if self.factor_in_softmax:
-                kept = dataclasses.replace(kept, factor=1.0)
-            self._rotation = kept
-        return kept
 
 
 def _ends(packed: Any) -> Tensor:
