@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream.attention import sdpa
-from megatron_cream.attention.bands import Bands, Tile, TileShape
+from megatron_cream.attention.bands import Bands, Tile, TileShape, joined
 from megatron_cream.attention.sdpa import TileAttention
 from megatron_cream.attention.turning import Rotation, Turning, takes_triton, turning_of, wide
 from megatron_cream.errors import UserError
@@ -34,6 +34,10 @@ Span = tuple[int, int]
 # Of bands, whose queries are turned and merged together: enough for large tiles, and few of the
 # queries' turned copies are held.
 _PERIODS_AT_ONCE = 8
+
+# A fourth of a document's queries at most are in one call of the backward pass for alike tiles:
+# its gradients are held beside those of larger ones.
+_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class _Banded(torch.autograd.Function):
                 for first, end in _stretches(place, place + tokens, bands.period):
                     rows = row + first - place, row + end - place
                     own = [_cut(x, rows) for x in (q, out, lse)]
-                    tiles = tuple(bands.tiles(first, end))
+                    tiles = _tiles(bands, first, end, end - first, q)
                     _attend(tiles, turning, own, first, keys, values, own_scale)
         if shards is None:
             saved += [v, *(key for keys in kept for key in keys)]
@@ -164,6 +168,12 @@ class _Banded(torch.autograd.Function):
 def _turning(bands: Bands, rotation: Rotation, documents: Sequence[Document], q: Tensor) -> Turning:
     longest = max(document.tokens for document in documents)
     return turning_of(bands, rotation, min(longest, bands.period or longest), q.device)
+
+
+def _tiles(bands: Bands, first: int, end: int, most_rows: int, q: Tensor) -> list[Tile]:
+    """Return the tiles of queries ``[first, end)``; of one sample alike ones are a batch."""
+    tiles = bands.tiles(first, end)
+    return joined(tiles, most_rows) if q.shape[0] == 1 else list(tiles)
 
 
 def _stretches(first: int, end: int, period: int | None) -> list[Span]:
@@ -201,12 +211,13 @@ def _attend(
         found = [TileAttention(*(_cut(x, stretch, span[0]) for x in one)) for span, one in parts]
         _merge(found, *(_cut(x, stretch, first) for x in (out, lse)))
 
-    parts = _Parts([tile.rows for tile in tiles], merge)
+    parts = _Parts([one.rows for tile in tiles for one in tile.singles()], merge)
     for tile in tiles:
-        query = _cut(queries[turning.query_frames[tile.band]], tile.rows, first)
-        key = _cut(turning.key(tile, keys), tile.columns)
-        value = _cut(values, tile.columns)
-        parts.add(tile.rows, _run(query, key, value, tile, scale))
+        query = _blocks(queries[turning.query_frames[tile.band]], tile.rows, tile, first)
+        key, value = (_blocks(x, tile.columns, tile) for x in (turning.key(tile, keys), values))
+        found = (x.chunk(tile.count) for x in _run(query, key, value, tile, scale))
+        for one, *part in zip(tile.singles(), *found, strict=True):
+            parts.add(one.rows, TileAttention(*part))
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> TileAttention:
@@ -245,27 +256,30 @@ def _pull_back(
         queries: the stretches of its queries that are here.
     """
     *keys, values, dk, dv = columns
-    tiles = [tuple(bands.tiles(place, place + n)) for _, place, n in queries]
-    spans = [tile.columns for some in tiles for tile in some]
+    tiles = [_tiles(bands, place, place + n, n // _SHARE, rows[0]) for _, place, n in queries]
+    spans = [one.columns for some in tiles for tile in some for one in tile.singles()]
     unseen = max(end for _, end in spans), dk.shape[2]  # keys after the last query that is here
     _cut(dk, unseen).zero_()
     _cut(dv, unseen).zero_()
     sums = [_Parts(spans, _turn_back(turning, target)) for target in (dk, dv)]
     for (row, place, n), some in zip(queries, tiles, strict=True):
         grad, out, lse, q, dq = (_cut(x, (row, row + n)) for x in rows)
-        sum_q = _Parts([tile.rows for tile in some], _turn_back(turning, dq, place))
+        own = [one.rows for tile in some for one in tile.singles()]
+        sum_q = _Parts(own, _turn_back(turning, dq, place))
         for tile in some:
             frame, key_frame = turning.query_frames[tile.band], turning.key_frames[tile.band]
-            (query,) = turning.turn(_cut(q, tile.rows, place), tile.rows[0], [frame])
-            key, value = (_cut(x, tile.columns) for x in (turning.key(tile, keys), values))
-            merged = (_cut(x, tile.rows, place) for x in (grad, out, lse))
+            first, end = tile.rows[0], tile.rows[1] + (tile.count - 1) * tile.step
+            (turned,) = turning.turn(_cut(q, (first, end), place), first, [frame])
+            merged = (_blocks(x, tile.rows, tile, place) for x in (grad, out, lse))
+            query = _blocks(turned, tile.rows, tile, first)
+            key, value = (_blocks(x, tile.columns, tile) for x in (turning.key(tile, keys), values))
             inputs = [_mirror(x, tile) for x in (*merged, query, key, value)]
             found = sdpa.backward(inputs, tile.shape is not TileShape.FULL, scale)
-            for total, part, span, by in zip(
-                (sum_q, *sums), found, (tile.rows, tile.columns, tile.columns),
-                (frame, key_frame, None), strict=True,
-            ):  # fmt: skip
-                total.add(span, (by, _mirror(part, tile)))
+            parts = (_mirror(x, tile).chunk(tile.count) for x in found)
+            for one, q_part, k_part, v_part in zip(tile.singles(), *parts, strict=True):
+                sum_q.add(one.rows, (frame, q_part))
+                sums[0].add(one.columns, (key_frame, k_part))
+                sums[1].add(one.columns, (None, v_part))
 
 
 def _turn_back(
@@ -324,6 +338,18 @@ def _holds(span: Span, stretch: Span) -> bool:
 def _cut(x: Tensor, span: Span, first: int = 0) -> Tensor:
     """Return the tokens of ``span`` of a tensor whose first token is ``first``."""
     return x.narrow(2, span[0] - first, span[1] - span[0])
+
+
+def _blocks(x: Tensor, span: Span, tile: Tile, first: int = 0) -> Tensor:
+    """Return ``span`` and the same of all tiles that one stands for, as a batch ``[count, ...]``.
+
+    Where they are several, x is one sample, of which this is a view.
+    """
+    if tile.count == 1:
+        return _cut(x, span, first)
+    whole = _cut(x, (span[0], span[1] + (tile.count - 1) * tile.step), first)
+    blocks = whole.unfold(2, span[1] - span[0], tile.step).movedim(2, 0).squeeze(1)
+    return blocks.movedim(-1, 2)
 
 
 def _mirror(x: Tensor, tile: Tile) -> Tensor:

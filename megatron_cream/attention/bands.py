@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 
@@ -33,13 +33,54 @@ class TileShape(Enum):
 class Tile:
     """Queries ``[first_row, end_row)`` and keys ``[first_column, end_column)`` of one band.
 
-    A tile that is not ``FULL`` is a square.
+    A tile that is not ``FULL`` is a square. It can stand for ``count`` tiles, each ``step`` tokens
+    behind the one before in rows and in columns.
     """
 
     band: int
     rows: tuple[int, int]
     columns: tuple[int, int]
     shape: TileShape
+    count: int = 1
+    step: int = 0
+
+    def singles(self) -> list[Tile]:
+        """Return the tiles that it stands for."""
+        first, end, first_column, end_column = *self.rows, *self.columns
+        steps = [i * self.step for i in range(self.count)]
+        return [
+            Tile(self.band, (first + i, end + i), (first_column + i, end_column + i), self.shape)
+            for i in steps
+        ]
+
+    def joined(self, other: Tile, most_rows: int) -> Tile | None:
+        """Return what stands for this one and a single one behind it, or None.
+
+        Args:
+            other: near the last one of these: what is between them is turned, too.
+            most_rows: of all tiles together.
+        """
+        step = self.step or other.rows[0] - self.rows[0]
+        size = self.rows[1] - self.rows[0]
+        whole = replace(self, count=self.count + 1, step=step)
+        fits = 0 < step <= 2 * size and whole.count * size <= most_rows
+        return whole if fits and whole.singles()[-1] == other else None
+
+
+def joined(tiles: Iterable[Tile], most_rows: int) -> list[Tile]:
+    """Return single tiles, those that are alike as one of up to ``most_rows`` queries."""
+    found: list[Tile] = []
+    last: dict[tuple[int, ...], int] = {}
+    for tile in tiles:
+        kind = tile.band, tile.rows[1] - tile.rows[0], tile.columns[1] - tile.columns[0]
+        at = last.get(kind)
+        whole = None if at is None else found[at].joined(tile, most_rows)
+        if at is not None and whole is not None:
+            found[at] = whole
+        else:
+            last[kind] = len(found)
+            found.append(tile)
+    return found
 
 
 @dataclass(frozen=True)
@@ -154,7 +195,7 @@ def _chunk_tiles(first: int, end: int, stride: int) -> Iterator[Tile]:
             rows = max(first, begin * stride), min(end, stop * stride)
             yield from _nearby(rows, begin * stride, stride)
             return
-        middle = (begin + stop) // 2
+        middle = begin + 2 ** ((stop - begin - 1).bit_length() - 1)  # many tiles are alike
         yield from far(middle, stop, max(begin - 1, 0), middle - 1)
         yield from halve(begin, middle)
         yield from halve(middle, stop)

@@ -15,8 +15,14 @@ from support.dense_attention import (
     string_distance,
 )
 
-from megatron_cream.attention import dual_chunk_attention, self_extend_attention, string_attention
+from megatron_cream.attention import (
+    dual_chunk_attention,
+    sdpa,
+    self_extend_attention,
+    string_attention,
+)
 from megatron_cream.attention.banded import require_type
+from megatron_cream.attention.turning import Rotation
 from megatron_cream.errors import UserError
 from megatron_cream.rope import make_scaling
 
@@ -114,6 +120,48 @@ def test_the_factor_on_logits_follows_the_length_of_each_document(dtype):
     assert (found - expected).abs().max() < (1e-12 if exact else 3e-6)
     for one, gradient in zip(gradients(found.double(), given), wanted, strict=True):
         assert (one - gradient).norm() <= (1e-12 if exact else 1e-5) * gradient.norm()
+
+
+@pytest.mark.parametrize(("s", "n"), [(9 * S, 1), (16 * S + 5, 1), (19 * S - 1, 1), (9 * S, 2)])
+def test_many_chunks(s, n):
+    compare("dual chunk", s, b=n, h=1, g=1)
+
+
+def test_calls_of_kernels_hardly_grow_with_the_number_of_chunks(monkeypatch):
+    calls = {"forward": 0, "backward": 0}
+    for name in calls:
+        kernel = getattr(sdpa, name)
+
+        def counted(*given, name=name, kernel=kernel):
+            calls[name] += 1
+            return kernel(*given)
+
+        monkeypatch.setattr(sdpa, name, counted)
+    scaling = make_scaling("none", dim=4, base=100.0, factor=1.0, original_length=8)
+    found = []
+    for chunks in (16, 32, 64):
+        tensors = inputs(4 * chunks, h=1, g=1, d=4)
+        out = dual_chunk_attention(*tensors, scaling, chunk_size=5, local_size=1)
+        gradients(out, tensors)
+        found.append(tuple(calls.values()))
+        calls.update(forward=0, backward=0)
+    for chunks, (forward, backward) in zip((16, 32, 64), found, strict=True):
+        assert forward <= 3 * chunks / 4 + 2  # 3 n - 3 tiles
+        assert backward <= 8 + 4 * math.log2(chunks)
+
+
+def test_layers_share_one_rotation():
+    like = torch.empty(1, dtype=torch.bfloat16)
+    short, long = (
+        make_scaling("yarn", dim=8, base=100.0, factor=4.0, original_length=64, beta_fast=fast)
+        for fast in (32.0, 1.5)
+    )
+    one = Rotation.of(short, like)
+    assert one is Rotation.of(make_scaling(**short.settings(), dim=8), like)
+    assert one.inv_freq.dtype == torch.float32 and one.factor > 1
+    assert Rotation.of(short, like, factor_in_scale=True).factor == 1
+    assert (Rotation.of(long, like).inv_freq != one.inv_freq).any()
+    assert Rotation.of(short, like.double()).inv_freq.dtype == torch.float64
 
 
 def test_gpus_need_16_bit():

@@ -47,12 +47,15 @@ def test_output_and_gradients_equal_the_dense_softmax(method, interleaved, turni
         assert (one.detach().cpu().double() - other).norm() < 2e-2 * other.norm()
 
 
-@pytest.mark.parametrize("heads", [2, 4])
-def test_tiles_that_cudnn_takes_give_what_float64_gives(heads):
-    """Chunks of 256 tokens, the last of 232: what the tiles of the other test are too short for."""
+@pytest.mark.parametrize(("b", "s", "heads"), [(1, 1000, 2), (1, 4000, 4), (2, 1000, 4)])
+def test_tiles_that_cudnn_takes_give_what_float64_gives(b, s, heads):
+    """Chunks of 256 tokens, the last shorter: what the tiles of the other test are too short for.
+
+    Of one sample those that are alike are one batch, in 4000 tokens also in the backward pass.
+    """
     scaling = make_scaling("none", dim=64, base=1e4, factor=1.0, original_length=384)
     torch.manual_seed(0)
-    shapes = ((1, 1000, 4, 64), (1, 1000, heads, 64), (1, 1000, heads, 64))
+    shapes = ((b, s, 4, 64), (b, s, heads, 64), (b, s, heads, 64))
     fast = [torch.randn(x, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in shapes]
     exact = [x.detach().cpu().double().requires_grad_() for x in fast]
     weight = torch.randn(shapes[0], dtype=torch.float64)
