@@ -35,10 +35,6 @@ Span = tuple[int, int]
 # queries' turned copies are held.
 _PERIODS_AT_ONCE = 8
 
-# A fourth of a document's queries at most are in one call of the backward pass for alike tiles:
-# its gradients are held beside those of larger ones.
-_SHARE = 4
-
 
 @dataclass(frozen=True)
 class Document:
@@ -131,11 +127,9 @@ class _Banded(torch.autograd.Function):
             values = _cut(v, document.keys)
             own_scale = scale * bands.logit_factor(document.tokens)
             for row, place, tokens in document.queries:
-                for first, end in _stretches(place, place + tokens, bands.period):
-                    rows = row + first - place, row + end - place
-                    own = [_cut(x, rows) for x in (q, out, lse)]
-                    tiles = _tiles(bands, first, end, end - first, q)
-                    _attend(tiles, turning, own, first, keys, values, own_scale)
+                for span in _stretches(place, place + tokens, bands.period):
+                    rows = [_cut(x, span, place - row) for x in (q, out, lse)]
+                    _attend(span, bands, turning, rows, keys, values, own_scale)
         if shards is None:
             saved += [v, *(key for keys in kept for key in keys)]
         ctx.save_for_backward(*saved)
@@ -170,12 +164,6 @@ def _turning(bands: Bands, rotation: Rotation, documents: Sequence[Document], q:
     return turning_of(bands, rotation, min(longest, bands.period or longest), q.device)
 
 
-def _tiles(bands: Bands, first: int, end: int, most_rows: int, q: Tensor) -> list[Tile]:
-    """Return the tiles of queries ``[first, end)``; of one sample alike ones are a batch."""
-    tiles = bands.tiles(first, end)
-    return joined(tiles, most_rows) if q.shape[0] == 1 else list(tiles)
-
-
 def _stretches(first: int, end: int, period: int | None) -> list[Span]:
     """Return the stretches of queries that are turned and merged together, the last first.
 
@@ -188,27 +176,28 @@ def _stretches(first: int, end: int, period: int | None) -> list[Span]:
 
 
 def _attend(
-    tiles: Sequence[Tile],
+    span: Span,
+    bands: Bands,
     turning: Turning,
     rows: Sequence[Tensor],
-    first: int,
     keys: Sequence[Tensor],
     values: Tensor,
     scale: float,
 ) -> None:
-    """Write the output and log-sum-exp of queries, which are turned in one launch.
+    """Write the output and log-sum-exp of the queries of ``span``, which are turned in one launch.
 
     Args:
-        tiles: all of these queries.
-        rows: q, unrotated, and where output and log-sum-exp go, of the places from ``first`` on.
+        rows: q, unrotated, and where output and log-sum-exp go.
         keys: of the whole document, turned.
     """
-    q, out, lse = rows
+    (q, out, lse), first = rows, span[0]
+    # Of one sample, tiles that are alike are a batch by a view.
+    tiles = joined(bands.tiles(*span), _PERIODS_AT_ONCE if len(q) == 1 else 1)
     frames = sorted({turning.query_frames[tile.band] for tile in tiles})
     queries = dict(zip(frames, turning.turn(q, first, frames), strict=True))
 
     def merge(stretch: Span, parts: Sequence[tuple[Span, TileAttention]]) -> None:
-        found = [TileAttention(*(_cut(x, stretch, span[0]) for x in one)) for span, one in parts]
+        found = [TileAttention(*(_cut(x, stretch, own[0]) for x in one)) for own, one in parts]
         _merge(found, *(_cut(x, stretch, first) for x in (out, lse)))
 
     parts = _Parts([one.rows for tile in tiles for one in tile.singles()], merge)
@@ -256,30 +245,28 @@ def _pull_back(
         queries: the stretches of its queries that are here.
     """
     *keys, values, dk, dv = columns
-    tiles = [_tiles(bands, place, place + n, n // _SHARE, rows[0]) for _, place, n in queries]
-    spans = [one.columns for some in tiles for tile in some for one in tile.singles()]
+    # Each a call of its own: gradients of several would be held beside those of larger ones.
+    tiles = [tuple(bands.tiles(place, place + n)) for _, place, n in queries]
+    spans = [tile.columns for some in tiles for tile in some]
     unseen = max(end for _, end in spans), dk.shape[2]  # keys after the last query that is here
     _cut(dk, unseen).zero_()
     _cut(dv, unseen).zero_()
     sums = [_Parts(spans, _turn_back(turning, target)) for target in (dk, dv)]
     for (row, place, n), some in zip(queries, tiles, strict=True):
         grad, out, lse, q, dq = (_cut(x, (row, row + n)) for x in rows)
-        own = [one.rows for tile in some for one in tile.singles()]
-        sum_q = _Parts(own, _turn_back(turning, dq, place))
+        sum_q = _Parts([tile.rows for tile in some], _turn_back(turning, dq, place))
         for tile in some:
             frame, key_frame = turning.query_frames[tile.band], turning.key_frames[tile.band]
-            first, end = tile.rows[0], tile.rows[1] + (tile.count - 1) * tile.step
-            (turned,) = turning.turn(_cut(q, (first, end), place), first, [frame])
-            merged = (_blocks(x, tile.rows, tile, place) for x in (grad, out, lse))
-            query = _blocks(turned, tile.rows, tile, first)
-            key, value = (_blocks(x, tile.columns, tile) for x in (turning.key(tile, keys), values))
+            (query,) = turning.turn(_cut(q, tile.rows, place), tile.rows[0], [frame])
+            key, value = (_cut(x, tile.columns) for x in (turning.key(tile, keys), values))
+            merged = (_cut(x, tile.rows, place) for x in (grad, out, lse))
             inputs = [_mirror(x, tile) for x in (*merged, query, key, value)]
             found = sdpa.backward(inputs, tile.shape is not TileShape.FULL, scale)
-            parts = (_mirror(x, tile).chunk(tile.count) for x in found)
-            for one, q_part, k_part, v_part in zip(tile.singles(), *parts, strict=True):
-                sum_q.add(one.rows, (frame, q_part))
-                sums[0].add(one.columns, (key_frame, k_part))
-                sums[1].add(one.columns, (None, v_part))
+            for total, part, span, by in zip(
+                (sum_q, *sums), found, (tile.rows, tile.columns, tile.columns),
+                (frame, key_frame, None), strict=True,
+            ):  # fmt: skip
+                total.add(span, (by, _mirror(part, tile)))
 
 
 def _turn_back(

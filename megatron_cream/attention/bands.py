@@ -53,33 +53,23 @@ class Tile:
             for i in steps
         ]
 
-    def joined(self, other: Tile, most_rows: int) -> Tile | None:
-        """Return what stands for this one and a single one behind it, or None.
 
-        Args:
-            other: near the last one of these: what is between them is turned, too.
-            most_rows: of all tiles together.
-        """
-        step = self.step or other.rows[0] - self.rows[0]
-        size = self.rows[1] - self.rows[0]
-        whole = replace(self, count=self.count + 1, step=step)
-        fits = 0 < step <= 2 * size and whole.count * size <= most_rows
-        return whole if fits and whole.singles()[-1] == other else None
-
-
-def joined(tiles: Iterable[Tile], most_rows: int) -> list[Tile]:
-    """Return single tiles, those that are alike as one of up to ``most_rows`` queries."""
+def joined(tiles: Iterable[Tile], most: int) -> list[Tile]:
+    """Return single tiles, up to ``most`` that are alike and behind each other as one."""
     found: list[Tile] = []
     last: dict[tuple[int, ...], int] = {}
     for tile in tiles:
         kind = tile.band, tile.rows[1] - tile.rows[0], tile.columns[1] - tile.columns[0]
-        at = last.get(kind)
-        whole = None if at is None else found[at].joined(tile, most_rows)
-        if at is not None and whole is not None:
-            found[at] = whole
-        else:
-            last[kind] = len(found)
-            found.append(tile)
+        at = last.get(kind, -1)
+        if at >= 0:
+            first = found[at]
+            step = first.step or tile.rows[0] - first.rows[0]
+            whole = replace(first, count=first.count + 1, step=step)
+            if step > 0 and whole.count <= most and whole.singles()[-1] == tile:
+                found[at] = whole
+                continue
+        last[kind] = len(found)
+        found.append(tile)
     return found
 
 
@@ -195,7 +185,7 @@ def _chunk_tiles(first: int, end: int, stride: int) -> Iterator[Tile]:
             rows = max(first, begin * stride), min(end, stop * stride)
             yield from _nearby(rows, begin * stride, stride)
             return
-        middle = begin + 2 ** ((stop - begin - 1).bit_length() - 1)  # many tiles are alike
+        middle = (begin + stop) // 2
         yield from far(middle, stop, max(begin - 1, 0), middle - 1)
         yield from halve(begin, middle)
         yield from halve(middle, stop)

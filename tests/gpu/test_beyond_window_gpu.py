@@ -51,7 +51,7 @@ def test_output_and_gradients_equal_the_dense_softmax(method, interleaved, turni
 def test_tiles_that_cudnn_takes_give_what_float64_gives(b, s, heads):
     """Chunks of 256 tokens, the last shorter: what the tiles of the other test are too short for.
 
-    Of one sample those that are alike are one batch, in 4000 tokens also in the backward pass.
+    Of one sample those that are alike are one batch.
     """
     scaling = make_scaling("none", dim=64, base=1e4, factor=1.0, original_length=384)
     torch.manual_seed(0)
