@@ -24,9 +24,14 @@ from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.forward import ForwardPass
 from megatron_cream.evaluation.generation import generate_tokens
-from megatron_cream.evaluation.haystacks import HaystackBuilder, HaystackCases
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
-from megatron_cream.evaluation.prompts import Prompt, open_prompt, validate_vocabulary
+from megatron_cream.evaluation.prompts import (
+    HaystackBuilder,
+    HaystackCases,
+    Prompt,
+    open_prompt,
+    validate_vocabulary,
+)
 from megatron_cream.evaluation.results import markdown, short
 from megatron_cream.evaluation.scoring import CaseScore, make_batches, make_pass, read_scores
 from megatron_cream.options import parse_length
@@ -107,7 +112,7 @@ def measure(
     Raises:
         RuntimeError: generation and scoring in float32 disagree about a case.
     """
-    made = TASKS[task].make(HaystackBuilder(prompt), length, 0, args.cases)
+    made = HaystackBuilder(prompt).make(TASKS[task], length, 0, args.cases)
     haystacks = [HaystackCases(h.context, h.tails, h.length, i) for i, h in enumerate(made)]
     ours = model.module.config._attn_implementation
     scores, seconds = score_all(model, haystacks, args)

@@ -26,7 +26,7 @@ from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
 from megatron_cream.evaluation.prompts import Prompt, open_prompt, validate_vocabulary
 from megatron_cream.evaluation.results import markdown, short
-from megatron_cream.evaluation.ruler.making import EncodedCase, open_cases
+from megatron_cream.evaluation.ruler.answers import EncodedCase, open_cases
 from megatron_cream.options import add_flags
 
 Asked = list[tuple[str, EncodedCase]]

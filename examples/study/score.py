@@ -76,11 +76,7 @@ def score(
     targets: int = 1,
 ) -> None:
     """Write the results of every task to ``output/TASK``; those of longppl need key tokens."""
-    from megatron_cream.evaluation.evaluate import open_model, settings_of
-    from megatron_cream.evaluation.longppl import score_longppl
-    from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
-    from megatron_cream.evaluation.prompts import open_prompt, validate_vocabulary
-    from megatron_cream.evaluation.scoring import score_cases, validate_fit
+    from megatron_cream.evaluation.evaluate import evaluate, open_model, settings_of
 
     tables = SMOKE if smoke else FLAGS if targets == 1 else flags_beyond(targets)
     common = ["--hf", hf, "--name", Path(output).parent.name, "--data", data, *rope]
@@ -93,18 +89,8 @@ def score(
         if (folder / "result.json").is_file():
             continue
         settings = settings_of(make_parser("evaluate").parse_args([task, *common, *flags]))
-        settings.validate()
-        prompt = None if task in ("perplexity", "longppl") else open_prompt(settings)
-        if prompt is not None:
-            validate_fit(settings, prompt, task)
         model = model or open_model(settings)
-        if task == "longppl":
-            score_longppl(settings, model)
-        elif prompt is None:
-            score_perplexity(settings, model, open_documents(settings, model))
-        else:
-            validate_vocabulary(prompt.tokenizer, model)
-            score_cases(settings, model, prompt, task)
+        evaluate(settings, model)
 
 
 def main() -> int:

@@ -6,16 +6,15 @@ hf_model          a Hugging Face folder as a model to score with; generation dec
 megatron_model    a Megatron checkpoint as one, on any layout
 forward           one forward pass over a context and the tails that continue it
 other_rope        another RoPE than a model's own; long_attention, another attention
-prompts           the tokenizer, and what a prompt puts around a task
-evaluation_tasks  retrieval, tracking and counting tasks by name; task_texts says what they read
-                  it reads published cases as well
-haystacks         cases of an exact token length
-scoring           cases scored by one forward pass, without generation
+prompts           tokenizer, chat template, and cases of an exact token length
+evaluation_tasks  retrieval, tracking and counting tasks by name, and their published cases
+task_texts        what the haystacks of these tasks read, and what is asked about them
+scoring           cases scored by one forward pass, without generation; their shares
 perplexity        by context length and position: a sliding window, or one of each document
 longppl           LongPPL: perplexity of the tokens that only a long context tells
 ruler             RULER's thirteen tasks, case for case, answered greedily; its figures
-results           shares, perplexities and tables; store keeps them, result_files reads them
-intervals         95 % intervals of them; pictures draws them, by charts
+results           95 % intervals and tables; store keeps results, result_files reads them
+pictures          pictures of results, by charts
 results_page      finished runs compared, in one page, or in a model card
 while_training    figures of a model while it trains (scheduled: through Megatron's own schedule)
 lm_eval           a model class for lm-eval; benchmark_files makes tasks of local files

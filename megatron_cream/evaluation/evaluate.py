@@ -136,7 +136,9 @@ def run(args: argparse.Namespace) -> None:
         print(format_results(results))
 
 
-def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
+def evaluate(
+    settings: EvaluationSettings, model: ScoringModel | None = None
+) -> list[dict[str, Any]]:
     """Evaluate a checkpoint or a Hugging Face folder on long text.
 
         evaluate(EvaluationSettings(["passkey", "needle"], hf="model/", lengths=[4096, 16384]))
@@ -147,6 +149,7 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
 
     Args:
         settings: tasks, the model, lengths in tokens, and where results go.
+        model: of ``open_model``, where several calls share it; loaded for this one unless given.
 
     Returns:
         one result per task, in order, as in result.json: ``lengths`` has a row per context length
@@ -167,31 +170,31 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
 
         cpu.install()
     settings.validate()
+    from megatron_cream.evaluation.evaluation_tasks import TASKS
     from megatron_cream.evaluation.longppl import score_longppl
     from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
     from megatron_cream.evaluation.prompts import open_prompt, validate_vocabulary
-    from megatron_cream.evaluation.ruler.answers import score_ruler
-    from megatron_cream.evaluation.ruler.making import open_cases
-    from megatron_cream.evaluation.scoring import score_cases, validate_fit
+    from megatron_cream.evaluation.ruler.answers import open_cases, score_ruler
+    from megatron_cream.evaluation.scoring import make_haystacks, score_cases
     from megatron_cream.evaluation.store import note_missing_matplotlib, write_table
 
     # What can be refused without a model is refused before one is loaded.
-    lengths = set(settings.lengths if settings.cases_file is None else ())
-    has_cases = not set(settings.tasks) <= set(PER_DOCUMENT)
-    prompt = open_prompt(settings) if has_cases else None
-    for task in settings.tasks:
-        if prompt and task not in (*PER_DOCUMENT, "ruler"):
-            lengths.update(validate_fit(settings, prompt, task))
-    of_ruler = open_cases(settings, prompt) if prompt and "ruler" in settings.tasks else None
+    tasks = settings.tasks
+    prompt = None if set(tasks) <= set(PER_DOCUMENT) else open_prompt(settings)
+    haystacks = {
+        task: make_haystacks(settings, prompt, task) for task in tasks if prompt and task in TASKS
+    }
+    of_ruler = open_cases(settings, prompt) if prompt and "ruler" in tasks else None
+    lengths = {*settings.lengths, *(one.length for made in haystacks.values() for one in made)}
     with closing(of_ruler) if of_ruler else nullcontext():
-        model = open_model(settings, max(lengths))
+        model = model or open_model(settings, max(lengths))
         if prompt:
             validate_vocabulary(prompt.tokenizer, model)
         flag = "--lengths" if settings.cases_file is None else "--cases-file"
         _note_longer_than_window(flag, lengths, model)
-        documents = open_documents(settings, model) if "perplexity" in settings.tasks else []
+        documents = open_documents(settings, model) if "perplexity" in tasks else []
         results = []
-        for task in settings.tasks:
+        for task in tasks:
             if task == "longppl":
                 results.append(score_longppl(settings, model))
             elif prompt is None or task == "perplexity":
@@ -199,7 +202,7 @@ def evaluate(settings: EvaluationSettings) -> list[dict[str, Any]]:
             elif of_ruler is not None:
                 results.append(score_ruler(settings, model, prompt, of_ruler))
             else:
-                results.append(score_cases(settings, model, prompt, task))
+                results.append(score_cases(settings, model, prompt, task, haystacks[task]))
     if not model.primary:
         return []
     if settings.output:

@@ -26,15 +26,8 @@ from typing import Any
 
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import task_texts
-from megatron_cream.evaluation.haystacks import (
-    HaystackBuilder,
-    HaystackCases,
-    HaystackText,
-    Question,
-    even_places,
-    space_out,
-)
-from megatron_cream.evaluation.task_texts import key_question
+from megatron_cream.evaluation.prompts import HaystackBuilder, HaystackCases
+from megatron_cream.evaluation.task_texts import HaystackText, Question, even_places, key_question
 
 DrawText = Callable[[int], HaystackText]
 """Number of pieces of a haystack's body to its text; a pure function."""
@@ -50,7 +43,6 @@ class EvaluationTask:
         shot: seed to a worked example of a few pieces.
         number: whether the published score is of the first integer of the answer.
         placed: whether the answer stands at a place in the context.
-        harder_from: lengths from which on a case has more in it that must fit.
         records: whether its pieces are records that may have prose between them.
         aware: as ``texts``, with the question in front of the context too; None where it cannot be.
         least: smallest number of pieces that makes a haystack; one per case if None.
@@ -62,53 +54,10 @@ class EvaluationTask:
     shot: Callable[[int], HaystackText]
     number: bool = False
     placed: bool = True
-    harder_from: tuple[int, ...] = ()
     records: bool = False
     aware: Callable[[int, int, int], list[DrawText]] | None = None
     least: int | None = 1
     most: int = sys.maxsize
-
-    def make(
-        self,
-        builder: HaystackBuilder,
-        length: int,
-        seed: int,
-        cases: int,
-        records_of: int | None = None,
-        query_aware: bool = False,
-    ) -> list[HaystackCases]:
-        """Return haystacks of ``length`` tokens with ``cases`` questions in all.
-
-        With ``records_of``, tokens, longer haystacks have the records and questions of one of that
-        length, and prose between them. ``query_aware`` names the question in front as well, so that
-        each has a haystack of its own.
-
-        Raises:
-            UserError: the length is too short for the task, or too long.
-        """
-        least = cases if self.least is None else self.least
-        texts = self.aware if query_aware and self.aware else self.texts
-        if records_of is not None and length > records_of:
-            return [
-                self._spaced(builder, draw, (length, records_of), (seed, number), least)
-                for number, draw in enumerate(texts(records_of, seed, cases))
-            ]
-        return [
-            builder.fit(self.name, draw, length, seed, number, least, self.most)
-            for number, draw in enumerate(texts(length, seed, cases))
-        ]
-
-    def _spaced(
-        self,
-        builder: HaystackBuilder,
-        draw: DrawText,
-        lengths: tuple[int, int],
-        case: tuple[int, int],
-        least: int,
-    ) -> HaystackCases:
-        length, records_of = lengths
-        text = draw(builder.most_pieces(self.name, draw, records_of, least, self.most))
-        return builder.fit(self.name, partial(space_out, text, case[0]), length, *case)
 
 
 def _at_depths(text: Callable[..., HaystackText]) -> Callable[[int, int, int], list[DrawText]]:
@@ -178,7 +127,6 @@ _TASKS = (
         task_texts.common_texts,
         lambda seed: task_texts.common(seed, 0, 2, (3, 1), 2),
         placed=False,
-        harder_from=(task_texts.LONG,),
         most=task_texts.MOST_COMMON,
     ),
     EvaluationTask(

@@ -31,10 +31,16 @@ from megatron_cream.evaluation.perplexity import (
     document_settings,
     hash_documents,
     open_documents,
+    perplexity_results,
     score_documents,
 )
 from megatron_cream.evaluation.result_files import KEY_DOCUMENT_RECORDS
-from megatron_cream.evaluation.results import longppl_results
+from megatron_cream.evaluation.results import (
+    Records,
+    grouped,
+    perplexity_interval,
+    perplexity_of,
+)
 from megatron_cream.evaluation.store import hash_files, open_store
 from megatron_cream.options import read_object
 
@@ -236,6 +242,38 @@ def score_longppl(settings: EvaluationSettings, model: ScoringModel) -> dict[str
     with open_store(settings, model, "longppl", decisive, KEY_DOCUMENT_RECORDS) as store:
         score_documents(settings, model, documents, store, kept.masks())
         return store.finish(longppl_results(store.finished))
+
+
+def longppl_results(documents: Records) -> dict[str, Any]:
+    """Return LongPPL by length beside what ``perplexity_results`` has.
+
+    Args:
+        documents: ``DocumentScore`` records with key tokens.
+    """
+    found = perplexity_results(documents)
+    groups = grouped(documents, lambda d: d["length"])
+    found["lengths"] = [row | _key(own) for row, own in zip(found["lengths"], groups, strict=True)]
+    return found
+
+
+def _key(documents: Records) -> dict[str, Any]:
+    """Return LongPPL of one length, over the key tokens of all documents together.
+
+    Documents have unequal numbers of them: the interval is that of a ratio of two sums.
+    """
+    documents = sorted(documents, key=lambda d: d["document"])
+    nll = np.array([d["key_nll"] for d in documents])
+    targets = np.array([d["key_targets"] for d in documents])
+    mean = float(nll.sum() / targets.sum())
+    low, high = perplexity_interval((mean + (nll - mean * targets) / targets.mean()).tolist())
+    return {
+        "longppl": perplexity_of(mean),
+        "longppl_low": low,
+        "longppl_high": high,
+        "key_targets": int(targets.sum()),
+        "document_key_nll": nll.tolist(),
+        "document_key_targets": targets.tolist(),
+    }
 
 
 def _kept(settings: EvaluationSettings) -> KeyTokens | None:

@@ -35,7 +35,13 @@ from megatron_cream.evaluation.forward import (
 )
 from megatron_cream.evaluation.prompts import open_tokenizer, validate_vocabulary
 from megatron_cream.evaluation.result_files import DOCUMENT_RECORDS
-from megatron_cream.evaluation.results import buckets, perplexity_results
+from megatron_cream.evaluation.results import (
+    Records,
+    buckets,
+    grouped,
+    perplexity_interval,
+    perplexity_of,
+)
 from megatron_cream.evaluation.store import ResultStore, open_store
 
 
@@ -229,6 +235,57 @@ def score_documents(
                     None if keys is None else keys[number],
                 )
                 store.add([found.record()])
+
+
+def perplexity_results(documents: Records) -> dict[str, Any]:
+    """Return perplexity by length, and by length and position in the window.
+
+    Args:
+        documents: ``DocumentScore`` records.
+    """
+    groups = grouped(documents, lambda d: d["length"])
+    return {
+        "lengths": [_perplexity(group) for group in groups],
+        "positions": [row for group in groups for row in _positions(group)],
+    }
+
+
+def _perplexity(documents: Records) -> dict[str, Any]:
+    documents = sorted(documents, key=lambda d: d["document"])
+    nll = [sum(d["nll"]) for d in documents]
+    targets = [sum(d["targets"]) for d in documents]
+    mean = sum(nll) / sum(targets)
+    per_target = [n / t for n, t in zip(nll, targets, strict=True)]
+    low, high = perplexity_interval(per_target)
+    return {
+        "length": documents[0]["length"],
+        "perplexity": perplexity_of(mean),
+        "low": low,
+        "high": high,
+        "nll": mean,
+        "targets": sum(targets),
+        "documents": len(documents),
+        "document_nll": per_target,
+    }
+
+
+def _positions(documents: Records) -> Records:
+    length = documents[0]["length"]
+    edges = buckets(length)
+    nll = np.sum([d["nll"] for d in documents], axis=0)
+    targets = np.sum([d["targets"] for d in documents], axis=0)
+    rows = zip(edges, edges[1:], nll, targets, strict=False)
+    return [
+        {
+            "length": length,
+            "from": first,
+            "to": end,
+            "perplexity": perplexity_of(total / count),
+            "targets": int(count),
+        }
+        for first, end, total, count in rows
+        if count
+    ]
 
 
 def hash_documents(documents: list[np.ndarray]) -> str:

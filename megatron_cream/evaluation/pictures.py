@@ -40,8 +40,14 @@ from megatron_cream.evaluation.charts import (
     name_lines,
     style,
 )
-from megatron_cream.evaluation.intervals import perplexity_interval, perplexity_of
-from megatron_cream.evaluation.results import Result, lengths_of, ruler_score, short
+from megatron_cream.evaluation.results import (
+    Result,
+    lengths_of,
+    perplexity_interval,
+    perplexity_of,
+    ruler_score,
+    short,
+)
 from megatron_cream.positions.plots import require_matplotlib
 
 if TYPE_CHECKING:

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of what is evaluated, and the words that it puts around a task.
+"""Builds prompts of an exact token length: the tokenizer, a chat template around tasks, haystacks.
 
-Text is encoded piece by piece; a chat template may stand around it.
+A haystack is a context and the questions asked about it. Pieces of text are encoded one by one and
+joined as tokens, so that neither a neighbour nor the padding changes a needle's tokens. What is
+left of the length is filled with prose in front of the task, cut at a token, and with blank lines
+in front of shorter questions.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +24,10 @@ from megatron_cream.checkpoint.iterations import read_saved_arguments
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
 from megatron_cream.errors import MissingPackageError, UserError
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
+from megatron_cream.evaluation.task_texts import HaystackText, Question, prose, space_out
 
 if TYPE_CHECKING:
+    from megatron_cream.evaluation.evaluation_tasks import EvaluationTask
     from megatron_cream.evaluation.forward import ScoringModel
 
 STYLES = ("base", "chat")
@@ -53,7 +62,8 @@ class Prompt:
             raise UserError(f"--prompt is {style!r}: it must be one of {STYLES}")
         if bos and tokenizer.bos is None:
             raise UserError("--bos is given: the tokenizer has no token that begins a text")
-        self.bos = _adds_bos(tokenizer) if bos is None else bos
+        begins = tokenizer.bos is not None and getattr(tokenizer, "begins_with_bos", True)
+        self.bos = begins if bos is None else bos
         self._cache: dict[str, np.ndarray] = {}
         self._head, self._turn = "", ""
         if style == "chat":
@@ -150,12 +160,6 @@ def render(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
     return head, turn
 
 
-def _adds_bos(tokenizer: Tokenizer) -> bool:
-    if tokenizer.bos is None:
-        return False
-    return getattr(tokenizer, "begins_with_bos", True)
-
-
 def open_tokenizer(settings: EvaluationSettings) -> tuple[Tokenizer, str | None]:
     """Return the tokenizer, and the folder or file it came from.
 
@@ -224,3 +228,183 @@ def validate_vocabulary(tokenizer: Tokenizer, model: ScoringModel) -> None:
             f"--tokenizer-model has {size} tokens, {model.name} has {most}: it must be the "
             "tokenizer that the model was trained with"
         )
+
+
+ROUND = 8
+"""Tails are a multiple of so many tokens, so that cases of other seeds have the same shape."""
+
+
+@dataclass(frozen=True)
+class CaseTail:
+    """The end of a case in tokens: blank lines, question, cue, answer.
+
+    Attributes:
+        tokens: int64 ``[t]``.
+        items: tokens of each part of the answer; together the last ones of ``tokens``.
+        where: as in ``Question``.
+    """
+
+    tokens: np.ndarray
+    items: tuple[int, ...]
+    where: float
+
+    @property
+    def answer(self) -> np.ndarray:
+        """Tokens of the answer."""
+        return self.tokens[len(self.tokens) - sum(self.items) :]
+
+
+@dataclass(frozen=True)
+class HaystackCases:
+    """Cases that share a context.
+
+    Attributes:
+        context: int64 ``[c]``.
+        tails: of the same number of tokens each.
+        length: tokens of a case, ``c + t``.
+        seed: what it was drawn from.
+        number: which one of those that task, length and seed make.
+    """
+
+    context: np.ndarray
+    tails: list[CaseTail]
+    length: int
+    seed: int
+    number: int = 0
+
+
+@dataclass
+class HaystackBuilder:
+    """Builds haystacks out of texts.
+
+    Attributes:
+        prompt: tokenizer and the words around a task.
+        shots: worked examples in front of the haystack.
+    """
+
+    prompt: Prompt
+    shots: list[HaystackText] = field(default_factory=list)
+
+    def make(
+        self,
+        task: EvaluationTask,
+        length: int,
+        seed: int,
+        cases: int,
+        records_of: int | None = None,
+        query_aware: bool = False,
+    ) -> list[HaystackCases]:
+        """Return haystacks of ``length`` tokens with ``cases`` questions in all.
+
+        Each has as large a body as fits. With ``records_of``, tokens, longer haystacks have the
+        records and questions of one of that length, and prose between them. ``query_aware`` names
+        the question in front as well, so that each has a haystack of its own.
+
+        Raises:
+            UserError: the length is too short for the task, or too long.
+        """
+        least = cases if task.least is None else task.least
+        filled = length if records_of is None else min(length, records_of)
+        texts = task.aware if query_aware and task.aware else task.texts
+        made = []
+        for number, draw in enumerate(texts(filled, seed, cases)):
+            text = draw(self._most_pieces(task.name, draw, filled, least, task.most))
+            if filled < length:
+                spaced = partial(space_out, text, seed)
+                text = spaced(self._most_pieces(task.name, spaced, length))
+            made.append(self._build(text, length, seed, number))
+        return made
+
+    def _most_pieces(
+        self,
+        name: str,
+        draw: Callable[[int], HaystackText],
+        length: int,
+        least: int = 1,
+        most: int = sys.maxsize,
+    ) -> int:
+        """Return how many pieces of a body fit in ``length`` tokens.
+
+        Args:
+            name: the task's, for the message.
+            draw: number of pieces of the body to a text; a pure function.
+            least: smallest number of pieces that makes a case.
+            most: how many different pieces there are.
+
+        Raises:
+            UserError: not even ``least`` pieces fit, or more than ``most`` would.
+        """
+        smallest = self._size(draw(least))
+        if smallest > length:
+            raise UserError(
+                f"--lengths has {length}: {name} needs at least {smallest} tokens with this "
+                "tokenizer, prompt and number of cases"
+            )
+        fits, over = least, least + 1
+        while over <= most and self._size(draw(over)) <= length:
+            fits, over = over, min(2 * over, most + 1)
+        while over - fits > 1:
+            middle = (fits + over) // 2
+            fits, over = (middle, over) if self._size(draw(middle)) <= length else (fits, middle)
+        if fits >= most:
+            raise UserError(
+                f"--lengths has {length}: {name} has no more than {most} pieces, which do not "
+                "fill it; take a shorter one"
+            )
+        return fits
+
+    def build_as_is(self, text: HaystackText) -> tuple[np.ndarray, CaseTail]:
+        """Return context and tail of a text with one question, without any padding."""
+        (question,) = text.questions
+        return self._context(text), self._tail(question)
+
+    def _build(self, text: HaystackText, length: int, seed: int, number: int) -> HaystackCases:
+        longest = max(len(self._tail_tokens(question)) for question in text.questions)
+        room = length - len(self._context(text))
+        size = min(room, -(-longest // ROUND) * ROUND)
+        context = self._context(text, room - size)
+        tails = [self._tail(question, size) for question in text.questions]
+        return HaystackCases(context, tails, length, seed, number)
+
+    def _size(self, text: HaystackText) -> int:
+        longest = max(len(self._tail_tokens(question)) for question in text.questions)
+        return len(self._context(text)) + longest
+
+    def _context(self, text: HaystackText, padding: int = 0) -> np.ndarray:
+        encode = self.prompt.encode
+        pieces = [*self.prompt.opening(), *self._shot_pieces()]
+        if padding:  # the last token is a line break
+            filler = encode(prose(padding, encode))[: padding - 1]
+            pieces.append(np.append(filler, encode("\n")[:1]))
+        pieces += self.prompt.encode_all([text.intro, *text.body])
+        return np.concatenate(pieces)
+
+    def _shot_pieces(self) -> Iterable[np.ndarray]:
+        for shot in self.shots:
+            question = shot.questions[0]
+            for text in (shot.intro, *shot.body, question.text, question.cue, *question.items):
+                yield self.prompt.encode(text)
+            yield self.prompt.encode("\n\n")
+
+    def _tail_tokens(self, question: Question) -> np.ndarray:
+        encode = self.prompt.encode
+        turn = self.prompt.turn()
+        # After a turn the cue begins a text; its space belongs to what came before it.
+        cue = question.cue.lstrip() if turn else question.cue
+        pieces = [encode(question.text), *turn, encode(cue), *map(encode, question.items)]
+        return np.concatenate(pieces)
+
+    def _tail(self, question: Question, size: int = 0) -> CaseTail:
+        """Return a tail of at least ``size`` tokens, with blank lines in front.
+
+        A space that is a token of its own before the first part of the answer belongs to the cue:
+        a model that would rather write "a" there has not missed the answer.
+        """
+        tokens = self._tail_tokens(question)
+        padding = np.resize(self.prompt.encode("\n"), max(0, size - len(tokens)))
+        sizes = [len(self.prompt.encode(item)) for item in question.items]
+        for token in self.prompt.encode(question.items[0]):
+            if self.prompt.tokenizer.decode([token]).strip():
+                break
+            sizes[0] -= 1
+        return CaseTail(np.concatenate([padding, tokens]), tuple(sizes), question.where)

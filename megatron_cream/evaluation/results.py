@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished cases and documents to results: shares, perplexities, 95 % intervals, and tables."""
+"""Tables of results, and the 95 % intervals of shares and perplexities that they have."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
-from megatron_cream.evaluation.intervals import (
-    effective_count,
-    perplexity_interval,
-    perplexity_of,
-    wilson,
-)
 from megatron_cream.evaluation.ruler import TASKS as RULER_TASKS
 
 Records = list[dict[str, Any]]
@@ -24,141 +19,12 @@ PER_DOCUMENT = ("perplexity", "longppl")
 """Tasks that score documents; the others have cases."""
 
 
-def case_results(cases: Records, places: int, number: bool, placed: bool) -> dict[str, Any]:
-    """Return shares by length, and by length and place of the answer.
-
-    Args:
-        cases: ``CaseScore`` records.
-        places: how many places were asked for, evenly from 0 to 1.
-        number: whether the first integer is scored.
-        placed: whether answers have places.
-    """
-    cases = sorted(cases, key=lambda c: (c["length"], c["seed"], c["haystack"], c["index"]))
-    result: Result = {
-        "lengths": [_shares(group, number) for group in _by(cases, lambda c: c["length"])]
-    }
-    if placed:
-        steps = max(1, places - 1)
-        groups = _by(cases, lambda c: (c["length"], round(c["where"] * steps) / steps))
-        result["places"] = [
-            {"where": round(group[0]["where"] * steps) / steps, **_shares(group, number)}
-            for group in groups
-        ]
-    return result
-
-
-def _by(records: Records, key: Callable[[dict[str, Any]], Any]) -> list[Records]:
+def grouped(records: Records, key: Callable[[dict[str, Any]], Any]) -> list[Records]:
+    """Return records that have the same key together, by key."""
     groups: defaultdict[Any, Records] = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     return [groups[name] for name in sorted(groups)]
-
-
-def _shares(cases: Records, number: bool) -> dict[str, Any]:
-    hits = [case["hit"] for case in cases]
-    share = sum(hits) / len(hits)
-    independent = effective_count(hits, [(case["seed"], case["haystack"]) for case in cases])
-    low, high = wilson(share, independent)
-    found = {
-        "length": cases[0]["length"],
-        "cases": len(cases),
-        "haystacks": len({(case["seed"], case["haystack"]) for case in cases}),
-        "hit": share,
-        "hit_low": low,
-        "hit_high": high,
-        "independent_cases": round(independent, 1),
-        "items": float(np.mean([case["items"] for case in cases])),
-        "tokens": float(np.mean([case["tokens"] for case in cases])),
-        "logprob": float(np.mean([case["logprob"] for case in cases])),
-        "logprob_per_token": sum(case["logprob"] for case in cases)
-        / sum(case["answer_tokens"] for case in cases),
-    }
-    if number:
-        found["number"] = float(np.mean([case["number"] for case in cases]))
-    return found
-
-
-def perplexity_results(documents: Records) -> dict[str, Any]:
-    """Return perplexity by length, and by length and position in the window.
-
-    Args:
-        documents: ``DocumentScore`` records.
-    """
-    groups = _by(documents, lambda d: d["length"])
-    return {
-        "lengths": [_perplexity(group) for group in groups],
-        "positions": [row for group in groups for row in _positions(group)],
-    }
-
-
-def longppl_results(documents: Records) -> dict[str, Any]:
-    """Return LongPPL by length beside what ``perplexity_results`` has.
-
-    Args:
-        documents: ``DocumentScore`` records with key tokens.
-    """
-    found = perplexity_results(documents)
-    groups = _by(documents, lambda d: d["length"])
-    found["lengths"] = [row | _key(own) for row, own in zip(found["lengths"], groups, strict=True)]
-    return found
-
-
-def _key(documents: Records) -> dict[str, Any]:
-    """Return LongPPL of one length, over the key tokens of all documents together.
-
-    Documents have unequal numbers of them: the interval is that of a ratio of two sums.
-    """
-    documents = sorted(documents, key=lambda d: d["document"])
-    nll = np.array([d["key_nll"] for d in documents])
-    targets = np.array([d["key_targets"] for d in documents])
-    mean = float(nll.sum() / targets.sum())
-    low, high = perplexity_interval((mean + (nll - mean * targets) / targets.mean()).tolist())
-    return {
-        "longppl": perplexity_of(mean),
-        "longppl_low": low,
-        "longppl_high": high,
-        "key_targets": int(targets.sum()),
-        "document_key_nll": nll.tolist(),
-        "document_key_targets": targets.tolist(),
-    }
-
-
-def _perplexity(documents: Records) -> dict[str, Any]:
-    documents = sorted(documents, key=lambda d: d["document"])
-    nll = [sum(d["nll"]) for d in documents]
-    targets = [sum(d["targets"]) for d in documents]
-    mean = sum(nll) / sum(targets)
-    per_target = [n / t for n, t in zip(nll, targets, strict=True)]
-    low, high = perplexity_interval(per_target)
-    return {
-        "length": documents[0]["length"],
-        "perplexity": perplexity_of(mean),
-        "low": low,
-        "high": high,
-        "nll": mean,
-        "targets": sum(targets),
-        "documents": len(documents),
-        "document_nll": per_target,
-    }
-
-
-def _positions(documents: Records) -> Records:
-    length = documents[0]["length"]
-    edges = buckets(length)
-    nll = np.sum([d["nll"] for d in documents], axis=0)
-    targets = np.sum([d["targets"] for d in documents], axis=0)
-    rows = zip(edges, edges[1:], nll, targets, strict=False)
-    return [
-        {
-            "length": length,
-            "from": first,
-            "to": end,
-            "perplexity": perplexity_of(total / count),
-            "targets": int(count),
-        }
-        for first, end, total, count in rows
-        if count
-    ]
 
 
 def buckets(length: int) -> list[int]:
@@ -343,3 +209,65 @@ def _cells(result: Result, lengths: Sequence[int]) -> list[str]:
         else:
             cells[row["length"]] = f"{percent(row['hit'])} ({row['logprob_per_token']:.2f})"
     return list(cells.values())
+
+
+_NORMAL = 1.959964
+# Student's t at 97.5 % for 1 .. 30 degrees of freedom.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+_LARGEST = 709.0  # exp of more is no float
+
+
+def perplexity_of(nll: float) -> float:
+    """Return ``exp(nll)``, infinite where a broken model's is more than a float holds."""
+    return math.exp(nll) if nll < _LARGEST or math.isnan(nll) else math.inf
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Return Wilson's interval (1927) of a share seen in ``count`` independent cases."""
+    z2 = _NORMAL**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _NORMAL * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def effective_count(values: Sequence[float], groups: Sequence[Hashable]) -> float:
+    """Return how many independent cases ``values`` are worth.
+
+    Cases that share a haystack succeed and fail together. Their number is divided by the design
+    effect: the variance of the mean with whole groups for units, over that of independent cases.
+    It is never below the number of groups, nor above that of cases.
+    """
+    array = np.asarray(values, dtype=float)
+    names = sorted(set(groups), key=str)
+    spread = float(array.var())
+    if len(names) < 2 or spread == 0:
+        return float(len(array))
+    residuals = array - array.mean()
+    member = np.array([names.index(group) for group in groups])
+    sums = np.bincount(member, residuals)
+    clustered = (sums**2).sum() / len(array) ** 2 * len(names) / (len(names) - 1)
+    effect = clustered / (spread / len(array))
+    return float(min(len(array), max(len(names), len(array) / effect))) if effect else len(array)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return Student's interval of the mean; NaN for one value."""
+    count = len(values)
+    if count < 2:
+        return math.nan, math.nan
+    degrees = count - 1
+    t = _T[degrees - 1] if degrees <= len(_T) else _NORMAL + 2.45 / degrees
+    half = t * float(np.std(values, ddof=1)) / math.sqrt(count)
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def perplexity_interval(nll: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the ends of Student's interval of a mean in nats, as perplexities; None of one."""
+    low, high = t_interval(nll)
+    return (None, None) if math.isnan(low) else (perplexity_of(low), perplexity_of(high))

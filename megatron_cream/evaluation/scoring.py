@@ -28,11 +28,10 @@ from megatron_cream.evaluation.forward import (
     progress_bar,
     weigh_tokens,
 )
-from megatron_cream.evaluation.haystacks import CaseTail, HaystackBuilder, HaystackCases
-from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.prompts import CaseTail, HaystackBuilder, HaystackCases, Prompt
 from megatron_cream.evaluation.result_files import CASE_RECORDS, NUMBER_CASE_RECORDS
-from megatron_cream.evaluation.results import case_results
-from megatron_cream.evaluation.store import ResultStore, open_store
+from megatron_cream.evaluation.results import Records, effective_count, grouped, wilson
+from megatron_cream.evaluation.store import open_store
 
 _MOST_MASK = 2**26  # values of a tail mask
 _SHOT_SEED = 1_000_000  # far from the seeds of cases
@@ -93,22 +92,60 @@ class ScoringBatch:
                 yield one.length, one.seed, one.number, index
 
 
+def make_haystacks(settings: EvaluationSettings, prompt: Prompt, task: str) -> list[HaystackCases]:
+    """Return all cases of a task, shortest first.
+
+    Raises:
+        UserError: a task that does not fit a length, or a file that is not of the task.
+    """
+    kind = TASKS[task]
+    shots = [kind.shot(_SHOT_SEED + i) for i in range(settings.shots)]
+    builder = HaystackBuilder(prompt, shots)
+    if (path := settings.cases_file) is not None:
+        limits = settings.seeds, settings.cases
+        return read_haystacks(task, path, builder, *limits, settings.query_aware)
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    how = settings.cases, settings.records_of, settings.query_aware
+    made: list[HaystackCases] = []
+    for length in settings.lengths:
+        groups: Iterable[list[HaystackCases]] = (
+            builder.make(kind, length, seed, *how) for seed in seeds
+        )
+        if not kind.placed:  # each case is a haystack, and none of them is needed for the others
+            groups = ([one] for group in groups for one in group)
+        made += take_within(groups, settings.most_tokens)
+    return made
+
+
 def score_cases(
-    settings: EvaluationSettings, model: ScoringModel, prompt: Prompt, task: str
+    settings: EvaluationSettings,
+    model: ScoringModel,
+    prompt: Prompt,
+    task: str,
+    haystacks: Sequence[HaystackCases],
 ) -> dict[str, Any]:
-    """Score one task and return its results; write them if there is a folder.
+    """Score a task's haystacks and return the results; write them if there is a folder.
 
     A run that was killed is continued: cases that the folder has are not scored again.
     """
     kind = TASKS[task]
-    haystacks = make_haystacks(settings, prompt, task)
     records = NUMBER_CASE_RECORDS if kind.number else CASE_RECORDS
-    decisive = _case_settings(settings, prompt)
-    with open_store(settings, model, task, decisive, records) as store:
+    with open_store(settings, model, task, _case_settings(settings, prompt), records) as store:
         batches = list(make_batches(haystacks, settings.batch_tokens, model.shares_context))
-        known = {case for batch in batches for case in batch.cases()}
-        store.validate_finished({one.length for one in haystacks}, known)
-        _score_batches(model, task, prompt, batches, store)
+        lengths = sorted({one.length for one in haystacks})
+        store.validate_finished(set(lengths), {one for batch in batches for one in batch.cases()})
+        done = store.done
+        left = [batch for batch in batches if not done.issuperset(batch.cases())]
+        total, missing = (sum(batch.work for batch in some) for some in (batches, left))
+        with progress_bar(task, total, model.primary) as bar:
+            bar.update(total - missing)
+            for length in lengths:
+                model.set_length(length)
+                same = [batch for batch in left if batch.haystacks[0].length == length]
+                for batch, scores in zip(same, model.run(map(make_pass, same)), strict=True):
+                    found = [_record(score, task, prompt) for score in read_scores(batch, scores)]
+                    store.add([one for one in found if records.identity(one) not in done])
+                    bar.update(batch.work)
         return store.finish(case_results(store.finished, settings.cases, kind.number, kind.placed))
 
 
@@ -132,22 +169,6 @@ def _case_settings(settings: EvaluationSettings, prompt: Prompt) -> dict[str, An
     }
 
 
-def _score_batches(
-    model: ScoringModel, task: str, prompt: Prompt, batches: list[ScoringBatch], store: ResultStore
-) -> None:
-    done = store.done
-    left = [batch for batch in batches if any(case not in done for case in batch.cases())]
-    with progress_bar(task, sum(batch.work for batch in batches), model.primary) as bar:
-        bar.update(bar.total - sum(batch.work for batch in left))
-        for length in sorted({batch.haystacks[0].length for batch in left}):
-            model.set_length(length)
-            same = [batch for batch in left if batch.haystacks[0].length == length]
-            for batch, scores in zip(same, model.run(map(make_pass, same)), strict=True):
-                found = [_record(score, task, prompt) for score in read_scores(batch, scores)]
-                store.add([record for record in found if CASE_RECORDS.identity(record) not in done])
-                bar.update(batch.work)
-
-
 def _record(score: CaseScore, task: str, prompt: Prompt) -> dict[str, Any]:
     record = dataclasses.asdict(score)
     after = record.pop("next")
@@ -156,63 +177,6 @@ def _record(score: CaseScore, task: str, prompt: Prompt) -> dict[str, Any]:
         goes_on = prompt.tokenizer.decode([after])[:1].isdigit()
         record["number"] = score.hit and not goes_on
     return record
-
-
-def make_haystacks(settings: EvaluationSettings, prompt: Prompt, task: str) -> list[HaystackCases]:
-    """Return all cases of a run, shortest first.
-
-    Raises:
-        UserError: a task that does not fit a length, or a file that is not of the task.
-    """
-    builder = _builder(settings, prompt, task)
-    if settings.cases_file is not None:
-        return read_haystacks(
-            task,
-            settings.cases_file,
-            builder,
-            settings.seeds,
-            settings.cases,
-            settings.query_aware,
-        )
-    return _draw(settings, builder, task, settings.lengths)
-
-
-def validate_fit(settings: EvaluationSettings, prompt: Prompt, task: str) -> Sequence[int]:
-    """Return the lengths of a task's cases, if there are such cases.
-
-    Raises:
-        UserError: a length that is too short for the task, or a file that is not of the task.
-    """
-    if settings.cases_file is not None:
-        return [make_haystacks(settings, prompt, task)[0].length]
-    # What fits a length fits longer ones too, but for those that a task asks more of.
-    lengths = settings.lengths
-    reached = [[n for n in lengths if n >= least] for least in (1, *TASKS[task].harder_from)]
-    shortest = sorted({found[0] for found in reached if found})
-    _draw(settings, _builder(settings, prompt, task), task, shortest)
-    return lengths
-
-
-def _builder(settings: EvaluationSettings, prompt: Prompt, task: str) -> HaystackBuilder:
-    return HaystackBuilder(
-        prompt, [TASKS[task].shot(_SHOT_SEED + i) for i in range(settings.shots)]
-    )
-
-
-def _draw(
-    settings: EvaluationSettings, builder: HaystackBuilder, task: str, lengths: Iterable[int]
-) -> list[HaystackCases]:
-    kind, made = TASKS[task], []
-    for length in lengths:
-        seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-        how = settings.cases, settings.records_of, settings.query_aware
-        groups: Iterable[list[HaystackCases]] = (
-            kind.make(builder, length, seed, *how) for seed in seeds
-        )
-        if not kind.placed:  # each case is a haystack, and none of them is needed for the others
-            groups = ([one] for group in groups for one in group)
-        made += take_within(groups, settings.most_tokens)
-    return made
 
 
 def take_within(groups: Iterable[list[HaystackCases]], most: int | None) -> list[HaystackCases]:
@@ -299,3 +263,50 @@ def _score(
         answer_tokens=len(answer),
         next=int(best[-1]),
     )
+
+
+def case_results(cases: Records, places: int, number: bool, placed: bool) -> dict[str, Any]:
+    """Return shares by length, and by length and place of the answer.
+
+    Args:
+        cases: ``CaseScore`` records.
+        places: how many places were asked for, evenly from 0 to 1.
+        number: whether the first integer is scored.
+        placed: whether answers have places.
+    """
+    cases = sorted(cases, key=lambda c: (c["length"], c["seed"], c["haystack"], c["index"]))
+    result: dict[str, Any] = {
+        "lengths": [_shares(group, number) for group in grouped(cases, lambda c: c["length"])]
+    }
+    if placed:
+        steps = max(1, places - 1)
+        groups = grouped(cases, lambda c: (c["length"], round(c["where"] * steps) / steps))
+        result["places"] = [
+            {"where": round(group[0]["where"] * steps) / steps, **_shares(group, number)}
+            for group in groups
+        ]
+    return result
+
+
+def _shares(cases: Records, number: bool) -> dict[str, Any]:
+    hits = [case["hit"] for case in cases]
+    share = sum(hits) / len(hits)
+    independent = effective_count(hits, [(case["seed"], case["haystack"]) for case in cases])
+    low, high = wilson(share, independent)
+    found = {
+        "length": cases[0]["length"],
+        "cases": len(cases),
+        "haystacks": len({(case["seed"], case["haystack"]) for case in cases}),
+        "hit": share,
+        "hit_low": low,
+        "hit_high": high,
+        "independent_cases": round(independent, 1),
+        "items": float(np.mean([case["items"] for case in cases])),
+        "tokens": float(np.mean([case["tokens"] for case in cases])),
+        "logprob": float(np.mean([case["logprob"] for case in cases])),
+        "logprob_per_token": sum(case["logprob"] for case in cases)
+        / sum(case["answer_tokens"] for case in cases),
+    }
+    if number:
+        found["number"] = float(np.mean([case["number"] for case in cases]))
+    return found

@@ -10,24 +10,113 @@ frequent ones.
 
 from __future__ import annotations
 
+import json
 import uuid
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib import resources
 
 import numpy as np
 
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.haystacks import (
-    ADJECTIVES,
-    MOST_NAMES,
-    NOUNS,
-    HaystackText,
-    Question,
-    even_places,
-    names,
-    rng,
-    sentences,
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a haystack, as text.
+
+    Attributes:
+        text: the question.
+        cue: how the answer begins; given to the model, not scored.
+        items: the answer in parts, each with the space or the comma before it.
+        where: where in the context the answer stands, from 0 (its beginning) to 1.
+    """
+
+    text: str
+    cue: str
+    items: tuple[str, ...]
+    where: float
+
+
+@dataclass(frozen=True)
+class HaystackText:
+    """A haystack as text: an introduction, the pieces of its body, and questions."""
+
+    intro: str
+    body: list[str]
+    questions: list[Question]
+
+
+def rng(*parts: str | int) -> np.random.Generator:
+    """Return a generator that names and numbers decide, the same on every machine."""
+    numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
+    return np.random.default_rng(numbers)
+
+
+_VOCABULARY: dict[str, list[str]] = json.loads(
+    (resources.files(__package__) / "vocabulary.json").read_text("utf-8")
 )
+ADJECTIVES, NOUNS = _VOCABULARY["adjectives"], _VOCABULARY["nouns"]
+
+
+def sentence(draw: np.random.Generator) -> str:
+    """Return one sentence of prose, with the space before it."""
+    adjective, person, doing, place, time = (
+        _VOCABULARY[kind][draw.integers(len(_VOCABULARY[kind]))]
+        for kind in ("adjectives", "people", "doings", "places", "times")
+    )
+    return f" {time} the {adjective} {person} {doing} {place}."
+
+
+@lru_cache(maxsize=32)
+def sentences(seed: int, count: int) -> tuple[str, ...]:
+    """Return ``count`` sentences; a longer list of the same seed begins with a shorter one."""
+    draw = np.random.default_rng([seed, 17])
+    return tuple(sentence(draw) for _ in range(count))
+
+
+def prose(tokens: int, encode: Callable[[str], np.ndarray]) -> str:
+    """Return prose of at least ``tokens`` tokens, always the same."""
+    count = 1
+    while len(encode(text := "".join(sentences(0, count)))) < tokens:
+        count *= 2
+    return text
+
+
+MOST_NAMES = len(ADJECTIVES) * len(NOUNS)
+
+
+def names(draw: np.random.Generator, count: int) -> list[str]:
+    """Return different names such as ``amber-lantern``.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if count > MOST_NAMES:
+        raise UserError(
+            f"{count} different names are needed: there are {MOST_NAMES}; take a shorter case"
+        )
+    chosen = draw.permutation(MOST_NAMES)[:count]
+    return [f"{ADJECTIVES[i % len(ADJECTIVES)]}-{NOUNS[i // len(ADJECTIVES)]}" for i in chosen]
+
+
+def space_out(text: HaystackText, seed: int, count: int) -> HaystackText:
+    """Return a text with ``count`` sentences of prose behind the pieces of its body, evenly."""
+    said, pieces = sentences(seed, count), len(text.body)
+    borders = [count * i // pieces for i in range(pieces + 1)]
+    body = [
+        piece + "".join(said[a:b]).lstrip() + "\n" * (b > a)
+        for piece, a, b in zip(text.body, borders, borders[1:], strict=False)
+    ]
+    return HaystackText(text.intro, body, text.questions)
+
+
+def even_places(count: int) -> list[float]:
+    """Return ``count`` places from 0 to 1, both included; the middle for one."""
+    return [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
+
 
 _PASSKEY_INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -208,7 +297,7 @@ _FREQUENT_INTRO = (
     "Find the three most frequently appeared coded words.\n"
 )
 _COMMON = 10
-LONG = 4096  # from here on RULER's frequencies; shorter cases would not fit them
+_LONG = 4096  # from here on RULER's frequencies; shorter cases would not fit them
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 MOST_COMMON = MOST_NAMES - _COMMON
 MOST_FREQUENT = len(_SYLLABLES) ** 3 - 1
@@ -216,7 +305,7 @@ MOST_FREQUENT = len(_SYLLABLES) ** 3 - 1
 
 def common_texts(length: int, seed: int, cases: int) -> list[Callable[[int], HaystackText]]:
     """Return ten words 30 times each among words that stand there 3 times (10, 1 below 4096)."""
-    times = (30, 3) if length >= LONG else (10, 1)
+    times = (30, 3) if length >= _LONG else (10, 1)
     return [partial(common, seed, case, _COMMON, times) for case in range(cases)]
 
 

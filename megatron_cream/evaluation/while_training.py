@@ -26,12 +26,10 @@ from megatron_cream.corpus.tokenizers import load_tokenizer
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.forward import ForwardPass, PassScores
-from megatron_cream.evaluation.haystacks import HaystackBuilder
-from megatron_cream.evaluation.intervals import perplexity_of
 from megatron_cream.evaluation.longppl import SHORT, KeyTokens, read_key_tokens
 from megatron_cream.evaluation.perplexity import hash_documents, read_first_tokens
-from megatron_cream.evaluation.prompts import Prompt
-from megatron_cream.evaluation.results import short
+from megatron_cream.evaluation.prompts import HaystackBuilder, Prompt
+from megatron_cream.evaluation.results import perplexity_of, short
 from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
 from megatron_cream.evaluation.store import write_whole
 from megatron_cream.mcore.argument_table import vocabulary
@@ -155,7 +153,7 @@ def _cases(args: Namespace, lengths: list[int]) -> dict[int, list[Question]]:
     task, builder = TASKS[args.validate_task], HaystackBuilder(prompt, [])
     made = {}
     for length in lengths:
-        haystacks = task.make(builder, length, 0, args.validate_cases)
+        haystacks = builder.make(task, length, 0, args.validate_cases)
         batches = make_batches(haystacks, 1, share=False)  # one case per pass
         made[length] = [_ask_case(batch) for batch in batches]
     return made

@@ -13,10 +13,9 @@ from megatron_cream.corpus.retrieval_words import Haystack, read_haystack
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
 from megatron_cream.data.indexed import read_index, read_metadata, validate_metadata
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation import haystacks
+from megatron_cream.evaluation import task_texts
 from megatron_cream.evaluation.evaluation_tasks import TASKS
-from megatron_cream.evaluation.haystacks import HaystackBuilder
-from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.prompts import HaystackBuilder, Prompt
 from megatron_cream.positions import make_strategy, philox
 
 LENGTH = 2048
@@ -123,15 +122,15 @@ def eval_cases():
     tokenizer = load_tokenizer("ByteLevelTokenizer")
     kit = HaystackBuilder(Prompt(tokenizer))
     for name, task in TASKS.items():
-        for one in task.make(kit, 8000, 0, 3):
+        for one in kit.make(task, 8000, 0, 3):
             questions = [tokenizer.decode(tail.tokens) for tail in one.tails]
             yield name, tokenizer.decode(one.context), questions
 
 
 def test_nothing_of_the_evaluation_stands_in_a_document(texts):
     ours = "".join(texts)
-    assert not set(words.ADJECTIVES) & set(haystacks.ADJECTIVES)
-    assert not set(words.NOUNS) & set(haystacks.NOUNS)
+    assert not set(words.ADJECTIVES) & set(task_texts.ADJECTIVES)
+    assert not set(words.NOUNS) & set(task_texts.NOUNS)
     # Version 4 of UUIDs is the evaluation's.
     version = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-([0-9a-f])[0-9a-f]{3}-")
     assert set(version.findall(ours)) == set(words.UUID_VERSIONS)

@@ -114,17 +114,16 @@ def test_more_is_asked_of_longer_common_words(small_hf, unloaded):
 def test_a_record_that_has_too_few_lines(small_hf):
     from megatron_cream.corpus.tokenizers import load_tokenizer
     from megatron_cream.evaluation.evaluation_tasks import TASKS
-    from megatron_cream.evaluation.haystacks import HaystackBuilder
-    from megatron_cream.evaluation.prompts import Prompt
+    from megatron_cream.evaluation.prompts import HaystackBuilder, Prompt
     from megatron_cream.evaluation.task_texts import longchat
 
     task = dataclasses.replace(TASKS["longchat-lines"], most=40)
     kit = HaystackBuilder(Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf)))
     sizes = [kit._size(longchat(3, 2, count)) for count in (39, 40)]
     # 39 lines fit, though twice 32, which the search tries, are more than there are.
-    assert task.make(kit, sum(sizes) // 2, 3, 2)[0].length == sum(sizes) // 2
+    assert kit.make(task, sum(sizes) // 2, 3, 2)[0].length == sum(sizes) // 2
     with pytest.raises(ValueError, match="--lengths has .*longchat-lines has no more than 40"):
-        task.make(kit, sizes[1] + 100, 3, 2)
+        kit.make(task, sizes[1] + 100, 3, 2)
 
 
 def cases_file(folder, count=3):

@@ -12,9 +12,13 @@ from support.arguments import arguments
 from support.evaluation import run
 
 from megatron_cream.evaluation.forward import PassScores
-from megatron_cream.evaluation.perplexity import buckets, score_document, windows
+from megatron_cream.evaluation.perplexity import (
+    buckets,
+    perplexity_results,
+    score_document,
+    windows,
+)
 from megatron_cream.evaluation.result_files import read_result
-from megatron_cream.evaluation.results import perplexity_results
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 200))

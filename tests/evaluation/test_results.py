@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from megatron_cream.evaluation.intervals import effective_count, t_interval, wilson
+from megatron_cream.evaluation.perplexity import perplexity_results
 from megatron_cream.evaluation.prompts import validate_vocabulary
-from megatron_cream.evaluation.results import case_results, length_name, perplexity_results
-from megatron_cream.evaluation.scoring import CaseScore, _record
+from megatron_cream.evaluation.results import effective_count, length_name, t_interval, wilson
+from megatron_cream.evaluation.scoring import CaseScore, _record, case_results
 
 
 def case(seed, haystack, index, hit, **changes):

@@ -22,9 +22,8 @@ from megatron_cream.evaluation import ruler
 from megatron_cream.evaluation.prompts import open_prompt
 from megatron_cream.evaluation.result_files import read_result
 from megatron_cream.evaluation.results_page import compare
-from megatron_cream.evaluation.ruler import making
-from megatron_cream.evaluation.ruler.answers import ruler_results
-from megatron_cream.evaluation.ruler.making import open_cases
+from megatron_cream.evaluation.ruler import answers
+from megatron_cream.evaluation.ruler.answers import open_cases, ruler_results
 from megatron_cream.evaluation.ruler.sampler import FREQUENT
 
 LENGTHS = [2600, 3000]
@@ -285,8 +284,8 @@ def test_cases_made_in_other_processes_are_the_same(asked, monkeypatch):
     settings = asked(lengths=[2600, 3000], ruler_tasks=tasks, samples=2)
     prompt = open_prompt(settings)
     here = open_cases(settings, prompt)
-    monkeypatch.setattr(making, "_FEW_TOKENS", 0)
-    monkeypatch.setattr(making, "_processes", lambda: 2)
+    monkeypatch.setattr(answers, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(answers, "_processes", lambda: 2)
     with closing(open_cases(settings, prompt)) as beside:
         assert list(beside) == list(here) and len(here) == 8
         for key, own in here.items():

@@ -13,7 +13,7 @@ from support.commands import exit_status, load_file
 from support.evaluation import run
 
 from megatron_cream.evaluation.evaluate import HELP
-from megatron_cream.evaluation.haystacks import HaystackCases
+from megatron_cream.evaluation.prompts import HaystackCases
 from megatron_cream.evaluation.result_files import CASE_RECORDS, read_result
 from megatron_cream.evaluation.results_page import compare
 from megatron_cream.evaluation.scoring import take_within

@@ -12,9 +12,8 @@ from megatron_cream.corpus.tokenizers import load_tokenizer
 from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.forward import ForwardPass, score_rows
 from megatron_cream.evaluation.generation import generate_tokens
-from megatron_cream.evaluation.haystacks import CaseTail, HaystackBuilder, HaystackCases
 from megatron_cream.evaluation.hf_model import HuggingFaceModel
-from megatron_cream.evaluation.prompts import Prompt
+from megatron_cream.evaluation.prompts import CaseTail, HaystackBuilder, HaystackCases, Prompt
 from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
 
 
@@ -140,7 +139,7 @@ def test_a_hit_is_what_generate_writes_on_a_trained_model():
     kit = HaystackBuilder(Prompt(tokenizer, "base", None, folder), [])
     made = []
     for task, length in (("passkey", 256), ("longchat-lines", 384), ("kv-retrieval", 640)):
-        made += TASKS[task].make(kit, length, 0, 3)
+        made += kit.make(TASKS[task], length, 0, 3)
     made = [dataclasses.replace(one, seed=i) for i, one in enumerate(made)]
     found, _ = scores(trained, made)
     trained.module.set_attn_implementation("sdpa")

@@ -6,7 +6,9 @@ import itertools
 import numpy as np
 
 from megatron_cream.evaluation.evaluation_tasks import TASKS
-from megatron_cream.evaluation.results import buckets, case_results, perplexity_results
+from megatron_cream.evaluation.perplexity import perplexity_results
+from megatron_cream.evaluation.results import buckets
+from megatron_cream.evaluation.scoring import case_results
 
 LENGTHS, WINDOW = (1024, 2048, 4096), 2048
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 
-from megatron_cream.evaluation.haystacks import sentences
+from megatron_cream.evaluation.task_texts import sentences
 
 CHAT = "[INST] {task_template} [/INST]"
 

@@ -13,8 +13,7 @@ import pytest
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluation_tasks import TASKS, read_haystacks
-from megatron_cream.evaluation.haystacks import HaystackBuilder
-from megatron_cream.evaluation.prompts import Prompt, render
+from megatron_cream.evaluation.prompts import HaystackBuilder, Prompt, render
 
 LENGTH = 3001
 
@@ -50,7 +49,7 @@ def prompt(request, small_hf):
 @pytest.mark.parametrize("shots", [0, 1])
 def test_exact_length_and_answer(prompt, task, shots):
     kit = HaystackBuilder(prompt, [TASKS[task].shot(i) for i in range(shots)])
-    made = TASKS[task].make(kit, LENGTH + 1000 * shots, 5, 2)
+    made = kit.make(TASKS[task], LENGTH + 1000 * shots, 5, 2)
     assert sum(len(haystack.tails) for haystack in made) == 2
     for haystack in made:
         for tail in haystack.tails:
@@ -65,7 +64,7 @@ def test_exact_length_and_answer(prompt, task, shots):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_seed_is_a_case(prompt, task):
     kit = HaystackBuilder(prompt)
-    first, again, other = (TASKS[task].make(kit, LENGTH, seed, 2) for seed in (5, 5, 6))
+    first, again, other = (kit.make(TASKS[task], LENGTH, seed, 2) for seed in (5, 5, 6))
     for left, right in zip(first, again, strict=True):
         assert np.array_equal(left.context, right.context)
         for one, two in zip(left.tails, right.tails, strict=True):
@@ -77,7 +76,7 @@ def test_needle_is_the_same_at_every_length(small_hf):
     prompt = Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf))
     needle = prompt.encode(" The pass key is")
     for length in range(900, 930):
-        for haystack in TASKS["passkey"].make(HaystackBuilder(prompt), length, 0, 3):
+        for haystack in HaystackBuilder(prompt).make(TASKS["passkey"], length, 0, 3):
             context = haystack.context.tolist()
             at = [i for i in range(len(context)) if context[i : i + len(needle)] == needle.tolist()]
             assert len(at) == 1
@@ -89,7 +88,7 @@ def test_needle_is_the_same_at_every_length(small_hf):
 
 def test_depths(small_hf):
     prompt = Prompt(load_tokenizer("HuggingFaceTokenizer", small_hf))
-    made = TASKS["passkey"].make(HaystackBuilder(prompt), 4000, 0, 5)
+    made = HaystackBuilder(prompt).make(TASKS["passkey"], 4000, 0, 5)
     places = []
     for haystack in made:
         text = prompt.tokenizer.decode(haystack.context)
@@ -99,7 +98,7 @@ def test_depths(small_hf):
 
 
 def test_a_lone_space_is_not_scored():
-    made = TASKS["passkey"].make(HaystackBuilder(Prompt(ByteLevelTokenizer())), 2000, 0, 1)
+    made = HaystackBuilder(Prompt(ByteLevelTokenizer())).make(TASKS["passkey"], 2000, 0, 1)
     tail = made[0].tails[0]
     assert tail.items == (5,)
     assert bytes(tail.answer.astype(np.uint8)).isdigit()
@@ -109,7 +108,7 @@ def test_a_lone_space_is_not_scored():
 @pytest.mark.parametrize("task", TASKS)
 def test_too_short(task):
     with pytest.raises(ValueError, match=f"--lengths has 64: {task} needs at least"):
-        TASKS[task].make(HaystackBuilder(Prompt(ByteLevelTokenizer())), 64, 0, 2)
+        HaystackBuilder(Prompt(ByteLevelTokenizer())).make(TASKS[task], 64, 0, 2)
 
 
 def test_chat_template(small_hf):
@@ -175,7 +174,7 @@ def test_bad_published_files(tmp_path, task, content, message):
 def text_of(task, cases, length=LENGTH, seed=5):
     """What a case says: its context, and question with answer of each tail."""
     prompt = Prompt(ByteLevelTokenizer())
-    for haystack in TASKS[task].make(HaystackBuilder(prompt), length, seed, cases):
+    for haystack in HaystackBuilder(prompt).make(TASKS[task], length, seed, cases):
         decode = prompt.tokenizer.decode
         yield decode(haystack.context), [decode(tail.tokens) for tail in haystack.tails]
 
@@ -222,8 +221,8 @@ def test_key_value_pairs_are_json_with_every_answer():
 def test_query_aware_cases_name_the_key_on_both_sides_of_the_same_pairs():
     kit = HaystackBuilder(Prompt(ByteLevelTokenizer()))
     decode = kit.prompt.tokenizer.decode
-    (plain,) = TASKS["kv-retrieval"].make(kit, LENGTH, 5, 3)
-    cases = TASKS["kv-retrieval"].make(kit, LENGTH, 5, 3, None, True)
+    (plain,) = kit.make(TASKS["kv-retrieval"], LENGTH, 5, 3)
+    cases = kit.make(TASKS["kv-retrieval"], LENGTH, 5, 3, None, True)
     shared = json.loads(decode(plain.context).split("JSON data:\n")[1])
     places = []
     for case in cases:
@@ -242,8 +241,8 @@ def test_query_aware_cases_name_the_key_on_both_sides_of_the_same_pairs():
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.records])
 def test_records_of_a_shorter_case_spread_over_a_longer_one(prompt, task):
     kit, decode = HaystackBuilder(prompt), prompt.tokenizer.decode
-    (near,) = TASKS[task].make(kit, LENGTH, 5, 3)
-    (far,) = TASKS[task].make(kit, 3 * LENGTH, 5, 3, LENGTH)
+    (near,) = kit.make(TASKS[task], LENGTH, 5, 3)
+    (far,) = kit.make(TASKS[task], 3 * LENGTH, 5, 3, LENGTH)
     assert len(far.context) + len(far.tails[0].tokens) == 3 * LENGTH
     record = re.compile(r"REGISTER_CONTENT is <\d+>|\"[-0-9a-f]{36}\": \"[-0-9a-f]{36}\"")
     found = [record.findall(decode(one.context)) for one in (near, far)]
@@ -253,7 +252,7 @@ def test_records_of_a_shorter_case_spread_over_a_longer_one(prompt, task):
     places = [one.start() for one in record.finditer(decode(far.context))]
     gaps = np.diff(places)
     assert gaps.max() < 6 * np.median(gaps), "the records stand all over it"
-    (same,) = TASKS[task].make(kit, LENGTH, 5, 3, LENGTH)
+    (same,) = kit.make(TASKS[task], LENGTH, 5, 3, LENGTH)
     assert np.array_equal(same.context, near.context)
 
 
