@@ -14,11 +14,9 @@ from support.runs import ITERATIONS
 
 from megatron_cream.checkpoint.doctor import validate_iteration
 from megatron_cream.errors import UserError
-from megatron_cream.evaluation.evaluate import open_model
+from megatron_cream.evaluation.evaluate import evaluate, open_model
 from megatron_cream.evaluation.forward import PassScores
 from megatron_cream.evaluation.perplexity import open_documents, score_perplexity
-from megatron_cream.evaluation.prompts import open_prompt
-from megatron_cream.evaluation.scoring import score_cases
 from megatron_cream.evaluation.while_training import Validation, _ask_document
 from megatron_cream.extras.long_validation import _validate_best
 
@@ -108,8 +106,8 @@ def test_cases_are_those_of_evaluation(tmp_path, dataset, flags):
     settings = arguments(
         tasks=["passkey"], checkpoint=str(tmp_path / "out"), lengths=[640], cases=3, seeds=1
     )
-    prompt = open_prompt(settings)
-    (row,) = score_cases(settings, open_model(settings), prompt, "passkey")["lengths"]
+    (result,) = evaluate(settings, open_model(settings))
+    (row,) = result["lengths"]
     wanted = row["logprob_per_token"]
     assert found[ITERATIONS]["passkey-log-likelihood-640"] == pytest.approx(wanted, rel=1e-4)
     assert found[ITERATIONS]["passkey-640"] == row["hit"]
