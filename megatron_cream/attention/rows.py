@@ -60,6 +60,35 @@ def attend_rows(
     return torch.cat(found, dim=2).to(q.dtype)
 
 
+def attend_last(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bands: Bands,
+    rotation: Rotation,
+    scale: float,
+    before: Tensor | None = None,
+) -> Tensor:
+    """Return attention ``[b, h, n, d]`` of the last n of m tokens, of which all keys are kept.
+
+    Args:
+        q: ``[b, h, n, d]``, unrotated.
+        k, v: ``[b, g, m, d]``, g dividing h, unrotated.
+        scale: of the logits, which ``bands.logit_factor`` of each text's length multiplies.
+        before: int64 ``[b, 1]``, tokens of each row that are before its text; None for none.
+    """
+    places = torch.arange(k.shape[2], device=k.device)[None]
+    if before is not None:
+        places = places - before
+    own = places[:, -q.shape[2] :]
+    scales: float | Tensor = scale
+    if bands.original_length:  # by what each text has by now
+        factors = [bands.logit_factor(last + 1) for last in own[:, -1].tolist()]
+        scales = scale * q.new_tensor(factors, dtype=rotation.inv_freq.dtype).view(-1, 1, 1, 1)
+    visible = (places[:, None] <= own[:, :, None]) & (places >= 0)[:, None]
+    return attend_rows(q, k, v, bands, rotation, scales, own, places, visible)
+
+
 def _by_groups(rows: Tensor, shared: Tensor) -> Tensor:
     """Return ``[b, h, n, x] @ [b, g, x, y]``; heads of a group are rows of one product."""
     groups = rows.reshape(rows.shape[0], shared.shape[1], -1, rows.shape[3])

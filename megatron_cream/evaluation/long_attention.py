@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_cream.attention.banded import banded_attention
 from megatron_cream.attention.bands import Bands
-from megatron_cream.attention.rows import attend_rows
+from megatron_cream.attention.rows import attend_last, attend_rows
 from megatron_cream.attention.shards import shards_of
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.evaluation.forward import running_tails, seen_keys, tail_mask
@@ -50,7 +50,9 @@ class BeyondWindow:
             whole = shards_of((tokens * self.group.size(),), self.group, query.device)
             return banded_attention(query, key, value, self.bands, rotation, scale, whole)
         if query.shape[2] < tokens:
-            return self._after_kept(query, key, value, scale, rotation)
+            # Shorter sequences begin later in the buffer.
+            before = None if seen is None else (~seen.mask).sum(1, keepdim=True)
+            return attend_last(query, key, value, self.bands, rotation, scale, before)
         count, tail = running_tails()
         if count == 1:
             return banded_attention(query, key, value, self.bands, rotation, scale, (tokens,))
@@ -70,19 +72,3 @@ class BeyondWindow:
             ends[None], places, visible,
         )  # fmt: skip
         return torch.cat([before, after], dim=2)
-
-    def _after_kept(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, rotation: Rotation
-    ) -> Tensor:
-        places = torch.arange(key.shape[2], device=key.device)[None]
-        seen = seen_keys()
-        if seen is not None:  # shorter sequences begin later in the buffer
-            places = places - (~seen.mask).sum(1, keepdim=True)
-        own = places[:, -query.shape[2] :]
-        scales: float | Tensor = scale
-        if self.bands.original_length:  # by what each text has by now
-            factors = [self.bands.logit_factor(last + 1) for last in own[:, -1].tolist()]
-            scales = scale * query.new_tensor(factors, dtype=rotation.inv_freq.dtype)
-            scales = scales.view(-1, 1, 1, 1)
-        visible = (places[:, None] <= own[:, :, None]) & (places >= 0)[:, None]
-        return attend_rows(query, key, value, self.bands, rotation, scales, own, places, visible)

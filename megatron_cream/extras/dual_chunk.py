@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_cream.attention.banded import banded_attention
 from megatron_cream.attention.bands import dual_chunk
 from megatron_cream.attention.methods import AttentionChoice
+from megatron_cream.attention.rows import attend_last
 from megatron_cream.attention.shards import shards_of
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.config import ExtensionConfig
@@ -155,7 +156,10 @@ class DualChunkCore(torch.nn.Module):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """Return ``[s, b, h * d]`` of ``[s, b, h, d]``, or ``[t, h * d]`` of packed ones."""
+        """Return ``[s, b, h * d]`` of ``[s, b, h, d]``, or ``[t, h * d]`` of packed ones.
+
+        With more keys than queries those are the last tokens.
+        """
         rotation = Rotation.of(self.scaling, query, self.interleaved, self.factor_in_softmax)
         packed = query.dim() == 3
         if packed:
@@ -166,7 +170,13 @@ class DualChunkCore(torch.nn.Module):
         if self.group is not None:
             lengths = shards_of(lengths, self.group, query.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = banded_attention(q, k, v, dual_chunk(**self.sizes), rotation, self.scale, lengths)
+        bands = dual_chunk(**self.sizes)
+        if self.group is None and len(query) < len(
+            key
+        ):  # of Megatron's inference, which keeps keys
+            out = attend_last(q, k, v, bands, rotation, self.scale)
+        else:
+            out = banded_attention(q, k, v, bands, rotation, self.scale, lengths)
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out.squeeze(1) if packed else out
 

@@ -200,15 +200,18 @@ class PipelineStage:
 def leave_unrotated(model: torch.nn.Module) -> None:
     """Have every attention layer hand unrotated queries and keys to its core attention.
 
-    Megatron's inference then raises UserError: its cache would lose what rotates the keys.
+    Megatron's static inference keeps keys as they come, its flash decoding and dynamic batching
+    keep rotated ones and have kernels of their own: these raise UserError.
     """
 
-    def unrotated(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if any(kwargs.get(key) is not None for key in ("inference_context", "inference_params")):
+    def unrotated(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        context: Any = kwargs.get("inference_context") or kwargs.get("inference_params")
+        ranks = layer.pg_collection.cp.size()
+        if context and (layer.config.flash_decode or not context.is_static_batching() or ranks > 1):
             raise UserError(
-                "Megatron's inference keeps keys at one position, dual chunk attention needs them "
-                "at several: answers must be decoded by megatron-cream evaluate, or by "
-                "megatron-cream chat after an export"
+                "Megatron's inference with dual chunk attention must have a static context, no "
+                f"--flash-decode and no context parallelism; it has {type(context).__name__}, "
+                f"flash_decode {layer.config.flash_decode} and {ranks} context-parallel ranks"
             )
         return args, {**kwargs, "rotary_pos_emb": None}
 

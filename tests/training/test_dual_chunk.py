@@ -89,22 +89,44 @@ def test_a_step_is_that_of_the_dense_softmax(in_softmax, interleaved):
         torch.testing.assert_close(*map(torch.from_numpy, (one, other)), atol=1e-5, rtol=1e-3)
 
 
-def ask_megatron_to_decode():
+@torch.no_grad()
+def decode(in_softmax):
+    """Logits of a whole pass, and of Megatron's static inference, a few tokens and one by one."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    model, _ = build(False, False)
-    tokens = torch.randint(VOCABULARY, (1, 9))
-    context = StaticInferenceContext(1, 16)
-    try:
-        model.eval()(tokens, torch.arange(9)[None], None, inference_context=context)
-    except UserError as error:
-        return str(error)
+    model, _ = build(in_softmax, False)
+    model.eval()
+    tokens = torch.randint(VOCABULARY, (2, TOKENS))
+    ids = torch.arange(TOKENS).expand(2, -1)
+    whole = model(input_ids=tokens, position_ids=ids, attention_mask=None)
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=TOKENS)
+    found = []
+    for begin, end in pairwise([0, 51, 58, *range(59, TOKENS + 1)]):
+        logits = model(
+            input_ids=tokens[:, begin:end], position_ids=ids[:, begin:end], attention_mask=None,
+            inference_context=context,
+        )  # fmt: skip
+        context.increment_sequence_len_offset(end - begin)
+        found.append(logits)
+    context.reset()
+    said = []
+    for static, flash in ((True, True), (False, False)):
+        model.config.flash_decode = flash
+        context.is_static_batching = lambda static=static: static
+        try:
+            layer = model.decoder.layers[0].self_attention
+            layer(torch.zeros(1, 2, 64), None, inference_context=context)
+        except UserError as error:
+            said.append(str(error))
+    return whole.numpy(), torch.cat(found, dim=1).numpy(), said
 
 
-def test_megatrons_inference_is_refused_with_what_decodes():
-    said = forks.call(ask_megatron_to_decode)
-    assert "megatron-cream evaluate" in said and "megatron-cream chat" in said
-    assert "\n" not in said
+@pytest.mark.parametrize("in_softmax", [True, False])
+def test_megatrons_static_inference_decodes_what_a_whole_pass_gives(in_softmax):
+    whole, found, said = forks.call(decode, in_softmax)
+    assert np.abs(whole).max() > 0.1
+    np.testing.assert_allclose(found, whole, atol=1e-5, rtol=1e-4)
+    assert len(said) == 2 and all("must have a static context" in one for one in said)
 
 
 def own_tokens(lengths, rank, ranks):
