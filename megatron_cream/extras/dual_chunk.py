@@ -171,9 +171,8 @@ class DualChunkCore(torch.nn.Module):
             lengths = shards_of(lengths, self.group, query.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         bands = dual_chunk(**self.sizes)
-        if self.group is None and len(query) < len(
-            key
-        ):  # of Megatron's inference, which keeps keys
+        decoding = self.group is None and len(query) < len(key)  # Megatron's inference keeps keys
+        if decoding:
             out = attend_last(q, k, v, bands, rotation, self.scale)
         else:
             out = banded_attention(q, k, v, bands, rotation, self.scale, lengths)
