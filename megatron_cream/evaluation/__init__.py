@@ -16,7 +16,7 @@ ruler             RULER's thirteen tasks, case for case, answered greedily; its 
 results           95 % intervals and tables; store keeps results, result_files reads them
 pictures          pictures of results, by charts
 results_page      finished runs compared, in one page, or in a model card
-while_training    figures of a model while it trains (scheduled: through Megatron's own schedule)
+while_training    figures of a model while it trains, through Megatron's own schedule
 lm_eval           a model class for lm-eval; benchmark_files makes tasks of local files
 conversation      the command ``megatron-cream chat``
 """

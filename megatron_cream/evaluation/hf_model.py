@@ -114,10 +114,15 @@ class HuggingFaceModel:
     def set_length(self, length: int) -> None:
         """Do nothing: transformers looks at the position ids of each call."""
 
+    @torch.inference_mode()
     def run(self, passes: Iterator[ForwardPass]) -> Iterator[PassScores]:
         """Answer passes in order."""
+        head = self.module.get_output_embeddings()
         for one in passes:
-            yield self._score(one)
+            kept = self.hidden(one)[:, one.rows.to(self.device)]
+            targets = one.targets.flatten().to(self.device)
+            found = score_rows(kept.flatten(0, 1), head, targets, self.vocabulary)
+            yield PassScores(*(x.view(one.targets.shape).cpu() for x in found))
 
     def generate(
         self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int], stop: Sequence[int]
@@ -151,14 +156,6 @@ class HuggingFaceModel:
         tokens = max(lengths, default=0) + longest + KEYS_MULTIPLE
         most = max(1, min(_MOST_ROWS, _cache_tokens(self.module) // tokens))
         return -(-len(prompts) // max(1, -(-len(prompts) // most))) or 1
-
-    @torch.inference_mode()
-    def _score(self, one: ForwardPass) -> PassScores:
-        kept = self.hidden(one)[:, one.rows.to(self.device)]
-        head = self.module.get_output_embeddings()
-        targets = one.targets.flatten().to(self.device)
-        logprobs, best = score_rows(kept.flatten(0, 1), head, targets, self.vocabulary)
-        return PassScores(*(x.view(one.targets.shape).cpu() for x in (logprobs, best)))
 
     def hidden(self, one: ForwardPass) -> Tensor:
         """Return what the output layer is given, ``[b, n, hidden]``."""

@@ -156,7 +156,7 @@ class MegatronModel(ScoringModel):
             self._hidden(own, one)
         ((hidden, weight),) = seen
         kept = hidden[own.kept.to(hidden.device)].transpose(0, 1)  # [b, rows here, h]
-        found = self._score(kept, weight, own.targets.to(kept.device))
+        found = score_kept(stage, kept, weight, own.targets.to(kept.device), self.vocabulary)
         return own.gather(*found, group=stage.context_group)
 
     def _hidden(self, own: ContextShard, one: ForwardPass) -> Tensor:
@@ -169,21 +169,6 @@ class MegatronModel(ScoringModel):
                 attention_mask=None,
             )
 
-    def _score(self, kept: Tensor, weight: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if not targets.numel():
-            return torch.zeros_like(targets, dtype=torch.float64), targets
-        module = self.stage.module
-        scale = getattr(module, "_scale_logits", lambda logits: logits)
-        logprobs, best = score_rows(
-            kept.flatten(0, 1),
-            lambda rows: scale(module.output_layer(rows, weight=weight)[0]),
-            targets.flatten(),
-            self.vocabulary,
-            self.stage.tensor_rank,
-            self.stage.tensor_group,
-        )
-        return logprobs.view(targets.shape), best.view(targets.shape)
-
     def _broadcast(self, one: ForwardPass, answer: tuple[Tensor, Tensor] | None) -> PassScores:
         if answer is None:
             shape, device = one.targets.shape, self.stage.device
@@ -194,6 +179,32 @@ class MegatronModel(ScoringModel):
         for values in answer:
             self.stage.broadcast_from_last(values)
         return PassScores(*(values.cpu() for values in answer))
+
+
+def score_kept(
+    stage: PipelineStage, kept: Tensor, weight: Tensor | None, targets: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and arg-max ``[b, q]`` on every tensor rank of the last stage.
+
+    Args:
+        kept: hidden states ``[b, q, h]`` of all tensor ranks.
+        weight: of the output layer, where it has none of its own.
+        targets: int64 ``[b, q]``.
+        vocabulary: tokens that count, without padding rows of the output layer.
+    """
+    if not targets.numel():
+        return torch.zeros_like(targets, dtype=torch.float64), targets
+    module = stage.module
+    scale = getattr(module, "_scale_logits", lambda logits: logits)
+    logprobs, best = score_rows(
+        kept.flatten(0, 1),
+        lambda rows: scale(module.output_layer(rows, weight=weight)[0]),
+        targets.flatten(),
+        vocabulary,
+        stage.tensor_rank,
+        stage.tensor_group,
+    )
+    return logprobs.view(targets.shape), best.view(targets.shape)
 
 
 @contextmanager

@@ -13,26 +13,31 @@ import math
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_cream.corpus.tokenizers import load_tokenizer
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.evaluation_tasks import TASKS
 from megatron_cream.evaluation.forward import ForwardPass, PassScores
 from megatron_cream.evaluation.longppl import SHORT, KeyTokens, read_key_tokens
+from megatron_cream.evaluation.megatron_model import ContextShard, output_input, score_kept
 from megatron_cream.evaluation.perplexity import hash_documents, read_first_tokens
 from megatron_cream.evaluation.prompts import HaystackBuilder, Prompt
 from megatron_cream.evaluation.results import perplexity_of, short
 from megatron_cream.evaluation.scoring import make_batches, make_pass, read_scores
 from megatron_cream.evaluation.store import write_whole
+from megatron_cream.mcore import trainer
 from megatron_cream.mcore.argument_table import vocabulary
+from megatron_cream.mcore.build_model import PipelineStage
 
 BEST, BEST_FILE = "best", "best.json"
 """Folder in --save of the best checkpoint, and the file in it that says which and why."""
@@ -167,6 +172,99 @@ def _ask_case(batch: Any) -> Question:
     return Question(make_pass(batch), False, read)
 
 
+def ask(
+    model: list[Any], questions: Sequence[Question], length: int, vocabulary: int
+) -> np.ndarray:
+    """Return the sums of every question ``[questions, 4]``, on every rank.
+
+    ``MegatronModel`` has a model to itself; here the passes go through the trainer's own schedule,
+    at any layout.
+
+    Args:
+        model: chunks of the model as the trainer has them.
+        length: tokens of each question, before they are padded.
+        vocabulary: tokens that count, without padding rows of the output layer.
+    """
+    stage = PipelineStage(model[0])
+    own = list(range(stage.data_rank, len(questions), stage.data_ranks))
+    # Every rank takes part in as many passes; what one has too few of is asked once more.
+    most = -(-len(questions) // stage.data_ranks)
+    most = -(-most // stage.stages) * stage.stages
+    asked = own + [0] * (most - len(own))
+    step = length_step(stage)
+    tokens = -(-length // step) * step
+    passes = [pad_pass(questions[index].one, step) for index in asked]
+    assert all(one.tokens.shape[1] == tokens for one in passes)
+    answers = trainer.run_schedule(
+        model, partial(_forward_step, vocabulary=vocabulary), passes, tokens
+    )
+    sums = torch.zeros(len(questions), 4, dtype=torch.float64, device=stage.device)
+    if answers and stage.tensor_rank == stage.context_rank == 0:
+        for index, scores in zip(own, answers, strict=False):
+            sums[index] = torch.tensor(questions[index].read(scores), dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return sums.cpu().numpy()
+
+
+def length_step(stage: PipelineStage) -> int:
+    """Return what the number of tokens of a pass must be a multiple of.
+
+    Sequence parallelism cuts it by tensor ranks, context parallelism twice by its own, and FP8
+    needs multiples of 16.
+    """
+    tensor_ranks = 1 if stage.tensor_group is None else stage.tensor_group.size()
+    return 32 * tensor_ranks * stage.context_group.size()
+
+
+def pad_pass(one: ForwardPass, step: int) -> ForwardPass:
+    """Return a pass with tokens at the end, which no other token sees, up to a multiple of step."""
+    missing = -one.tokens.shape[1] % step
+    padding = one.tokens.new_zeros(len(one.tokens), missing)
+    return ForwardPass(torch.cat([one.tokens, padding], dim=1), one.rows, one.targets)
+
+
+def _forward_step(passes: Iterator[ForwardPass], model: Any, vocabulary: int) -> tuple[Tensor, Any]:
+    stage = PipelineStage(model)
+    own = ContextShard(next(passes), stage.context_rank, stage.context_group.size())
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    with output_input(stage.module, seen):
+        output = model(
+            input_ids=own.tokens.to(stage.device),
+            position_ids=own.positions.to(stage.device),
+            attention_mask=None,
+        )
+    return output, partial(_read, stage=stage, own=own, seen=seen, vocabulary=vocabulary)
+
+
+def _read(
+    output: Tensor,
+    *,
+    stage: PipelineStage,
+    own: ContextShard,
+    seen: list[Any],
+    vocabulary: int,
+    **_: Any,
+) -> PassScores:
+    """Return the scores of a pass, on every tensor and context rank of the last stage."""
+    ((hidden, weight),) = seen
+    hidden = stage.gather_tokens(hidden)
+    kept = hidden[own.kept.to(hidden.device)].transpose(0, 1)  # [1, rows here, h]
+    with _whole_input(stage.module.output_layer):
+        found = score_kept(stage, kept, weight, own.targets.to(kept.device), vocabulary)
+    logprobs, best = own.gather(*found, group=stage.context_group)
+    return PassScores(logprobs.cpu(), best.cpu())
+
+
+@contextmanager
+def _whole_input(layer: Any) -> Iterator[None]:
+    """Have an output layer take rows as they are, which are whole on every tensor rank."""
+    before, layer.sequence_parallel = layer.sequence_parallel, False
+    try:
+        yield
+    finally:
+        layer.sequence_parallel = before
+
+
 class Validation:
     """What a run does every --validate-interval iterations, and at its end.
 
@@ -196,38 +294,33 @@ class Validation:
         """Validate if it is time; the arguments are those of ``checkpoint_and_decide_exit``."""
         if iteration % self.args.validate_interval and iteration != self.args.train_iters:
             return
-        from megatron_cream.evaluation import scheduled
-
-        if scheduled.must_stop(self.args):
+        if trainer.must_stop(self.args):
             return
         state = iteration, model, optimizer, opt_param_scheduler, operations
         # A pass may run out of memory: what is to be saved of this iteration is whole before.
         last = iteration == self.args.train_iters and self.args.save
         if last and iteration % self.args.save_interval:  # Megatron would after its loop
-            scheduled.training.save_checkpoint_and_time(*state, context, train_data_iterator=data)
+            trainer.save_checkpoint(*state, context, train_data_iterator=data)
             self._saved = self.args.save, iteration
-        with scheduled.untimed():
-            scheduled.finish_async_save()
+        with trainer.untimed():
             begin = time.perf_counter()
             values = self._measure(model)
-            scheduled.tell(values, iteration, time.perf_counter() - begin)
+            trainer.tell(values, iteration, time.perf_counter() - begin)
         if self.args.keep_best is not None and self._is_best(values):
             with _weights_alone_to(self.args, self._folder):
-                scheduled.training.save_checkpoint_and_time(*state, {})
+                trainer.save_checkpoint(*state, {})
             self._note_best(values, iteration)
 
     def _measure(self, model: list[Any]) -> dict[str, float]:
         """Return all figures by name, on every rank."""
-        from megatron_cream.evaluation import scheduled
-
         if self._questions is None:
             self._questions = _make_questions(self.args)
         found: dict[str, float] = {}
-        with scheduled.as_served(self.args, model) as rotaries:
+        with trainer.as_served(self.args, model) as rotaries:
             for length, questions in self._questions.items():
                 for rotary in rotaries:
                     rotary.set_length(length)
-                sums = scheduled.ask(model, questions, length, vocabulary(self.args))
+                sums = ask(model, questions, length, vocabulary(self.args))
                 found |= self._figures(length, questions, sums)
         return found
 

@@ -21,7 +21,10 @@ import torch
 from megatron.core import dist_checkpointing, mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.safe_globals import SafeUnpickler
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    model_parallel_cuda_manual_seed,
+)
 from megatron.core.transformer.attention import Attention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -153,6 +156,9 @@ class PipelineStage:
         self.context_rank: int = mpu.get_context_parallel_rank()
         self.context_group: ProcessGroup = mpu.get_context_parallel_group()
         self.tensor_rank: int = mpu.get_tensor_model_parallel_rank()
+        self.stages: int = mpu.get_pipeline_model_parallel_world_size()
+        self.data_rank: int = mpu.get_data_parallel_rank()
+        self.data_ranks: int = mpu.get_data_parallel_world_size()
         several = mpu.get_tensor_model_parallel_world_size() > 1
         self.tensor_group = mpu.get_tensor_model_parallel_group() if several else None
 
@@ -175,10 +181,16 @@ class PipelineStage:
 
     def broadcast_from_last(self, values: Tensor) -> None:
         """Give all stages the last one's ``values``, in place."""
-        if mpu.get_pipeline_model_parallel_world_size() > 1:
+        if self.stages > 1:
             last = mpu.get_pipeline_model_parallel_last_rank()
             group = mpu.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(values, last, group)
+
+    def gather_tokens(self, hidden: Tensor) -> Tensor:
+        """Return hidden states ``[tokens, b, h]``, whole also under sequence parallelism."""
+        if not self.module.config.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
 
     def replace_core_attention(self, attention: Callable[[Any], torch.nn.Module]) -> bool:
         """Give every layer an ``attention(config)``; return whether that was possible.

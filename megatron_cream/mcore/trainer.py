@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of Megatron's trainer (how it parses, starts, logs and saves), and its restart."""
+"""Patches of Megatron's trainer (how it parses, starts, logs and saves), its restart, and what is
+asked of it between two iterations: passes without gradients, a save, a line of its log."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import functools
 import inspect
 import queue
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,112 @@ def patch_save_checkpoint_and_time(
             own(iteration, *args, **kwargs)
 
     return save_checkpoint_and_time
+
+
+@contextmanager
+def as_served(args: Namespace, model: list[Any]) -> Iterator[list[Any]]:
+    """Gather weights that an overlapped optimizer has not yet; yield the chunks' rotaries.
+
+    Their lengths may be set: afterwards they turn as in training again.
+    """
+    from megatron.core.utils import unwrap_model
+    from megatron.training import training
+
+    overlaps = training.should_disable_forward_pre_hook(args)
+    if overlaps:
+        training.disable_forward_pre_hook(model)
+    try:
+        with ExitStack() as stack:
+            rotaries = [unwrap_model(chunk).rotary_pos_emb for chunk in model]
+            for rotary in rotaries:
+                stack.enter_context(rotary.as_served())
+            yield rotaries
+    finally:
+        if overlaps:
+            training.enable_forward_pre_hook(model)
+
+
+def run_schedule(
+    model: Sequence[Any], forward_step: Callable[..., Any], passes: Sequence[Any], tokens: int
+) -> list[Any]:
+    """Have Megatron's own schedule run passes of ``tokens`` tokens through a model, as it stands.
+
+    Wrappers, virtual stages and sequence parallelism stay as training has them. All ranks call it.
+
+    Args:
+        model: chunks of the model as the trainer has them.
+        forward_step: as Megatron's; what the function that it returns reads is collected.
+        passes: as many on each data-parallel rank, a multiple of the pipeline stages.
+
+    Returns:
+        what was read, in order; nothing on a rank that is not of the last pipeline stage.
+    """
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(model[0])
+    iterators = [iter(passes) for _ in model]
+    timers, config.timers = config.timers, None
+    machine = get_rerun_state_machine()
+    mode = machine.get_mode()
+    machine.set_mode(RerunMode.DISABLED)
+    for chunk in model:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(model) > 1 else iterators[0],
+                model=list(model),
+                num_microbatches=len(passes),
+                seq_length=tokens,
+                micro_batch_size=1,
+                decoder_seq_length=tokens,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+    finally:
+        for chunk in model:
+            chunk.train()
+        machine.set_mode(mode)
+        config.timers = timers
+
+
+def must_stop(args: Namespace) -> bool:
+    """Return whether a rank was told to stop: time is short then, and a checkpoint comes first."""
+    from megatron.training import get_signal_handler
+
+    return bool(args.exit_signal_handler and any(get_signal_handler().signals_received()))
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Keep what is done out of the rate of the next line of the log; saves are whole before it."""
+    from megatron.training import get_timers
+    from megatron.training.async_utils import maybe_finalize_async_save
+
+    get_timers()("interval-time").stop()
+    maybe_finalize_async_save(blocking=True)
+    yield
+    get_timers()("interval-time", log_level=0).start(barrier=True)
+
+
+def save_checkpoint(*state: Any, **more: Any) -> None:
+    """Save as Megatron does in its loop; the arguments are those of its own function."""
+    from megatron.training import training
+
+    training.save_checkpoint_and_time(*state, **more)
+
+
+def tell(values: dict[str, float], iteration: int, seconds: float) -> None:
+    """Print figures on the last rank, and write them where Megatron writes its own."""
+    from megatron.training.utils import print_rank_last
+
+    words = " | ".join(f"{name}: {value:.6g}" for name, value in values.items())
+    print_rank_last(f" validation after iteration {iteration} | {words} | {seconds:.1f} s")
+    write_scalars({f"validation/{name}": value for name, value in values.items()}, iteration)
 
 
 @patch(

@@ -226,11 +226,11 @@ def attack_plain(seed, data):
 def prepared(asked):
     """All of a run up to the model."""
     from megatron_cream.evaluation.prompts import open_prompt
-    from megatron_cream.evaluation.scoring import validate_fit
+    from megatron_cream.evaluation.scoring import make_haystacks
 
     args = arguments(**asked)
     args.validate()
-    return validate_fit(args, open_prompt(args), args.tasks[0])
+    return make_haystacks(args, open_prompt(args), args.tasks[0])
 
 
 def data_files(folder):

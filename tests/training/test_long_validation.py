@@ -136,10 +136,8 @@ def test_the_best_one_survives_a_stop_at_any_place(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_told_to_stop_does_not_validate_first(monkeypatch):
-    from megatron_cream.evaluation import scheduled
-
     handler = Namespace(signals_received=lambda: [False, True])
-    monkeypatch.setattr(scheduled, "get_signal_handler", lambda: handler)
+    monkeypatch.setattr("megatron.training.get_signal_handler", lambda: handler)
     args = Namespace(validate_interval=4, train_iters=8, exit_signal_handler=True)
     monkeypatch.setattr(Validation, "_measure", lambda *_: pytest.fail("validated"))
     Validation(args).after_iteration([], None, None, 4, 0.0, {}, None)
