@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_cream.errors import UserError
+
 _aten = torch.ops.aten
 
 
@@ -22,6 +24,20 @@ class TileAttention(NamedTuple):
 
     out: Tensor
     lse: Tensor
+
+
+def require_type(dtype: torch.dtype, on_gpu: bool) -> None:
+    """Check that there is a kernel for tensors of this type.
+
+    Raises:
+        UserError: there is none.
+    """
+    if on_gpu and dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(
+            "attention beyond the window on a GPU has tensors of "
+            f"{str(dtype).removeprefix('torch.')}: its kernels need --dtype bfloat16 or float16 "
+            "(--bf16 or --fp16 of training)"
+        )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> TileAttention:

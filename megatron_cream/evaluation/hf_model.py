@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megatron_cream.attention.banded import require_type
 from megatron_cream.attention.bands import Bands
+from megatron_cream.attention.sdpa import require_type
 from megatron_cream.checkpoint.hf_folder import HfWeights, read_config
 from megatron_cream.checkpoint.model_shape import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED

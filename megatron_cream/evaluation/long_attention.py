@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_cream.attention.banded import banded_attention
+from megatron_cream.attention.banded import banded_attention, shards_of
 from megatron_cream.attention.bands import Bands
-from megatron_cream.attention.rows import attend_last, attend_rows
-from megatron_cream.attention.shards import shards_of
+from megatron_cream.attention.beyond_window import attend_last, attend_rows
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.evaluation.forward import running_tails, seen_keys, tail_mask
 from megatron_cream.rope.scaling import RopeScaling

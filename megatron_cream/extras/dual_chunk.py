@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cream.attention.banded import banded_attention
+from megatron_cream.attention.banded import banded_attention, shards_of
 from megatron_cream.attention.bands import dual_chunk
+from megatron_cream.attention.beyond_window import attend_last
 from megatron_cream.attention.methods import AttentionChoice
-from megatron_cream.attention.rows import attend_last
-from megatron_cream.attention.shards import shards_of
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError

@@ -21,7 +21,7 @@ from megatron_cream.attention import (
     self_extend_attention,
     string_attention,
 )
-from megatron_cream.attention.banded import require_type
+from megatron_cream.attention.sdpa import require_type
 from megatron_cream.attention.turning import Rotation
 from megatron_cream.errors import UserError
 from megatron_cream.rope import make_scaling
