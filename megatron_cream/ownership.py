@@ -12,9 +12,11 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_cream.errors import UserError
 
@@ -186,6 +188,25 @@ def _is_empty(folder: Path) -> bool:
     return not set(os.listdir(folder)) - {MARK_NAME}
 
 
+def validate_prefix(prefix: str) -> None:
+    """Check that an output names a file, in a place where a folder can be made.
+
+    Raises:
+        UserError: naming ``--output-prefix`` and what it needs.
+    """
+    where = f"--output-prefix {prefix}"
+    folder, name = os.path.split(prefix)
+    if name in ("", ".", ".."):
+        raise UserError(f"{where}: names a folder, needs FOLDER/NAME")
+    there = folder or "."
+    while not os.path.lexists(there):
+        there = os.path.dirname(there) or "."
+    if not os.path.isdir(there):
+        raise UserError(f"{where}: {there} is not a folder, needs one to write to")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{where}: folder {there} needs to be writable")
+
+
 _PARTIAL = ".partial"
 
 
@@ -296,3 +317,28 @@ def sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file that is there with all of ``data`` or not at all, also after a power cut."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            sync_and_close(file)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    sync(os.path.dirname(path) or ".")
+
+
+def temporary_name(path: str) -> str:
+    """Return a name beside ``path`` that no other process takes; ``claim`` deletes what is left."""
+    return f"{path}-{uuid.uuid4().hex}.tmp"
+
+
+def sync_and_close(file: BinaryIO) -> None:
+    """Close a file once it is on the disk: a power cut must not leave a mark without its data."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.assemble import write_index
+from megatron_cream.corpus.storage import write_index
 
 _BLOCK = 1 << 16
 _TURN = 250  # samples

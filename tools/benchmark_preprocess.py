@@ -157,9 +157,9 @@ def _without(
 
 def stages(args: argparse.Namespace, ours: Side) -> str:
     """Return what reading and tokenizing take of our CPU seconds, each measured alone."""
-    from megatron_cream.corpus.gigatoken import choose_engine
-    from megatron_cream.corpus.readers import InputSpan, read_span
-    from megatron_cream.corpus.records import Fields
+    from megatron_cream.corpus.fast_encoder import choose_engine
+    from megatron_cream.corpus.input_files import InputSpan
+    from megatron_cream.corpus.readers import Fields, read_span
     from megatron_cream.corpus.tokenizers import load_tokenizer
 
     began = time.process_time()
@@ -210,7 +210,7 @@ def stand_in(args: argparse.Namespace) -> None:
                 ids.append(ours.eod)
                 lengths.append(len(ids))
                 out.write(np.array(ids, dtype=dtype).tobytes(order="C"))
-    from megatron_cream.corpus.assemble import write_index
+    from megatron_cream.corpus.storage import write_index
 
     block = (np.array(lengths), np.ones(len(lengths), dtype=np.int64))
     write_index(args.stand_in + ".idx", np.dtype(dtype), [block], len(lengths), len(lengths))

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encodes the units of a job: reads records, tokenizes them, writes parts that outlive a kill.
 
-A long text is cut so that the ids of its stretches in a row are those of the whole. Two kinds of
-tokenizers have such places. One that splits text into words first (a pre-tokenizer)
-never merges across words: the text is cut between two words, and each cut is tried on the real
-pre-tokenizer. One that marks word starts with U+2581 and knows a line end only as a byte never
-merges across a line end: the text is cut before it, and the mark that the tokenizer puts before
-every text is taken off again. Tokenizers of neither kind get long texts whole.
+A part is some files in the job's folder: tokens, lengths, hashes and masks where asked for, and the
+metadata that makes it count. One without its metadata was being written when its process ended, and
+is written again.
 """
 
 from __future__ import annotations
@@ -14,33 +11,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.assemble import HASH_BYTES, LISTED_ERRORS
-from megatron_cream.corpus.gigatoken import GigatokenTokenizer, excerpt
-from megatron_cream.corpus.job import PreprocessJob
-from megatron_cream.corpus.readers import InputSpan, lines_before, place, read_span
-from megatron_cream.corpus.records import BadRecord, Stretches, Text, TextRecord
-from megatron_cream.corpus.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-from megatron_cream.corpus.work_folder import (
-    PartMetadata,
-    UnitPlace,
-    finished_parts,
-    part_stem,
-    sync_and_close,
-    temporary_name,
-    write_whole,
+from megatron_cream.corpus.fast_encoder import (
+    GigatokenTokenizer,
+    TextSplitter,
+    encode_pieces,
+    encode_texts,
+    excerpt,
+    find_text_splitter,
 )
+from megatron_cream.corpus.input_files import InputSpan, lines_before, place
+from megatron_cream.corpus.inspection import LISTED_ERRORS
+from megatron_cream.corpus.job import PreprocessJob
+from megatron_cream.corpus.readers import BadRecord, Stretches, Text, TextRecord, read_span
+from megatron_cream.corpus.storage import HASH_BYTES, SequenceLengths
+from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.data.indexed import MASK_SUFFIX
 from megatron_cream.errors import UserError
+from megatron_cream.ownership import sync_and_close, temporary_name, write_whole
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
@@ -80,7 +75,8 @@ class UnitEncoder:
             OSError: a file that cannot be read or written.
         """
         job = self.job
-        done = finished_parts(job.folder, unit, self.dtype)
+        # What was read from standard input cannot be read a second time.
+        done = [] if job.reads_stdin else finished_parts(job.folder, unit, self.dtype)
         start = done[-1].metadata.next if done else (0, 0, 0)
         if start is None:
             self._on_bytes(job.unit_size(unit))
@@ -206,10 +202,7 @@ class _PartWriter:
                 self._longest = text
             if not self._unusual and not text.isascii():
                 self._unusual = text
-        tokenizer = self._encoder.tokenizer
-        if max(map(len, texts), default=0) <= CUT_CHARACTERS:
-            return tokenizer.encode(texts)
-        return [encode_long(tokenizer, self._encoder.splitter, text) for text in texts]
+        return encode_texts(self._encoder.tokenizer, texts, lambda: self._encoder.splitter)
 
     def _stream(self, pieces: Iterator[str]) -> None:
         """Write a document bit by bit, and undo it if it turns out bad or of a wrong length."""
@@ -270,122 +263,106 @@ def _new_hash(data: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(data, digest_size=HASH_BYTES)
 
 
-CUT_CHARACTERS = 1 << 20
-"""Texts longer than this are encoded in stretches of about this size."""
+UnitPlace = tuple[int, int, int]
+"""A record of a unit: which span, offset in it, and how many records of the span are before it."""
 
-_SEARCHED = (1 << 11, 1 << 16)
-_CONTEXT = 256
-_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W_])")
-_BEFORE_LINE_END = re.compile(r"(?<=[^\n])(?=\n)")
+
+@dataclass
+class PartMetadata:
+    """What a part holds, and where its unit goes on.
+
+    Attributes:
+        documents, tokens: as kept, eod and bos included.
+        longest: tokens of the longest document, before eod and bos, kept or not.
+        shorter, longer: documents dropped for their length.
+        errors: how many bad records of each kind.
+        listed: span of the unit, number in it, kind and detail of bad records.
+        next: where the next part of the unit starts; None at the end.
+        hashed: whether a hash of each document's text is kept.
+        masked: whether a mask says which tokens are trained.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    longest: int = 0
+    shorter: int = 0
+    longer: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    listed: list[tuple[int, int, str, str]] = field(default_factory=list)
+    next: UnitPlace | None = None
+    hashed: bool = False
+    masked: bool = False
 
 
 @dataclass(frozen=True)
-class TextSplitter:
-    """Finds cuts for one tokenizer.
+class EncodedPart:
+    """A finished part."""
 
-    Attributes:
-        pattern: matches, with no width, where a cut may be.
-        dropped: ids at the start of each stretch but the first that the whole does not have.
-        holds: whether a cut between two stretches of text changes nothing.
+    stem: str
+    unit: int
+    metadata: PartMetadata
+
+    def lengths(self) -> np.ndarray:
+        """int64 ``[documents]``: tokens of each document, eod and bos included."""
+        return np.fromfile(self.stem + ".len", dtype="<i8")
+
+    def hashes(self) -> np.ndarray:
+        """Bytes ``[documents]`` of HASH_BYTES each; only of a hashed part."""
+        return np.fromfile(self.stem + ".hash", dtype=f"V{HASH_BYTES}")
+
+
+def finished_parts(folder: Path, unit: int, dtype: np.dtype) -> list[EncodedPart]:
+    """Return the whole parts of a unit, in order, as far as they follow each other."""
+    parts: list[EncodedPart] = []
+    while parts == [] or parts[-1].metadata.next is not None:
+        part = _read_part(part_stem(folder, unit, len(parts)), unit, dtype)
+        if part is None:
+            break
+        parts.append(part)
+    return parts
+
+
+def part_stem(folder: Path, unit: int, number: int) -> str:
+    """Return the path of a part without suffix."""
+    return str(folder / f"{unit:08d}-{number:06d}")
+
+
+def _read_part(stem: str, unit: int, dtype: np.dtype) -> EncodedPart | None:
+    """Return a part, None where its files are not as long as its metadata says."""
+    try:
+        found = PartMetadata(**json.loads(Path(stem + ".json").read_bytes()))
+        if found.next is not None:
+            span, offset, number = found.next
+            found.next = (span, offset, number)
+        sizes = {".bin": found.tokens * dtype.itemsize, ".len": found.documents * 8}
+        if found.hashed:
+            sizes[".hash"] = found.documents * HASH_BYTES
+        if found.masked:
+            sizes[MASK_SUFFIX] = found.tokens
+        if any(os.path.getsize(stem + suffix) != size for suffix, size in sizes.items()):
+            return None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return EncodedPart(stem, unit, found)
+
+
+def split(lengths: np.ndarray, max_tokens: int | None, head: int, tail: int) -> SequenceLengths:
+    """Return the sequences of documents that are split every ``max_tokens`` tokens.
+
+    The tokens stay as they are: bos, which is not counted, is in the first sequence of a document
+    and eod in the last.
+
+    Args:
+        lengths: int64 ``[documents]``, bos and eod included.
+        max_tokens: None for one sequence per document.
+        head, tail: 1 where there is a bos or an eod, else 0.
     """
-
-    pattern: re.Pattern[str]
-    dropped: int
-    holds: Callable[[str, str], bool]
-
-    def last(self, text: str, start: int, end: int) -> int | None:
-        """Return the last cut of ``text[start:end]``, None without one."""
-        for found in reversed(list(self.pattern.finditer(text, start, end))):
-            at = found.start()
-            if self.holds(text[max(at - _CONTEXT, 0) : at], text[at : at + _CONTEXT]):
-                return at
-        return None
-
-
-def find_text_splitter(tokenizer: Tokenizer) -> TextSplitter | None:
-    """Return how texts may be cut for ``tokenizer``, None if they may not."""
-    tokenizer = getattr(tokenizer, "reference", tokenizer)  # of a fast one
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return _line_splitter(tokenizer, tokenizer.pieces)
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return TextSplitter(re.compile(""), 0, lambda left, right: True)
-    description = tokenizer.description
-    if description["model"].get("type") != "BPE" or not _plain_added_tokens(description):
-        return None
-    if description.get("pre_tokenizer") is None:
-        return _line_splitter(tokenizer, list(description["model"]["vocab"]))
-    normalizer = description.get("normalizer")
-    if normalizer is not None and normalizer.get("type") not in ("NFC", "NFKC"):
-        return None
-    return TextSplitter(
-        _BETWEEN_WORDS, 0, lambda left, right: _between_words(tokenizer, left, right)
-    )
-
-
-def encode_pieces(
-    tokenizer: Tokenizer, splitter: TextSplitter | None, pieces: Iterable[str]
-) -> Iterator[np.ndarray]:
-    """Yield the ids of a text that comes in pieces, cut anywhere, ``[tokens]`` at a time."""
-    first = True
-    for stretch in _cut_anew(splitter, pieces):
-        (ids,) = tokenizer.encode([stretch])
-        yield ids if first or splitter is None else ids[splitter.dropped :]
-        first = False
-
-
-def encode_long(tokenizer: Tokenizer, splitter: TextSplitter | None, text: str) -> np.ndarray:
-    """Return the ids of a text, encoded in stretches where it is long."""
-    starts = range(0, len(text), CUT_CHARACTERS)
-    pieces = (text[start : start + CUT_CHARACTERS] for start in starts)
-    return np.concatenate(list(encode_pieces(tokenizer, splitter, pieces)))
-
-
-def _cut_anew(splitter: TextSplitter | None, pieces: Iterable[str]) -> Iterator[str]:
-    """Cut a text of many pieces anew, where ``splitter`` says."""
-    waiting: list[str] = []
-    size = 0
-    for piece in pieces:
-        waiting.append(piece)
-        size += len(piece)
-        if splitter is None or size < CUT_CHARACTERS:
-            continue
-        text = "".join(waiting)
-        tries = (splitter.last(text, max(size - far, 1), size - _CONTEXT) for far in _SEARCHED)
-        at = next(filter(None, tries), None)
-        if at is None:
-            waiting = [text]
-            continue
-        yield text[:at]
-        waiting, size = [text[at:]], size - at
-    yield "".join(waiting)
-
-
-def _plain_added_tokens(description: dict[str, Any]) -> bool:
-    """Say whether no added token can reach across a cut."""
-    for token in description.get("added_tokens") or []:
-        content = token["content"]
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            return False
-        if "\n" in content or content == " " or (" " in content and content.strip()):
-            return False
-    return True
-
-
-def _between_words(tokenizer: HuggingFaceTokenizer, left: str, right: str) -> bool:
-    whole = tokenizer.words(left + right)
-    before, after = tokenizer.words(left), tokenizer.words(right)
-    return whole == before + after
-
-
-def _line_splitter(tokenizer: Tokenizer, pieces: list[str]) -> TextSplitter | None:
-    if any("\n" in piece for piece in pieces):
-        return None
-    line_end, twice, spaced, plain = (
-        ids.tolist() for ids in tokenizer.encode(["\n", "\n\n", "a  b ", "a b"])
-    )
-    # Of a line end: the mark, then one byte. Spaces must not be removed either.
-    if len(line_end) != 2 or twice != [*line_end, line_end[1]]:
-        return None
-    if len(spaced) <= len(plain):
-        return None
-    return TextSplitter(_BEFORE_LINE_END, 1, lambda left, right: True)
+    if max_tokens is None:
+        return lengths, np.ones(len(lengths), dtype=np.int64)
+    content = lengths - head - tail
+    counts = np.maximum(-(-content // max_tokens), 1)
+    sequences = np.full(int(counts.sum()), max_tokens, dtype=np.int64)
+    last = np.cumsum(counts) - 1
+    sequences[last] = content - (counts - 1) * max_tokens + tail
+    sequences[last - counts + 1] += head
+    return sequences, counts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the input files of a job and opens them, expanded where they are compressed."""
+"""Finds the input files of a job, cuts them into spans, opens them expanded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,10 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from megatron_cream.corpus.optional_formats import (
+    ARROW,
+    PARQUET,
+    BrokenStream,
+    ChunkedFile,
+    expand_zstd,
+    import_zstandard,
+)
 from megatron_cream.errors import UserError
 
+Line = bytes | bytearray
 STDIN = Path("-")
-JSONL, TEXT, PARQUET, ARROW = "jsonl", "text", "parquet", "arrow"
+JSONL, TEXT = "jsonl", "text"
 FORMATS = (JSONL, TEXT, PARQUET, ARROW)
 _FORMAT_OF = {
     ".jsonl": JSONL,
@@ -32,7 +42,8 @@ _FOLDER_SUFFIXES = frozenset(
     {".jsonl", ".txt", ".md", ".rst", ".py", ".parquet", ".arrow", ".feather"}
 )
 _COMPRESSED_SUFFIXES = frozenset({".gz", ".xz", ".zst"})
-_PACKED_BYTES = 16 << 10  # of zstd at a time: they are expanded whole before any is handed out
+_MOST_PARTS = 1_000_000
+_BLOCK_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,11 @@ class TextInputs:
     def total_bytes(self) -> int:
         """Size of all files on disk (compressed size of compressed ones)."""
         return sum(status.st_size for status in self.statuses if status is not None)
+
+    def described(self, format: str | None = None) -> tuple[InputFile, ...]:
+        """The files with what is in them: ``format``, or what their suffixes say."""
+        formats = (format_of(path, format) for path in self.files)
+        return tuple(map(InputFile.of, self.files, formats, self.statuses))
 
 
 @dataclass(frozen=True)
@@ -166,7 +182,7 @@ def _validated_status(path: Path, flag: str) -> os.stat_result | None:
         raise UserError(f"{flag} {path}: not a regular file, needs a file or a folder")
     content, compression = _suffixes(path)
     if compression == ".zst":
-        _import_zstandard(path, flag)
+        import_zstandard(path, flag)
     if compression and _FORMAT_OF.get(content) in (PARQUET, ARROW):
         raise UserError(f"{flag} {path}: needs a {content} file that is not compressed again")
     if compression and status.st_size == 0:
@@ -174,14 +190,85 @@ def _validated_status(path: Path, flag: str) -> os.stat_result | None:
     return status
 
 
-def _import_zstandard(path: Path, flag: str = "--input") -> Any:
-    try:
-        import zstandard
-    except ImportError as exc:
+@dataclass(frozen=True)
+class InputSpan:
+    """A stretch of a file.
+
+    Attributes:
+        path: the file.
+        format: one of ``FORMATS``.
+        start, end: bytes; the lines that begin between them belong to it. No end: the whole file.
+        size: bytes on disk.
+    """
+
+    path: str
+    format: str
+    start: int = 0
+    end: int | None = None
+    size: int = 0
+
+
+def cut_into_units(
+    files: tuple[InputFile, ...], part_bytes: int
+) -> tuple[tuple[InputSpan, ...], ...]:
+    """Return units of at most ``part_bytes``, but for files that are read in one go.
+
+    Plain JSONL is cut at multiples of ``part_bytes``; a line belongs to where it begins.
+
+    Raises:
+        UserError: there would be too many for a folder of their files.
+    """
+    total = sum(file.size for file in files)
+    if total // part_bytes > _MOST_PARTS:
         raise UserError(
-            f"{flag} {path}: needs the zstandard package, run `pip install zstandard`"
-        ) from exc
-    return zstandard
+            f"--part-bytes {part_bytes}: cuts the input into more than {_MOST_PARTS} parts, "
+            f"needs {-(-total // _MOST_PARTS)} or more"
+        )
+    units: list[tuple[InputSpan, ...]] = []
+    waiting: list[InputSpan] = []
+    room = part_bytes
+    for file in files:
+        for span in _cut_file(file, part_bytes):
+            if waiting and span.size > room:
+                units.append(tuple(waiting))
+                waiting, room = [], part_bytes
+            waiting.append(span)
+            room -= span.size
+    return (*units, tuple(waiting)) if waiting else tuple(units)
+
+
+def _cut_file(file: InputFile, part_bytes: int) -> Iterator[InputSpan]:
+    path = Path(file.path)
+    if file.format != JSONL or is_compressed(path) or path == STDIN:
+        yield InputSpan(file.path, file.format, size=file.size)
+        return
+    for start in range(0, max(file.size, 1), part_bytes):
+        end = min(start + part_bytes, file.size)
+        yield InputSpan(file.path, file.format, start, end, end - start)
+
+
+def place(span: InputSpan, number: int) -> str:
+    """Return the file and the line or row of a record, for an error.
+
+    Args:
+        span: where the record is.
+        number: its line or row in the file, counted from 1; 0 where a file is one record.
+    """
+    unit = "row" if span.format in (PARQUET, ARROW) else "line"
+    return f"{span.path}: {unit} {number}" if number else span.path
+
+
+def lines_before(path: str, starts: list[int]) -> list[int]:
+    """Return how many lines of a plain file begin before each of ``starts``, sorted bytes."""
+    counts, at, found = [], 0, 0
+    with open(path, "rb", buffering=0) as file:
+        for start in starts:
+            # A line begins at 0 and after each line end, but for one that ends at `start`.
+            while at < start - 1 and (block := file.read(min(start - 1 - at, _BLOCK_BYTES))):
+                found += block.count(b"\n")
+                at += len(block)
+            counts.append(found + (start > 0))
+    return counts
 
 
 @contextmanager
@@ -202,7 +289,7 @@ def open_stream(
         file = _CountedFile(raw, on_bytes)
         try:
             yield io.BufferedReader(_expand(file, path), buffer_size=1 << 20)
-        except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, _BrokenStream) as exc:
+        except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, BrokenStream) as exc:
             raise UserError(f"{path}: byte {file.count}: broken compressed data ({exc})") from exc
 
 
@@ -213,12 +300,8 @@ def _expand(file: _CountedFile, path: Path) -> Any:
     if compression == ".xz":
         return lzma.LZMAFile(cast(Any, file), mode="rb")
     if compression == ".zst":
-        return _ChunkedFile(_expand_zstd(file, _import_zstandard(path)))
+        return ChunkedFile(expand_zstd(file, import_zstandard(path)))
     return file
-
-
-class _BrokenStream(Exception):
-    """The compressed bytes are damaged or end too early."""
 
 
 class _CountedFile(io.RawIOBase):
@@ -248,38 +331,42 @@ class _CountedFile(io.RawIOBase):
         return count
 
 
-def _expand_zstd(file: _CountedFile, zstandard: Any) -> Iterator[bytes]:
-    """Yield the content of zstd frames one after another; a file that ends inside one is an error.
-
-    zstandard's own ``stream_reader`` (0.25) takes a file that was cut short for a whole one, which
-    would drop the tail of a corpus in silence.
-    """
-    new_frame, frame = zstandard.ZstdDecompressor().decompressobj, None
-    try:
-        while packed := file.read(_PACKED_BYTES):
-            while packed:
-                frame = frame or new_frame()
-                yield frame.decompress(packed)
-                packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    except zstandard.ZstdError as exc:
-        raise _BrokenStream(str(exc)) from exc
-    if frame is not None:
-        raise _BrokenStream("the file ends inside a zstd frame")
+def read_lines(stream: BinaryIO, span: InputSpan, offset: int) -> Iterator[tuple[Line, int]]:
+    """Yield the lines that begin in a span, from ``offset`` on, each with the offset behind it."""
+    at, stop = span.start + offset, sys.maxsize if span.end is None else span.end
+    if offset or not span.start:
+        _go_to(stream, at)
+    else:
+        at = _next_line(stream, at - 1, stop)
+    while at < stop and (line := _whole_line(stream)):
+        at += len(line)
+        yield line, at - span.start
 
 
-class _ChunkedFile(io.RawIOBase):
-    """A raw file of what an iterator gives."""
+def _go_to(stream: BinaryIO, offset: int) -> None:
+    if stream.seekable():
+        stream.seek(offset)
+        return
+    while offset and (block := stream.read(min(offset, _BLOCK_BYTES))):
+        offset -= len(block)
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._ready = chunks, memoryview(b"")
 
-    def readable(self) -> bool:
-        return True
+def _next_line(stream: BinaryIO, at: int, end: int) -> int:
+    """Go behind the first line end at or after byte ``at``, or past ``end``; returns where."""
+    stream.seek(at)
+    while at < end and (piece := stream.readline(_BLOCK_BYTES)):
+        at += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return at
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready and (chunk := next(self._chunks, None)) is not None:
-            self._ready = memoryview(chunk)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+
+def _whole_line(stream: BinaryIO) -> Line:
+    """Return the next line with its end, nothing at the end; a long one is in memory once."""
+    line = stream.readline(_BLOCK_BYTES)
+    if len(line) < _BLOCK_BYTES:
+        return line
+    whole = bytearray(line)
+    while not whole.endswith(b"\n") and (piece := stream.readline(_BLOCK_BYTES)):
+        whole += piece
+    return whole

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describes datasets: their lengths, what made them, a full check, their text."""
+"""Describes datasets: what stands in ``PREFIX.json``, a full check, their text."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 
 from megatron_cream.corpus.tokenizers import TOKENIZERS, load_tokenizer
 from megatron_cream.data.indexed import (
+    MASK_SUFFIX,
     DatasetIndex,
     blocks,
     check_mask,
@@ -25,6 +29,12 @@ from megatron_cream.data.indexed import (
 )
 from megatron_cream.errors import UserError
 from megatron_cream.options import validate_count
+
+FORMAT_VERSION = 1
+DUPLICATES = "duplicates"
+FINGERPRINT = "fingerprint"
+LISTED_ERRORS = 1000
+"""Bad records that are named one by one; all are counted."""
 
 EXAMPLES = """
     megatron-cream inspect data/train --seq-length 4096 --target-length 262144
@@ -319,3 +329,65 @@ def _describe_metadata(found: dict[str, Any] | None) -> list[str]:
         f"dropped: {dropped.replace('_', ' ')}",
         f"bad records: {errors or 'none'}",
     ]
+
+
+@dataclass
+class Counts:
+    """What did not get into a dataset.
+
+    Attributes:
+        dropped: documents by reason.
+        errors: bad records by kind.
+        listed: file and line, and what is wrong with it, of the first bad records.
+        longest: tokens of the longest document, before eod and bos, kept or not.
+    """
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    listed: list[list[str]] = field(default_factory=list)
+    longest: int = 0
+
+    def add(self, dropped: dict[str, int], errors: dict[str, int]) -> None:
+        """Add the counts of a part or shard."""
+        self.dropped.update(dropped)
+        self.errors.update(errors)
+
+    def list_errors(self, listed: list[list[str]]) -> None:
+        """Add named bad records as long as there is room."""
+        self.listed += listed[: LISTED_ERRORS - len(self.listed)]
+
+
+def write_metadata(
+    prefix: str, settings: dict[str, Any], counts: Counts, thresholds: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Write ``PREFIX.json`` beside the index of a new dataset; returns its content.
+
+    Args:
+        prefix: path of the dataset without suffix.
+        settings: of tokenizer and limits, as they stand in the file.
+        counts: what is not there.
+        thresholds: lengths to count the sequences of.
+    """
+    index, mask = read_index(prefix, empty=True), prefix + MASK_SUFFIX
+    masked: dict[str, int] = {}
+    if os.path.isfile(mask):
+        masked = {"mask_bytes": os.path.getsize(mask), "trained_tokens": check_mask(prefix)}
+    content = {
+        "format_version": FORMAT_VERSION,
+        **settings,
+        "documents": len(index.documents) - 1,
+        **count_lengths(index.lengths, thresholds),
+        "dropped": counts.dropped,
+        "errors": counts.errors,
+        "listed_errors": counts.listed,
+        **masked,
+    }
+    Path(prefix + ".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+COUNTED_KEYS = frozenset(
+    {"format_version", "documents", "dropped", "errors", "listed_errors"}
+    | count_lengths(np.zeros(0, dtype=np.int32)).keys()
+)
+"""What every ``PREFIX.json`` has beside the settings."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections import Counter
+import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cream.corpus.assemble import DUPLICATES, LISTED_ERRORS, Counts
-from megatron_cream.corpus.gigatoken import ENGINES, GigatokenTokenizer
-from megatron_cream.corpus.input_files import ARROW, FORMATS, PARQUET, STDIN, InputFile
-from megatron_cream.corpus.readers import InputSpan, lines_before, place
-from megatron_cream.corpus.records import Fields
-from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
-from megatron_cream.corpus.work_folder import EncodedPart
+from megatron_cream import ownership
+from megatron_cream.corpus.fast_encoder import ENGINES, GigatokenTokenizer
+from megatron_cream.corpus.input_files import (
+    FORMATS,
+    JSONL,
+    STDIN,
+    InputFile,
+    InputSpan,
+    TextInputs,
+    cut_into_units,
+    find_inputs,
+)
+from megatron_cream.corpus.optional_formats import ARROW, PARQUET, validate_columns
+from megatron_cream.corpus.readers import Fields
+from megatron_cream.corpus.storage import SUFFIXES
+from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, digest, load_tokenizer
 from megatron_cream.data.indexed import MOST_SHARDS, token_dtype
 from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, validate_count, validate_fields
@@ -324,41 +333,60 @@ def _digest(settings: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
-    """Add up what the parts left out, naming bad records by their line in the file.
+def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextInputs]:
+    """Return the job that the settings ask for, its tokenizer and what it reads.
 
     Raises:
-        UserError: there is a bad record, and none is to be skipped.
+        UserError: a setting that cannot work.
+        FileNotFoundError: an input, a model or a folder that is not there.
     """
-    reasons = ("shorter_than_min_tokens", "longer_than_max_tokens", DUPLICATES)
-    counts = Counts(Counter(dict.fromkeys(reasons, 0)))
-    for part in parts:
-        found = part.metadata
-        dropped = {"shorter_than_min_tokens": found.shorter, "longer_than_max_tokens": found.longer}
-        counts.add(dropped, found.errors)
-        counts.longest = max(counts.longest, found.longest)
-    counts.list_errors(_list_bad_records(job, parts))
-    if counts.errors and job.config.on_error == "fail":
-        raise UserError(": ".join(counts.listed[0]))
-    return counts
+    config.validate()
+    index, count = config.shard
+    prefix = config.output_prefix + (f"-{index:05d}-of-{count:05d}" if count > 1 else "")
+    ownership.validate_prefix(prefix)
+    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+    _validate_special_tokens(config, tokenizer)
+    inputs = find_inputs(config.input)
+    _validate_paths(config, prefix, inputs.files)
+    files = inputs.described(config.input_format)
+    job = PreprocessJob(
+        config=config,
+        prefix=prefix,
+        files=files,
+        units=cut_into_units(files, config.part_bytes),
+        tokenizer_digest=digest(tokenizer),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod,
+        bos_id=tokenizer.bos,
+    )
+    for file in files:
+        if config.mask_key is not None and file.format != JSONL:
+            raise UserError(
+                f"--mask-key {config.mask_key}: {file.path} is {file.format}, needs jsonl"
+            )
+        if file.format in (PARQUET, ARROW):
+            validate_columns(file.path, file.format, job.fields.names)
+    return job, tokenizer, inputs
 
 
-def _list_bad_records(job: PreprocessJob, parts: list[EncodedPart]) -> list[list[str]]:
-    """Place and reason of the first bad records, counting the lines of each file once."""
-    every = [
-        (job.units[part.unit][bad[0]], *bad[1:]) for part in parts for bad in part.metadata.listed
-    ]
-    every = every[:LISTED_ERRORS]
-    starts: dict[str, set[int]] = {}
-    for span, *_ in every:
-        if span.start:
-            starts.setdefault(span.path, set()).add(span.start)
-    before = {
-        (path, start): lines
-        for path, found in starts.items()
-        for start, lines in zip(sorted(found), lines_before(path, sorted(found)), strict=True)
-    }
-    return [
-        [place(span, before.get((span.path, span.start), 0) + number), f"{kind}: {detail}"]
-        for span, number, kind, detail in every
-    ]
+def _validate_special_tokens(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
+    wanted = (
+        ("--append-eod", config.append_eod, "an end of document", tokenizer.eod),
+        ("--prepend-bos", config.prepend_bos, "a beginning of sequence", tokenizer.bos),
+    )
+    for flag, asked, kind, token in wanted:
+        if asked and token is None:
+            model = config.tokenizer_model or tokenizer.name
+            raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
+
+
+def _validate_paths(config: PreprocessConfig, prefix: str, files: tuple[Path, ...]) -> None:
+    """Check that the job will not write over what it reads."""
+    where = f"--output-prefix {prefix}"
+    outputs = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
+    for path in (*files, config.tokenizer_model):
+        if path is None or path == STDIN:
+            continue
+        if os.path.realpath(path) in outputs:
+            raise UserError(f"{where}: {path} is an input, needs another prefix")
+        ownership.validate_outside(path, Path(prefix + ".parts"), where)

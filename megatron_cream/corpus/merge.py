@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges datasets into one: the shards of a job, or any that were written with one tokenizer."""
+"""Merges datasets into one: the shards of a job, or any that were written with one tokenizer.
+
+Duplicates are found by the hashes of documents, in bounded memory.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +17,21 @@ from typing import Any
 import numpy as np
 
 from megatron_cream import ownership
-from megatron_cream.corpus.assemble import (
+from megatron_cream.corpus.inspection import (
     COUNTED_KEYS,
     DUPLICATES,
     FINGERPRINT,
-    HASH_BYTES,
     Counts,
-    Segment,
-    assemble,
-    first_copies,
     write_metadata,
 )
-from megatron_cream.corpus.work_folder import MERGING, WorkFolder, validate_absent, validate_prefix
+from megatron_cream.corpus.storage import (
+    HASH_BYTES,
+    MERGING,
+    Segment,
+    WorkFolder,
+    assemble,
+    validate_absent,
+)
 from megatron_cream.data.indexed import (
     MASK_SUFFIX,
     DatasetIndex,
@@ -37,6 +44,8 @@ from megatron_cream.data.indexed import (
 )
 from megatron_cream.errors import UserError
 
+_BUCKET_BYTES = 256 << 20  # of memory, for hashes
+_HASHED_BYTES = 64  # with what sorting them takes
 _OF_A_JOB = ("shard", "job", "thresholds", "drop_duplicates")
 _OF_A_MASK = ("mask_bytes", "trained_tokens")
 _SAME = ("tokenizer_type", "vocab_size", "eod_id", "bos_id", "appended_eod", "prepended_bos")
@@ -141,7 +150,7 @@ class InputDataset:
 
 
 def _validate_arguments(prefixes: Sequence[str], output: str) -> None:
-    validate_prefix(output)
+    ownership.validate_prefix(output)
     where = f"--output-prefix {output}"
     for prefix in prefixes:
         if not os.path.basename(prefix):
@@ -253,3 +262,71 @@ def _common_settings(described: list[dict[str, Any]]) -> dict[str, Any]:
         for key, value in described[0].items()
         if key not in counted
     }
+
+
+_HASHED = np.dtype([("first", "<u8"), ("second", "<u8"), ("place", "<i8")])
+
+
+def first_copies(segments: Sequence[Segment], folder: str) -> np.ndarray:
+    """Return bool ``[documents]`` of all segments: whether no earlier document is the same.
+
+    Hashes are read once. Where they are too many for memory they are dealt out to files in
+    ``folder`` by their first bits, and looked at a file at a time. That takes 24 bytes per document
+    on the disk, which are free again at the end, and a byte per document in memory.
+    """
+    total = sum(segment.documents for segment in segments)
+    first = np.ones(total, dtype=bool)
+    parts = -(-total * _HASHED_BYTES // _BUCKET_BYTES)
+    if parts < 2:
+        _distinct(first, np.concatenate(list(_batches(segments))))
+        return first
+    borders = np.array([(part << 64) // parts for part in range(1, parts)], dtype=np.uint64)
+    with tempfile.TemporaryDirectory(prefix="hashes-", dir=folder) as scratch:
+        paths = [os.path.join(scratch, str(part)) for part in range(parts)]
+        for batch in _batches(segments):
+            rows = _distinct(first, batch)
+            dealt = np.split(rows, np.searchsorted(rows["first"], borders))
+            for path, part in zip(paths, dealt, strict=True):
+                with open(path, "ab") as file:
+                    file.write(part.data)
+        for path in paths:
+            _distinct(first, np.fromfile(path, _HASHED))
+            os.unlink(path)
+    return first
+
+
+def _batches(segments: Sequence[Segment]) -> Iterator[np.ndarray]:
+    """Yield the hashes of all documents with their places, in order, so many as memory holds."""
+    most = max(_BUCKET_BYTES // _HASHED_BYTES // 4, 1)
+    waiting: list[np.ndarray] = [np.empty(0, f"V{HASH_BYTES}")]
+    place = count = 0
+    for segment in segments:
+        hashes = segment.hashes()
+        for at in range(0, len(hashes), most):
+            waiting.append(hashes[at : at + most])
+            count += len(waiting[-1])
+            if count >= most:
+                yield _hashed(waiting, place)
+                place, count, waiting = place + count, 0, waiting[:1]
+    yield _hashed(waiting, place)
+
+
+def _hashed(hashes: Sequence[np.ndarray], place: int) -> np.ndarray:
+    """Return hashes with the numbers of their documents, of which the first is ``place``."""
+    pairs = np.concatenate(hashes).view("<u8").reshape(-1, 2)
+    rows = np.empty(len(pairs), _HASHED)
+    rows["first"], rows["second"] = pairs.T
+    rows["place"] = np.arange(place, place + len(rows))
+    return rows
+
+
+def _distinct(first: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return rows by hash without copies of earlier ones, which become False in ``first``."""
+    rows = rows[np.argsort(rows["first"], kind="stable")]  # which keeps equal ones in order
+    near, equal = (rows[half][1:] == rows[half][:-1] for half in ("first", "second"))
+    if (near & ~equal).any():  # half a hash in common: by chance, so sorting whole ones is rare
+        rows = rows[np.lexsort((rows["second"], rows["first"]))]
+        near, equal = (rows[half][1:] == rows[half][:-1] for half in ("first", "second"))
+    copies = np.concatenate(([False], near & equal))[: len(rows)]
+    first[rows["place"][copies]] = False
+    return rows[~copies]

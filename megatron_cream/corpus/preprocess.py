@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,47 +23,32 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_cream import ownership
-from megatron_cream.corpus.assemble import (
+from megatron_cream.corpus.encode import EncodedPart, UnitEncoder, finished_parts, split
+from megatron_cream.corpus.executors import import_ray, run_in_pool, run_on_ray, use_one_thread
+from megatron_cream.corpus.fast_encoder import EXCERPT_CHARACTERS, choose_engine
+from megatron_cream.corpus.input_files import STDIN, InputFile, lines_before, place
+from megatron_cream.corpus.inspection import (
     COUNTED_KEYS,
     DUPLICATES,
     FINGERPRINT,
+    LISTED_ERRORS,
     Counts,
-    Segment,
-    assemble,
-    first_copies,
-    split,
-    write_hashes,
+    PreprocessStats,
     write_metadata,
 )
-from megatron_cream.corpus.encode import UnitEncoder
-from megatron_cream.corpus.executors import import_ray, run_in_pool, run_on_ray, use_one_thread
-from megatron_cream.corpus.gigatoken import EXCERPT_CHARACTERS, choose_engine
-from megatron_cream.corpus.input_files import (
-    ARROW,
-    JSONL,
-    PARQUET,
-    STDIN,
-    InputFile,
-    TextInputs,
-    find_inputs,
-    format_of,
-)
-from megatron_cream.corpus.inspection import PreprocessStats
-from megatron_cream.corpus.job import PreprocessConfig, PreprocessJob, count_left_out
-from megatron_cream.corpus.merge import InputDataset
-from megatron_cream.corpus.readers import cut_into_units, read_span, validate_columns
-from megatron_cream.corpus.records import BadRecord
-from megatron_cream.corpus.tokenizers import Tokenizer, digest, load_tokenizer
-from megatron_cream.corpus.work_folder import (
+from megatron_cream.corpus.job import PreprocessConfig, PreprocessJob, plan_job
+from megatron_cream.corpus.merge import InputDataset, first_copies
+from megatron_cream.corpus.readers import BadRecord, read_span
+from megatron_cream.corpus.storage import (
     PREPROCESSING,
     SUFFIXES,
-    EncodedPart,
+    Segment,
     WorkFolder,
-    finished_parts,
+    assemble,
     validate_absent,
-    validate_prefix,
+    write_hashes,
 )
+from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.data.indexed import MASK_SUFFIX, read_metadata
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, read_flags
@@ -144,66 +130,6 @@ def preprocess(
     return PreprocessStats(found, inputs.skipped, inputs.total_bytes, seconds, files, finished)
 
 
-def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextInputs]:
-    """Return the job that the settings ask for, its tokenizer and what it reads.
-
-    Raises:
-        UserError: a setting that cannot work.
-        FileNotFoundError: an input, a model or a folder that is not there.
-    """
-    config.validate()
-    index, count = config.shard
-    prefix = config.output_prefix + (f"-{index:05d}-of-{count:05d}" if count > 1 else "")
-    validate_prefix(prefix)
-    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    _validate_special_tokens(config, tokenizer)
-    inputs = find_inputs(config.input)
-    _validate_paths(config, prefix, inputs.files)
-    formats = [format_of(path, config.input_format) for path in inputs.files]
-    files = tuple(map(InputFile.of, inputs.files, formats, inputs.statuses))
-    job = PreprocessJob(
-        config=config,
-        prefix=prefix,
-        files=files,
-        units=cut_into_units(files, config.part_bytes),
-        tokenizer_digest=digest(tokenizer),
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod,
-        bos_id=tokenizer.bos,
-    )
-    for file in files:
-        if config.mask_key is not None and file.format != JSONL:
-            raise UserError(
-                f"--mask-key {config.mask_key}: {file.path} is {file.format}, needs jsonl"
-            )
-        if file.format in (PARQUET, ARROW):
-            validate_columns(file.path, file.format, job.fields)
-    return job, tokenizer, inputs
-
-
-def _validate_special_tokens(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
-    wanted = (
-        ("--append-eod", config.append_eod, "an end of document", tokenizer.eod),
-        ("--prepend-bos", config.prepend_bos, "a beginning of sequence", tokenizer.bos),
-    )
-    for flag, asked, kind, token in wanted:
-        if asked and token is None:
-            model = config.tokenizer_model or tokenizer.name
-            raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
-
-
-def _validate_paths(config: PreprocessConfig, prefix: str, files: tuple[Path, ...]) -> None:
-    """Check that the job will not write over what it reads."""
-    where = f"--output-prefix {prefix}"
-    outputs = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
-    for path in (*files, config.tokenizer_model):
-        if path is None or path == STDIN:
-            continue
-        if os.path.realpath(path) in outputs:
-            raise UserError(f"{where}: {path} is an input, needs another prefix")
-        ownership.validate_outside(path, Path(prefix + ".parts"), where)
-
-
 def _make_dataset(
     job: PreprocessJob,
     tokenizer: Tokenizer,
@@ -223,8 +149,6 @@ def _make_dataset(
     say(_describe_added_tokens(tokenizer, job))
     job = replace(job, fast=chosen is not tokenizer)
     units = job.own_units()
-    for unit in units if job.reads_stdin else ():
-        folder.drop_unit(unit)
     total = sum(map(job.unit_size, units))
     with _Bar(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         _encode_units(job, units, chosen, bar.update, folder)
@@ -385,3 +309,43 @@ def _describe_added_tokens(tokenizer: Tokenizer, job: PreprocessJob) -> str:
     if job.bos is None and getattr(tokenizer, "begins_with_bos", False):
         note += ", as the model was trained: --prepend-bos does as it does"
     return f"each document: {head}, its tokens, {tail}{note}"
+
+
+def count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:
+    """Add up what the parts left out, naming bad records by their line in the file.
+
+    Raises:
+        UserError: there is a bad record, and none is to be skipped.
+    """
+    reasons = ("shorter_than_min_tokens", "longer_than_max_tokens", DUPLICATES)
+    counts = Counts(Counter(dict.fromkeys(reasons, 0)))
+    for part in parts:
+        found = part.metadata
+        dropped = {"shorter_than_min_tokens": found.shorter, "longer_than_max_tokens": found.longer}
+        counts.add(dropped, found.errors)
+        counts.longest = max(counts.longest, found.longest)
+    counts.list_errors(_list_bad_records(job, parts))
+    if counts.errors and job.config.on_error == "fail":
+        raise UserError(": ".join(counts.listed[0]))
+    return counts
+
+
+def _list_bad_records(job: PreprocessJob, parts: list[EncodedPart]) -> list[list[str]]:
+    """Place and reason of the first bad records, counting the lines of each file once."""
+    every = [
+        (job.units[part.unit][bad[0]], *bad[1:]) for part in parts for bad in part.metadata.listed
+    ]
+    every = every[:LISTED_ERRORS]
+    starts: dict[str, set[int]] = {}
+    for span, *_ in every:
+        if span.start:
+            starts.setdefault(span.path, set()).add(span.start)
+    before = {
+        (path, start): lines
+        for path, found in starts.items()
+        for start, lines in zip(sorted(found), lines_before(path, sorted(found)), strict=True)
+    }
+    return [
+        [place(span, before.get((span.path, span.start), 0) + number), f"{kind}: {detail}"]
+        for span, number, kind, detail in every
+    ]

@@ -1,116 +1,305 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the records of input files, from any place that an earlier reading reached."""
+"""Reads the records of input files, from any place that an earlier reading reached.
+
+A text is a string, or an iterator of pieces where the record is very long. One character outside
+Latin-1 makes Python spend two or four bytes on each; so the JSON of a long line is checked with its
+long strings left out, and they are decoded while they are tokenized.
+"""
 
 from __future__ import annotations
 
+import codecs
 import io
-import sys
+import json
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from megatron_cream.corpus import records
 from megatron_cream.corpus.input_files import (
-    ARROW,
     JSONL,
-    PARQUET,
-    STDIN,
-    InputFile,
-    format_of,
-    is_compressed,
-    open_stream,
-)
-from megatron_cream.corpus.records import (
-    BadRecord,
-    Fields,
+    InputSpan,
     Line,
-    Text,
-    TextRecord,
-    decode,
-    join_text_fields,
-    read_line,
-    validate_text,
+    format_of,
+    open_stream,
+    place,
+    read_lines,
 )
+from megatron_cream.corpus.optional_formats import ARROW, PARQUET, read_rows
 from megatron_cream.errors import UserError
 
-_BLOCK_BYTES = 256 << 10
-_MOST_PARTS = 1_000_000
-_BOM = b"\xef\xbb\xbf"
-_TABLE_BATCH_BYTES = 8 << 20
-_END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+orjson: Any = None
+with suppress(ImportError):
+    import orjson
 
-_Batches = Callable[[list[str]], Iterator[Any]]
-"""Takes names of columns and yields record batches of a bounded number of rows."""
+Text = str | Iterator[str]
+
+BROKEN_JSON = "broken JSON"
+NOT_AN_OBJECT = "not an object"
+MISSING_FIELD = "missing field"
+WRONG_TYPE = "wrong type"
+NOT_UTF8 = "invalid UTF-8"
+SURROGATE = "lone surrogate"
+NUL = "NUL"
+BAD_MASK = "bad mask"
+
+Stretches = list[tuple[int, int]]
+"""Of a text: first character of each and the one behind its last, in order and apart."""
+
+
+class BadRecord(ValueError):
+    """A record that holds no text; ``kind`` is one of the constants above."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+class TextRecord(NamedTuple):
+    """A document, or why there is none.
+
+    Attributes:
+        text: its text, to be read before the next record is asked for; "" with an error.
+        error: what is wrong with the record.
+        number: of its line or row, counted from 1 in its span; 0 for a whole file.
+        offset: where the next record starts: expanded bytes from the start of the span, or rows.
+        trained: stretches of the text that are trained; None for all of it.
+    """
+
+    text: Text
+    error: BadRecord | None
+    number: int
+    offset: int
+    trained: Stretches | None = None
 
 
 @dataclass(frozen=True)
-class InputSpan:
-    """A stretch of a file.
+class Fields:
+    """Which keys of an object hold the text, and what is put between several of them.
 
-    Attributes:
-        path: the file.
-        format: one of ``FORMATS``.
-        start, end: bytes; the lines that begin between them belong to it. No end: the whole file.
-        size: bytes on disk.
+    ``mask`` is the key of the stretches of the text that are trained, None for all of it.
     """
 
-    path: str
-    format: str
-    start: int = 0
-    end: int | None = None
-    size: int = 0
+    names: tuple[str, ...] = ("text",)
+    separator: str = "\n\n"
+    mask: str | None = None
 
 
-def cut_into_units(
-    files: tuple[InputFile, ...], part_bytes: int
-) -> tuple[tuple[InputSpan, ...], ...]:
-    """Return units of at most ``part_bytes``, but for files that are read in one go.
-
-    Plain JSONL is cut at multiples of ``part_bytes``; a line belongs to where it begins.
+def validate_text(text: str) -> str:
+    """Return ``text``.
 
     Raises:
-        UserError: there would be too many for a folder of their files.
+        BadRecord: it holds NUL.
     """
-    total = sum(file.size for file in files)
-    if total // part_bytes > _MOST_PARTS:
-        raise UserError(
-            f"--part-bytes {part_bytes}: cuts the input into more than {_MOST_PARTS} parts, "
-            f"needs {-(-total // _MOST_PARTS)} or more"
+    if "\0" in text:
+        raise BadRecord(NUL, f"character {text.index(chr(0))} is NUL")
+    return text
+
+
+def decode(data: Line) -> str:
+    """Return UTF-8 bytes as a string.
+
+    Raises:
+        BadRecord: they are not UTF-8.
+    """
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError as exc:
+        raise BadRecord(NOT_UTF8, f"byte {exc.start}: not UTF-8 ({exc.reason})") from exc
+
+
+def parse(line: Line) -> Any:
+    """Return the value of one line of JSON, whichever parser is installed.
+
+    Raises:
+        BadRecord: it is not JSON, or a string in it is half a surrogate pair.
+    """
+    if orjson is not None:
+        try:
+            return orjson.loads(line)
+        except orjson.JSONDecodeError:
+            pass  # the standard library takes more (NaN, long integers) and says what is wrong
+    text = decode(line).removesuffix("\n")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        if "\0" in text:
+            raise BadRecord(NUL, f"byte {bytes(line).index(0)} is NUL") from exc
+        detail = f"broken JSON ({exc}), needs one JSON object per line"
+        raise BadRecord(BROKEN_JSON, detail) from exc
+    _validate_surrogates(value)
+    return value
+
+
+def read_line(line: Line, fields: Fields) -> tuple[str, Stretches | None]:
+    """Return the text of one line of JSONL, and which of it is trained, None for all of it.
+
+    Raises:
+        BadRecord: the line is not an object with strings under ``fields``, its text holds NUL or
+            half a surrogate pair, which no tokenizer takes, or the stretches are not such.
+    """
+    record = parse(line)
+    text = validate_text(fields.separator.join(strings_of(record, fields)))
+    if fields.mask is None:
+        return text, None
+    found = record.get(fields.mask)
+    if not _are_stretches(found, len(text)):
+        raise BadRecord(
+            BAD_MASK,
+            f"--mask-key {fields.mask}: needs pairs [first, end] of characters of the text, "
+            f"{len(text)}, in order, as [[0, 5], [9, 12]]",
         )
-    units: list[tuple[InputSpan, ...]] = []
-    waiting: list[InputSpan] = []
-    room = part_bytes
-    for file in files:
-        for span in _cut_file(file, part_bytes):
-            if waiting and span.size > room:
-                units.append(tuple(waiting))
-                waiting, room = [], part_bytes
-            waiting.append(span)
-            room -= span.size
-    return (*units, tuple(waiting)) if waiting else tuple(units)
+    return text, [(first, end) for first, end in found]
 
 
-def _cut_file(file: InputFile, part_bytes: int) -> Iterator[InputSpan]:
-    path = Path(file.path)
-    if file.format != JSONL or is_compressed(path) or path == STDIN:
-        yield InputSpan(file.path, file.format, size=file.size)
-        return
-    for start in range(0, max(file.size, 1), part_bytes):
-        end = min(start + part_bytes, file.size)
-        yield InputSpan(file.path, file.format, start, end, end - start)
+def _are_stretches(found: Any, size: int) -> bool:
+    before = 0
+    stretches: list[Any] = found if isinstance(found, list) else [None]
+    for one in stretches:
+        pair = isinstance(one, list) and len(one) == 2 and all(type(n) is int for n in one)
+        if not pair or not before <= one[0] < one[1] <= size:
+            return False
+        before = one[1]
+    return True
 
 
-def place(span: InputSpan, number: int) -> str:
-    """Return the file and the line or row of a record, for an error.
+def strings_of(record: Any, fields: Fields) -> list[str]:
+    """Return the strings under ``fields`` of a parsed record.
 
-    Args:
-        span: where the record is.
-        number: its line or row in the file, counted from 1; 0 where a file is one record.
+    Raises:
+        BadRecord: it is not an object, or has no string under one of them.
     """
-    unit = "row" if span.format in (PARQUET, ARROW) else "line"
-    return f"{span.path}: {unit} {number}" if number else span.path
+    if not isinstance(record, dict):
+        found = type(record).__name__
+        raise BadRecord(NOT_AN_OBJECT, f"a {found}, needs one JSON object per line")
+    values = []
+    for name in fields.names:
+        if name not in record:
+            raise BadRecord(MISSING_FIELD, f"--json-key {name}: nothing there, needs a string")
+        value = record[name]
+        if not isinstance(value, str):
+            found = type(value).__name__
+            raise BadRecord(WRONG_TYPE, f"--json-key {name}: {found} there, needs a string")
+        values.append(value)
+    return values
+
+
+def _validate_surrogates(value: Any) -> None:
+    """The standard library takes half a pair anywhere; orjson does not."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack += [*item, *item.values()]
+        elif isinstance(item, list):
+            stack += item
+        elif isinstance(item, str) and not item.isascii():
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError as exc:
+                detail = f"character {exc.start} is half a surrogate pair"
+                raise BadRecord(SURROGATE, detail) from exc
+
+
+LONG_BYTES = 32 << 20
+"""Lines and files longer than this are read in pieces."""
+
+PIECE_BYTES = 4 << 20
+
+# A string of JSON from quote to quote; possessive, or a long one would be remembered step by step.
+_STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
+_LONG_STRING_BYTES = 1 << 20
+# What is never cut: an escape, a pair of escapes that spell one character.
+_WHOLE = re.compile(
+    rb"(?:[^\\]++|\\u[dD][89abAB]..\\u....|\\u(?![dD][89abAB])....|\\[^u])*+", re.DOTALL
+)
+
+
+def stream_json_text(line: Line, fields: Fields) -> Iterator[str]:
+    """Yield the text of one long line of JSONL; together they are what ``read_line`` gives.
+
+    Raises:
+        BadRecord: as ``read_line``, at once or after some pieces.
+    """
+    if fields.mask is not None:
+        raise BadRecord(
+            BAD_MASK,
+            f"a line of {len(line)} bytes cannot have a mask, needs at most {LONG_BYTES}",
+        )
+    spans: list[tuple[int, int]] = []
+
+    def shorten(found: re.Match[bytes]) -> bytes:
+        start, end = found.span(1)
+        if end - start < _LONG_STRING_BYTES:
+            return found.group()
+        spans.append((start, end))
+        return json.dumps(_placeholder(len(spans) - 1)).encode()
+
+    values = strings_of(parse(_STRING.sub(shorten, line)), fields)
+    places = {_placeholder(i): span for i, span in enumerate(spans)}
+    for other in places.keys() - set(values):
+        for _ in _pieces(line, *places[other]):
+            pass
+    for i, value in enumerate(values):
+        if i:
+            yield fields.separator
+        if value in places:
+            yield from _pieces(line, *places[value])
+        else:
+            yield validate_text(value)
+
+
+def stream_plain_text(stream: BinaryIO, first: bytes) -> Iterator[str]:
+    """Yield the text of a plain file: ``first``, its first bytes, and what is left in ``stream``.
+
+    Raises:
+        BadRecord: it is not UTF-8, or holds NUL.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    data = first.removeprefix(codecs.BOM_UTF8)
+    start = len(first) - len(data)  # of what the decoder has not given out yet
+    while True:
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as exc:
+            detail = f"byte {start + exc.start}: not UTF-8 ({exc.reason})"
+            raise BadRecord(NOT_UTF8, detail) from exc
+        yield validate_text(text)
+        if not data:
+            return
+        start += waiting + len(data) - len(decoder.getstate()[0])
+        data = stream.read(PIECE_BYTES)
+
+
+def _placeholder(index: int) -> str:
+    return f"\0 long string {index}"  # a text with NUL is refused, so no text is taken for this
+
+
+def _pieces(line: Line, start: int, end: int) -> Iterator[str]:
+    view = memoryview(line)
+    while start < end:
+        window = view[start : min(start + PIECE_BYTES, end)]
+        size = len(window)
+        if start + size < end:
+            whole = _WHOLE.match(window)
+            size = (whole.end() if whole else 0) or size
+            while size > 1 and view[start + size] & 0xC0 == 0x80:
+                size -= 1
+        yield _unescaped(window[:size])
+        start += size
+
+
+def _unescaped(piece: memoryview) -> str:
+    try:
+        text = parse(b'"%b"' % bytes(piece))
+    except BadRecord as exc:
+        if exc.kind != BROKEN_JSON:
+            raise
+        raise BadRecord(BROKEN_JSON, f"broken JSON in a long string ({exc})") from exc
+    return validate_text(text)
 
 
 def read_span(
@@ -127,7 +316,9 @@ def read_span(
         OSError: the file cannot be read.
     """
     if span.format in (PARQUET, ARROW):
-        yield from _read_rows(span, fields, offset, on_bytes)
+        for row, values in read_rows(span.path, span.format, fields.names, offset):
+            yield _read_row(values, fields, row)
+        on_bytes(Path(span.path).stat().st_size)
         return
     with open_stream(Path(span.path), on_bytes) as stream:
         if span.format == JSONL:
@@ -139,67 +330,34 @@ def read_span(
 def _read_jsonl(
     stream: BinaryIO, span: InputSpan, fields: Fields, offset: int, number: int
 ) -> Iterator[TextRecord]:
-    at, stop = span.start + offset, sys.maxsize if span.end is None else span.end
-    if offset or not span.start:
-        _go_to(stream, at)
-    else:
-        at = _next_line(stream, at - 1, stop)
-    while at < stop and (line := _whole_line(stream)):
-        at += len(line)
+    for line, behind in read_lines(stream, span, offset):
         number += 1
-        if number == 1 and not span.start and line.startswith(_BOM):
-            line = line[len(_BOM) :]
+        if number == 1 and not span.start and line.startswith(codecs.BOM_UTF8):
+            line = line[len(codecs.BOM_UTF8) :]
         if not line or line.isspace():
             continue
         text: Text = ""
         trained = error = None
         try:
-            if len(line) > records.LONG_BYTES:
-                text = records.stream_json_text(line, fields)
+            if len(line) > LONG_BYTES:
+                text = stream_json_text(line, fields)
             else:
                 text, trained = read_line(line, fields)
         except BadRecord as exc:
             error = exc
-        yield TextRecord(text, error, number, at - span.start, trained)
+        yield TextRecord(text, error, number, behind, trained)
 
 
-def _go_to(stream: BinaryIO, offset: int) -> None:
-    if stream.seekable():
-        stream.seek(offset)
-        return
-    while offset and (block := stream.read(min(offset, _BLOCK_BYTES))):
-        offset -= len(block)
-
-
-def _next_line(stream: BinaryIO, at: int, end: int) -> int:
-    """Go behind the first line end at or after byte ``at``, or past ``end``; returns where."""
-    stream.seek(at)
-    while at < end and (piece := stream.readline(_BLOCK_BYTES)):
-        at += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return at
-
-
-def _whole_line(stream: BinaryIO) -> Line:
-    """Return the next line with its end, nothing at the end; a long one is in memory once."""
-    line = stream.readline(_BLOCK_BYTES)
-    if len(line) < _BLOCK_BYTES:
-        return line
-    whole = bytearray(line)
-    while not whole.endswith(b"\n") and (piece := stream.readline(_BLOCK_BYTES)):
-        whole += piece
-    return whole
-
-
-def _read_text(stream: BinaryIO) -> TextRecord:
-    data = stream.read(records.LONG_BYTES + 1)
-    if len(data) > records.LONG_BYTES:
-        return TextRecord(records.stream_plain_text(stream, data), None, 0, 1)
+def _read_text(stream: BinaryIO, row: int = 0) -> TextRecord:
+    """Read all of a stream as one text, of a row or of a whole file."""
+    data = stream.read(LONG_BYTES + 1)
+    if len(data) > LONG_BYTES:
+        return TextRecord(stream_plain_text(stream, data), None, row, row or 1)
     try:
-        return TextRecord(validate_text(decode(data.removeprefix(_BOM))), None, 0, 1)
+        text = validate_text(decode(data.removeprefix(codecs.BOM_UTF8)))
+        return TextRecord(text, None, row, row or 1)
     except BadRecord as exc:
-        return TextRecord("", exc, 0, 1)
+        return TextRecord("", exc, row, row or 1)
 
 
 def read_documents(
@@ -226,153 +384,15 @@ def read_documents(
         yield record.text if isinstance(record.text, str) else "".join(record.text)
 
 
-def lines_before(path: str, starts: list[int]) -> list[int]:
-    """Return how many lines of a plain file begin before each of ``starts``, sorted bytes."""
-    counts, at, found = [], 0, 0
-    with open(path, "rb", buffering=0) as file:
-        for start in starts:
-            # A line begins at 0 and after each line end, but for one that ends at `start`.
-            while at < start - 1 and (block := file.read(min(start - 1 - at, _BLOCK_BYTES))):
-                found += block.count(b"\n")
-                at += len(block)
-            counts.append(found + (start > 0))
-    return counts
-
-
-def _read_rows(
-    span: InputSpan, fields: Fields, offset: int, on_bytes: Callable[[int], object]
-) -> Iterator[TextRecord]:
-    size, row = Path(span.path).stat().st_size, 0
-    with _open_table(span.path, span.format, fields) as (pa, batches):
-        for batch in batches(list(fields.names)):
-            count = batch.num_rows
-            if row + count > offset:
-                skip = max(offset - row, 0)
-                columns = [_as_bytes(pa, batch.column(name)) for name in fields.names]
-                lists = [column.cast(pa.large_binary()).to_pylist()[skip:] for column in columns]
-                for i, values in enumerate(zip(*lists, strict=True), start=row + skip + 1):
-                    yield _read_row(values, fields, i)
-            row += count
-        on_bytes(size)
-
-
 def _read_row(values: tuple[bytes | None, ...], fields: Fields, row: int) -> TextRecord:
+    if len(values) == 1 and values[0] is not None and len(values[0]) > LONG_BYTES:
+        return _read_text(io.BytesIO(values[0]), row)
     try:
-        if len(values) == 1 and values[0] is not None and len(values[0]) > records.LONG_BYTES:
-            stream = io.BytesIO(values[0])
-            first = stream.read(records.PIECE_BYTES)
-            return TextRecord(records.stream_plain_text(stream, first), None, row, row)
         texts = {
             name: None if value is None else decode(value)
             for name, value in zip(fields.names, values, strict=True)
         }
-        return TextRecord(join_text_fields(texts, fields), None, row, row)
+        text = validate_text(fields.separator.join(strings_of(texts, fields)))
+        return TextRecord(text, None, row, row)
     except BadRecord as exc:
         return TextRecord("", exc, row, row)
-
-
-def validate_columns(path: str, format: str, fields: Fields) -> None:
-    """Check that a file is whole and has a column of text under each of ``fields``.
-
-    Raises:
-        UserError: naming the file and what is wrong.
-    """
-    with _open_table(path, format, fields):
-        pass
-
-
-@contextmanager
-def _open_table(path: str, format: str, fields: Fields) -> Iterator[tuple[Any, _Batches]]:
-    """Yield pyarrow, and what reads the file; damaged data is one line that names the file."""
-    try:
-        import pyarrow.parquet
-    except ImportError as exc:
-        raise UserError(
-            f"--input {path}: needs the pyarrow package, run `pip install pyarrow`"
-        ) from exc
-    pa: Any = pyarrow
-    try:
-        with pa.OSFile(path) as file:
-            opened = _open_parquet(pa, file) if format == PARQUET else _open_arrow(pa, file)
-            _validate_schema(pa, path, opened[0], fields)
-            yield pa, opened[1]
-    # Beside exceptions of its own it raises bare ones: OSError for sizes and sums that do not fit,
-    # UnicodeDecodeError for names.
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
-        if not (isinstance(exc, OSError) and exc.errno):
-            raise UserError(f"{path}: broken {format} data ({exc})") from exc
-        if exc.filename is None:  # the disk, not the file
-            raise OSError(exc.errno, f"{path}: {exc}") from exc
-        raise
-
-
-def _open_parquet(pa: Any, file: Any) -> tuple[Any, _Batches]:
-    reader = pa.parquet.ParquetFile(file, page_checksum_verification=True)
-
-    def batches(names: list[str]) -> Iterator[Any]:
-        for group in range(reader.num_row_groups):
-            meta = reader.metadata.row_group(group)
-            each = max(meta.total_byte_size // max(meta.num_rows, 1), 1)
-            rows = min(max(_TABLE_BATCH_BYTES // each, 1), 1 << 14)
-            yield from reader.iter_batches(rows, row_groups=[group], columns=names)
-
-    return reader.schema_arrow, batches
-
-
-def _open_arrow(pa: Any, file: Any) -> tuple[Any, _Batches]:
-    """Open a file with a footer, or else a stream."""
-    try:
-        reader = pa.ipc.open_file(file)
-        whole = map(reader.get_batch, range(reader.num_record_batches))
-    except pa.ArrowInvalid:
-        file.seek(max(file.size() - len(_END_OF_ARROW_STREAM), 0))
-        if file.read() != _END_OF_ARROW_STREAM:
-            raise pa.ArrowInvalid("the file ends before its end mark") from None
-        file.seek(0)
-        reader = whole = pa.ipc.open_stream(file)
-
-    def batches(names: list[str]) -> Iterator[Any]:
-        for batch in whole:
-            batch = batch.select(names)
-            batch.validate()
-            rows = max(batch.num_rows * _TABLE_BATCH_BYTES // max(batch.nbytes, 1), 1)
-            for start in range(0, batch.num_rows, rows):
-                yield batch.slice(start, rows)
-
-    return reader.schema, batches
-
-
-def _validate_schema(pa: Any, path: str, schema: Any, fields: Fields) -> None:
-    text = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
-    for name in fields.names:
-        if schema.get_field_index(name) < 0:
-            raise UserError(
-                f"{path}: --json-key {name}: no such column, needs one of {', '.join(schema.names)}"
-            )
-        found = schema.field(name).type
-        if pa.types.is_dictionary(found):
-            found = found.value_type
-        if found not in text:
-            raise UserError(f"{path}: --json-key {name}: a column of {found}, needs text")
-
-
-def _as_bytes(pa: Any, column: Any) -> Any:
-    """Return a column of text as one of bytes, after looking at every offset and index of it.
-
-    Arrow reads wherever the offsets of a damaged file point to, outside its memory too. As bytes,
-    so that text which is not UTF-8 is an error of its row.
-    """
-    column.validate()  # buffers are as long as the number of rows needs
-    if pa.types.is_dictionary(column.type):
-        values = _as_bytes(pa, column.dictionary)
-        column = pa.DictionaryArray.from_arrays(column.indices, values, safe=True)
-        column.validate(full=True)
-        return column.dictionary_decode()
-    types = {
-        pa.string(): pa.binary(),
-        pa.large_string(): pa.large_binary(),
-        pa.string_view(): pa.binary_view(),
-    }
-    column = column.view(types.get(column.type, column.type))
-    column.validate(full=True)
-    return column

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_cream.corpus.assemble import Counts, write_index, write_metadata
+from megatron_cream import ownership
 from megatron_cream.corpus.executors import choose_start_method, use_one_thread
-from megatron_cream.corpus.gigatoken import GigatokenTokenizer, choose_engine
+from megatron_cream.corpus.fast_encoder import GigatokenTokenizer, choose_engine
+from megatron_cream.corpus.inspection import Counts, write_metadata
 from megatron_cream.corpus.job import (
     APPEND_EOD,
     ENGINE,
@@ -34,13 +35,8 @@ from megatron_cream.corpus.job import (
 )
 from megatron_cream.corpus.retrieval_tasks import MOST_QUESTIONS, Passage, RetrievalTask, draw_task
 from megatron_cream.corpus.retrieval_words import Haystack, Rng, prose, read_haystack
+from megatron_cream.corpus.storage import RETRIEVAL, WorkFolder, validate_absent, write_index
 from megatron_cream.corpus.tokenizers import Tokenizer, load_tokenizer
-from megatron_cream.corpus.work_folder import (
-    RETRIEVAL,
-    WorkFolder,
-    validate_absent,
-    validate_prefix,
-)
 from megatron_cream.data.indexed import MASK_SUFFIX, token_dtype
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, flag_field, read_flags, validate_fields
@@ -133,7 +129,7 @@ def make_dataset(
         OSError: a file that is missing or exists, or cannot be written.
     """
     validate_fields(config)
-    validate_prefix(config.output_prefix)
+    ownership.validate_prefix(config.output_prefix)
     with WorkFolder(config.output_prefix, RETRIEVAL) as folder, use_one_thread():
         folder.finish_publishing()
         validate_absent(config.output_prefix, config.overwrite)

@@ -27,8 +27,8 @@ from support.attack import SEED, kills, rounds
 from support.commands import load_file
 
 from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
+from megatron_cream.corpus.storage import SUFFIXES
 from megatron_cream.corpus.tokenizers import train_bpe
-from megatron_cream.corpus.work_folder import SUFFIXES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
-from megatron_cream.corpus.work_folder import SUFFIXES
+from megatron_cream.corpus.storage import SUFFIXES
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from support.commands import exit_status
 
-from megatron_cream.corpus.assemble import write_index
 from megatron_cream.corpus.preprocess import PreprocessConfig, preprocess
+from megatron_cream.corpus.storage import write_index
 from megatron_cream.corpus.tokenizers import train_bpe
 from megatron_cream.errors import UserError
 

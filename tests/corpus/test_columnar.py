@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.corpus.readers import InputSpan, read_span
-from megatron_cream.corpus.records import Fields
+from megatron_cream.corpus.input_files import InputSpan
+from megatron_cream.corpus.readers import Fields, read_span
 from megatron_cream.errors import UserError
 
 pa = pytest.importorskip("pyarrow")

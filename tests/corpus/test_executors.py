@@ -12,7 +12,7 @@ import pytest
 
 from megatron_cream.corpus import encode
 from megatron_cream.corpus import executors as module
-from megatron_cream.corpus.preprocess import plan_job
+from megatron_cream.corpus.job import plan_job
 from megatron_cream.corpus.tokenizers import train_bpe
 from megatron_cream.errors import UserError
 
@@ -96,7 +96,7 @@ def test_the_tool_forks_only_without_threads(bpe_job, run, outputs, tmp_path, al
 def test_a_forked_worker_can_let_go_of_the_lock(tmp_path):
     code = """
 import os, sys, time
-from megatron_cream.corpus.work_folder import WorkFolder
+from megatron_cream.corpus.storage import WorkFolder
 folder, (read, write) = WorkFolder(sys.argv[1], 'merging'), os.pipe()
 worker = os.fork()
 if not worker:

@@ -14,11 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from megatron_cream.corpus import encode
-from megatron_cream.corpus import gigatoken as module
-from megatron_cream.corpus.encode import encode_pieces, find_text_splitter
-from megatron_cream.corpus.gigatoken import GigatokenTokenizer, GigatokenUnsupported, choose_engine
-from megatron_cream.corpus.preprocess import plan_job, sample_texts
+from megatron_cream.corpus import fast_encoder as module
+from megatron_cream.corpus.fast_encoder import (
+    GigatokenTokenizer,
+    GigatokenUnsupported,
+    choose_engine,
+    encode_pieces,
+    find_text_splitter,
+)
+from megatron_cream.corpus.job import plan_job
+from megatron_cream.corpus.preprocess import sample_texts
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
 
 pytest.importorskip("gigatoken")
@@ -129,19 +134,19 @@ def test_texts_in_pieces_give_the_ids_of_the_whole(reference, tokenizer, texts, 
         pieces.append(text[at : at + rng.randrange(1, 40)])
         at += len(pieces[-1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "CUT_CHARACTERS", size)
-        patch.setattr(encode, "_CONTEXT", 4)
+        patch.setattr(module, "CUT_CHARACTERS", size)
+        patch.setattr(module, "_CONTEXT", 4)
         for each in (reference, tokenizer):
             rows = list(encode_pieces(each, find_text_splitter(reference), pieces))
             assert np.concatenate(rows).tolist() == reference.encode([text])[0].tolist()
 
 
 def test_long_texts_are_cut(reference, tokenizer, monkeypatch):
-    monkeypatch.setattr(encode, "CUT_CHARACTERS", 2000)
+    monkeypatch.setattr(module, "CUT_CHARACTERS", 2000)
     calls = []
     monkeypatch.setattr(type(reference), "encode", _counting(type(reference).encode, calls))
     text = WORDS * 200
-    ids = encode.encode_long(reference, find_text_splitter(reference), text)
+    ids = module.encode_texts(reference, [text], lambda: find_text_splitter(reference))[0]
     assert len(calls) >= 10 and max(calls) < 4000
     assert ids.tolist() == tokenizer.encode([text])[0].tolist()
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cream.corpus import assemble
-from megatron_cream.corpus.assemble import first_copies, split, write_index
-from megatron_cream.corpus.encode import HASH_BYTES
+from megatron_cream.corpus import merge
+from megatron_cream.corpus.encode import split
 from megatron_cream.corpus.inspection import (
     check,
     count_lengths,
@@ -22,8 +21,9 @@ from megatron_cream.corpus.inspection import (
     draw_histogram,
     median,
 )
-from megatron_cream.corpus.merge import merge_datasets
-from megatron_cream.corpus.preprocess import plan_job
+from megatron_cream.corpus.job import plan_job
+from megatron_cream.corpus.merge import first_copies, merge_datasets
+from megatron_cream.corpus.storage import HASH_BYTES, Segment, write_index
 from megatron_cream.data import indexed
 from megatron_cream.data.indexed import read_index, read_metadata, token_dtype
 
@@ -144,15 +144,13 @@ def test_duplicates_keep_their_first_copy(job, run, documents, monkeypatch):
 @pytest.mark.parametrize("bucket_bytes", [1 << 28, 3000, 300])
 def test_first_copies_equal_a_dictionary(monkeypatch, tmp_path, bucket_bytes):
     """Of hashes that are read once, in files or not; nothing is left of these."""
-    monkeypatch.setattr(assemble, "_BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(merge, "_BUCKET_BYTES", bucket_bytes)
     rng = np.random.default_rng(3)
     step = np.array([(1 << 64) // 8, 1], dtype="<u8")  # over the whole range
     rows = [rng.integers(0, 8, size=(n, 2)).astype("<u8") * step for n in (10, 0, 133, 5)]
     read = []
     segments = [
-        assemble.Segment(
-            "", len(r), None, lambda r=r: read.append(1) or r.view(f"V{HASH_BYTES}").ravel()
-        )
+        Segment("", len(r), None, lambda r=r: read.append(1) or r.view(f"V{HASH_BYTES}").ravel())
         for r in rows
     ]
     seen, expected = set(), []

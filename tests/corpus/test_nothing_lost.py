@@ -15,7 +15,7 @@ from megatron_cream import ownership
 from megatron_cream.corpus import merge as merge_module
 from megatron_cream.corpus import preprocess as module
 from megatron_cream.corpus.merge import merge_datasets
-from megatron_cream.corpus.work_folder import MERGING, PREPROCESSING, SUFFIXES
+from megatron_cream.corpus.storage import MERGING, PREPROCESSING, SUFFIXES
 from megatron_cream.errors import UserError
 
 PARTS = {"part_bytes": 200}
@@ -302,7 +302,7 @@ def test_a_merge_of_other_datasets_is_no_finished_job(job, run):
 
 
 def test_a_document_longer_than_an_index_can_say(tmp_path):
-    from megatron_cream.corpus.assemble import write_index
+    from megatron_cream.corpus.storage import write_index
 
     lengths, counts = np.array([1 << 31]), np.array([1])
     with pytest.raises(UserError, match="a document has 2147483648 tokens and an index can hold"):
@@ -310,7 +310,7 @@ def test_a_document_longer_than_an_index_can_say(tmp_path):
 
 
 def test_standard_input_is_never_finished_before(job):
-    from megatron_cream.corpus.preprocess import plan_job
+    from megatron_cream.corpus.job import plan_job
 
     planned = plan_job(replace(job, input=("-",)))[0]
     assert planned.fingerprint() is None

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from support.commands import exit_status, load_file
 
-from megatron_cream.corpus import encode, records
+from megatron_cream.corpus import encode, readers
 from megatron_cream.corpus.preprocess import PreprocessConfig
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer, load_tokenizer, train_bpe
 
@@ -125,8 +125,8 @@ def test_long_documents_have_the_same_tokens_around_them(job, tmp_path, run, kep
         "drop_duplicates": True,
     }
     run(job, output_prefix=job.output_prefix + "-whole", **changes)
-    monkeypatch.setattr(records, "LONG_BYTES", 100)
-    monkeypatch.setattr(records, "PIECE_BYTES", 40)
+    monkeypatch.setattr(readers, "LONG_BYTES", 100)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 40)
     run(job, **changes)
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer")
     pieces, whole = read(job.output_prefix), read(job.output_prefix + "-whole")

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.corpus import readers, records
-from megatron_cream.corpus.readers import InputSpan, lines_before, read_span
-from megatron_cream.corpus.records import BadRecord, Fields, read_line
+from megatron_cream.corpus import input_files, readers
+from megatron_cream.corpus.input_files import InputSpan, lines_before
+from megatron_cream.corpus.readers import BadRecord, Fields, read_line, read_span
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200)
 PARSERS = ["orjson", "json"]
@@ -18,7 +18,7 @@ PARSERS = ["orjson", "json"]
 def parser(request, monkeypatch):
     """Both parsers in turn: the result must not depend on which is installed."""
     if request.param == "json":
-        monkeypatch.setattr(records, "orjson", None)
+        monkeypatch.setattr(readers, "orjson", None)
     else:
         pytest.importorskip("orjson")
 
@@ -27,22 +27,22 @@ def parser(request, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        (b'{"text": "x"', records.BROKEN_JSON),
-        (b"[" * 100_000, records.BROKEN_JSON),
-        (b'{"text": "a\tb"}', records.BROKEN_JSON),
-        (b'["x"]', records.NOT_AN_OBJECT),
-        (b"7", records.NOT_AN_OBJECT),
-        (b'{"body": "x"}', records.MISSING_FIELD),
-        (b'{"text": 5}', records.WRONG_TYPE),
-        (b'{"text": null}', records.WRONG_TYPE),
-        (b'{"text": ["x"]}', records.WRONG_TYPE),
-        (b'{"text": "\xff"}', records.NOT_UTF8),
-        (b'{"text": "\xed\xa0\x80"}', records.NOT_UTF8),
-        (b'{"text": "a\\ud800"}', records.SURROGATE),
-        (b'{"text": "a", "other": ["\\udc00"]}', records.SURROGATE),
-        (b'{"text": "a\\u0000"}', records.NUL),
-        (b'{"text": "a\0"}', records.NUL),
-        (b"\0" * 40, records.NUL),
+        (b'{"text": "x"', readers.BROKEN_JSON),
+        (b"[" * 100_000, readers.BROKEN_JSON),
+        (b'{"text": "a\tb"}', readers.BROKEN_JSON),
+        (b'["x"]', readers.NOT_AN_OBJECT),
+        (b"7", readers.NOT_AN_OBJECT),
+        (b'{"body": "x"}', readers.MISSING_FIELD),
+        (b'{"text": 5}', readers.WRONG_TYPE),
+        (b'{"text": null}', readers.WRONG_TYPE),
+        (b'{"text": ["x"]}', readers.WRONG_TYPE),
+        (b'{"text": "\xff"}', readers.NOT_UTF8),
+        (b'{"text": "\xed\xa0\x80"}', readers.NOT_UTF8),
+        (b'{"text": "a\\ud800"}', readers.SURROGATE),
+        (b'{"text": "a", "other": ["\\udc00"]}', readers.SURROGATE),
+        (b'{"text": "a\\u0000"}', readers.NUL),
+        (b'{"text": "a\0"}', readers.NUL),
+        (b"\0" * 40, readers.NUL),
     ],
 )
 def test_each_kind_of_bad_line(line, kind):
@@ -72,33 +72,33 @@ def test_giant_lines_give_the_same_text(texts, escaped):
     ).encode()
     fields = Fields(("text", "a"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "PIECE_BYTES", 29)
-        patch.setattr(records, "_LONG_STRING_BYTES", 5)
-        pieces = list(records.stream_json_text(line, fields))
+        patch.setattr(readers, "PIECE_BYTES", 29)
+        patch.setattr(readers, "_LONG_STRING_BYTES", 5)
+        pieces = list(readers.stream_json_text(line, fields))
     assert "".join(pieces) == "".join(texts) + "\n\n" + texts[0]
 
 
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (b"a" * 90 + b"\\ud800" + b"b" * 90, records.SURROGATE),
-        (b"a" * 90 + b"\xff" + b"b" * 90, records.NOT_UTF8),
-        (b"a" * 90 + b"\\q" + b"b" * 90, records.BROKEN_JSON),
-        (b"a" * 90 + b"\\u0000" + b"b" * 90, records.NUL),
-        (b"a" * 90 + b"\\u12", records.BROKEN_JSON),
+        (b"a" * 90 + b"\\ud800" + b"b" * 90, readers.SURROGATE),
+        (b"a" * 90 + b"\xff" + b"b" * 90, readers.NOT_UTF8),
+        (b"a" * 90 + b"\\q" + b"b" * 90, readers.BROKEN_JSON),
+        (b"a" * 90 + b"\\u0000" + b"b" * 90, readers.NUL),
+        (b"a" * 90 + b"\\u12", readers.BROKEN_JSON),
     ],
 )
 @pytest.mark.parametrize("key", [b"text", b"other"])
 def test_giant_lines_are_checked_as_small_ones(monkeypatch, value, kind, key):
-    monkeypatch.setattr(records, "PIECE_BYTES", 29)
-    monkeypatch.setattr(records, "_LONG_STRING_BYTES", 5)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 29)
+    monkeypatch.setattr(readers, "_LONG_STRING_BYTES", 5)
     line = b'{"%s": "%s", "text": "x"}' % (key, value)
     if key == b"text":
         line = b'{"other": 1, "text": "%s"}' % value
-    if kind == records.NUL and key == b"other":
+    if kind == readers.NUL and key == b"other":
         assert read_line(line, Fields())[0] == "x"  # NUL is refused in the text only
         return
-    for parse in (read_line, lambda *a: list(records.stream_json_text(*a))):
+    for parse in (read_line, lambda *a: list(readers.stream_json_text(*a))):
         with pytest.raises(BadRecord) as caught:
             parse(line, Fields())
         assert caught.value.kind == kind
@@ -116,7 +116,7 @@ def test_pieces_of_any_size_give_every_line_once(tmp_path_factory, lines, size, 
     path.write_bytes(data)
     starts = list(range(0, len(data), size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_BLOCK_BYTES", block)
+        patch.setattr(input_files, "_BLOCK_BYTES", block)
         before = lines_before(str(path), starts)
         found = [
             (record.text, first + record.number)
@@ -153,8 +153,8 @@ def test_reading_goes_on_from_any_record(tmp_path, name, pack):
 
 
 def test_long_files_come_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONG_BYTES", 1000)
-    monkeypatch.setattr(records, "PIECE_BYTES", 101)
+    monkeypatch.setattr(readers, "LONG_BYTES", 1000)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 101)
     text = "\ufeff" + "κόσμε 🎈\r\n" * 300
     path = tmp_path / "a.txt"
 

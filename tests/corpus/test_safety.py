@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.corpus import records
-from megatron_cream.corpus.readers import InputSpan, read_documents, read_span
-from megatron_cream.corpus.records import Fields
+from megatron_cream.corpus import readers
+from megatron_cream.corpus.input_files import InputSpan
+from megatron_cream.corpus.readers import Fields, read_documents, read_span
+from megatron_cream.corpus.storage import PREPROCESSING, WorkFolder
 from megatron_cream.corpus.tokenizers import train_bpe
-from megatron_cream.corpus.work_folder import PREPROCESSING, WorkFolder
 from megatron_cream.ownership import MARK_NAME
 
 ROOT = Path(__file__).parents[2]
@@ -300,7 +300,7 @@ def mutated(rng, line):
 def test_broken_lines_are_never_taken_for_good(tmp_path, monkeypatch, parser):
     """Each of ten thousand broken lines gives an error, or the text that JSON says it has."""
     if parser == "json":
-        monkeypatch.setattr(records, "orjson", None)
+        monkeypatch.setattr(readers, "orjson", None)
     else:
         pytest.importorskip("orjson")
     rng = random.Random(2024)
@@ -320,8 +320,8 @@ def test_broken_lines_are_never_taken_for_good(tmp_path, monkeypatch, parser):
     for line, record in zip(lines, found, strict=True):
         assert (None if record.error else record.text) == expected_of(line), line
     kinds_found = {record.error.kind for record in found if record.error is not None}
-    assert {records.BROKEN_JSON, records.NOT_UTF8, records.SURROGATE, records.NUL} <= kinds_found
-    assert {records.WRONG_TYPE, records.MISSING_FIELD, records.NOT_AN_OBJECT} <= kinds_found
+    assert {readers.BROKEN_JSON, readers.NOT_UTF8, readers.SURROGATE, readers.NUL} <= kinds_found
+    assert {readers.WRONG_TYPE, readers.MISSING_FIELD, readers.NOT_AN_OBJECT} <= kinds_found
 
 
 def test_broken_archives_are_never_taken_for_whole(tmp_path, pack):

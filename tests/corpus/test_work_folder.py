@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.corpus import work_folder as module
-from megatron_cream.corpus.work_folder import SUFFIXES
+from megatron_cream.corpus import storage as module
+from megatron_cream.corpus.storage import SUFFIXES
 
 OLD_NAMES = ("data.old.idx", "data.old.json", "data.old.bin")
 WRITTEN = (".bin", ".json", ".idx")

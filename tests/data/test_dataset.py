@@ -230,8 +230,8 @@ def test_tokens_far_behind_two_to_the_32(tmp_path, mapped):
     """A file of 8 GiB with a hole; each document is where the index says."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from megatron_cream.corpus.assemble import write_index
     from megatron_cream.corpus.inspection import document_text
+    from megatron_cream.corpus.storage import write_index
 
     lengths = np.array([(1 << 31) - 1, (1 << 31) - 1, 70, T])
     starts = np.cumsum(lengths) - lengths

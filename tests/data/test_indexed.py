@@ -5,9 +5,9 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_cream.corpus.assemble import write_index
 from megatron_cream.corpus.inspection import check, describe, document_text
 from megatron_cream.corpus.merge import merge_datasets
+from megatron_cream.corpus.storage import write_index
 from megatron_cream.data.indexed import check_tokens, read_index, read_metadata, validate_metadata
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.perplexity import read_first_tokens

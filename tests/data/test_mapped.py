@@ -175,7 +175,7 @@ def test_reading_ahead_stays_inside_the_file(tmp_path):
 @pytest.fixture
 def prefix(tmp_path):
     """A dataset of documents between a quarter of N and three times T."""
-    from megatron_cream.corpus.assemble import write_index
+    from megatron_cream.corpus.storage import write_index
 
     lengths = np.random.default_rng(3).integers(N // 4, 3 * T, size=120)
     one = np.ones(len(lengths), dtype=np.int64)
@@ -270,7 +270,7 @@ def test_files_of_a_dataset_that_was_written_again_are_not_taken(prefix, monkeyp
     before = build(prefix, "window")[0].sources.lengths.tolist()
     lengths = np.full(120, os.path.getsize(prefix + ".bin") // 240)
     lengths[-1] += os.path.getsize(prefix + ".bin") // 2 - lengths.sum()
-    from megatron_cream.corpus.assemble import write_index
+    from megatron_cream.corpus.storage import write_index
 
     one = np.ones(len(lengths), dtype=np.int64)
     write_index(prefix + ".idx", np.dtype(np.uint16), [(lengths, one)], 120, 120)

@@ -12,7 +12,7 @@ import torch
 from support.arguments import arguments
 from support.evaluation import VOCABULARY
 
-from megatron_cream.corpus.assemble import write_index
+from megatron_cream.corpus.storage import write_index
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import longppl as longppl_module
 from megatron_cream.evaluation.evaluate import evaluate, format_results
