@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -31,7 +31,7 @@ from megatron_cream.corpus.input_files import InputSpan, lines_before, place
 from megatron_cream.corpus.inspection import LISTED_ERRORS
 from megatron_cream.corpus.job import PreprocessJob
 from megatron_cream.corpus.readers import BadRecord, Stretches, Text, TextRecord, read_span
-from megatron_cream.corpus.storage import HASH_BYTES, SequenceLengths
+from megatron_cream.corpus.storage import HASH_BYTES, Segment, SequenceLengths
 from megatron_cream.corpus.tokenizers import Tokenizer
 from megatron_cream.data.indexed import MASK_SUFFIX
 from megatron_cream.errors import UserError
@@ -79,7 +79,7 @@ class UnitEncoder:
         done = [] if job.reads_stdin else finished_parts(job.folder, unit, self.dtype)
         start = done[-1].metadata.next if done else (0, 0, 0)
         if start is None:
-            self._on_bytes(job.unit_size(unit))
+            self._on_bytes(sum(span.size for span in job.units[unit]))
             return
         first, offset, number = start
         with ExitStack() as stack:
@@ -310,6 +310,18 @@ class EncodedPart:
         """Bytes ``[documents]`` of HASH_BYTES each; only of a hashed part."""
         return np.fromfile(self.stem + ".hash", dtype=f"V{HASH_BYTES}")
 
+    def segment(self, job: PreprocessJob) -> Segment:
+        """The part as a stretch of the job's dataset, long documents split."""
+        head, tail = int(job.bos is not None), int(job.eod is not None)
+        most = None if job.config.drops_long else job.config.max_tokens
+        return Segment(
+            self.stem + ".bin",
+            self.metadata.documents,
+            lambda: split(self.lengths(), most, head, tail),
+            self.hashes,
+            self.stem + MASK_SUFFIX if self.metadata.masked else None,
+        )
+
 
 def finished_parts(folder: Path, unit: int, dtype: np.dtype) -> list[EncodedPart]:
     """Return the whole parts of a unit, in order, as far as they follow each other."""
@@ -319,6 +331,20 @@ def finished_parts(folder: Path, unit: int, dtype: np.dtype) -> list[EncodedPart
         if part is None:
             break
         parts.append(part)
+    return parts
+
+
+def finished_units(job: PreprocessJob, units: Iterable[int]) -> list[EncodedPart]:
+    """Return all parts of all ``units``, in order.
+
+    Raises:
+        UserError: one is missing.
+    """
+    parts: list[EncodedPart] = []
+    for unit in units:
+        parts += finished_parts(job.folder, unit, job.dtype)
+        if parts == [] or parts[-1].unit != unit or parts[-1].metadata.next is not None:
+            raise UserError(f"--output-prefix {job.prefix}: {job.folder} lost parts, start again")
     return parts
 
 

@@ -16,7 +16,7 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ _PIPE_BYTES = 1 << 16  # what Linux takes into a pipe that nobody reads
 
 def run_in_pool(
     job: PreprocessJob,
-    units: list[int],
+    units: Iterable[int],
     workers: int,
     on_bytes: Callable[[int], object],
     tokenizer: Tokenizer | None = None,
@@ -192,13 +192,13 @@ def import_ray() -> Any:
 
 
 def run_on_ray(
-    job: PreprocessJob, units: list[int], address: str, on_bytes: Callable[[int], object]
+    job: PreprocessJob, units: dict[int, int], address: str, on_bytes: Callable[[int], object]
 ) -> None:
     """Make all parts of ``units`` on the cluster at ``address``, one CPU per unit.
 
     Args:
         job: the job.
-        units: which of its units.
+        units: which of its units, and the bytes that each reads.
         address: as ``ray.init`` takes it: ``auto``, ``local``, ``ray://host:port``.
         on_bytes: called with bytes read from disk, a unit at a time.
 
@@ -223,7 +223,7 @@ def run_on_ray(
                 break
             done, _ = ray.wait(list(waiting), num_returns=1)
             ray.get(done)
-            on_bytes(sum(job.unit_size(waiting.pop(reference)) for reference in done))
+            on_bytes(sum(units[waiting.pop(reference)] for reference in done))
     except ray.exceptions.RayTaskError as exc:
         for reference in waiting:
             ray.cancel(reference, force=True)

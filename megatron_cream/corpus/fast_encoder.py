@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gives the ids of the reference libraries, faster, and of long texts in bounded memory.
 
-gigatoken is some fifty times as fast. It is optional and may refuse a tokenizer. Whether its ids
-are the same is not believed but checked, on texts known to be hard and on the user's own.
+gigatoken is some fifty times as fast. It is optional and may refuse a tokenizer. That its ids are
+the same is checked, on texts known to be hard and on the user's own.
 
 A long text is cut so that the ids of its stretches in a row are those of the whole. Two kinds of
 tokenizers have such places. One that splits text into words first (a pre-tokenizer) never merges
-across words: the text is cut between two words, and each cut is tried on the real pre-tokenizer.
-One that marks word starts with U+2581 and knows a line end only as a byte never merges across a
-line end: the text is cut before it, and the mark that the tokenizer puts before every text is taken
-off again. Tokenizers of neither kind get long texts whole.
+across words: the text is cut between two words, each cut tried on the real pre-tokenizer. One that
+marks word starts with U+2581 and knows a line end only as a byte never merges across a line end:
+the text is cut before it, and the mark put before every text is taken off. Others get texts whole.
 """
 
 from __future__ import annotations
@@ -147,6 +146,7 @@ class GigatokenTokenizer:
         self.eod, self.bos = reference.eod, reference.bos
         self.reference, self.verify_all = reference, verify_all
         self._source, self._lacks_bytes = _tokenizer_json(reference)
+        self._characters = self._resident = 0
         self._load()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:

@@ -331,16 +331,23 @@ class _CountedFile(io.RawIOBase):
         return count
 
 
-def read_lines(stream: BinaryIO, span: InputSpan, offset: int) -> Iterator[tuple[Line, int]]:
-    """Yield the lines that begin in a span, from ``offset`` on, each with the offset behind it."""
+def read_lines(
+    span: InputSpan, offset: int = 0, on_bytes: Callable[[int], object] = lambda count: None
+) -> Iterator[tuple[Line, int]]:
+    """Yield the lines that begin in a span, from ``offset`` on, each with the offset behind it.
+
+    Raises:
+        UserError, OSError: as ``open_stream``.
+    """
     at, stop = span.start + offset, sys.maxsize if span.end is None else span.end
-    if offset or not span.start:
-        _go_to(stream, at)
-    else:
-        at = _next_line(stream, at - 1, stop)
-    while at < stop and (line := _whole_line(stream)):
-        at += len(line)
-        yield line, at - span.start
+    with open_stream(Path(span.path), on_bytes) as stream:
+        if offset or not span.start:
+            _go_to(stream, at)
+        else:
+            at = _next_line(stream, at - 1, stop)
+        while at < stop and (line := _whole_line(stream)):
+            at += len(line)
+            yield line, at - span.start
 
 
 def _go_to(stream: BinaryIO, offset: int) -> None:

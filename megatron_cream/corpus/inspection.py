@@ -17,15 +17,11 @@ import numpy as np
 from megatron_cream.corpus.tokenizers import TOKENIZERS, load_tokenizer
 from megatron_cream.data.indexed import (
     MASK_SUFFIX,
-    DatasetIndex,
+    DatasetFiles,
     blocks,
     check_mask,
     check_tokens,
-    has_mask,
     read_index,
-    read_metadata,
-    trained_tokens,
-    validate_metadata,
 )
 from megatron_cream.errors import UserError
 from megatron_cream.options import validate_count
@@ -215,7 +211,8 @@ def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
     """
     for flag, value in zip(("--seq-length", "--target-length"), thresholds, strict=False):
         validate_count(flag, value, fewest=1)
-    index, metadata = _read(prefix)
+    files = DatasetFiles.open(prefix)
+    index, metadata = files.index, files.metadata
     found = count_lengths(index.lengths, [n for n in thresholds if n is not None])
     tokens, size = found["tokens"], Path(prefix + ".bin").stat().st_size
     lines = [
@@ -227,8 +224,8 @@ def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
     ]
     shares = found["share_at_least"].items()
     lines += [f"sequences of at least {n} tokens: {share:.1%}" for n, share in shares]
-    if has_mask(prefix, tokens, metadata):
-        trained = trained_tokens(prefix, metadata)
+    if files.masked:
+        trained = files.trained_tokens()
         lines.append(f"loss on {trained} tokens, {trained / tokens:.1%}: {prefix}.mask")
     return "\n".join(lines + _describe_metadata(metadata))
 
@@ -236,12 +233,6 @@ def describe(prefix: str, thresholds: tuple[int | None, ...] = ()) -> str:
 def _describe_mean(found: dict[str, Any]) -> str:
     mean, median = found["mean_document"], found["median_document"]
     return f"mean {mean:.1f}, median {median:.1f}, longest {found['longest_document']}"
-
-
-def _read(prefix: str) -> tuple[DatasetIndex, dict[str, Any] | None]:
-    index, metadata = read_index(prefix), read_metadata(prefix)
-    validate_metadata(index, metadata)
-    return index, metadata
 
 
 def check(prefix: str, vocab_size: int | None = None) -> str:
@@ -255,13 +246,13 @@ def check(prefix: str, vocab_size: int | None = None) -> str:
         UserError: the index and the file do not fit, or a token is outside the vocabulary.
         FileNotFoundError: a file is missing.
     """
-    index, metadata = _read(prefix)
+    files = DatasetFiles.open(prefix)
+    index, metadata = files.index, files.metadata
     validate_count("--vocab-size", vocab_size, fewest=1)
     limits = [vocab_size, None if metadata is None else metadata["vocab_size"]]
     largest = check_tokens(index, min((n for n in limits if n is not None), default=None))
-    tokens = int(index.lengths.sum(dtype=np.int64))
-    line = f"sound: {tokens} tokens in {len(index.lengths)} sequences, largest id {largest}"
-    if has_mask(prefix, tokens, metadata):
+    line = f"sound: {index.tokens} tokens in {len(index.lengths)} sequences, largest id {largest}"
+    if files.masked:
         line += f", loss on {_check_whole_mask(prefix, metadata)} of them"
     unknown = metadata is None and vocab_size is None
     return f"{line} (compared with no vocabulary, which --vocab-size gives)" if unknown else line
@@ -292,7 +283,8 @@ def document_text(
         UserError: there is no such document, no word of the tokenizer, or an id it has not.
     """
     validate_count("--tokens", tokens, fewest=0)
-    index, metadata = _read(prefix)
+    files = DatasetFiles.open(prefix)
+    index, metadata = files.index, files.metadata
     documents = len(index.documents) - 1
     if not 0 <= number < documents:
         raise UserError(f"--document {number}: needs 0 to {documents - 1}")

@@ -30,11 +30,12 @@ from megatron_cream.corpus.input_files import (
     cut_into_units,
     find_inputs,
 )
+from megatron_cream.corpus.inspection import COUNTED_KEYS, FINGERPRINT
 from megatron_cream.corpus.optional_formats import ARROW, PARQUET, validate_columns
 from megatron_cream.corpus.readers import Fields
 from megatron_cream.corpus.storage import SUFFIXES
 from megatron_cream.corpus.tokenizers import TOKENIZERS, Tokenizer, digest, load_tokenizer
-from megatron_cream.data.indexed import MOST_SHARDS, token_dtype
+from megatron_cream.data.indexed import MOST_SHARDS, DatasetFiles, token_dtype
 from megatron_cream.errors import UserError
 from megatron_cream.options import flag_field, validate_count, validate_fields
 
@@ -306,21 +307,38 @@ class PreprocessJob:
         more = {"on_error": self.config.on_error, "counted": self.config.thresholds}
         return _digest(decides | more)
 
-    def own_units(self) -> list[int]:
-        """The units of this shard: a stretch of all, with its share of the bytes."""
+    def own_units(self) -> dict[int, int]:
+        """The units of this shard, a stretch of all, and the bytes on disk that each reads."""
         index, count = self.config.shard
-        sizes = list(map(self.unit_size, range(len(self.units))))
+        sizes = [sum(span.size for span in unit) for unit in self.units]
         total = max(sum(sizes), 1)
-        own, before = [], 0
+        own, before = {}, 0
         for unit, size in enumerate(sizes):
             if before * count // total == index:
-                own.append(unit)
+                own[unit] = size
             before += size
         return own
 
-    def unit_size(self, unit: int) -> int:
-        """Bytes on disk that a unit reads."""
-        return sum(span.size for span in self.units[unit])
+    def is_made(self) -> bool:
+        """Return whether the files at ``prefix`` are what this job makes: all there, and whole."""
+        wanted = self.fingerprint()
+        try:
+            found = DatasetFiles.open(self.prefix, empty=True).metadata or {}
+        except (UserError, FileNotFoundError):
+            return False
+        if wanted is None or found.get(FINGERPRINT) != wanted or not set(found) >= COUNTED_KEYS:
+            return False
+        return tuple(found.get("shard", (0, 1))) == self.config.shard
+
+    def describe_added_tokens(self, tokenizer: Tokenizer) -> str:
+        """Say what is put around a document: a model is trained with one rule or the other."""
+        head = "no bos" if self.bos is None else f"bos {self.bos}"
+        tail = "no eod" if self.eod is None else f"eod {self.eod}"
+        wanted = getattr(tokenizer, "template", "")
+        note = f"; the tokenizer's own template is {wanted}" if wanted else ""
+        if self.bos is None and getattr(tokenizer, "begins_with_bos", False):
+            note += ", as the model was trained: --prepend-bos does as it does"
+        return f"each document: {head}, its tokens, {tail}{note}"
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer that encodes this job, the fast one where it is to be."""
@@ -341,17 +359,15 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
         FileNotFoundError: an input, a model or a folder that is not there.
     """
     config.validate()
-    index, count = config.shard
-    prefix = config.output_prefix + (f"-{index:05d}-of-{count:05d}" if count > 1 else "")
-    ownership.validate_prefix(prefix)
-    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    _validate_special_tokens(config, tokenizer)
+    tokenizer = load_tokenizer(
+        config.tokenizer_type, config.tokenizer_model, config.append_eod, config.prepend_bos
+    )
     inputs = find_inputs(config.input)
-    _validate_paths(config, prefix, inputs.files)
     files = inputs.described(config.input_format)
+    index, count = config.shard
     job = PreprocessJob(
         config=config,
-        prefix=prefix,
+        prefix=config.output_prefix + (f"-{index:05d}-of-{count:05d}" if count > 1 else ""),
         files=files,
         units=cut_into_units(files, config.part_bytes),
         tokenizer_digest=digest(tokenizer),
@@ -359,34 +375,25 @@ def plan_job(config: PreprocessConfig) -> tuple[PreprocessJob, Tokenizer, TextIn
         eod_id=tokenizer.eod,
         bos_id=tokenizer.bos,
     )
-    for file in files:
+    _validate_files(job)
+    return job, tokenizer, inputs
+
+
+def _validate_files(job: PreprocessJob) -> None:
+    """Check that the job can be written, reads what it says, and not what it writes over."""
+    config, where = job.config, f"--output-prefix {job.prefix}"
+    ownership.validate_prefix(job.prefix)
+    outputs = {os.path.realpath(job.prefix + suffix) for suffix in SUFFIXES}
+    for path in (*(file.path for file in job.files), config.tokenizer_model):
+        if path is None or path == str(STDIN):
+            continue
+        if os.path.realpath(path) in outputs:
+            raise UserError(f"{where}: {path} is an input, needs another prefix")
+        ownership.validate_outside(path, job.folder, where)
+    for file in job.files:
         if config.mask_key is not None and file.format != JSONL:
             raise UserError(
                 f"--mask-key {config.mask_key}: {file.path} is {file.format}, needs jsonl"
             )
         if file.format in (PARQUET, ARROW):
             validate_columns(file.path, file.format, job.fields.names)
-    return job, tokenizer, inputs
-
-
-def _validate_special_tokens(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
-    wanted = (
-        ("--append-eod", config.append_eod, "an end of document", tokenizer.eod),
-        ("--prepend-bos", config.prepend_bos, "a beginning of sequence", tokenizer.bos),
-    )
-    for flag, asked, kind, token in wanted:
-        if asked and token is None:
-            model = config.tokenizer_model or tokenizer.name
-            raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
-
-
-def _validate_paths(config: PreprocessConfig, prefix: str, files: tuple[Path, ...]) -> None:
-    """Check that the job will not write over what it reads."""
-    where = f"--output-prefix {prefix}"
-    outputs = {os.path.realpath(prefix + suffix) for suffix in SUFFIXES}
-    for path in (*files, config.tokenizer_model):
-        if path is None or path == STDIN:
-            continue
-        if os.path.realpath(path) in outputs:
-            raise UserError(f"{where}: {path} is an input, needs another prefix")
-        ownership.validate_outside(path, Path(prefix + ".parts"), where)

@@ -34,13 +34,11 @@ from megatron_cream.corpus.storage import (
 )
 from megatron_cream.data.indexed import (
     MASK_SUFFIX,
+    DatasetFiles,
     DatasetIndex,
     check_mask,
     check_tokens,
-    has_mask,
     read_index,
-    read_metadata,
-    validate_metadata,
 )
 from megatron_cream.errors import UserError
 
@@ -100,19 +98,10 @@ def merge_datasets(prefixes: Sequence[str], output: str, *, overwrite: bool = Fa
 
 @dataclass(frozen=True)
 class InputDataset:
-    """A dataset to merge.
+    """A dataset to merge; ``metadata`` is empty where another tool wrote it."""
 
-    Attributes:
-        prefix: its path without suffix.
-        index: what its ``.idx`` says.
-        metadata: of ``PREFIX.json``; empty where another tool wrote the dataset.
-        masked: whether it has a ``PREFIX.mask``.
-    """
-
-    prefix: str
-    index: DatasetIndex
+    files: DatasetFiles
     metadata: dict[str, Any]
-    masked: bool = False
 
     @classmethod
     def read(cls, prefix: str) -> InputDataset:
@@ -121,13 +110,22 @@ class InputDataset:
         Raises:
             UserError: a file is damaged, or they are not of one dataset.
         """
-        index, metadata = read_index(prefix, empty=True), read_metadata(prefix)
-        validate_metadata(index, metadata)
-        found = metadata or {}
+        files = DatasetFiles.open(prefix, empty=True)
+        found = files.metadata or {}
         missing = {"shard", "job", "thresholds"} - set(found)
         if "shard" in found and missing:
             raise UserError(f"{prefix}.json has a shard and no {min(missing)}, needs both")
-        return cls(prefix, index, found, has_mask(prefix, index.tokens, metadata))
+        return cls(files, found)
+
+    @property
+    def index(self) -> DatasetIndex:
+        """What its ``.idx`` says."""
+        return self.files.index
+
+    @property
+    def prefix(self) -> str:
+        """Its path without suffix."""
+        return self.index.prefix
 
     def segment(self) -> Segment:
         """The dataset as a stretch of the one to be."""
@@ -137,7 +135,7 @@ class InputDataset:
             len(counts),
             lambda: (self.index.lengths.astype(np.int64), counts),
             self._hashes,
-            self.prefix + MASK_SUFFIX if self.masked else None,
+            self.prefix + MASK_SUFFIX if self.files.masked else None,
         )
 
     def _hashes(self) -> np.ndarray:
@@ -200,7 +198,7 @@ def _read(prefixes: Sequence[str]) -> list[InputDataset]:
     for found in datasets:
         if len(found.index.lengths):
             check_tokens(found.index, found.metadata.get("vocab_size"))
-        if found.masked:
+        if found.files.masked:
             check_mask(found.prefix)
     return datasets
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, islice, takewhile
@@ -23,12 +23,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_cream.corpus.encode import EncodedPart, UnitEncoder, finished_parts, split
+from megatron_cream.corpus.encode import EncodedPart, UnitEncoder, finished_units
 from megatron_cream.corpus.executors import import_ray, run_in_pool, run_on_ray, use_one_thread
 from megatron_cream.corpus.fast_encoder import EXCERPT_CHARACTERS, choose_engine
 from megatron_cream.corpus.input_files import STDIN, InputFile, lines_before, place
 from megatron_cream.corpus.inspection import (
-    COUNTED_KEYS,
     DUPLICATES,
     FINGERPRINT,
     LISTED_ERRORS,
@@ -37,19 +36,17 @@ from megatron_cream.corpus.inspection import (
     write_metadata,
 )
 from megatron_cream.corpus.job import PreprocessConfig, PreprocessJob, plan_job
-from megatron_cream.corpus.merge import InputDataset, first_copies
+from megatron_cream.corpus.merge import first_copies
 from megatron_cream.corpus.readers import BadRecord, read_span
 from megatron_cream.corpus.storage import (
     PREPROCESSING,
     SUFFIXES,
-    Segment,
     WorkFolder,
     assemble,
-    validate_absent,
     write_hashes,
 )
 from megatron_cream.corpus.tokenizers import Tokenizer
-from megatron_cream.data.indexed import MASK_SUFFIX, read_metadata
+from megatron_cream.data.indexed import read_metadata
 from megatron_cream.errors import UserError
 from megatron_cream.options import add_flags, read_flags
 
@@ -119,9 +116,10 @@ def preprocess(
         import_ray()  # said before anything is read
     job, tokenizer, inputs = plan_job(config)
     with WorkFolder(job.prefix, PREPROCESSING) as folder, use_one_thread(), _full_disk(folder):
-        finished = _finished_before(folder, job)
+        # What a killed process left is moved into place first.
+        moved = folder.finish_publishing(job.identity_of_shard())
+        finished = (moved or not config.overwrite) and job.is_made()
         if not finished:
-            validate_absent(job.prefix, config.overwrite)
             _make_dataset(job, tokenizer, folder, progress, say)
         folder.remove()
     files = tuple(job.prefix + s for s in SUFFIXES if os.path.exists(job.prefix + s))
@@ -139,18 +137,18 @@ def _make_dataset(
 ) -> None:
     """Encode what is not encoded yet, and put the parts together at the output's place."""
     config = job.config
-    done = folder.claim(job.identity_of_shard(), restart=config.restart)
+    identity = job.identity_of_shard()
+    done = folder.claim(identity, restart=config.restart, overwrite=config.overwrite)
     if done:
         say(f"continuing with {done} finished parts in {folder.path}")
     engine = config.engine if config.mask_key is None else "reference"  # locates its tokens
     samples = sample_texts(job, config.verify)
     chosen, reason = choose_engine(engine, tokenizer, samples, verify_all=config.verify < 0)
     say(reason)
-    say(_describe_added_tokens(tokenizer, job))
+    say(job.describe_added_tokens(tokenizer))
     job = replace(job, fast=chosen is not tokenizer)
     units = job.own_units()
-    total = sum(map(job.unit_size, units))
-    with _Bar(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with _Bar(total=sum(units.values()), unit="B", unit_scale=True, disable=not progress) as bar:
         _encode_units(job, units, chosen, bar.update, folder)
     read = {span.path for unit in units for span in job.units[unit]}
     for file in job.files:  # those of other shards are theirs to look at
@@ -168,7 +166,7 @@ def _make_dataset(
 
 def _encode_units(
     job: PreprocessJob,
-    units: list[int],
+    units: dict[int, int],
     tokenizer: Tokenizer,
     on_bytes: Callable[[int], object],
     folder: WorkFolder,
@@ -185,53 +183,38 @@ def _encode_units(
             encoder.run(unit)
 
 
-def build_dataset(job: PreprocessJob, units: list[int], folder: WorkFolder) -> None:
+def build_dataset(job: PreprocessJob, units: Iterable[int], folder: WorkFolder) -> None:
     """Make the files of the dataset, at ``folder.staged``, out of all parts of ``units``.
 
     Raises:
         UserError: a part is missing, a bad record is one too many, or no document is left.
         OSError: they cannot be written.
     """
-    config = job.config
-    parts = [part for unit in units for part in finished_parts(folder.path, unit, job.dtype)]
-    if len({part.unit for part in parts if part.metadata.next is None}) != len(units):
-        raise UserError(f"--output-prefix {job.prefix}: {folder.path} lost parts, start again")
-    counts = count_left_out(job, parts)
-    segments = [_part_segment(job, part) for part in parts]
-    kept = first_copies(segments, str(folder.path)) if config.drop_duplicates else None
-    if kept is not None:
-        counts.add({DUPLICATES: int((~kept).sum())}, {})
-    documents = assemble(folder.staged, job.dtype, segments, kept)
-    settings = {**job.metadata(), FINGERPRINT: job.fingerprint()}
-    if config.shard[1] > 1:
+    config, settings = job.config, {**job.metadata(), FINGERPRINT: job.fingerprint()}
+    sharded = config.shard[1] > 1
+    if sharded:
         settings |= {
             "shard": list(config.shard),
             "job": job.digest(),
             "thresholds": config.thresholds,
             "drop_duplicates": config.drop_duplicates,
         }
-        if kept is not None:
-            write_hashes(folder.staged + ".hashes", segments, kept)
-    elif not documents:
+    parts = finished_units(job, units)
+    counts = count_left_out(job, parts)
+    segments = [part.segment(job) for part in parts]
+    kept = first_copies(segments, str(folder.path)) if config.drop_duplicates else None
+    if kept is not None:
+        counts.add({DUPLICATES: int((~kept).sum())}, {})
+    documents = assemble(folder.staged, job.dtype, segments, kept)
+    if sharded and kept is not None:
+        write_hashes(folder.staged + ".hashes", segments, kept)
+    if not documents and not sharded:
         folder.remove()
-        raise UserError(_describe_nothing_left(job, counts))
+        raise UserError(_describe_nothing_left(config, counts))
     write_metadata(folder.staged, settings, counts, config.thresholds)
 
 
-def _part_segment(job: PreprocessJob, part: EncodedPart) -> Segment:
-    head, tail = int(job.bos is not None), int(job.eod is not None)
-    most = None if job.config.drops_long else job.config.max_tokens
-    return Segment(
-        part.stem + ".bin",
-        part.metadata.documents,
-        lambda: split(part.lengths(), most, head, tail),
-        part.hashes,
-        part.stem + MASK_SUFFIX if part.metadata.masked else None,
-    )
-
-
-def _describe_nothing_left(job: PreprocessJob, counts: Counts) -> str:
-    config = job.config
+def _describe_nothing_left(config: PreprocessConfig, counts: Counts) -> str:
     given = " ".join(config.input)
     if not counts.longest:
         bad = sum(counts.errors.values())
@@ -244,24 +227,6 @@ def _describe_nothing_left(job: PreprocessJob, counts: Counts) -> str:
             f"most {counts.longest}, the tokens of the longest"
         )
     return f"--max-tokens {config.max_tokens}: all documents are longer, needs more, or to split"
-
-
-def _finished_before(folder: WorkFolder, job: PreprocessJob) -> bool:
-    """Return whether this job is done, after moving into place what a killed process left."""
-    own = folder.is_whole() and folder.is_of(job.identity_of_shard())
-    folder.finish_publishing()
-    return (own or not job.config.overwrite) and is_dataset_of(job)
-
-
-def is_dataset_of(job: PreprocessJob) -> bool:
-    """Return whether the files at the job's prefix are what it makes: all there, and whole."""
-    try:
-        found, wanted = InputDataset.read(job.prefix).metadata, job.fingerprint()
-    except (UserError, FileNotFoundError):
-        return False
-    if wanted is None or found.get(FINGERPRINT) != wanted or not set(found) >= COUNTED_KEYS:
-        return False
-    return tuple(found.get("shard", (0, 1))) == job.config.shard
 
 
 @contextmanager
@@ -298,17 +263,6 @@ def _beginnings(job: PreprocessJob) -> Iterator[str]:
                 text = record.text if isinstance(record.text, str) else next(record.text, "")
                 if record.error is None:
                     yield text[:EXCERPT_CHARACTERS]
-
-
-def _describe_added_tokens(tokenizer: Tokenizer, job: PreprocessJob) -> str:
-    """Say what is put around a document, since a model is trained with one rule or the other."""
-    head = "no bos" if job.bos is None else f"bos {job.bos}"
-    tail = "no eod" if job.eod is None else f"eod {job.eod}"
-    wanted = getattr(tokenizer, "template", "")
-    note = f"; the tokenizer's own template is {wanted}" if wanted else ""
-    if job.bos is None and getattr(tokenizer, "begins_with_bos", False):
-        note += ", as the model was trained: --prepend-bos does as it does"
-    return f"each document: {head}, its tokens, {tail}{note}"
 
 
 def count_left_out(job: PreprocessJob, parts: list[EncodedPart]) -> Counts:

@@ -315,24 +315,24 @@ def read_span(
         UserError: broken compressed or columnar data.
         OSError: the file cannot be read.
     """
-    if span.format in (PARQUET, ARROW):
+    if span.format == JSONL:
+        lines = read_lines(span, offset, on_bytes)
+        yield from _read_jsonl(lines, fields, number, at_start=not span.start)
+    elif span.format in (PARQUET, ARROW):
         for row, values in read_rows(span.path, span.format, fields.names, offset):
             yield _read_row(values, fields, row)
         on_bytes(Path(span.path).stat().st_size)
-        return
-    with open_stream(Path(span.path), on_bytes) as stream:
-        if span.format == JSONL:
-            yield from _read_jsonl(stream, span, fields, offset, number)
-        elif not offset:
+    elif not offset:
+        with open_stream(Path(span.path), on_bytes) as stream:
             yield _read_text(stream)
 
 
 def _read_jsonl(
-    stream: BinaryIO, span: InputSpan, fields: Fields, offset: int, number: int
+    lines: Iterator[tuple[Line, int]], fields: Fields, number: int, at_start: bool
 ) -> Iterator[TextRecord]:
-    for line, behind in read_lines(stream, span, offset):
+    for line, behind in lines:
         number += 1
-        if number == 1 and not span.start and line.startswith(codecs.BOM_UTF8):
+        if number == 1 and at_start and line.startswith(codecs.BOM_UTF8):
             line = line[len(codecs.BOM_UTF8) :]
         if not line or line.isspace():
             continue

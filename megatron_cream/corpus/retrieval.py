@@ -145,11 +145,9 @@ def make_dataset(
 
 
 def _maker(config: RetrievalConfig) -> DocumentMaker:
-    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    if config.append_eod and tokenizer.eod is None:
-        raise UserError("--append-eod: the tokenizer has no token that ends a document")
-    if config.prepend_bos and tokenizer.bos is None:
-        raise UserError("--prepend-bos: the tokenizer has no token that begins a text")
+    tokenizer = load_tokenizer(
+        config.tokenizer_type, config.tokenizer_model, config.append_eod, config.prepend_bos
+    )
     haystack = read_haystack(list(config.haystack)) if config.haystack else None
     eod = tokenizer.eod if config.append_eod else None
     bos = tokenizer.bos if config.prepend_bos else None

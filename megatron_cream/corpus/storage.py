@@ -34,7 +34,6 @@ PREPROCESSING, MERGING, RETRIEVAL = "preprocessing", "merging", "retrieval"
 _JOB, _STAGED, _WHOLE = "job.json", "data", ".whole"
 HASH_BYTES = 16
 _COPY_BYTES = 64 << 20
-_LONGEST_SEQUENCE = np.iinfo(np.int32).max
 
 
 def validate_absent(prefix: str, overwrite: bool) -> None:
@@ -121,25 +120,22 @@ class WorkFolder:
         """Return whether a whole dataset is here that was not, or in part, moved to its place."""
         return os.path.exists(self.staged + _WHOLE)
 
-    def is_of(self, identity: dict[str, Any]) -> bool:
-        """Return whether the parts here are of the job of this ``identity`` (see ``claim``)."""
-        return self._found() == _as_json(identity)
-
-    def claim(self, identity: dict[str, Any], *, restart: bool) -> int:
+    def claim(self, identity: dict[str, Any], *, restart: bool, overwrite: bool) -> int:
         """Make the folder this job's; returns how many parts it has already.
 
         Args:
             identity: all that decides the bytes of the job's parts.
             restart: whether what another job left is deleted.
+            overwrite: whether a dataset that is there may be replaced.
 
         Raises:
-            UserError: it holds parts of another job.
+            UserError: it holds parts of another job, or there is a dataset.
         """
+        validate_absent(self.prefix, overwrite)
         found = None if restart else self._found()
         if found is None:
             ownership.empty(self.path, self.kind)
-        elif not self.is_of(identity):
-            wanted = _as_json(identity)
+        elif found != (wanted := _as_json(identity)):
             name = next((name for name in wanted if found.get(name) != wanted[name]), "version")
             values = [json.dumps(job.get(name)) for job in (found, wanted)]
             there, here = (text if len(text) <= 200 else f"{text[:200]}..." for text in values)
@@ -174,14 +170,15 @@ class WorkFolder:
                 os.unlink(self.staged + _WHOLE)
             raise
 
-    def finish_publishing(self) -> None:
-        """Move what is not in place yet of a whole dataset, if there is one.
+    def finish_publishing(self, identity: dict[str, Any] | None = None) -> bool:
+        """Move what is not in place yet of a whole dataset; returns whether ``identity`` made it.
 
         Raises:
             UserError: the mark that says that it is whole is damaged.
         """
         if not self.is_whole():
-            return
+            return False
+        own = identity is not None and self._found() == _as_json(identity)
         staged, prefix, mark = self.staged, self.prefix, self.staged + _WHOLE
         new = _read_json(mark)
         if not isinstance(new, list) or not set(map(str, new)) <= set(SUFFIXES):
@@ -197,6 +194,7 @@ class WorkFolder:
         ownership.sync(os.path.dirname(prefix) or ".")
         # From here on the dataset stands for itself, whatever comes of the folder it was made in.
         os.unlink(mark)
+        return own
 
     def remove(self) -> None:
         """Delete the folder; a new process may make it again at once."""
@@ -376,6 +374,7 @@ def write_index(
         UserError: a sequence is too long for the format.
     """
     code = next(code for code, known in TOKEN_DTYPES.items() if dtype == known)
+    longest = np.iinfo(np.int32).max
     header = INDEX_HEADER.pack(INDEX_MAGIC, 1, code, sequences, documents + 1)
     at = [len(header), len(header) + 4 * sequences, len(header) + 12 * sequences]
     byte = sequence = 0
@@ -385,11 +384,9 @@ def write_index(
         file.write(bytes(8))  # the first document begins at sequence 0
         at[2] += 8
         for lengths, counts in blocks:
-            if lengths.max(initial=0) > _LONGEST_SEQUENCE:
-                raise UserError(
-                    f"--max-tokens: a document has {lengths.max()} tokens and an index can hold "
-                    f"{_LONGEST_SEQUENCE}, needs a limit below that"
-                )
+            if lengths.max(initial=0) > longest:
+                found = f"a document has {lengths.max()} tokens and an index can hold {longest}"
+                raise UserError(f"--max-tokens: {found}, needs a limit below that")
             sizes = lengths.astype(np.int64) * dtype.itemsize
             pointers = byte + np.cumsum(sizes) - sizes
             ends = sequence + np.cumsum(counts, dtype=np.int64)

@@ -295,24 +295,41 @@ TOKENIZERS: dict[str, Any] = {
 }
 
 
-def load_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    tokenizer_type: str,
+    tokenizer_model: str | Path | None = None,
+    append_eod: bool = False,
+    prepend_bos: bool = False,
+) -> Tokenizer:
     """Load a tokenizer by the name of its type.
 
+    Args:
+        tokenizer_type: a key of ``TOKENIZERS``.
+        tokenizer_model: path of its file or folder, None for plain bytes.
+        append_eod, prepend_bos: whether it must have those tokens.
+
     Raises:
-        UserError: an unknown type, or a model that is not given, not wanted or broken.
+        UserError: an unknown type, a model that is not given, not wanted or broken, or one without
+            a token that is asked for.
         FileNotFoundError: a model file that does not exist.
     """
     if tokenizer_type not in TOKENIZERS:
         raise UserError(f"--tokenizer-type {tokenizer_type}: needs one of {', '.join(TOKENIZERS)}")
-    if tokenizer_type == ByteLevelTokenizer.name:
-        if tokenizer_model is not None:
-            raise UserError(
-                f"--tokenizer-model {tokenizer_model}: {tokenizer_type} needs it left out"
-            )
-        return ByteLevelTokenizer()
-    if not tokenizer_model:
+    loads = tokenizer_type != ByteLevelTokenizer.name
+    if loads and not tokenizer_model:
         raise UserError(f"--tokenizer-model (not given): {tokenizer_type} needs a path")
-    return TOKENIZERS[tokenizer_type](tokenizer_model)
+    if tokenizer_model is not None and not loads:
+        raise UserError(f"--tokenizer-model {tokenizer_model}: {tokenizer_type} needs it left out")
+    tokenizer = TOKENIZERS[tokenizer_type](*([tokenizer_model] if loads else []))
+    wanted = (
+        ("--append-eod", append_eod, "an end of document", tokenizer.eod),
+        ("--prepend-bos", prepend_bos, "a beginning of sequence", tokenizer.bos),
+    )
+    for flag, asked, kind, token in wanted:
+        if asked and token is None:
+            model = tokenizer_model or tokenizer_type
+            raise UserError(f"{flag}: {model} has none, needs a tokenizer with {kind} token")
+    return tokenizer
 
 
 def digest(tokenizer: Tokenizer) -> str:

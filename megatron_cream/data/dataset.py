@@ -24,7 +24,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.data import text_sources
-from megatron_cream.data.indexed import MASK_SUFFIX, has_mask, open_index, read_index, read_metadata
+from megatron_cream.data.indexed import MASK_SUFFIX, DatasetFiles, open_index, read_index
 from megatron_cream.data.mapped import ArrayCache, MappedFile
 from megatron_cream.data.text_sources import TextSources, open_sources, validate_sources
 from megatron_cream.errors import UserError
@@ -333,10 +333,8 @@ def _consecutive(indices: np.ndarray) -> range:
 
 def _masked_prefix(dataset: IndexedDataset, path: str | None) -> str | None:
     """Return the path of a dataset that has a mask, None for another."""
-    if path is None:
-        return None
-    tokens = open_index(dataset.path_prefix).tokens
-    return path if has_mask(path, tokens, read_metadata(path)) else None
+    found = path and DatasetFiles.open(dataset.path_prefix, whole=False).masked
+    return path if found else None
 
 
 def drawn_scale(strategy: Strategy, seed: int, index: int) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from megatron_cream.errors import UserError
 
+MASK_SUFFIX = ".mask"
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _BLOCK = 1 << 20  # numbers of an index that are looked at together
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
@@ -179,19 +180,15 @@ def _validate_size(index: DatasetIndex) -> None:
 
 def _validate_documents(index: DatasetIndex) -> None:
     borders, before = index.documents, 0
-    if len(borders) and borders[0] == 0 and borders[-1] == len(index.lengths):
-        for block in blocks(borders):
-            if block[0] < before or (np.diff(block) < 0).any():
-                break
-            before = int(block[-1])
-        else:
-            return
-    raise UserError(f"{index.prefix}.idx is damaged: its documents do not cover its sequences")
+    whole = len(borders) and borders[0] == 0 and borders[-1] == len(index.lengths)
+    for block in blocks(borders) if whole else ():
+        whole = whole and block[0] >= before and (np.diff(block) >= 0).all()
+        before = int(block[-1])
+    if not whole:
+        raise UserError(f"{index.prefix}.idx is damaged: its documents do not cover its sequences")
 
 
-_BLOCK_TOKENS = 1 << 22
-_PLACES = 256
-_PLACE_TOKENS = 1 << 12
+_BLOCK_TOKENS, _PLACES, _PLACE_TOKENS = 1 << 22, 256, 1 << 12
 
 
 def check_tokens(index: DatasetIndex, limit: int | None, *, sample: bool = False) -> int:
@@ -230,41 +227,6 @@ def _parts(array: np.ndarray, sample: bool) -> Iterator[np.ndarray]:
         yield array[start : start + size]
 
 
-MASK_SUFFIX = ".mask"
-
-
-def has_mask(prefix: str, tokens: int, metadata: dict[str, Any] | None) -> bool:
-    """Say whether a dataset of so many tokens has a mask, after checking its size.
-
-    Args:
-        prefix: path without suffix.
-        tokens: in ``PREFIX.bin``.
-        metadata: of ``PREFIX.json``, None where there is none.
-
-    Raises:
-        UserError: the mask is missing, has another size, or is of another dataset.
-    """
-    path, recorded = prefix + MASK_SUFFIX, (metadata or {}).get("mask_bytes")
-    if not os.path.isfile(path):
-        if recorded is None:
-            return False
-        raise UserError(
-            f"{path} is missing: {prefix}.json records {recorded} bytes of it; without it the loss "
-            "would be on every token"
-        )
-    if metadata is not None and recorded is None:
-        raise UserError(
-            f"{path} is not of this dataset: {prefix}.json records no mask; remove it, or copy "
-            "both again"
-        )
-    size = os.path.getsize(path)
-    if size != tokens:
-        raise UserError(
-            f"{path} has {size} bytes and needs {tokens}, one for each token of {prefix}.bin"
-        )
-    return True
-
-
 def check_mask(prefix: str, *, sample: bool = False) -> int:
     """Read all of a mask, or 256 places of it, and return how many of those tokens are trained.
 
@@ -279,19 +241,6 @@ def check_mask(prefix: str, *, sample: bool = False) -> int:
             raise UserError(f"{path} holds the byte {block.max()}: it must be 0 or 1 everywhere")
         trained += int(np.count_nonzero(block))
     return trained
-
-
-def trained_tokens(prefix: str, metadata: dict[str, Any] | None) -> int:
-    """Return how many tokens of a dataset with a mask are trained, counted if nothing says it.
-
-    Raises:
-        UserError: none is.
-    """
-    found = (metadata or {}).get("trained_tokens")
-    found = check_mask(prefix) if found is None else found
-    if not found:
-        raise UserError(f"{prefix}{MASK_SUFFIX} is 0 everywhere: no token of it would be trained")
-    return found
 
 
 MOST_SHARDS = 99_999  # five digits in a name
@@ -374,12 +323,51 @@ def _damaged(path: Path, why: str) -> UserError:
     )
 
 
-def validate_metadata(index: DatasetIndex, metadata: dict[str, Any] | None) -> None:
-    """Refuse metadata that is of other files than those it stands beside.
+@dataclass(frozen=True)
+class DatasetFiles:
+    """The files of a dataset, opened together and of one dataset.
 
-    Raises:
-        UserError: naming what differs.
+    Attributes:
+        index: what ``PREFIX.idx`` says.
+        metadata: what ``PREFIX.json`` does, None where another tool wrote the dataset.
+        masked: whether there is a ``PREFIX.mask``.
     """
+
+    index: DatasetIndex
+    metadata: dict[str, Any] | None
+    masked: bool
+
+    @classmethod
+    def open(cls, prefix: str, *, whole: bool = True, empty: bool = False) -> DatasetFiles:
+        """Open the files at ``prefix``, a path without suffix.
+
+        Args:
+            whole: check all of the index, not its header and the sizes of files alone.
+            empty: as ``read_index`` takes it.
+
+        Raises:
+            FileNotFoundError: ``.idx`` or ``.bin`` is missing.
+            UserError: a file is damaged, missing or of another dataset.
+        """
+        index = read_index(prefix, empty=empty) if whole else open_index(prefix)
+        metadata = read_metadata(prefix)
+        _validate_metadata(index, metadata or {})
+        return cls(index, metadata, _has_mask(index, metadata))
+
+    def trained_tokens(self) -> int:
+        """Return how many tokens of a mask are trained, counted if nothing says it.
+
+        Raises:
+            UserError: none is.
+        """
+        prefix = self.index.prefix
+        found = (self.metadata or {}).get("trained_tokens") or check_mask(prefix)
+        if not found:
+            raise UserError(f"{prefix}.mask is 0 everywhere: no token of it would be trained")
+        return found
+
+
+def _validate_metadata(index: DatasetIndex, metadata: dict[str, Any]) -> None:
     found = {
         "dtype": index.dtype.name,
         "documents": len(index.documents) - 1,
@@ -387,9 +375,25 @@ def validate_metadata(index: DatasetIndex, metadata: dict[str, Any] | None) -> N
         "tokens": index.tokens,
     }
     for key, value in found.items():
-        said = (metadata or {}).get(key)
-        if said is not None and said != value:
-            raise UserError(
-                f"{index.prefix}.json has {key} {said} and {index.prefix}.idx has {value}, needs "
-                "files of one dataset"
+        if metadata.get(key) not in (None, value):
+            said = (
+                f"{index.prefix}.json has {key} {metadata[key]} and {index.prefix}.idx has {value}"
             )
+            raise UserError(f"{said}, needs files of one dataset")
+
+
+def _has_mask(index: DatasetIndex, metadata: dict[str, Any] | None) -> bool:
+    path, recorded = index.prefix + MASK_SUFFIX, (metadata or {}).get("mask_bytes")
+    if not os.path.isfile(path):
+        if recorded is None:
+            return False
+        why = f"{index.prefix}.json records {recorded} bytes of it; without it the loss would be"
+        raise UserError(f"{path} is missing: {why} on every token")
+    if metadata is not None and recorded is None:
+        why = f"{index.prefix}.json records no mask; remove it, or copy both again"
+        raise UserError(f"{path} is not of this dataset: {why}")
+    size = os.path.getsize(path)
+    if size != index.tokens:
+        needs = f"{index.tokens}, one for each token of {index.prefix}.bin"
+        raise UserError(f"{path} has {size} bytes and needs {needs}")
+    return True

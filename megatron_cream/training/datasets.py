@@ -38,14 +38,12 @@ from megatron_cream.data.dataset import (
     split_strategy,
 )
 from megatron_cream.data.indexed import (
+    DatasetFiles,
     DatasetIndex,
     check_mask,
     check_tokens,
-    has_mask,
     open_index,
     read_metadata,
-    trained_tokens,
-    validate_metadata,
 )
 from megatron_cream.data.packed import PackedSpanDataset
 from megatron_cream.data.text_sources import TextSources, open_sources, validate_sources
@@ -151,9 +149,7 @@ def validate_datasets(args: Namespace, extension: ExtensionConfig) -> None:
             for split, part in splits.items()
             if split is Split.train or args.eval_iters
         }
-        _validate_vocabulary(args, index)
-        _validate_end_of_document(args, prefix)
-        _validate_mask(index)
+        _validate_content(args, DatasetFiles.open(prefix, whole=False))
         for split, found in sources.items():
             documents = _documents(index, splits[split])
             validate_sources(
@@ -219,36 +215,27 @@ def prefixes_by_split(args: Namespace) -> dict[str, dict[Split, tuple[float, flo
     return wanted
 
 
-def _validate_vocabulary(args: Namespace, index: DatasetIndex) -> None:
-    prefix = index.prefix
-    metadata = read_metadata(prefix)
-    validate_metadata(index, metadata)
+def _validate_content(args: Namespace, files: DatasetFiles) -> None:
+    """Validate the vocabulary, the end-of-document token and the mask of a dataset."""
+    index, metadata = files.index, files.metadata
     vocabulary = args.padded_vocab_size or args.vocab_size
     if metadata and vocabulary and metadata["vocab_size"] > vocabulary:
         raise UserError(
-            f"--vocab-size is {vocabulary}: dataset {prefix} was written with "
+            f"--vocab-size is {vocabulary}: dataset {index.prefix} was written with "
             f"{metadata['vocab_size']} tokens ({metadata['tokenizer_type']}); it must be at least "
             "that"
         )
     sizes = [vocabulary, metadata["vocab_size"] if metadata else None]
     limit = min((size for size in sizes if size), default=None)
     check_tokens(index, limit, sample=True)
-
-
-def _validate_mask(index: DatasetIndex) -> None:
-    prefix, metadata = index.prefix, read_metadata(index.prefix)
-    if has_mask(prefix, index.tokens, metadata):
-        check_mask(prefix, sample=True)
-        trained_tokens(prefix, metadata)
-
-
-def _validate_end_of_document(args: Namespace, prefix: str) -> None:
-    metadata = read_metadata(prefix)
     if args.eod_mask_loss and not (metadata and metadata["appended_eod"]):
         raise UserError(
-            f"--eod-mask-loss is given: dataset {prefix} must say which token ends a document; "
-            "write it with tools/preprocess_data.py --append-eod"
+            f"--eod-mask-loss is given: dataset {index.prefix} must say which token ends a "
+            "document; write it with tools/preprocess_data.py --append-eod"
         )
+    if files.masked:
+        check_mask(index.prefix, sample=True)
+        files.trained_tokens()
 
 
 def datasets_provider(

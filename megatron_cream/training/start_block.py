@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_cream.checkpoint.loading import find_start
 from megatron_cream.config import ExtensionConfig
-from megatron_cream.data.indexed import has_mask, open_index, read_metadata, trained_tokens
+from megatron_cream.data.indexed import DatasetFiles
 from megatron_cream.data.packed import pack_sources, trained_length
 from megatron_cream.data.text_sources import TextSources
 from megatron_cream.extras.rotation import rope_kernel
@@ -132,10 +132,10 @@ def tokens_read(args: Namespace, extension: ExtensionConfig) -> list[str]:
 
 
 def _mask_lines(prefix: str) -> list[str]:
-    tokens, metadata = open_index(prefix).tokens, read_metadata(prefix)
-    if not has_mask(prefix, tokens, metadata):
+    files = DatasetFiles.open(prefix, whole=False)
+    if not files.masked:
         return []
-    share = 100 * trained_tokens(prefix, metadata) / tokens
+    share = 100 * files.trained_tokens() / files.index.tokens
     return [f"loss on {share:.3g} % of the tokens of {prefix}"]
 
 

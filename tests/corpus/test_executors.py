@@ -139,7 +139,7 @@ def forked(job, monkeypatch):
     planned.folder.mkdir()
 
     def call(times=1):
-        units = planned.own_units() * times
+        units = list(planned.own_units()) * times
         module.run_in_pool(planned, units, 2, lambda count: None, tokenizer)
 
     return call
@@ -180,7 +180,7 @@ def test_fresh_worker_that_dies_while_it_starts_is_not_waited_for(job, tmp_path,
     monkeypatch.setattr(module, "choose_start_method", lambda: "spawn")
     planned, tokenizer, _ = plan_job(job)
     planned.folder.mkdir()
-    units = planned.own_units() * 2
+    units = list(planned.own_units()) * 2
     if long == "job":
         planned = replace(planned, units=planned.units * 100_000)
     else:

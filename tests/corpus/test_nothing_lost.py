@@ -314,7 +314,7 @@ def test_standard_input_is_never_finished_before(job):
 
     planned = plan_job(replace(job, input=("-",)))[0]
     assert planned.fingerprint() is None
-    assert not module.is_dataset_of(planned)
+    assert not planned.is_made()
 
 
 def test_a_finished_merge_ends_well_and_is_not_done_again(job, run, outputs, monkeypatch):

@@ -66,7 +66,7 @@ def test_few_units_are_in_flight_at_once(monkeypatch):
         exceptions=SimpleNamespace(RayTaskError=ZeroDivisionError),
     )
     monkeypatch.setattr(executors, "import_ray", lambda: ray)
-    job, sizes = SimpleNamespace(unit_size=lambda unit: 3), []
-    executors.run_on_ray(job, list(range(1000)), "auto", sizes.append)
+    sizes = []
+    executors.run_on_ray(None, dict.fromkeys(range(1000), 3), "auto", sizes.append)
     assert done == list(range(1000)) and sum(sizes) == 3000
     assert most[0] == 2 * 4 + executors._RAY_AHEAD

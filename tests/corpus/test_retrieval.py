@@ -11,7 +11,7 @@ from megatron_cream.corpus import retrieval_words as words
 from megatron_cream.corpus.retrieval import DocumentMaker, RetrievalConfig, make_dataset
 from megatron_cream.corpus.retrieval_words import Haystack, read_haystack
 from megatron_cream.corpus.tokenizers import load_tokenizer, train_bpe
-from megatron_cream.data.indexed import read_index, read_metadata, validate_metadata
+from megatron_cream.data.indexed import DatasetFiles, read_metadata
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation import task_texts
 from megatron_cream.evaluation.evaluation_tasks import TASKS
@@ -174,10 +174,10 @@ def test_the_dataset_is_the_same_for_any_number_of_workers(job, tmp_path):
     make_dataset(other, progress=False)
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-    index = read_index(job.output_prefix)
+    files = DatasetFiles.open(job.output_prefix)
+    index = files.index
     assert index.lengths.tolist() == [600] * 40 and index.dtype == np.uint16
-    assert note == read_metadata(job.output_prefix)
-    validate_metadata(index, note)
+    assert note == files.metadata and not files.masked
     assert (note["kind"], note["seed"], note["tokens"]) == ("retrieval", 1234, 24000)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{name}{suffix}" for name in "ab" for suffix in (".bin", ".idx", ".json")
@@ -329,5 +329,5 @@ def test_a_document_begins_with_bos_where_that_is_asked_for(tokenizer, job):
     assert tokens[0] == bos and len(tokens) == len(mask) == LENGTH
     assert mask.any() and not mask[0]
     assert plain.make(number)[0] != bos
-    with pytest.raises(UserError, match="--prepend-bos: the tokenizer has no token that begins"):
+    with pytest.raises(UserError, match="--prepend-bos: ByteLevelTokenizer has none, needs"):
         make_dataset(replace(job, prepend_bos=True), progress=False)

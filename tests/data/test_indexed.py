@@ -8,7 +8,7 @@ import pytest
 from megatron_cream.corpus.inspection import check, describe, document_text
 from megatron_cream.corpus.merge import merge_datasets
 from megatron_cream.corpus.storage import write_index
-from megatron_cream.data.indexed import check_tokens, read_index, read_metadata, validate_metadata
+from megatron_cream.data.indexed import DatasetFiles, check_tokens, read_index, read_metadata
 from megatron_cream.errors import UserError
 from megatron_cream.evaluation.perplexity import read_first_tokens
 
@@ -224,7 +224,7 @@ def test_a_note_of_another_dataset(prefix, key):
     write = prefix.with_suffix(".json").write_text
     fits = NOTE | {"dtype": "uint16", "documents": 3, "sequences": 3, "tokens": 922}
     write(json.dumps(fits))
-    validate_metadata(read_index(prefix), read_metadata(prefix))
+    assert DatasetFiles.open(str(prefix)).metadata == read_metadata(prefix)
     write(json.dumps(fits | {key: "int32" if key == "dtype" else 4}))
     for call in (describe, check, lambda prefix: merge_datasets([prefix], prefix + "-merged")):
         with pytest.raises(UserError, match=rf"d\.json has {key} .*, needs files of one dataset"):

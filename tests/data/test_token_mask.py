@@ -3,6 +3,7 @@
 
 import json
 import pickle
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,7 @@ import torch
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.corpus.inspection import check, describe
 from megatron_cream.corpus.merge import merge_datasets
-from megatron_cream.data import indexed
-from megatron_cream.data.indexed import read_index, read_metadata
+from megatron_cream.data.indexed import DatasetFiles, read_metadata
 from megatron_cream.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cpu_megatron")
@@ -189,13 +189,14 @@ def damage(prefix, how):
     ],
 )
 def test_a_mask_that_cannot_be_right_is_refused(tmp_path, mask, how, words):
-    from megatron_cream.training.datasets import _validate_mask
+    from megatron_cream.training.datasets import _validate_content
 
+    args = Namespace(padded_vocab_size=None, vocab_size=None, eod_mask_loss=False)
     prefix = write(tmp_path / "a", mask, recorded(mask))
-    _validate_mask(read_index(prefix))
+    _validate_content(args, DatasetFiles.open(prefix, whole=False))
     damage(prefix, how)
     with pytest.raises(UserError, match=words):
-        _validate_mask(read_index(prefix))
+        _validate_content(args, DatasetFiles.open(prefix, whole=False))
     if how in ("missing", "unrecorded", "truncated", "longer"):
         for use in (describe, lambda prefix: build([prefix], "window")):
             with pytest.raises(UserError, match=words):
@@ -216,5 +217,5 @@ def test_a_mask_of_as_many_other_tokens_is_noticed_by_a_full_check(tmp_path, mas
 
 def test_a_mask_without_a_note_is_counted(tmp_path, mask):
     prefix = write(tmp_path / "a", mask)
-    assert indexed.has_mask(prefix, TOKENS, None)
-    assert indexed.trained_tokens(prefix, None) == mask.sum()
+    files = DatasetFiles.open(prefix)
+    assert files.masked and files.metadata is None and files.trained_tokens() == mask.sum()
