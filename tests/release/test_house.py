@@ -14,7 +14,7 @@ PACKAGE = sorted(ROOT.glob("megatron_cream/**/*.py"))
 CODE = [*PACKAGE, *sorted(ROOT.glob("tools/*.py")), *sorted(ROOT.glob("examples/**/*.py"))]
 PICTURE = load_file(ROOT / "docs/hooks/architecture.py")
 TREES = {path: ast.parse(path.read_text()) for path in CODE}
-MOST_MODULES = 148
+MOST_MODULES = 145
 MOST_LINES, MOST_LINES_OF_FUNCTION = 400, 50
 pytestmark = pytest.mark.repository
 
