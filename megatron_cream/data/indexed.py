@@ -29,8 +29,7 @@ MASK_SUFFIX = ".mask"
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _BLOCK = 1 << 20  # numbers of an index that are looked at together
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
-_TYPES = "uint8 int8 int16 int32 int64 float64 float32 uint16"
-TOKEN_DTYPES = {code: np.dtype(name) for code, name in enumerate(_TYPES.split(), 1)}
+TOKEN_DTYPES = dict(enumerate(map(np.dtype, ["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"]), 1))
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,8 @@ def _map_index(prefix: str) -> DatasetIndex:
     dtype, sequences, documents = _read_header(Path(prefix + ".idx"))
     buffer = np.memmap(prefix + ".idx", mode="r", dtype=np.uint8)
     at = INDEX_HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * documents])
-    lengths = buffer[at[0] : at[1]].view("<i4")
-    pointers = buffer[at[1] : at[2]].view("<i8")
-    borders = buffer[at[2] : at[3]].view("<i8")
-    return DatasetIndex(prefix, dtype, lengths, pointers, borders)
+    kinds = zip(at, at[1:], ("<i4", "<i8", "<i8"), strict=False)
+    return DatasetIndex(prefix, dtype, *(buffer[a:b].view(kind) for a, b, kind in kinds))
 
 
 def _read_header(idx: Path) -> tuple[np.dtype, int, int]:
@@ -202,8 +199,7 @@ def check_tokens(index: DatasetIndex, limit: int | None, *, sample: bool = False
     Raises:
         UserError: a token is negative or not below ``limit``.
     """
-    tokens = np.memmap(index.prefix + ".bin", mode="r", dtype=index.dtype)
-    largest = 0
+    tokens, largest = np.memmap(index.prefix + ".bin", mode="r", dtype=index.dtype), 0
     for block in _parts(tokens, sample):
         low, high = int(block.min()), int(block.max())
         if low < 0:
@@ -383,17 +379,22 @@ def _validate_metadata(index: DatasetIndex, metadata: dict[str, Any]) -> None:
 
 
 def _has_mask(index: DatasetIndex, metadata: dict[str, Any] | None) -> bool:
-    path, recorded = index.prefix + MASK_SUFFIX, (metadata or {}).get("mask_bytes")
+    path, note = index.prefix + MASK_SUFFIX, index.prefix + ".json"
+    recorded = (metadata or {}).get("mask_bytes")
     if not os.path.isfile(path):
         if recorded is None:
             return False
-        why = f"{index.prefix}.json records {recorded} bytes of it; without it the loss would be"
-        raise UserError(f"{path} is missing: {why} on every token")
+        raise UserError(
+            f"{path} is missing: {note} records {recorded} bytes of it; without it the loss would "
+            "be on every token"
+        )
     if metadata is not None and recorded is None:
-        why = f"{index.prefix}.json records no mask; remove it, or copy both again"
-        raise UserError(f"{path} is not of this dataset: {why}")
-    size = os.path.getsize(path)
-    if size != index.tokens:
-        needs = f"{index.tokens}, one for each token of {index.prefix}.bin"
-        raise UserError(f"{path} has {size} bytes and needs {needs}")
+        raise UserError(
+            f"{path} is not of this dataset: {note} records no mask; remove it, or copy both again"
+        )
+    if (size := os.path.getsize(path)) != index.tokens:
+        raise UserError(
+            f"{path} has {size} bytes and needs {index.tokens}, one for each token of "
+            f"{index.prefix}.bin"
+        )
     return True
