@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,8 @@ _MOST_LOGITS = 2**26  # float32 values of logits held at once, 256 MiB
 _tails: ContextVar[tuple[int, int]] = ContextVar("tails", default=(0, 0))
 # Which keys each sample of ``attend_from_last`` sees.
 _seen: ContextVar[KeysSeen | None] = ContextVar("seen", default=None)
+# What keeps keys and values of a text that is being written.
+_keeper: ContextVar[KeyKeeper | None] = ContextVar("keeper", default=None)
 
 
 @dataclass(frozen=True)
@@ -108,23 +110,25 @@ class ScoringModel(Protocol):
         """Yield what greedy decoding writes after each prompt ``[n]``, in order.
 
         At most as many tokens as ``new_tokens`` says of each, without the one of ``stop`` that ends
-        them. A model without a cache of its own runs a pass over all for each token: slow, and
-        exact at any layout.
+        them.
         """
         for prompt, most in zip(prompts, new_tokens, strict=True):
-            written = takewhile(lambda token: token not in stop, next_tokens(self, prompt))
-            yield np.fromiter(islice(written, most), np.int64)
+            written = takewhile(lambda token: token not in stop, self.write(prompt, most))
+            yield np.fromiter(written, np.int64)
 
+    def write(self, prompt: np.ndarray, most: int) -> Iterator[int]:
+        """Yield up to ``most`` tokens that greedy decoding writes after a prompt ``[n]``.
 
-def next_tokens(model: ScoringModel, prompt: np.ndarray) -> Iterator[int]:
-    """Yield what greedy decoding writes after a prompt ``[n]``, a pass over all for each token."""
-    tokens = prompt.astype(np.int64)
-    while True:
-        last = torch.tensor([len(tokens) - 1])
-        one = ForwardPass(torch.from_numpy(tokens)[None], last, torch.zeros(1, 1).long())
-        (scores,) = model.run(iter([one]))
-        yield int(scores.best)
-        tokens = np.append(tokens, int(scores.best))
+        A model that keeps no keys and values runs a pass over all for each token: slow, and exact
+        at any layout.
+        """
+        tokens = prompt.astype(np.int64)
+        for _ in range(most):
+            last = torch.tensor([len(tokens) - 1])
+            one = ForwardPass(torch.from_numpy(tokens)[None], last, torch.zeros(1, 1).long())
+            (scores,) = self.run(iter([one]))
+            yield int(scores.best)
+            tokens = np.append(tokens, int(scores.best))
 
 
 @contextmanager
@@ -184,6 +188,30 @@ def seeing(keys: KeysSeen) -> Iterator[None]:
         yield
     finally:
         _seen.reset(before)
+
+
+class KeyKeeper(Protocol):
+    """Keeps keys and values of what was read, per layer."""
+
+    def update(self, layer: object, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep what is new ``[b, g, n, d]``; return keys and values to attend to."""
+        ...
+
+
+@contextmanager
+def keeping(keeper: KeyKeeper) -> Iterator[None]:
+    """Have ``keep`` hand keys and values to ``keeper``."""
+    before = _keeper.set(keeper)
+    try:
+        yield
+    finally:
+        _keeper.reset(before)
+
+
+def keep(layer: object, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values ``[b, g, m, d]`` to attend to: kept ones, where a text is written."""
+    keeper = _keeper.get()
+    return (key, value) if keeper is None else keeper.update(layer, key, value)
 
 
 def running_tails() -> tuple[int, int]:
@@ -260,9 +288,11 @@ def _attention_and_log_sums(
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Return attention ``[b, h, n, d]``; keys and values ``[b, g, n, d]`` may have fewer heads.
 
-    The context attends causally, without a mask. The tails' mask is ``[k * t, n]``: linear in n,
-    since tails are short.
+    One query with more keys is the last token of a text that is being written. The context attends
+    causally, without a mask. The tails' mask is ``[k * t, n]``: linear in n, since tails are short.
     """
+    if query.shape[2] == 1 < key.shape[2]:
+        return attend_from_last(query, key, value, scale)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

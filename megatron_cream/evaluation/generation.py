@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes greedily with a model of transformers, several prompts at once with keys and values kept.
+"""Decodes greedily, several prompts at once, with keys and values kept, in any model whose
+attention is ``forward``'s.
 
 Prompts are computed one after the other, each without padding, as if it stood alone. Their keys and
 values lie in one buffer per layer in which all prompts end together; then every step writes one
@@ -8,20 +9,25 @@ token of each. Where a shorter prompt has nothing yet, nothing is seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Cache
 
-from megatron_cream.evaluation.forward import KEYS_MULTIPLE, KeysSeen, seeing
+from megatron_cream.evaluation.forward import KEYS_MULTIPLE, KeysSeen, keeping, seeing
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""Tokens and their positions ``[b, n]`` to the most likely token ``[b]`` after the last."""
+
+_MOST_ROWS = 256  # prompts that are answered together; a killed run does so many again
+_CPU_MEMORY = 2**31  # bytes of keys and values
 
 
-class BatchCache(Cache):
-    """Keys and values of b sequences, ``[b, g, size, d]`` per layer.
+class KeptKeys:
+    """Keys and values of b sequences, ``[b, g, size, d]`` per layer; a ``forward.KeyKeeper``.
 
     Args:
         lengths: tokens of each prompt.
@@ -33,26 +39,23 @@ class BatchCache(Cache):
         seen: which of them each sequence sees.
     """
 
-    def __init__(self, lengths: Sequence[int], new_tokens: int, device: torch.device) -> None:
-        super().__init__(layers=[])
+    def __init__(self, lengths: Sequence[int], new_tokens: int, device: torch.device | str) -> None:
         self.lengths, self.longest = lengths, max(lengths)
         self.size = -(-(self.longest + new_tokens) // KEYS_MULTIPLE) * KEYS_MULTIPLE
         self.row: int | None = None
         self.seen = KeysSeen(lengths, self.size, device)
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[object, tuple[Tensor, Tensor]] = {}
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, layer: object, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep what is new; return keys and values ``[b, g, n, d]`` to attend to."""
-        new = (key_states, value_states)
-        if layer_idx not in self._kept:
+        new = (key, value)
+        if layer not in self._kept:
             # Zeros, since what is not seen is still multiplied, by 0.
             keys, values = (
                 x.new_zeros(len(self.lengths), x.shape[1], self.size, x.shape[3]) for x in new
             )
-            self._kept[layer_idx] = keys, values
-        kept = self._kept[layer_idx]
+            self._kept[layer] = keys, values
+        kept = self._kept[layer]
         if self.row is not None:
             place = slice(self.longest - self.lengths[self.row], self.longest)
             for buffer, values in zip(kept, new, strict=True):
@@ -62,76 +65,96 @@ class BatchCache(Cache):
             buffer[:, :, self.seen.tokens - 1] = values[:, :, 0]
         return kept
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many tokens came before."""
-        return 0 if self.row is not None else self.seen.tokens - 1
-
-
-@torch.inference_mode()
-def generate_batch(
-    module: Any,
-    prompts: Sequence[np.ndarray],
-    new_tokens: Sequence[int],
-    stop: Sequence[int],
-    vocabulary: int,
-) -> list[np.ndarray]:
-    """Return what greedy decoding writes after each prompt, without the token that stops it.
-
-    Args:
-        module: a model whose attention is ``forward``'s.
-        prompts: int64 ``[n]`` each.
-        new_tokens: most tokens to write after each.
-        stop: tokens that end an answer.
-        vocabulary: tokens that count; logits after them are left out.
-    """
-    device = module.device
-    cache = BatchCache([len(prompt) for prompt in prompts], max(new_tokens), device)
-    ends = torch.tensor(list(stop), device=device)
-    head = module.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
-    try:
-        with sdpa_kernel(_ANY_LENGTH):
-            best = _read_prompts(module, cache, prompts, vocabulary)
-            written = [best]
-            done = torch.isin(best, ends)
-            limits = torch.tensor(new_tokens, device=device)
-            positions = torch.tensor(cache.lengths, device=device)[:, None]
-            cache.row = None
-            with seeing(cache.seen):
-                while not (done | (limits <= len(written))).all():
-                    cache.seen.see_next()
-                    best = _step(module, cache, best[:, None], positions, vocabulary)
-                    written.append(best)
-                    done |= torch.isin(best, ends)
-                    positions = positions + 1
-    finally:
-        handle.remove()
-    rows = torch.stack(written, dim=1).cpu().numpy()
-    return [before_stop(row[:most], stop) for row, most in zip(rows, new_tokens, strict=True)]
-
 
 # cuDNN's attention plans anew for every length that it has not seen: no two prompts have the same.
 _ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def _read_prompts(
-    module: Any, cache: BatchCache, prompts: Sequence[np.ndarray], vocabulary: int
-) -> Tensor:
-    """Fill the cache; return the first token ``[b]`` after each prompt."""
+@torch.inference_mode()
+def decode(
+    step: Step,
+    prompts: Sequence[np.ndarray],
+    most: int,
+    device: torch.device | str,
+    share: Callable[[Tensor], None] = lambda best: None,
+) -> Iterator[Tensor]:
+    """Yield the tokens ``[b]`` that greedy decoding writes after all prompts, ``most`` times.
+
+    Args:
+        step: of the model.
+        prompts: int64 ``[n]`` each.
+        share: gives every rank of a model the tokens of that which made them, in place. Prompts
+            are read without: stages of a pipeline then work on several at a time.
+    """
+    cache = KeptKeys([len(prompt) for prompt in prompts], most, device)
     found = []
-    for cache.row, prompt in enumerate(prompts):
-        tokens = torch.from_numpy(prompt.astype(np.int64))[None].to(module.device)
-        positions = torch.arange(len(prompt), device=module.device)[None]
-        found.append(_step(module, cache, tokens, positions, vocabulary))
-    return torch.cat(found)
+    with sdpa_kernel(_ANY_LENGTH), keeping(cache):
+        for cache.row, prompt in enumerate(prompts):
+            tokens = torch.from_numpy(prompt.astype(np.int64))[None].to(device)
+            found.append(step(tokens, torch.arange(len(prompt), device=device)[None]))
+    best = torch.cat(found)
+    cache.row = None
+    positions = torch.tensor(cache.lengths, device=device)[:, None]
+    for written in range(most):
+        if written:
+            cache.seen.see_next()
+            with sdpa_kernel(_ANY_LENGTH), keeping(cache), seeing(cache.seen):
+                best = step(best[:, None], positions)
+            positions = positions + 1
+        share(best)
+        yield best
 
 
-def _step(
-    module: Any, cache: BatchCache, tokens: Tensor, positions: Tensor, vocabulary: int
-) -> Tensor:
-    """Return the most likely token ``[b]`` after ``tokens`` ``[b, n]``."""
-    made = module(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-    return made.logits[:, -1, :vocabulary].float().argmax(-1)
+def collect(
+    tokens: Iterator[Tensor], new_tokens: Sequence[int], stop: Sequence[int]
+) -> list[np.ndarray]:
+    """Return what ``decode`` writes after each prompt, without the token that stops it.
+
+    Args:
+        new_tokens: most tokens to write after each.
+        stop: tokens that end an answer.
+    """
+    written: list[Tensor] = []
+    for best in tokens:
+        written.append(best)
+        if len(written) == 1:
+            ends = torch.tensor(list(stop), device=best.device)
+            limits = torch.tensor(new_tokens, device=best.device)
+            done = torch.zeros_like(best, dtype=torch.bool)
+        done |= torch.isin(best, ends)
+        if (done | (limits <= len(written))).all():
+            break
+    rows = torch.stack(written, dim=1).cpu().numpy()
+    return [before_stop(row[:most], stop) for row, most in zip(rows, new_tokens, strict=True)]
+
+
+def batch_size(lengths: Sequence[int], new_tokens: int, kept_tokens: int) -> int:
+    """Return how many prompts go together: batches alike, whose keys and values fit.
+
+    Args:
+        lengths: tokens of each prompt.
+        new_tokens: most tokens that are written after any.
+        kept_tokens: for how many tokens there is memory, as ``kept_tokens`` says.
+    """
+    tokens = max(lengths, default=0) + new_tokens + KEYS_MULTIPLE
+    most = max(1, min(_MOST_ROWS, kept_tokens // tokens))
+    return -(-len(lengths) // max(1, -(-len(lengths) // most))) or 1
+
+
+def kept_tokens(layers: int, heads: int, dim: int, dtype: torch.dtype, on_gpu: bool) -> int:
+    """Return for how many tokens keys and values fit half of the GPU's free memory, or 2 GiB.
+
+    Args:
+        layers, heads, dim: layers, heads of keys and their dimensions on this rank.
+    """
+    one = 2 * layers * heads * dim * dtype.itemsize
+    return (_free_on_gpu() // 2 if on_gpu else _CPU_MEMORY) // one
+
+
+def _free_on_gpu() -> int:
+    """Return free bytes, those that PyTorch holds for what it makes next among them."""
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + held
 
 
 def before_stop(written: np.ndarray, stop: Sequence[int]) -> np.ndarray:

@@ -19,12 +19,13 @@ from megatron_cream.checkpoint.hf_folder import HfWeights, read_config
 from megatron_cream.checkpoint.model_shape import MOST_MODULES, validate_values
 from megatron_cream.checkpoint.weight_map import FAMILIES, IGNORED
 from megatron_cream.errors import MissingPackageError, UserError, naming, reason
+from megatron_cream.evaluation import generation
 from megatron_cream.evaluation.forward import (
-    KEYS_MULTIPLE,
     ForwardPass,
     PassScores,
+    ScoringModel,
     attend,
-    attend_from_last,
+    keep,
     score_rows,
     tails,
 )
@@ -33,14 +34,12 @@ from megatron_cream.options import integer
 from megatron_cream.rope.huggingface import scaling_from_hf, with_rope
 
 _NAME = "megatron_cream"
-_MOST_ROWS = 256  # prompts that are answered together; a killed run does so many again
-_CPU_CACHE = 2**31  # bytes
 
 # Settings by which a model changes logits after its output layer; scoring reads that layer.
 _AFTER_OUTPUT = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-class HuggingFaceModel:
+class HuggingFaceModel(ScoringModel):
     """A causal language model of transformers; see ``forward.ScoringModel``.
 
     Args:
@@ -133,29 +132,39 @@ class HuggingFaceModel:
         time, as many as there is memory for; where the model keeps its own attention, ``generate``
         itself is called for one at a time.
         """
-        from megatron_cream.evaluation.generation import (
-            before_stop,
-            generate_batch,
-            generate_tokens,
-        )
-
         if not self.shares_context:
             for prompt, most in zip(prompts, new_tokens, strict=True):
-                tokens = generate_tokens(self.module, prompt, most, list(stop) or None)
-                yield before_stop(tokens, stop)
+                written = generation.generate_tokens(self.module, prompt, most, list(stop) or None)
+                yield generation.before_stop(written, stop)
             return
         size = self._batch_size(prompts, new_tokens)
         for batch, own in zip(batched(prompts, size), batched(new_tokens, size), strict=True):
-            yield from generate_batch(self.module, batch, own, stop, self.vocabulary)
+            tokens = generation.decode(self._next, batch, max(own), self.device)
+            yield from generation.collect(tokens, own, stop)
+
+    def _next(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the most likely token ``[b]`` after the last of ``tokens`` ``[b, n]``."""
+        head = self.module.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
+        try:
+            made = self.module(input_ids=tokens, position_ids=positions, use_cache=False)
+        finally:
+            handle.remove()
+        return made.logits[:, -1, : self.vocabulary].float().argmax(-1)
 
     def _batch_size(self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int]) -> int:
-        """Return how many prompts go together: batches alike, whose keys and values fit."""
+        """Return how many prompts are answered together."""
+        config = self.module.config.get_text_config()
         longest, lengths = max(new_tokens, default=0), [len(prompt) for prompt in prompts]
-        if _has_own_angles(lengths, longest, self.module.config):
+        if _has_own_angles(lengths, longest, config):
             return 1
-        tokens = max(lengths, default=0) + longest + KEYS_MULTIPLE
-        most = max(1, min(_MOST_ROWS, _cache_tokens(self.module) // tokens))
-        return -(-len(prompts) // max(1, -(-len(prompts) // most))) or 1
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        there = generation.kept_tokens(
+            *(config.num_hidden_layers, heads, dim, self.module.dtype),
+            self.module.device.type == "cuda",
+        )
+        return generation.batch_size(lengths, longest, there)
 
     def hidden(self, one: ForwardPass) -> Tensor:
         """Return what the output layer is given, ``[b, n, hidden]``."""
@@ -190,21 +199,6 @@ def _stop_tokens(module: Any) -> tuple[int, ...]:
     """Return the tokens with which transformers' ``generate`` ends."""
     found = getattr(module.generation_config, "eos_token_id", None)
     return tuple(found) if isinstance(found, list) else () if found is None else (found,)
-
-
-def _cache_tokens(module: Any) -> int:
-    """Return for how many tokens keys and values fit half of the GPU's free memory, or 2 GiB."""
-    config = module.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    one = 2 * config.num_hidden_layers * heads * dim * module.dtype.itemsize
-    return (_free_on_gpu() // 2 if module.device.type == "cuda" else _CPU_CACHE) // one
-
-
-def _free_on_gpu() -> int:
-    """Return free bytes, those that PyTorch holds for what it makes next among them."""
-    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return torch.cuda.mem_get_info()[0] + held
 
 
 def _has_own_angles(lengths: Sequence[int], new_tokens: int, config: Any) -> bool:
@@ -330,10 +324,7 @@ def _attention(
             f"{type(module).__name__} asks for a mask, a window or a soft cap, which is not scored"
         )
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    if beyond := getattr(module, "beyond_window", None):
-        found = beyond.attend(query, key, value, scale)
-        return found.transpose(1, 2).contiguous(), None
-    if query.shape[2] == 1 < key.shape[2]:
-        found = attend_from_last(query, key, value, scale)
-        return found.transpose(1, 2).contiguous(), None
-    return attend(query, key, value, scale).transpose(1, 2).contiguous(), None
+    key, value = keep(module, key, value)
+    beyond = getattr(module, "beyond_window", None)
+    found = (beyond.attend if beyond else attend)(query, key, value, scale)
+    return found.transpose(1, 2).contiguous(), None

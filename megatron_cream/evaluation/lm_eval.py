@@ -9,7 +9,6 @@ takes lm-eval's own flags. Log-likelihoods, whole or rolling, and greedy generat
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.errors import MissingPackageError, UserError, one_line_errors
 from megatron_cream.evaluation.evaluation_settings import EvaluationSettings
-from megatron_cream.evaluation.forward import ForwardPass, next_tokens
+from megatron_cream.evaluation.forward import ForwardPass
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -151,8 +150,7 @@ class MegatronCreamLM(TemplateLM):
         """Return what greedy decoding writes after each context, up to a string that stops it.
 
         A request is (context, settings): ``until`` strings, and ``max_gen_toks``. What is longer
-        than ``max_length`` with the tokens to write is cut at its beginning. Every token costs a
-        pass over the whole text: an export with ``--model hf`` is faster, and writes the same.
+        than ``max_length`` with the tokens to write is cut at its beginning.
 
         Raises:
             UserError: sampling is asked for, or more tokens than ``max_length`` has.
@@ -179,7 +177,7 @@ class MegatronCreamLM(TemplateLM):
         ends = self.model.stop_tokens or (self.tokens.eod,)
         written: list[int] = []
         text = ""
-        for token in islice(next_tokens(self.model, prompt), most):
+        for token in self.model.write(prompt, most):
             if token in ends:
                 break
             written.append(token)

@@ -9,12 +9,13 @@ is, and answers to all ranks with one number and one token per prediction.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import batched
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +25,13 @@ from megatron_cream.checkpoint.iterations import find_checkpoint
 from megatron_cream.checkpoint.loading import load_model
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation import generation
 from megatron_cream.evaluation.forward import (
     ForwardPass,
     PassScores,
     ScoringModel,
     attend,
+    keep,
     score_rows,
     tails,
 )
@@ -141,6 +144,61 @@ class MegatronModel(ScoringModel):
                 send.wait()
             for one, answer in zip(some, answers, strict=True):
                 yield self._broadcast(one, answer)
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int], stop: Sequence[int]
+    ) -> Iterator[np.ndarray]:
+        """Yield what greedy decoding writes after each prompt ``[n]``, in order.
+
+        Prompts go several at a time, as many as every rank has memory for. Where the model keeps
+        an attention of Megatron's, every token costs a pass over the whole text.
+        """
+        if not self.shares_context:
+            yield from super().generate(prompts, new_tokens, stop)
+            return
+        size = self._batch_size([len(prompt) for prompt in prompts], max(new_tokens, default=0))
+        for batch, own in zip(batched(prompts, size), batched(new_tokens, size), strict=True):
+            yield from generation.collect(self._decode(batch, max(own)), own, stop)
+
+    def write(self, prompt: np.ndarray, most: int) -> Iterator[int]:
+        """Yield up to ``most`` tokens that greedy decoding writes after a prompt ``[n]``."""
+        if not self.shares_context:
+            yield from super().write(prompt, most)
+            return
+        for best in self._decode([prompt], most):
+            yield int(best)
+
+    def _decode(self, prompts: Sequence[np.ndarray], most: int) -> Iterator[Tensor]:
+        stage = self.stage
+        return generation.decode(self._next, prompts, most, stage.device, stage.broadcast_from_last)
+
+    def _next(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the most likely token ``[b]`` after the last of ``tokens`` on the last stage."""
+        stage = self.stage
+        if not stage.is_first:
+            stage.receive_input(*tokens.shape)
+        seen: list[tuple[Tensor, Tensor | None]] = []
+        with output_input(stage.module, seen):
+            hidden = stage.module(input_ids=tokens, position_ids=positions, attention_mask=None)
+        best = tokens.new_zeros(len(tokens), 1)
+        if stage.is_last:
+            ((hidden, weight),) = seen
+            _, best = score_kept(stage, hidden[-1:].transpose(0, 1), weight, best, self.vocabulary)
+        else:
+            stage.send(hidden).wait()
+        return best[:, 0]
+
+    def _batch_size(self, lengths: Sequence[int], new_tokens: int) -> int:
+        """Return how many prompts are answered together, the same number on every rank."""
+        layers, config = self.stage.attention_layers, self.stage.module.config
+        heads = max(1, config.num_query_groups // self.layout.tensor)
+        there = generation.kept_tokens(
+            *(layers, heads, config.kv_channels, config.params_dtype),
+            self.stage.device.type == "cuda",
+        )
+        fewest = torch.tensor(there, device=self.stage.device)
+        torch.distributed.all_reduce(fewest, torch.distributed.ReduceOp.MIN)
+        return generation.batch_size(lengths, new_tokens, int(fewest))
 
     def _run_stage(self, one: ForwardPass, sends: list[Any]) -> tuple[Tensor, Tensor] | None:
         """Run this stage; the last one returns log-probabilities and arg-max ``[b, r]``."""
@@ -293,4 +351,5 @@ class CoreAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend causally; tails as ``forward.tails`` says."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        key, value = keep(self, key, value)
         return self.attend(query, key, value, self.scale).permute(2, 0, 1, 3).flatten(2)

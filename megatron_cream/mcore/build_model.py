@@ -167,6 +167,11 @@ class PipelineStage:
         """Where the parameters are."""
         return next(self.module.parameters()).device
 
+    @property
+    def attention_layers(self) -> int:
+        """How many layers of attention this stage has."""
+        return sum(isinstance(layer, Attention) for layer in self.module.modules())
+
     def receive_input(self, batch: int, tokens: int) -> None:
         """Wait for the previous stage's hidden states ``[tokens, batch, h]`` and take them."""
         weight = next(self.module.parameters())

@@ -73,16 +73,16 @@ def test_an_answer_ends_before_the_token_that_stops_it(model, small_hf):
 def test_batches_that_the_memory_holds(model, monkeypatch):
     at_once = ours(model, prompts())
     sizes = []
-    own = generation.generate_batch
+    own = generation.decode
 
-    def counted(module, batch, *rest):
+    def counted(step, batch, *rest):
         sizes.append(len(batch))
-        return own(module, batch, *rest)
+        return own(step, batch, *rest)
 
-    monkeypatch.setattr(generation, "generate_batch", counted)
+    monkeypatch.setattr(generation, "decode", counted)
     # Keys and values of 2 layers of 2 heads of 8 values, 4 bytes each.
     most = 2 * (max(LENGTHS) + NEW + KEYS_MULTIPLE)
-    monkeypatch.setattr(hf_model, "_CPU_CACHE", most * 2 * 2 * 2 * 8 * 4)
+    monkeypatch.setattr(generation, "_CPU_MEMORY", most * 2 * 2 * 2 * 8 * 4)
     assert ours(model, prompts()) == at_once
     assert sizes == [2, 2, 2]
     assert ours(model, []) == []
@@ -160,4 +160,4 @@ def test_memory_that_pytorch_holds_is_free(monkeypatch):
         "memory_allocated": 10,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    assert hf_model._free_on_gpu() == 70
+    assert generation._free_on_gpu() == 70

@@ -11,6 +11,7 @@ import torch
 
 from megatron_cream.corpus.tokenizers import ByteLevelTokenizer
 from megatron_cream.errors import UserError
+from megatron_cream.evaluation.forward import ScoringModel
 
 
 @pytest.mark.usefixtures("cpu_megatron")
@@ -61,7 +62,7 @@ def lm(monkeypatch):
     sys.modules.pop(name, None)
 
 
-class Writer:
+class Writer(ScoringModel):
     """A model that goes on writing the same text, one byte at a time."""
 
     stop_tokens, primary = (), True

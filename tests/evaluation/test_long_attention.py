@@ -249,3 +249,6 @@ def test_a_checkpoint_scores_as_its_export(name, tmp_path, cpu_megatron):
     assert name != "dual_chunk" or models[1].settings["attention"].items() >= own.items()
     scores = [next(iter(model.run(iter([one])))) for model in models]
     torch.testing.assert_close(scores[0].logprobs, scores[1].logprobs, atol=1e-4, rtol=1e-4)
+    prompts = [tokens[0, :n].numpy() for n in (61, 97, 90)]
+    theirs, ours = ([*model.generate(prompts, [6] * 3, ())] for model in models)
+    assert [one.tolist() for one in ours] == [one.tolist() for one in theirs]

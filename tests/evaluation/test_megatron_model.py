@@ -91,9 +91,71 @@ def test_more_tokens_named_than_there_are_rows(checkpoint, from_hf, text, tmp_pa
     agree(lines(tmp_path / "perplexity"), lines(from_hf / "perplexity"))
 
 
+MOST = [24, 24, 3, 24]  # tokens to write after each prompt
+
+
+def given():
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 384, size=length) for length in (40, 1, 57, 300)]
+
+
+def write(folder, layout, stop, file):
+    """What a checkpoint writes after prompts: all at once, two at a time, and one by itself."""
+    from megatron_cream.mcore import cpu
+
+    cpu.install()
+    from megatron_cream.evaluation import generation
+    from megatron_cream.evaluation.evaluate import open_model
+
+    tensor, pipeline = layout
+    model = open_model(
+        arguments(
+            checkpoint=folder,
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+        )
+    )
+    found = []
+    for generation._MOST_ROWS in (4, 2):
+        found.append([written.tolist() for written in model.generate(given(), MOST, [stop])])
+    found.append(list(model.write(given()[3], 5)))
+    if model.primary:
+        with open(file, "w") as output:
+            json.dump(found, output)
+
+
+@pytest.fixture(scope="module")
+def from_generate(small_hf):
+    """What transformers' own model with its own attention writes, one prompt at a time."""
+    module = AutoModelForCausalLM.from_pretrained(small_hf, attn_implementation="sdpa")
+    module.generation_config.eos_token_id = None
+    found = []
+    for prompt, most in zip(given(), MOST, strict=True):
+        tokens = torch.from_numpy(prompt)[None]
+        made = module.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=most,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        found.append(made[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)])
+def test_every_token_is_generates(checkpoint, from_generate, tmp_path, layout):
+    ranks, stop = layout[0] * layout[1], from_generate[0][5]
+    call(tmp_path, write, ranks, checkpoint, layout, stop, str(tmp_path / "written.json"))
+    at_once, in_twos, alone = json.loads((tmp_path / "written.json").read_text())
+    wanted = [one[: one.index(stop)] if stop in one else one for one in from_generate]
+    assert at_once == in_twos == wanted
+    assert len(wanted[0]) <= 5 and max(map(len, wanted)) == 24
+    assert alone == from_generate[3][:5]
+
+
 @pytest.mark.usefixtures("cpu_megatron")
 def test_rulers_answers(checkpoint, small_hf, tmp_path):
-    """Whole passes write what is written with keys and values kept."""
     settings = {"tasks": ["ruler"], "ruler_tasks": ["fwe"], "lengths": [600], "samples": 1}
     run(arguments(checkpoint=checkpoint, output=f"{tmp_path}/1", **settings))
     run(arguments(hf=small_hf, output=f"{tmp_path}/2", **settings))
