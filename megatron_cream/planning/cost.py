@@ -329,7 +329,7 @@ def replica_seconds(
         (tuning.gradient_bytes + WEIGHT)
         * parameters
         * ((copies - 1) / copies)
-        / _ring_speed(gpu, stride, stride * copies, node)
+        / ring_speed(gpu, stride, stride * copies, node)
         for parameters, stride, copies in groups
     )
 
@@ -339,8 +339,11 @@ def _speed(gpu: Gpu, ranks: int, node: int) -> float:
     return gpu.node_rate if ranks <= node else gpu.network_rate
 
 
-def _ring_speed(gpu: Gpu, stride: int, ranks: int, node: int) -> float:
-    """Bytes per second of a collective's rings over every ``stride``-th of ``ranks`` ranks.
+def ring_speed(gpu: Gpu, stride: int, ranks: int, node: int) -> float:
+    """Return the bytes per second of a collective's rings over every ``stride``-th rank of a group.
+
+    Args:
+        ranks: from the group's first rank to its last one, those between counted.
 
     A group with k members in a node leaves it through their k network cards, one ring each. The
     links of the node bound it, and every ring passes through them.

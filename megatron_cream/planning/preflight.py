@@ -15,14 +15,17 @@ import re
 import socket
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from megatron_cream.errors import UserError
-from megatron_cream.planning.cost import GPUS, product_share
+from megatron_cream.planning.cost import GPUS, product_share, ring_speed
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,9 @@ It names a node that is slow or does not answer, and ends in an error.
 
 ROUNDS = 3
 """Partners of each node: one of them may be slow itself, or its path to this node busy."""
+
+START_PATIENCE = 600.0
+"""Seconds until all processes have to be there: torch comes slowly from a busy file system."""
 
 _REPEATS = 20
 
@@ -73,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, and print a line per node on rank 0.
 
     Raises:
-        UserError: a node is slow, or does not answer.
+        UserError: a node is slow, does not answer, or has not come.
     """
     import torch
     from torch import distributed
@@ -85,17 +91,22 @@ def run(args: argparse.Namespace) -> None:
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "29500")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=args.seconds))
     try:
-        found = Preflight(device, args.seconds).measure()
-        if distributed.get_rank() == 0:
-            print("\n".join(lines(found, _kind(device))), flush=True)
-        slow = slow_parts(found, args.slow_below)
-        if slow:
-            raise UserError("; ".join(slow))
-    finally:
-        distributed.destroy_process_group()
+        distributed.init_process_group("gloo", timeout=timedelta(seconds=START_PATIENCE))
+        preflight = Preflight(device, args.seconds)
+    except RuntimeError as error:
+        head, world = os.environ["MASTER_ADDR"], os.environ["WORLD_SIZE"]
+        raise UserError(
+            f"MASTER_ADDR is {head}: {world} processes must meet there in {START_PATIENCE:g} s, "
+            "each node started and reached by the interface that GLOO_SOCKET_IFNAME names"
+        ) from error
+    found = preflight.measure()
+    if distributed.get_rank() == 0:
+        print("\n".join(lines(found, _kind(device))), flush=True)
+    distributed.destroy_process_group()  # not where a node hangs: it would wait for that one
+    slow = slow_parts(found, args.slow_below)
+    if slow:
+        raise UserError("; ".join(slow))
 
 
 class Preflight:
@@ -110,7 +121,6 @@ class Preflight:
         from torch import distributed
 
         self.device, self.seconds = device, seconds
-        self.control: Any = distributed.new_group(backend="gloo")
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         self.gpu = int(os.environ.get("LOCAL_RANK", "0"))
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -162,12 +172,18 @@ class Preflight:
         from torch import distributed
 
         # Names of groups have a number in them that all processes must count alike: whoever has no
-        # partner makes one of itself.
+        # partner makes one of itself. NCCL ends a process after its time-out, which has to come
+        # after the word of who is late.
         members = list(ranks) or [self.rank]
-        group: Any = distributed.new_group(members, use_local_synchronization=True)
+        gpu = self.device.type == "cuda"
+        group: Any = distributed.new_group(
+            members,
+            timeout=timedelta(seconds=3 * self.seconds),
+            backend="nccl" if gpu else "gloo",
+            use_local_synchronization=True,
+        )
         if len(members) < 2:
             return None
-        gpu = self.device.type == "cuda"
         buffer = torch.zeros(2**27 if gpu else 2**20, device=self.device, dtype=torch.bfloat16)
         distributed.all_reduce(buffer, group=group)
         self._wait()
@@ -182,36 +198,59 @@ class Preflight:
         import torch
 
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def _finish(self, what: str, measure: Callable[[], Any]) -> Any:
         """Measure, and wait for all others.
 
         Raises:
-            UserError: on rank 0, naming the nodes that do not come to an end.
+            UserError: a node does not come to an end; rank 0 names it.
         """
         from torch import distributed
 
-        found = measure()
-        patience = timedelta(seconds=self.seconds)
+        late: set[str] = set()
         try:
-            distributed.monitored_barrier(self.control, timeout=patience, wait_all_ranks=True)
+            found = self._in_time(measure)
+        except TimeoutError:
+            late.add(self.names[self.node_index])
+        if self.rank and late:  # the others see it go
+            raise UserError(self._too_late(what, late))
+        # Rank 0 may be late itself, and speaks after that.
+        patience = timedelta(seconds=self.seconds * (3 if self.rank else 1))
+        try:
+            distributed.monitored_barrier(timeout=patience, wait_all_ranks=True)
         except RuntimeError as error:
-            late = re.search(r"Ranks? ([\d, ]+) failed", str(error))
-            if self.rank or late is None:
-                raise
-            nodes = {self.names[self.places[int(rank)][0]] for rank in late[1].split(",")}
-            names = ", ".join(sorted(nodes))
-            raise UserError(
-                f"{what}: node {names} did not come to an end within {self.seconds:g} s"
-            ) from None
+            ranks = re.search(r"Ranks? ([\d, ]+) failed", str(error))
+            if self.rank or ranks is None:
+                raise UserError(self._too_late(what, {"(rank 0 names it)"})) from error
+            late |= {self.names[self.places[int(rank)][0]] for rank in ranks[1].split(",")}
+            raise UserError(self._too_late(what, late)) from error
+        if any(self._gather(bool(late))):  # rank 0 is
+            raise UserError(self._too_late(what, {self.names[self.places[0][0]]}))
         return found
+
+    def _in_time(self, measure: Callable[[], Any]) -> Any:
+        """Return what is measured; what hangs in NCCL or on the GPU stays behind in a thread."""
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(measure())
+            except Exception as error:
+                future.set_exception(error)
+
+        Thread(target=work, daemon=True).start()
+        return future.result(self.seconds)
+
+    def _too_late(self, what: str, nodes: set[str]) -> str:
+        names = ", ".join(sorted(nodes))
+        return f"{what}: node {names} did not come to an end within {self.seconds:g} s"
 
     def _gather(self, value: Any) -> list[Any]:
         from torch import distributed
 
         found: list[Any] = [None] * self.world
-        distributed.all_gather_object(found, value, group=self.control)
+        distributed.all_gather_object(found, value)
         return found
 
 
@@ -275,11 +314,11 @@ def lines(speeds: Sequence[Speeds], kind: str | None) -> list[str]:
         found.append(f"node {node}, {len(own)} processes: {', '.join(parts)}")
     if kind is not None:
         gpu = GPUS[kind]
-        inside, network = gpu.node_rate / 1e9, gpu.network_rate / 1e9
-        products = product_share() * gpu.tflops
+        node = max(Counter(one.node for one in speeds).values())
+        links = [f"{ring_speed(gpu, 1, ranks, node) / 1e9:.3g}" for ranks in (node, 2 * node)]
         found.append(
-            f"plans for {kind} count on: matrix products {products:.3g} TFLOP/s, "
-            f"links within a node {inside:.3g} GB/s, a network card {network:.3g}"
+            f"plans for {kind} count on: matrix products {product_share() * gpu.tflops:.3g} "
+            f"TFLOP/s, all-reduce within the node {links[0]} GB/s, with another node {links[1]}"
         )
     return found
 

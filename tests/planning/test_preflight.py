@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from support import nodes
+from support import forks, nodes
 
 from megatron_cream.planning import preflight
 from megatron_cream.planning.preflight import Speeds, rounds, slow_parts
@@ -75,6 +75,24 @@ def test_processes_agree_on_the_slow_node():
 def test_a_node_that_does_not_come_to_an_end_is_named():
     said = nodes.call(2, nodes.stuck)
     assert re.match(r"matrix products: node \S+:1 did not come to an end within 5 s", said[0]), said
+
+
+def test_the_first_node_is_named_as_others_are():
+    said = nodes.call(2, nodes.stuck_first)
+    assert len(set(said)) == 1
+    assert re.match(r"matrix products: node \S+:0 did not come to an end within 5 s", said[0]), said
+
+
+def test_a_node_that_does_not_come_is_waited_for_and_said():
+    said = forks.call(nodes.alone_of_two, nodes.free_port())
+    assert said.startswith("MASTER_ADDR is 127.0.0.1: 2 processes must meet there in 2 s"), said
+
+
+@pytest.mark.parametrize(("gpus", "between"), [(8, "315"), (4, "160"), (1, "40")])
+def test_links_are_said_as_all_reduce_measures_them(gpus, between):
+    """Bus bandwidth over two nodes counts all their network cards, as nccl-tests do."""
+    said = preflight.lines([s for s in GOOD if s.gpu < gpus], "h100")[-1]
+    assert said.endswith(f"all-reduce within the node 315 GB/s, with another node {between}")
 
 
 def test_alone_it_measures_itself():

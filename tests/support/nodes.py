@@ -50,9 +50,22 @@ def slow_products(rank, world, port):
     return measured(rank, world, port)
 
 
-def stuck(rank, world, port):
-    """Node 1 does not come to an end."""
+def stuck(rank, world, port, which=1):
+    """Node ``which`` does not come to an end."""
     from megatron_cream.planning.preflight import Preflight
 
-    Preflight.products = lambda self: time.sleep(9) if self.rank == 1 else 300.0
+    Preflight.products = lambda self: time.sleep(9) if self.rank == which else 300.0
     return measured(rank, world, port)
+
+
+def stuck_first(rank, world, port):
+    """The node that gathers what the others say does not come to an end."""
+    return stuck(rank, world, port, 0)
+
+
+def alone_of_two(port):
+    """The other node does not come."""
+    from megatron_cream.planning import preflight
+
+    preflight.START_PATIENCE = 2.0
+    return measured(0, 2, port)
