@@ -86,6 +86,23 @@ ITERATIONS=${ITERATIONS:-1000}
 LR=${LR:-2e-5}
 WARMUP=${WARMUP:-10}
 SAVE_INTERVAL=${SAVE_INTERVAL:-100}
+CHECKPOINT_GB=${CHECKPOINT_GB:-0}
+LOG_INTERVAL=${LOG_INTERVAL:-10}
+
+# at_least LEAST NAME...: these variables are whole numbers, none is smaller.
+at_least() {
+    local least=$1 name
+    shift
+    for name in "$@"; do
+        [[ ${!name} =~ ^[0-9]{1,9}$ && 10#${!name} -ge $least ]] ||
+            fail "$name is '${!name}': it must be a whole number of at least $least"
+    done
+}
+at_least 1 NODES GPUS_PER_NODE SEQ_LENGTH TARGET_LENGTH ORIGINAL_LENGTH MICRO_BATCH GLOBAL_BATCH
+at_least 1 ITERATIONS SAVE_INTERVAL LOG_INTERVAL IMPORT_PATIENCE
+at_least 0 NODE_RANK PORT WARMUP RETRIES CHECKPOINT_GB
+[ "$NODE_RANK" -lt "$NODES" ] || fail "NODE_RANK is $NODE_RANK: it must be below NODES, $NODES"
+command -v "$PYTHON" >/dev/null || fail "PYTHON is $PYTHON: there is no such program"
 
 iteration() { cat "$OUT/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
@@ -101,8 +118,6 @@ fi
 # Megatron takes multiples alone; 0 becomes none, which keeps all.
 SAVE_RETAIN_INTERVAL=$(((${SAVE_RETAIN_INTERVAL:-0} + SAVE_INTERVAL - 1) / SAVE_INTERVAL * SAVE_INTERVAL))
 SAVE_RETAIN_INTERVAL=${SAVE_RETAIN_INTERVAL#0}
-CHECKPOINT_GB=${CHECKPOINT_GB:-0}
-LOG_INTERVAL=${LOG_INTERVAL:-10}
 
 # A share of the samples are documents that ask for what they said a few thousand tokens before, with a
 # loss on the answers alone: docs/study.md has what that changes. A run goes on as it began.
@@ -205,6 +220,7 @@ case ${PROFILE:-} in
 "") ;;
 torch) PROFILE_ARGS+=(--use-pytorch-profiler) ;;
 nsys)
+    command -v nsys >/dev/null || fail "PROFILE is nsys: Nsight Systems must be installed on every node"
     PROFILER=(
         nsys profile --sample none --trace "cuda,nvtx" --force-overwrite true
         --capture-range cudaProfilerApi --capture-range-end stop --output "$OUT/nsys/node-$NODE_RANK"
@@ -260,6 +276,7 @@ extend() {
     if [[ ${ALL_STEPS:-$STEPS} == *train* && -z ${DATA:-} ]]; then
         fail "DATA is not set: it must be an indexed dataset (docs/data.md), without .bin"
     fi
+    [[ $STEPS != *train* ]] || find_data
     [[ ${ALL_STEPS:-$STEPS} != *train* ]] || enough_space
     for step in $STEPS; do
         if [ -n "$SIGNALLED" ]; then stop; fi

@@ -4,12 +4,22 @@
 # stopped, and started again after a crash.
 # shellcheck disable=SC2034,SC2153  # variables are those of common.sh
 
+# Before an import, which may take hours. What an object store has is not looked at.
+find_data() {
+    local word
+    for word in $DATA; do
+        [[ $word =~ ^[0-9.eE-]+$ || $word == *://* || -f $word.idx ]] ||
+            fail "DATA is $DATA: there is no $word.idx; it must be an indexed dataset (docs/data.md), without .bin"
+    done
+}
+
 # Where a file system does not know its own limit (a quota, a bucket), df says more and nothing is
 # refused.
 enough_space() {
     local folder=$OUT free most
     [ "$NODE_RANK" = 0 ] || return 0
     while [ ! -e "$folder" ]; do folder=$(dirname "$folder"); done
+    [ -d "$folder" ] && [ -w "$folder" ] || fail "OUT is $OUT: $folder must be a folder that can be written to"
     free=$(df -Pk "$folder" 2>/dev/null | awk 'NR == 2 { print $4 }' || true)
     [[ $free =~ ^[0-9]+$ ]] || return 0
     free=$((free * 1024 / 1000000000)) most=$(most_checkpoints)

@@ -71,7 +71,7 @@ def prepare_process(command: str) -> None:
 
 
 def require_gpu() -> None:
-    """Check that this machine has a GPU.
+    """Check that this machine has a GPU for each process that was started on it.
 
     Raises:
         UserError: saying what to do.
@@ -79,6 +79,12 @@ def require_gpu() -> None:
     import torch
 
     if torch.cuda.is_available():
+        started, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if started > there:
+            raise UserError(
+                f"--nproc-per-node is {started} (GPUS_PER_NODE of a launch script): it must be at "
+                f"most {there}, the GPUs that torch finds here"
+            )
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"

@@ -41,6 +41,7 @@ def exported(script, folder, **variables):
     done = subprocess.run(
         ["bash", str(script)],
         env={**given, "REAL": given["PYTHON"], "PYTHON": str(python)},
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=60,

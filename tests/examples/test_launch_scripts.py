@@ -282,7 +282,11 @@ def test_a_signal_reaches_the_workers(number, tmp_path):
     """To the script's whole group, as Slurm sends USR1; or to it alone, as Kubernetes TERM."""
     environment = launch.environment(tmp_path, DATA="d", STUB_REACHES="signal")
     process = subprocess.Popen(
-        ["bash", str(SEVEN)], env=environment, stderr=subprocess.PIPE, start_new_session=True
+        ["bash", str(SEVEN)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd=tmp_path,
     )
     wait_for(tmp_path / "out" / "ready", process)
     if number == signal.SIGUSR1:
@@ -302,7 +306,11 @@ def test_a_signal_during_an_import(number, seconds, tmp_path):
     variables = {"DATA": "d", "STUB_IMPORT_SECONDS": "2", "SIGNAL_SECONDS": seconds}
     environment = launch.environment(tmp_path, STOPPED_FILE=str(said), **variables)
     process = subprocess.Popen(
-        ["bash", str(SEVEN)], env=environment, stderr=subprocess.PIPE, start_new_session=True
+        ["bash", str(SEVEN)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd=tmp_path,
     )
     wait_for(tmp_path / "calls", process)
     if number == signal.SIGUSR1:
@@ -325,6 +333,7 @@ def test_ctrl_c_ends_an_import(tmp_path):
     process = subprocess.Popen(
         ["bash", str(SEVEN)],
         env=environment,
+        cwd=tmp_path,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -373,10 +382,18 @@ def test_other_nodes_neither_import_nor_export(tmp_path):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({}, "error: DATA is not set"),
-        ({"DATA": "d", "STEPS": "import trian"}, "error: STEPS is 'import trian'"),
+        ({"DATA": ""}, "DATA is not set"),
+        ({"STEPS": "import trian"}, "STEPS is 'import trian'"),
+        ({"DATA": "1 d 2 there"}, "DATA is 1 d 2 there: there is no d.idx; it must be an indexed"),
+        ({"NODES": "many"}, "NODES is 'many': it must be a whole number of at least 1"),
+        ({"SAVE_INTERVAL": "0"}, "SAVE_INTERVAL is '0': it must be a whole number of at least 1"),
+        ({"NODES": "2", "NODE_RANK": "2"}, "NODE_RANK is 2: it must be below NODES, 2"),
+        ({"PYTHON": "/none"}, "PYTHON is /none: there is no such program"),
+        ({"OUT": "there.idx/run"}, "OUT is there.idx/run: there.idx must be a f"),
+        ({"PROFILE": "nsys"}, "PROFILE is nsys: Nsight Systems must be installed on e"),
     ],
 )
-def test_what_is_wrong_ends_in_status_2(variables, said, tmp_path):
-    done, _ = launch.run(SEVEN, tmp_path, **variables)
-    assert done.returncode == 2 and said in done.stderr
+def test_what_is_wrong_ends_in_one_line_and_status_2(variables, said, tmp_path):
+    done, calls = launch.run(SEVEN, tmp_path, STUB_DATA="there", **{"DATA": "there", **variables})
+    assert done.returncode == 2 and not calls, done.stderr
+    assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1

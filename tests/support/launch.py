@@ -7,7 +7,7 @@ long an import takes, ``STUB_HAS`` which of Apex (apex), Transformer Engine's cr
 processes that may share memory of a GPU (share) are there, ``STUB_FREE_GB`` what df says is free,
 ``STUB_IMPORT_FAILS`` the exit status of an import, ``STUB_CRASHES`` a file whose first line, the
 newest checkpoint of a crash, each start of the trainer takes away; with ``STUB_USER_ERROR`` that is
-a mistake of the user's.
+a mistake of the user's; ``STUB_DATA`` which datasets are there, by default those of ``DATA``.
 """
 
 import json
@@ -38,6 +38,8 @@ def environment(folder, **variables):
     kept = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
     places = {name: str(folder / name.lower()) for name in ("BASE", "OUT", "EXPORT", "RETRIEVAL")}
     (folder / "retrieval.idx").touch()  # or it is made before training
+    for name in variables.get("STUB_DATA", variables.get("DATA", "")).split():
+        (folder / f"{name}.idx").touch()
     stub = {"PYTHON": str(python), "STUB_LOG": str(folder / "calls")}
     return {**kept, **places, **stub, **variables}
 

@@ -38,6 +38,20 @@ def test_without_a_gpu_cpu_is_named(monkeypatch):
     pretrain.prepare_process("x")
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    import torch
+
+    from megatron_cream import pretrain
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="--nproc-per-node is 8 .* at most 4"):
+        pretrain.require_gpu()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    pretrain.require_gpu()
+
+
 def test_gpu_present_refuses_the_stand_in(monkeypatch):
 
     from megatron_cream.errors import UserError
