@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from megatron_cream.evaluation.evaluation_tasks import EvaluationTask
     from megatron_cream.evaluation.forward import ScoringModel
 
-STYLES = ("base", "chat")
 _MARK = "MARK-OF-THE-CONTENT"
 _ANCHOR = "\n"
 
@@ -58,16 +57,15 @@ class Prompt:
         folder: str | None = None,
     ) -> None:
         self.tokenizer, self.style, self.folder = tokenizer, style, folder
-        if style not in STYLES:
-            raise UserError(f"--prompt is {style!r}: it must be one of {STYLES}")
+        if style not in (styles := ("base", "chat")):
+            raise UserError(f"--prompt is {style!r}: it must be one of {styles}")
         if bos and tokenizer.bos is None:
             raise UserError("--bos is given: the tokenizer has no token that begins a text")
         begins = tokenizer.bos is not None and getattr(tokenizer, "begins_with_bos", True)
         self.bos = begins if bos is None else bos
         self._cache: dict[str, np.ndarray] = {}
-        self._head, self._turn = "", ""
-        if style == "chat":
-            self._head, self._turn = render(chat_template(folder), tokenizer)
+        chat = style == "chat"
+        self._head, self._turn = render(chat_template(folder), tokenizer) if chat else ("", "")
         self._anchor = tokenizer.encode([_ANCHOR])[0]
         if not len(self._anchor):
             raise UserError("the tokenizer has no token for a line break: cases are padded with it")
@@ -230,8 +228,7 @@ def validate_vocabulary(tokenizer: Tokenizer, model: ScoringModel) -> None:
         )
 
 
-ROUND = 8
-"""Tails are a multiple of so many tokens, so that cases of other seeds have the same shape."""
+_ROUND = 8  # tails are a multiple of so many tokens: cases of other seeds have the same shape
 
 
 @dataclass(frozen=True)
@@ -326,7 +323,6 @@ class HaystackBuilder:
         """Return how many pieces of a body fit in ``length`` tokens.
 
         Args:
-            name: the task's, for the message.
             draw: number of pieces of the body to a text; a pure function.
             least: smallest number of pieces that makes a case.
             most: how many different pieces there are.
@@ -361,34 +357,28 @@ class HaystackBuilder:
     def _build(self, text: HaystackText, length: int, seed: int, number: int) -> HaystackCases:
         longest = max(len(self._tail_tokens(question)) for question in text.questions)
         room = length - len(self._context(text))
-        size = min(room, -(-longest // ROUND) * ROUND)
-        context = self._context(text, room - size)
+        size = min(room, -(-longest // _ROUND) * _ROUND)
         tails = [self._tail(question, size) for question in text.questions]
-        return HaystackCases(context, tails, length, seed, number)
+        return HaystackCases(self._context(text, room - size), tails, length, seed, number)
 
     def _size(self, text: HaystackText) -> int:
-        longest = max(len(self._tail_tokens(question)) for question in text.questions)
-        return len(self._context(text)) + longest
+        return len(self._context(text)) + max(len(self._tail_tokens(q)) for q in text.questions)
 
     def _context(self, text: HaystackText, padding: int = 0) -> np.ndarray:
         encode = self.prompt.encode
-        pieces = [*self.prompt.opening(), *self._shot_pieces()]
+        pieces = self.prompt.opening()
+        for shot in self.shots:
+            asked = shot.questions[0]
+            texts = (shot.intro, *shot.body, asked.text, asked.cue, *asked.items, "\n\n")
+            pieces += self.prompt.encode_all(list(texts))
         if padding:  # the last token is a line break
             filler = encode(prose(padding, encode))[: padding - 1]
             pieces.append(np.append(filler, encode("\n")[:1]))
         pieces += self.prompt.encode_all([text.intro, *text.body])
         return np.concatenate(pieces)
 
-    def _shot_pieces(self) -> Iterable[np.ndarray]:
-        for shot in self.shots:
-            question = shot.questions[0]
-            for text in (shot.intro, *shot.body, question.text, question.cue, *question.items):
-                yield self.prompt.encode(text)
-            yield self.prompt.encode("\n\n")
-
     def _tail_tokens(self, question: Question) -> np.ndarray:
-        encode = self.prompt.encode
-        turn = self.prompt.turn()
+        encode, turn = self.prompt.encode, self.prompt.turn()
         # After a turn the cue begins a text; its space belongs to what came before it.
         cue = question.cue.lstrip() if turn else question.cue
         pieces = [encode(question.text), *turn, encode(cue), *map(encode, question.items)]
