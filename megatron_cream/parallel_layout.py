@@ -50,6 +50,7 @@ class Tuning:
             with --grad-reduce-in-bf16.
         optimizer_bytes: per parameter, master copy and the two moments of Adam, before they are
             divided over the data and context parallel ranks.
+        dual_chunk: --dual-chunk: attention in chunks.
     """
 
     fp8: bool = False
@@ -57,6 +58,7 @@ class Tuning:
     fused_gradients: bool = True
     gradient_bytes: float = 4
     optimizer_bytes: float = 12
+    dual_chunk: bool = False
 
 
 MEGATRON_DEFAULTS = Tuning()

@@ -10,7 +10,9 @@ kernels. The constants below are all there are; ``published.json`` has what they
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_cream.checkpoint.model_shape import ModelShape
 from megatron_cream.parallel_layout import MEGATRON_DEFAULTS, ParallelLayout, Tuning, Workload
@@ -29,6 +31,12 @@ ATTENTION_SHARE = 0.50
 
 FlashAttention-3 reports up to 740 TFLOP/s on an H100 forward (arXiv:2407.08608); backward, causal
 and short samples have less. Calibrated on Llama-3-8B and 70B at 8192 tokens.
+"""
+
+DUAL_CHUNK = {32768: 1.204, 65536: 1.059, 131072: 1.009}
+"""Time of dual chunk attention over plain, forward and backward, by tokens of a sample.
+
+Measured on one H200: tools/benchmark_dual_chunk.py, docs/attention.md.
 """
 
 FP8_SPEEDUP = 1.63
@@ -184,6 +192,22 @@ def layer_traffic(shape: ModelShape, fp8: bool = False) -> float:
     return traffic
 
 
+def dual_chunk_factor(tokens: int) -> float:
+    """Return the time of dual chunk attention over plain, for a sample of ``tokens``.
+
+    Between lengths of ``DUAL_CHUNK`` by their logarithm. Of shorter samples, which were not
+    measured, what it takes more is taken to be linear in the tokens: turning, merging and launches.
+    """
+    lengths = sorted(DUAL_CHUNK)
+    if tokens <= lengths[0]:
+        return 1 + (DUAL_CHUNK[lengths[0]] - 1) * lengths[0] / tokens
+    for left, right in pairwise(lengths):
+        if tokens <= right:
+            part = math.log(tokens / left) / math.log(right / left)
+            return DUAL_CHUNK[left] * (1 - part) + DUAL_CHUNK[right] * part
+    return DUAL_CHUNK[lengths[-1]]
+
+
 def product_share() -> float:
     """Return the share of peak that matrix products reached in this project's own measurement.
 
@@ -252,6 +276,7 @@ def kernel_seconds(
     rate = gpu.tflops * 1e12
     products = _product_flops(shape) / (rate * mfu * (FP8_SPEEDUP if tuning.fp8 else 1))
     attention = 6.0 * work.attended * shape.heads * shape.head_dim / (rate * ATTENTION_SHARE)
+    attention *= dual_chunk_factor(work.attended) if tuning.dual_chunk else 1.0
     layer = products + attention + layer_traffic(shape, tuning.fp8) / gpu.memory_rate
     seconds = _layers_run(layout, layout.layers_of(stage, shape.layers)) * layer
     if stage == layout.pipeline - 1:  # the output layer stays in bf16
@@ -287,6 +312,8 @@ def exposed_seconds(
     ring = 3 * values * (layout.context - 1) / _speed(gpu, layout.tensor * layout.context, node)
     attention = 6.0 * work.attended * shape.heads * shape.head_dim * tokens / layout.tensor
     attention /= gpu.tflops * 1e12 * ATTENTION_SHARE
+    if tuning.dual_chunk:  # which gathers all of them before it begins
+        attention = 0.0
     # A token goes to its experts and back, and so do the gradients; nothing runs beside it.
     experts = (4 + 2 * layout.recomputed(layers)) * (shape.experts_per_token or 0) * hidden
     experts *= (layout.expert - 1) / layout.expert / layout.tensor

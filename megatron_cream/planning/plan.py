@@ -74,6 +74,7 @@ def _add_tuning(add: Callable[..., Any]) -> None:
     add("--grad-reduce-in-bf16", action="store_true", help=gradients_help)
     optimizer_help = "what bf16 weights lack of fp32 is kept, and moments in bf16"
     add("--use-precision-aware-optimizer", action="store_true", help=optimizer_help)
+    add("--dual-chunk", action="store_true", help="dual chunk attention at plain positions, N = T")
     fusion_help = "Apex is missing: weight gradients are added up by a kernel of its own"
     add("--no-gradient-accumulation-fusion", action="store_true", help=fusion_help)
     published_help = "print the plans of published runs beside what was measured, and end"
@@ -198,6 +199,7 @@ def _tuning(args: argparse.Namespace) -> Tuning:
         not args.no_gradient_accumulation_fusion,
         BF16_GRADIENTS if args.grad_reduce_in_bf16 else MEGATRON_DEFAULTS.gradient_bytes,
         BF16_MOMENTS if args.use_precision_aware_optimizer else MEGATRON_DEFAULTS.optimizer_bytes,
+        args.dual_chunk,
     )
 
 
@@ -241,6 +243,11 @@ def _validate(args: argparse.Namespace) -> None:
         raise UserError(
             f"--target-length is {args.target_length}: it must be at least --seq-length "
             f"{args.seq_length}"
+        )
+    if args.dual_chunk and args.target_length != args.seq_length:
+        raise UserError(
+            f"--target-length is {args.target_length} with --dual-chunk: it must be --seq-length "
+            f"{args.seq_length}, chunks are counted at plain positions"
         )
     if args.mfu > 1:
         raise UserError(f"--mfu is {args.mfu:g}: it must be at most 1, a share of the peak")

@@ -314,8 +314,8 @@ def lines(speeds: Sequence[Speeds], kind: str | None) -> list[str]:
         found.append(f"node {node}, {len(own)} processes: {', '.join(parts)}")
     if kind is not None:
         gpu = GPUS[kind]
-        node = max(Counter(one.node for one in speeds).values())
-        links = [f"{ring_speed(gpu, 1, ranks, node) / 1e9:.3g}" for ranks in (node, 2 * node)]
+        gpus = max(Counter(one.node for one in speeds).values())
+        links = [f"{ring_speed(gpu, 1, ranks, gpus) / 1e9:.3g}" for ranks in (gpus, 2 * gpus)]
         found.append(
             f"plans for {kind} count on: matrix products {product_share() * gpu.tflops:.3g} "
             f"TFLOP/s, all-reduce within the node {links[0]} GB/s, with another node {links[1]}"

@@ -52,6 +52,7 @@ def run_flags(
         "EXTENSION": [
             *("--seq-length", length, "--max-position-embeddings", length),
             *("--target-length", str(target), *_position_flags(work.seq_length, target)),
+            *(["--dual-chunk"] if tuning.dual_chunk else []),
         ],
         "DATA": [
             *("--data-path", "$DATA", "--split", "99,1,0"),

@@ -220,6 +220,7 @@ def tuning_from_args(args: Namespace) -> Tuning:
         args.gradient_accumulation_fusion,
         2 if args.grad_reduce_in_bf16 else 4,
         optimizer,
+        getattr(args, "dual_chunk", None) is not None,
     )
 
 

@@ -551,3 +551,25 @@ def test_experts_stay_in_a_node_and_are_divided_evenly():
     fixed = layouts(MIXTRAL, 32, CREAM, 8, {"expert": 8, "tensor": 1})
     assert {(layout.expert, layout.tensor) for layout in fixed} == {(8, 1)}
     assert all(layout.expert == 1 for layout in layouts(LLAMA, 8, CREAM))
+
+
+def test_dual_chunk_attention_takes_what_was_measured():
+    for tokens, factor in cost.DUAL_CHUNK.items():
+        assert cost.dual_chunk_factor(tokens) == pytest.approx(factor)
+    lengths = [2**n for n in range(12, 20)]
+    factors = [cost.dual_chunk_factor(tokens) for tokens in lengths]
+    assert factors == sorted(factors, reverse=True) and factors[-1] == cost.DUAL_CHUNK[131072]
+    # Below what was measured, what it takes more is linear: the quadratic part is plain attention.
+    more = [(f - 1) * tokens for f, tokens in zip(factors, lengths, strict=True) if tokens <= 32768]
+    assert more == pytest.approx([more[0]] * len(more))
+
+
+def test_dual_chunk_is_planned_with_its_own_time_and_gathers_before_it():
+    layout, work, gpu = ParallelLayout(context=2), Workload(65536, 8), cost.GPUS["h200"]
+    plain, chunks = Tuning(), Tuning(dual_chunk=True)
+    kernels = [cost.kernel_seconds(LLAMA, layout, work, gpu, 0.6, t) for t in (plain, chunks)]
+    attention = 6.0 * 65536 * LLAMA.heads * LLAMA.head_dim * LLAMA.layers * 65536 / 2
+    attention /= gpu.tflops * 1e12 * cost.ATTENTION_SHARE
+    assert kernels[1] - kernels[0] == pytest.approx(0.059 * attention)
+    sent = [cost.exposed_seconds(LLAMA, layout, work, gpu, 8, t) for t in (plain, chunks)]
+    assert sent[0] == 0 < sent[1]
