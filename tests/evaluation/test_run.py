@@ -66,9 +66,9 @@ def test_killed_run_continues(finished, small_hf, tmp_path, monkeypatch):
     (tmp_path / "settings.json").write_bytes((whole / "settings.json").read_bytes())
     (tmp_path / "cases.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:20])
     scored = []
-    own = hf_model.HuggingFaceModel._score
+    own = hf_model.HuggingFaceModel.hidden
     monkeypatch.setattr(
-        hf_model.HuggingFaceModel, "_score", lambda m, one: scored.append(one) or own(m, one)
+        hf_model.HuggingFaceModel, "hidden", lambda m, one: scored.append(one) or own(m, one)
     )
     run(asked(small_hf, tmp_path))
     assert scored and all(one.tokens.shape[1] >= 768 for one in scored)  # not the finished 384
