@@ -30,6 +30,7 @@ from megatron_cream.mcore.argument_table import rotary_dim
 from megatron_cream.mcore.fake_world import RankView, rank_view
 from megatron_cream.planning.models import stage_parameters
 from megatron_cream.planning.stages import (
+    check_ends,
     expected_lines,
     layout_from_args,
     shape_from_args,
@@ -102,11 +103,7 @@ def dry_run(argv: Sequence[str], world_size: int) -> DryRun:
 
 
 def _check(args: Namespace, extension: ExtensionConfig, view: RankView, last: int) -> None:
-    if view.embedding != (view.stage == 0) or view.output != (view.stage == last):
-        raise UserError(
-            f"stage {view.stage} of {last + 1} has embedding: {view.embedding}, output layer: "
-            f"{view.output}; the first stage must have the one, the last the other"
-        )
+    check_ends(view, last)
     if why_not_estimated(args) is not None:
         return  # the closed forms are of other models
     shape, layout = shape_from_args(args), layout_from_args(args)

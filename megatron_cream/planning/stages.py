@@ -86,14 +86,23 @@ def _check_layers(views: Sequence[RankView], whole: RankView) -> None:
     for view in views:
         if view.layers != views_of_stage(views, view.stage)[0].layers:
             raise UserError(f"rank {view.rank} has layers {view.layers}: its stage has others")
-        if view.embedding != (view.stage == 0) or view.output != (view.stage == last):
-            raise UserError(
-                f"rank {view.rank} of stage {view.stage} has embedding: {view.embedding}, output "
-                f"layer: {view.output}; the first stage must have the one, the last the other"
-            )
+        check_ends(view, last)
     built = [n for stage in range(last + 1) for n in views_of_stage(views, stage)[0].layers]
     if sorted(built) != sorted(whole.layers):
         raise UserError(f"the stages have layers {sorted(built)}: the model has {whole.layers}")
+
+
+def check_ends(view: RankView, last: int) -> None:
+    """Check that the first stage alone has the embedding, and the stage ``last`` the output layer.
+
+    Raises:
+        UserError: naming the rank and what it has.
+    """
+    if view.embedding != (view.stage == 0) or view.output != (view.stage == last):
+        raise UserError(
+            f"rank {view.rank} of stage {view.stage} has embedding: {view.embedding}, output "
+            f"layer: {view.output}; the first stage must have the one, the last the other"
+        )
 
 
 def views_of_stage(views: Sequence[RankView], stage: int) -> list[RankView]:

@@ -188,6 +188,7 @@ class Llama3Scaling(RopeScaling, name="llama3"):
         "high_freq_factor": Option("one that turns more often is kept", default=4.0),
     }
     hf_types = ("llama3",)
+    hf_original_window = True
     hf_required = ("factor", "low_freq_factor", "high_freq_factor")
 
     def __post_init__(self) -> None:
@@ -218,10 +219,6 @@ class Llama3Scaling(RopeScaling, name="llama3"):
         blended = (one - kept) * plain / factor + kept * plain
         return np.where(kept >= 1, plain, np.where(kept <= 0, plain / factor, blended))
 
-    @classmethod
-    def from_hf(cls, rope: HfRope) -> RopeScaling:
-        return rope.make(cls, *rope.from_original_window())
-
     def to_hf(self) -> dict[str, Any]:
         return {
             "rope_type": "llama3",
@@ -250,6 +247,7 @@ class YarnScaling(RopeScaling, name="yarn"):
         "mscale_all_dim": Option("of DeepSeek's attention factor", default_help="none"),
     }
     hf_types: ClassVar[tuple[str, ...]] = ("yarn",)
+    hf_original_window = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,10 +306,6 @@ class YarnScaling(RopeScaling, name="yarn"):
         if one is not None and all_ is not None:
             return _temperature(self.factor, one) / _temperature(self.factor, all_)
         return _temperature(self.factor)
-
-    @classmethod
-    def from_hf(cls, rope: HfRope) -> RopeScaling:
-        return rope.make(cls, *rope.from_original_window())
 
     def to_hf(self) -> dict[str, Any]:
         return {

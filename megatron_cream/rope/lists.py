@@ -53,6 +53,7 @@ class LongRopeScaling(ListedScaling, name="longrope"):
         ),
         "attention_factor": ATTENTION_FACTOR,
     }
+    hf_original_window = True
     hf_types = ("longrope", "su")  # su: what the first Phi-3 configs called it
     hf_required = ("short_factor", "long_factor")
     varies_with_length = True
@@ -83,10 +84,6 @@ class LongRopeScaling(ListedScaling, name="longrope"):
         if given is not None:
             return float(given)
         return math.sqrt(1.0 + math.log(self.factor) / math.log(self.original_length))
-
-    @classmethod
-    def from_hf(cls, rope: HfRope) -> RopeScaling:
-        return rope.make(cls, *rope.from_original_window())
 
     def to_hf(self) -> dict[str, Any]:
         lists = self.option("short_factor"), self.option("long_factor")

@@ -82,6 +82,9 @@ class RopeScaling:
     hf_required: ClassVar[tuple[str, ...]] = ()
     """Settings that such a config.json must have."""
 
+    hf_original_window: ClassVar[bool] = False
+    """Whether such a config.json names the window that its factor counts from."""
+
     varies_with_length: ClassVar[bool] = False
     """Whether ``at_length`` changes the angles."""
 
@@ -257,7 +260,8 @@ class RopeScaling:
     @classmethod
     def from_hf(cls, rope: HfRope) -> RopeScaling:
         """Return the scaling that a config.json of one of ``hf_types`` describes."""
-        return rope.make(cls, *rope.by_factor())
+        counted = rope.from_original_window() if cls.hf_original_window else rope.by_factor()
+        return rope.make(cls, *counted)
 
     def to_hf(self) -> dict[str, Any]:
         """Return transformers 5's ``rope_parameters`` for config.json."""
