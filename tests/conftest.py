@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import os
-import shlex
-import sys
 import warnings
 
 # Two workers with a thread per core each would wait for each other's cores.
@@ -9,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-from support import fork_python, ranks
+from support import ranks
 from support.runs import FLAGS, write_dataset
 
 # What megatron says on import about GPU packages that a CPU machine lacks.
@@ -23,6 +22,19 @@ _LONG = ("examples", "training", "checkpoint", "planning")
 def pytest_collection_modifyitems(items):
     """Long files come first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.path.parent.name not in _LONG)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session):
+    """Have the workers of pytest-xdist start with megatron in memory, forks of one server."""
+    options = session.config.option
+    if getattr(options, "dist", "no") == "no" or set(options.tx) != {"popen"}:
+        return
+    os.environ.pop("PYTHON", None)  # make's: the stand-in would take it for its own name
+    started = contextlib.ExitStack()
+    program = started.enter_context(ranks.python())
+    session.config.add_cleanup(started.close)
+    options.tx = [f"popen//python={program}"] * len(options.tx)
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +73,7 @@ def reference(tmp_path_factory, flags, initial):
 
 
 @pytest.fixture(scope="session")
-def quick_python(tmp_path_factory):
+def quick_python():
     """Path of a stand-in for python that starts with megatron in memory."""
-    folder = tmp_path_factory.mktemp("python")
-    address = f"quick-python-{os.getpid()}"
-    program = folder / "python"
-    words = [sys.executable, "-SE", fork_python.__file__, address]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-    program.chmod(0o755)
-    with ranks.process(fork_python.serve, address):
-        yield str(program)
+    with ranks.python() as program:
+        yield program

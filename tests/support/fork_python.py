@@ -69,6 +69,7 @@ def _answer(connection):
 def _become(files, folder, environment):
     """Take over open files, folder and environment; forget being a child of multiprocessing."""
     import multiprocessing.process
+    from multiprocessing import forkserver
 
     import torch
 
@@ -86,6 +87,8 @@ def _become(files, folder, environment):
     multiprocessing.process._parent_process = None
     multiprocessing.process._children = set()
     multiprocessing.set_start_method("fork", force=True)
+    # Its forks, too, are of the server that it is one of.
+    forkserver._forkserver.ensure_running = lambda: None
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count())))
     # torchrun starts its workers with this.
     sys.executable = environment.get("PYTHON", sys.executable)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -23,14 +24,17 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     ranks._prepare_server()
     here, there = ranks._SERVER.Pipe()
-    process = ranks._SERVER.Process(target=_answer, args=(there, function, arguments))
-    process.start()
-    there.close()
     # A process that dies answers nothing: then the end of the pipe is read.
     ok, answer = False, RuntimeError(f"{function.__name__} ended without an answer")
-    with contextlib.suppress(EOFError):
-        ok, answer = here.recv()
-    process.join()
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        given = (there, output.name, function, arguments)
+        process = ranks._SERVER.Process(target=_answer, args=given)
+        process.start()
+        there.close()
+        with contextlib.suppress(EOFError):
+            ok, answer = here.recv()
+        process.join()
+        print(output.read())  # pytest shows it where the test fails
     if not ok:
         raise answer
     return answer
@@ -38,24 +42,23 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def call_ranks(ranks_: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what ``function`` returns on each of several gloo ranks, one fork each."""
-    port = str(ranks._free_port())
+    port = ranks._free_port()
     with ThreadPoolExecutor(ranks_) as pool:
         found = [
-            pool.submit(call, _on_rank, rank, ranks_, port, function, arguments)
+            pool.submit(call, _on_rank, ranks.addresses(rank, ranks_, port), function, arguments)
             for rank in range(ranks_)
         ]
         return [one.result() for one in found]
 
 
-def _on_rank(rank: int, ranks_: int, port: str, function: Callable[..., Any], given: tuple) -> Any:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks_, "LOCAL_WORLD_SIZE": ranks_}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+def _on_rank(environment: dict[str, str], function: Callable[..., Any], given: tuple) -> Any:
+    os.environ.update(environment)
     return function(*given)
 
 
-def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple) -> None:
+def _answer(pipe: Connection, output: str, function: Callable[..., Any], given: tuple) -> None:
+    ranks.write_output_to(output)
     try:
-        pipe.send((True, function(*arguments)))
+        pipe.send((True, function(*given)))
     except Exception as error:
         pipe.send((False, error))

@@ -11,12 +11,16 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shlex
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from support import fork_python
 
 _SERVER = multiprocessing.get_context("forkserver")
 _TIMEOUT = 240
@@ -57,27 +61,53 @@ def train(
     that fails is an error here. All ranks get SIGKILL as soon as ``kill_when(losses so far)``,
     asked every two milliseconds, is true.
     """
+    processes = _start(folder, ranks, _train, flags, str(folder), script)
+    if kill_when is not None:
+        _kill_when(processes, lambda: kill_when(read_losses(folder, ranks)))
+    log, status = _end(processes, folder)
+    if wait and kill_when is None:
+        _refuse(status, log)
+    return Run(read_losses(folder, ranks), read_losses(folder, ranks, column=2), log, status)
+
+
+def call(folder: Path, function: Callable[..., None], count: int, *args: object) -> None:
+    """Run ``function(*args)`` on ``count`` ranks; what they print lands in ``folder``.
+
+    Raises:
+        RuntimeError: a rank failed; its output is told.
+    """
+    log, status = _end(_start(folder, count, function, *args), folder)
+    _refuse(status, log)
+
+
+def _start(folder: Path, count: int, function: Callable[..., None], *args: object) -> list:
     folder.mkdir(parents=True, exist_ok=True)
     _prepare_server()
     port = _free_port()
     processes = [
-        _SERVER.Process(target=_rank, args=(rank, ranks, port, flags, str(folder), script))
-        for rank in range(ranks)
+        _SERVER.Process(target=_rank, args=(rank, count, port, str(folder), function, args))
+        for rank in range(count)
     ]
     for process in processes:
         process.start()
-    if kill_when is not None:
-        _kill_when(processes, lambda: kill_when(read_losses(folder, ranks)))
+    return processes
+
+
+def _end(processes: list, folder: Path) -> tuple[str, list[int]]:
+    """Return the output of ranks and their exit statuses, once they have ended."""
     for process in processes:
         process.join(_TIMEOUT)
     for process in processes:
         if process.is_alive():
             process.kill()
-    log = "".join((folder / f"rank{rank}.log").read_text() for rank in range(ranks))
-    status = [process.exitcode for process in processes]
-    if wait and kill_when is None and any(status):
+            process.join()
+    logs = ((folder / f"rank{rank}.log").read_text() for rank in range(len(processes)))
+    return "".join(logs), [process.exitcode for process in processes]
+
+
+def _refuse(status: list[int], log: str) -> None:
+    if any(status):
         raise RuntimeError(f"ranks ended with {status}:\n{log[-6000:]}")
-    return Run(read_losses(folder, ranks), read_losses(folder, ranks, column=2), log, status)
 
 
 def largest_difference(a: dict[int, float], b: dict[int, float]) -> float:
@@ -97,6 +127,19 @@ def process(function: Callable[..., None], *arguments: object) -> Iterator[None]
     finally:
         worker.kill()
         worker.join()
+
+
+@contextlib.contextmanager
+def python() -> Iterator[str]:
+    """Give the path of a stand-in for python that starts with megatron in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"python-{os.getpid()}-{Path(folder).name}"
+        program = Path(folder) / "python"
+        words = [sys.executable, "-SE", fork_python.__file__, address]
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        program.chmod(0o755)
+        with process(fork_python.serve, address):
+            yield str(program)
 
 
 def _kill_when(processes: list, reached: Callable[[], bool]) -> None:
@@ -134,41 +177,49 @@ def read_losses(folder: Path, ranks: int, column: int = 1) -> dict[int, float]:
 
 
 def _rank(
-    rank: int, ranks: int, port: int, flags: list[str], folder: str, script: Path | None
+    rank: int, count: int, port: int, folder: str, function: Callable[..., None], args: tuple
 ) -> None:
     """Body of one rank, in a fork of the server."""
-    log = open(os.path.join(folder, f"rank{rank}.log"), "w", buffering=1)  # noqa: SIM115
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.stdout = sys.stderr = log
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        GLOO_SOCKET_IFNAME="lo",  # the host's own name need not resolve
-    )
+    write_output_to(os.path.join(folder, f"rank{rank}.log"))
     if "support.preload" not in sys.modules:
         raise RuntimeError("the fork server did not import support.preload")
+    os.environ.update(OMP_NUM_THREADS="1", **addresses(rank, count, port))
     # As in a process of its own: data workers are forks.
     multiprocessing.set_start_method("fork", force=True)
     import torch
 
     torch.set_num_threads(1)
-    keep_losses(os.path.join(folder, f"rank{rank}.losses"))
+    function(*args)
+
+
+def addresses(rank: int, count: int, port: int) -> dict[str, str]:
+    """Return what torchrun would put into the environment of a rank."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    # The host's own name need not resolve.
+    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    return {key: str(value) for key, value in (place | at).items()}
+
+
+def _train(flags: list[str], folder: str, script: Path | None) -> None:
+    losses = Path(folder, f"rank{os.environ['RANK']}.losses")
+    losses.unlink(missing_ok=True)
+    keep_losses(str(losses))
     from megatron_cream import launch, pretrain
 
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(folder, f"rank{rank}.losses"))
     if script is None:
         sys.argv = ["pretrain", "--cpu", *flags]
         pretrain.main()
     else:
         sys.argv = ["launch", str(script), "--cpu", *flags]
         launch.main()
+
+
+def write_output_to(path: str) -> None:
+    """Send all that this process says to a file."""
+    log = open(path, "w", buffering=1)  # noqa: SIM115
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
 
 
 def keep_losses(path: str) -> None:

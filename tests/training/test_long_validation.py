@@ -7,7 +7,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from support import calls, ranks, recorder
+from support import ranks, recorder
 from support.arguments import arguments
 from support.evaluation import VOCABULARY, write_small_hf
 from support.runs import ITERATIONS
@@ -29,7 +29,7 @@ ASKED = ("--validate-lengths", "96", "--validate-data", "held-out")
 def train(folder, words):
     """Train on two ranks; returns the figures of each validation, and the log of the last rank."""
     board = ["--tensorboard-dir", str(folder / "board")]
-    calls.call(folder, recorder.train, 2, [*words, *board], str(folder / "scalars"))
+    ranks.call(folder, recorder.train, 2, [*words, *board], str(folder / "scalars"))
     found = {}
     for line in (folder / "scalars").read_text().splitlines():
         _, name, value, iteration = json.loads(line)
@@ -162,7 +162,7 @@ def test_a_checkpoint_is_whole_before_a_validation_that_fails(tmp_path, dataset,
     save = tmp_path / "out"
     words = [*flags, "--save", str(save), "--save-interval", "4"]
     words += asked(dataset, "--validate-cases", "0")
-    calls.call(tmp_path, train_out_of_memory, 1, words, at, str(tmp_path / "scalars"))
+    ranks.call(tmp_path, train_out_of_memory, 1, words, at, str(tmp_path / "scalars"))
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(at)
     validate_iteration(save / f"iter_{at:07d}", str(save))
 
@@ -171,7 +171,7 @@ def test_the_last_iteration_is_saved_once(tmp_path, dataset, flags):
     save = tmp_path / "out"
     words = [*flags, "--save", str(save), "--save-interval", "4"]
     words += asked(dataset, "--validate-cases", "0", "--keep-best", "perplexity-400")
-    calls.call(tmp_path, recorder.train, 1, words, str(tmp_path / "scalars"))
+    ranks.call(tmp_path, recorder.train, 1, words, str(tmp_path / "scalars"))
     log = (tmp_path / "rank0.log").read_text()
     assert log.count(f"saving checkpoint at iteration       6 to {save} ") == 1
     assert "Overwriting old" not in log

@@ -3,7 +3,7 @@
 
 import json
 
-from support import calls, ranks, restarter
+from support import ranks, restarter
 
 
 def test_goes_on_as_if_it_had_not_failed(tmp_path, flags):
@@ -11,7 +11,7 @@ def test_goes_on_as_if_it_had_not_failed(tmp_path, flags):
     saved = str(tmp_path / "saved")
     save = ["--save", saved, "--load", saved, "--save-interval", "3"]
     file = tmp_path / "losses"
-    calls.call(tmp_path / "broken", restarter.train, 1, [*flags, *save], str(file), 5)
+    ranks.call(tmp_path / "broken", restarter.train, 1, [*flags, *save], str(file), 5)
     steps = [json.loads(line)[:2] for line in file.read_text().splitlines()]
     # Before the failure, and again from the checkpoint behind step 3.
     assert [step for step, _ in steps] == [1, 2, 3, 4, 4, 5, 6]

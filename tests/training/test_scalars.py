@@ -4,7 +4,7 @@
 import json
 
 import pytest
-from support import calls, forks, recorder
+from support import forks, ranks, recorder
 from support.runs import ITERATIONS
 
 from megatron_cream.config import ExtensionConfig
@@ -20,9 +20,9 @@ def read(file):
     return {(writer, name, step): value for writer, name, value, step in lines}
 
 
-def written(folder, flags, *more, ranks=1):
+def written(folder, flags, *more, count=1):
     board = ["--tensorboard-dir", str(folder / "board"), *more]
-    calls.call(folder, recorder.train, ranks, [*flags, *board], str(folder / "scalars"))
+    ranks.call(folder, recorder.train, count, [*flags, *board], str(folder / "scalars"))
     return read(folder / "scalars")
 
 
@@ -34,7 +34,7 @@ def test_two_stages_write_what_was_trained(tmp_path, flags):
     """On the last rank alone, every second iteration, to both writers."""
     project = ["--wandb-project", "p", "--wandb-exp-name", "e", "--wandb-save-dir", str(tmp_path)]
     layout = ["--pipeline-model-parallel-size", "2", "--tensorboard-log-interval", "2"]
-    found = written(tmp_path, flags, *project, *layout, ranks=2)
+    found = written(tmp_path, flags, *project, *layout, count=2)
     for writer in ("tensorboard", "wandb"):
         ours = sorted(step for w, name, step in found if (w, name) == (writer, COVERAGE))
         assert ours == [2, 4, 6]
