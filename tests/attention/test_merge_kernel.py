@@ -12,10 +12,10 @@ import pytest
 import torch
 
 
-def test_merged_tiles_equal_float64():
+def test_merged_tiles_equal_float64(quick_python):
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, __file__],
+        [quick_python, __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -25,11 +25,11 @@ child = load_file(SCRIPT)
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
+def interpreted(tmp_path_factory, quick_python):
     path = tmp_path_factory.mktemp("interpreted") / "results.npz"
     # Triton reads it when it is imported, so not in this process.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(SCRIPT), str(path)]
+    command = [quick_python, str(SCRIPT), str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return np.load(path)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotation kernels, run by Triton's interpreter in a process of its own."""
+"""The rotation kernels, run by Triton's interpreter in a process of its own, which reads the variable when a kernel is imported."""
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_rotations_and_gradients_equal_float64():
+def test_rotations_and_gradients_equal_float64(quick_python):
     program = Path(__file__).with_name("rotation_interpreted.py")
     done = subprocess.run(
-        [sys.executable, str(program)],
+        [quick_python, str(program)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

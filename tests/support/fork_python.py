@@ -90,6 +90,9 @@ def _become(files, folder, environment):
     # Its forks, too, are of the server that it is one of.
     forkserver._forkserver.ensure_running = lambda: None
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count())))
+    if "TRITON_INTERPRET" in environment:  # read when triton is imported
+        for name in [n for n in sys.modules if n.startswith("triton") and "._C" not in n]:
+            del sys.modules[name]
     # torchrun starts its workers with this.
     sys.executable = environment.get("PYTHON", sys.executable)
 
