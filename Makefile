@@ -1,5 +1,5 @@
 # make demo   extend a small model's context window on real text, two CPU cores, ten minutes
-# make test   lint, format check and the CPU tests
+# make test   lint, format check, types and the CPU tests
 # make types  mypy, by the settings in pyproject.toml
 # make test-repo  what is about the repository: package, image, site, templates, house rules
 # make coverage  the CPU tests once more, counting lines; ends badly below the floor
@@ -26,13 +26,17 @@ READY := $(VENV)/.ready
 # Where this is set, every process of the tests would compile the package and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-repo types coverage test-slurm test-engines image lint format check docs \
-  package setup lock
+.PHONY: demo test cpu-tests test-repo types coverage test-slurm test-engines image lint style format \
+  check docs package setup lock
 
 demo: setup
 	$(BIN)/python examples/demo/demo.py --rope $(ROPE) $(if $(INPUT),--input $(INPUT))
 
-test: lint
+# mypy beside the tests: one core of two would wait for it.
+test: style
+	@$(MAKE) --no-print-directory --jobs 2 types cpu-tests
+
+cpu-tests: setup
 	$(BIN)/python -m $(PYTEST_RUN)
 
 test-repo: setup
@@ -59,12 +63,13 @@ image:
 	  { echo "error: make image needs buildah or podman" >&2; exit 2; }; \
 	"$$builder" build --format docker --target cpu --tag megatron_cream:cpu .
 
-lint: setup
+lint: style types
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck $(wildcard .ci/* tools/*.sh examples/*.sh examples/*/*.sh)
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/mypy
 
 test-engines: setup
 	$(BIN)/python tests/engines/install.py build/engines

@@ -117,11 +117,12 @@ class ParallelLayout:
 
     def layers_of(self, stage: int, layers: int) -> int:
         """Return how many of ``layers`` layers a stage has."""
-        uneven = {0: self.first_layers, self.pipeline - 1: self.last_layers}
-        given = [count for count in uneven.values() if count is not None]
-        own = uneven.get(stage)
-        middle = self.pipeline - len(given)
-        return (layers - sum(given)) // max(1, middle) if own is None else own
+        last, first = self.last_layers, self.first_layers if self.pipeline > 1 else None
+        own = last if stage == self.pipeline - 1 else first if stage == 0 else None
+        if own is not None:
+            return own
+        middle = self.pipeline - (first is not None) - (last is not None)
+        return (layers - (first or 0) - (last or 0)) // max(1, middle)
 
     def stages(self, layers: int) -> list[Sequence[int]]:
         """Return the layers of each pipeline stage, counted from 0, as Megatron splits them.

@@ -94,31 +94,37 @@ def propose(
     """
     sizes = sorted({work.micro_batch, *micro_batches})
     works = [replace(work, micro_batch=size) for size in sizes]
-    plans = [p for one in works for p in _plans(shape, cluster, one, fixed, tuning)]
-    if not plans:
+    tried = [found for one in works for found in _layouts_tried(shape, cluster, one, fixed, tuning)]
+    if not tried:
         raise UserError(_nothing_divides(shape, cluster, work, fixed))
-    fitting = [plan for plan in plans if plan.memory.total <= cluster.memory * GIB]
+    speed = (cluster.gpu, cluster.mfu, cluster.gpus_per_node, tuning)
+    fitting = [
+        Plan(layout, one, memory, step_time(shape, layout, one, *speed))
+        for layout, one, memory in tried
+        if memory.total <= cluster.memory * GIB
+    ]
     if not fitting:
-        raise UserError(_nothing_fits(shape, cluster, work, fixed, plans, tuning))
+        least = min(tried, key=lambda found: found[2].total)
+        raise UserError(_nothing_fits(shape, cluster, work, fixed, least, tuning))
     # Ties go to the layout that splits the model less.
     return min(fitting, key=lambda p: (p.step.total, p.layout.tensor * p.layout.pipeline))
 
 
-def _plans(
+_Tried = tuple[ParallelLayout, Workload, StageMemory]
+
+
+def _layouts_tried(
     shape: BaseModel,
     cluster: Cluster,
     work: Workload,
     fixed: dict[str, int] | None,
     tuning: Tuning,
-) -> list[Plan]:
-    found = []
-    speed = (cluster.gpu, cluster.mfu, cluster.gpus_per_node, tuning)
+) -> Iterator[_Tried]:
+    """Yield layouts, with the memory of the stage that needs most."""
     for layout in layouts(shape, cluster.gpus, work, cluster.gpus_per_node, fixed):
         for one in (layout, _recompute_in_part(shape, cluster, layout, work, tuning)):
             if one is not None:
-                memory = peak_memory(shape, one, work, tuning)
-                found.append(Plan(one, work, memory, step_time(shape, one, work, *speed)))
-    return found
+                yield one, work, peak_memory(shape, one, work, tuning)
 
 
 def _recompute_in_part(
@@ -155,15 +161,15 @@ def _nothing_fits(
     cluster: Cluster,
     work: Workload,
     fixed: dict[str, int] | None,
-    plans: list[Plan],
+    least: _Tried,
     tuning: Tuning,
 ) -> str:
-    least = min(plans, key=lambda plan: plan.memory.total)
+    layout, _, memory = least
     more = fewest_gpus(shape, cluster, work, fixed, tuning)
     enough = f"; {more} such GPUs would do" if more else "; no number of such GPUs would do"
     return (
         f"{shape.name} at {work.seq_length} tokens does not fit on --gpus {cluster.gpus}: the "
-        f"least is {least.memory.total / GIB:.1f} GiB per GPU ({least.layout}), and "
+        f"least is {memory.total / GIB:.1f} GiB per GPU ({layout}), and "
         f"{cluster.memory:g} of --gpu-memory are left to fill{enough}"
     )
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every launch script against the plan that it quotes, and what it does step by step."""
 
+import functools
 import os
 import re
 import signal
@@ -38,6 +39,7 @@ def load_table():
     return load_file(path)
 
 
+@functools.cache
 def planned(script):
     """Arguments of the command that a script quotes, its plan and the flags of that."""
     args = make_parser("plan").parse_args(QUOTE.search(script.read_text())[1].split())

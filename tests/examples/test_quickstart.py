@@ -67,8 +67,8 @@ def test_it_trained(smoke):
     assert losses[-1] < losses[0] - 0.02
 
 
-def test_nothing_is_done_twice(smoke):
-    again = start(WORK=str(smoke[0]))
+def test_nothing_is_done_twice(smoke, quick_python):
+    again = start(WORK=str(smoke[0]), PYTHON=quick_python)
     assert again.returncode == 0
     assert len(re.findall(r" is there$", again.stderr, re.M)) == len(STEPS)
     assert not ran(again)
