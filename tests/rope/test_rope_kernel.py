@@ -5,13 +5,12 @@ Triton's interpreter runs the kernel, in a process of its own.
 """
 
 import os
-import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support import forks
+from support import fork_python, forks
 
 from megatron_cream.config import ExtensionConfig
 from megatron_cream.errors import UserError
@@ -65,9 +64,7 @@ def outcome(options, triton):
 
 def both(options):
     os.environ["TRITON_INTERPRET"] = "1"
-    for name in list(sys.modules):  # Megatron has imported it, to compile
-        if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
-            del sys.modules[name]
+    fork_python.forget_triton()
     from megatron_cream.mcore import rotary
     from megatron_cream.rope import rotation_kernel
 

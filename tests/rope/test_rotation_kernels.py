@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotation kernels, run by Triton's interpreter in a process of its own, which reads the variable when a kernel is imported."""
+"""The rotation kernels, run by Triton's interpreter in a process of its own."""
 
 import os
 import subprocess

@@ -90,11 +90,17 @@ def _become(files, folder, environment):
     # Its forks, too, are of the server that it is one of.
     forkserver._forkserver.ensure_running = lambda: None
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count())))
-    if "TRITON_INTERPRET" in environment:  # read when triton is imported
-        for name in [n for n in sys.modules if n.startswith("triton") and "._C" not in n]:
-            del sys.modules[name]
+    if "TRITON_INTERPRET" in environment:
+        forget_triton()
     # torchrun starts its workers with this.
     sys.executable = environment.get("PYTHON", sys.executable)
+
+
+def forget_triton():
+    """Have the next import of triton read TRITON_INTERPRET: Megatron has imported it."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
+            del sys.modules[name]
 
 
 def _run(words):
