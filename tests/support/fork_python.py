@@ -76,8 +76,9 @@ def _become(files, folder, environment):
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
+    # The files stay open when others take these names.
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, buffering=1)  # noqa: SIM115
+        open(number, mode, buffering=1, closefd=False)  # noqa: SIM115
         for number, mode in ((0, "r"), (1, "w"), (2, "w"))
     )
     os.chdir(folder)
