@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from support.arguments import arguments
-from support.calls import call
 from support.evaluation import run, scored_lines
+from support.ranks import call
 from support.runs import write_dataset
 from transformers import AutoModelForCausalLM
 
