@@ -195,8 +195,8 @@ def layer_traffic(shape: ModelShape, fp8: bool = False) -> float:
 def dual_chunk_factor(tokens: int) -> float:
     """Return the time of dual chunk attention over plain, for a sample of ``tokens``.
 
-    Between lengths of ``DUAL_CHUNK`` by their logarithm. Of shorter samples, which were not
-    measured, what it takes more is taken to be linear in the tokens: turning, merging and launches.
+    Between measured lengths by their logarithm. In shorter samples what it takes more is taken to
+    be linear in the tokens: turning, merging and launches.
     """
     lengths = sorted(DUAL_CHUNK)
     if tokens <= lengths[0]:
@@ -312,8 +312,7 @@ def exposed_seconds(
     ring = 3 * values * (layout.context - 1) / _speed(gpu, layout.tensor * layout.context, node)
     attention = 6.0 * work.attended * shape.heads * shape.head_dim * tokens / layout.tensor
     attention /= gpu.tflops * 1e12 * ATTENTION_SHARE
-    if tuning.dual_chunk:  # which gathers all of them before it begins
-        attention = 0.0
+    attention *= not tuning.dual_chunk  # it gathers all of them before it begins
     # A token goes to its experts and back, and so do the gradients; nothing runs beside it.
     experts = (4 + 2 * layout.recomputed(layers)) * (shape.experts_per_token or 0) * hidden
     experts *= (layout.expert - 1) / layout.expert / layout.tensor

@@ -222,7 +222,10 @@ class Preflight:
         except RuntimeError as error:
             ranks = re.search(r"Ranks? ([\d, ]+) failed", str(error))
             if self.rank or ranks is None:
-                raise UserError(self._too_late(what, {"(rank 0 names it)"})) from error
+                raise UserError(
+                    f"{what}: a node did not come to an end within {self.seconds:g} s, rank 0 "
+                    "names it"
+                ) from error
             late |= {self.names[self.places[int(rank)][0]] for rank in ranks[1].split(",")}
             raise UserError(self._too_late(what, late)) from error
         if any(self._gather(bool(late))):  # rank 0 is
