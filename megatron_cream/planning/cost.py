@@ -179,9 +179,8 @@ def layer_traffic(shape: ModelShape, fp8: bool = False) -> float:
     gradient of its output, and writes them and their transposes: 4 bytes per value. A token that
     goes to k experts has k gates, and is sorted by expert and back: 8 (1 + k) h.
     """
-    rotated = (shape.heads + shape.groups) * shape.head_dim
     gates = (shape.experts_per_token or 1) * shape.ffn
-    traffic = 44.0 * shape.hidden + 8 * rotated + 16 * gates
+    traffic = 44.0 * shape.hidden + 8 * (shape.heads + shape.groups) * shape.head_dim + 16 * gates
     if shape.experts_per_token:
         traffic += 8 * (1 + shape.experts_per_token) * shape.hidden
     if fp8:
