@@ -91,11 +91,12 @@ LOG_INTERVAL=${LOG_INTERVAL:-10}
 
 # at_least LEAST NAME...: these variables are whole numbers, none is smaller.
 at_least() {
-    local least=$1 name
+    local least=$1 setting
     shift
-    for name in "$@"; do
-        [[ ${!name} =~ ^[0-9]{1,9}$ && 10#${!name} -ge $least ]] ||
-            fail "$name is '${!name}': it must be a whole number of at least $least"
+    for setting in "$@"; do
+        if ! [[ ${!setting} =~ ^[0-9]{1,9}$ ]] || ((10#${!setting} < least)); then
+            fail "$setting is '${!setting}': it must be a whole number of at least $least"
+        fi
     done
 }
 at_least 1 NODES GPUS_PER_NODE SEQ_LENGTH TARGET_LENGTH ORIGINAL_LENGTH MICRO_BATCH GLOBAL_BATCH

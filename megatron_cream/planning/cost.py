@@ -33,7 +33,7 @@ FlashAttention-3 reports up to 740 TFLOP/s on an H100 forward (arXiv:2407.08608)
 and short samples have less. Calibrated on Llama-3-8B and 70B at 8192 tokens.
 """
 
-DUAL_CHUNK = {32768: 1.204, 65536: 1.059, 131072: 1.009}
+DUAL_CHUNK = {32768: 1.223, 65536: 1.059, 131072: 1.002}
 """Time of dual chunk attention over plain, forward and backward, by tokens of a sample.
 
 Measured on one H200: tools/benchmark_dual_chunk.py, docs/attention.md.
