@@ -7,7 +7,7 @@
 # Time below 32K tokens is extrapolated, and memory is that of plain attention.
 #
 # megatron-cream plan llama-2-7b --gpus 8 --target-length 16384 --seq-length 16384 --train-iters 1600 --global-batch-size 16 --dual-chunk
-#   TP2 PP1 DP4: 62.0 GiB per GPU, 3.71 s per step, 1600 steps in 99.0 min
+#   TP2 PP1 DP4: 62.0 GiB per GPU, 3.75 s per step, 1600 steps in 99.9 min
 #
 #   DATA=data/answers examples/llama-2-7b/chunkllama-16k.sh
 set -euo pipefail
