@@ -338,9 +338,9 @@ def test_wrong_command_lines(small_hf, tmp_path, monkeypatch, capsys, name):
         own = module.open_model
         plain = ("rope_interpolation", "rope_factor", "rope_theta", "rope_options", "dtype")
 
-        def opened(args):
+        def opened(args, *longest):
             other = any(getattr(args, key) for key in plain) or args.hf != small_hf
-            return own(args) if other else loaded
+            return own(args, *longest) if other else loaded
 
         monkeypatch.setattr(module, "open_model", opened)
     ended = {0: 0, 2: 0}
